@@ -1,0 +1,29 @@
+"""torch2ebm: train the PyTorch model that you have by energy-based local learning, in the loop that you have."""
+
+from torch2ebm.algorithms import Algorithm, Backprop, FixedPrediction, PredictiveCoding, ZeroDivergence
+from torch2ebm.errors import Torch2EBMError
+from torch2ebm.graph import EnergyGraph, Node
+from torch2ebm.model import EnergyModel, convert
+from torch2ebm.optimizer import EnergyOptimizer
+from torch2ebm.recorder import EnergyLoss
+from torch2ebm.solvers import GradientDescent, Solver
+from torch2ebm.state import InferenceState, Relaxation
+
+__all__ = [
+    "Algorithm",
+    "Backprop",
+    "EnergyGraph",
+    "EnergyLoss",
+    "EnergyModel",
+    "EnergyOptimizer",
+    "FixedPrediction",
+    "GradientDescent",
+    "InferenceState",
+    "Node",
+    "PredictiveCoding",
+    "Relaxation",
+    "Solver",
+    "Torch2EBMError",
+    "ZeroDivergence",
+    "convert",
+]

@@ -1,0 +1,9 @@
+"""One algorithm a file: a call and its loss in, local gradients out."""
+
+from torch2ebm.algorithms.backprop import Backprop
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.algorithms.fixed_prediction import FixedPrediction
+from torch2ebm.algorithms.predictive_coding import PredictiveCoding
+from torch2ebm.algorithms.zero_divergence import ZeroDivergence
+
+__all__ = ["Algorithm", "Backprop", "FixedPrediction", "PredictiveCoding", "ZeroDivergence"]

@@ -1,0 +1,46 @@
+"""Ordinary backpropagation as one more algorithm: the twin that every other is compared with."""
+
+from __future__ import annotations
+
+import torch
+
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss
+
+
+class Backprop(Algorithm):
+    """Autograd through the whole model at once; ``state.error`` is minus backprop's delta of every node.
+
+    Example:
+        >>> import torch2ebm
+        >>> torch2ebm.Backprop()
+        Backprop()
+    """
+
+    reevaluates_loss = False
+
+    def __repr__(self) -> str:
+        return "Backprop()"
+
+    def forward(self, call: Call) -> None:
+        call.feedforward(keep_graph=True, cut=False)
+
+    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        parameters = {name: p for name, p in call.graph.parameters.items() if p.requires_grad}
+        inputs = [tensor for tensor in call.tensors if tensor.requires_grad]
+        values = {slot: value for slot, value in call.values.items() if value.requires_grad}
+        outputs = [slot for slot in loss.delivered if slot in values]
+        products = torch.autograd.grad(
+            [values[slot] for slot in outputs],
+            [*parameters.values(), *inputs, *values.values()],
+            [loss.delivered[slot] for slot in outputs],
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+        found = iter(products)
+        gradients = {name: product for name in parameters if (product := next(found)) is not None}
+        of_inputs = [next(found) if tensor.requires_grad else None for tensor in call.tensors]
+        deltas = {slot: product for slot in values if (product := next(found)) is not None}
+        predictions = {slot: value.detach() for slot, value in call.values.items()}
+        state = InferenceState(call.graph, call.batch_size, predictions, deltas, -loss.unit)
+        return LocalGradients(gradients, of_inputs, state)

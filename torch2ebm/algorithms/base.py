@@ -1,0 +1,53 @@
+"""The contract between an algorithm and everything else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch2ebm.errors import ConfigurationError
+from torch2ebm.state import Call, LocalGradients, OutputLoss
+
+REDUCTIONS = ("mean", "sum")
+
+
+class Algorithm(ABC):
+    """From one call and its loss to local gradients.
+
+    An algorithm holds its settings and nothing of a call, so one object serves many models.
+
+    Attributes:
+        partition: The granularity that ``nodes="auto"`` takes for it.
+        reevaluates_loss: Whether it needs the loss at predictions that have moved. If not, any loss will do.
+        loss_reduction: ``"mean"``: the loss is a mean over the batch, and inference uses the sum over samples, so a
+            sample relaxes the same alone or in a batch. ``"sum"``: the loss enters the energy as it is written.
+            None: taken from the loss as it was recorded.
+    """
+
+    partition: ClassVar[str] = "layer"
+    reevaluates_loss: ClassVar[bool] = True
+    loss_reduction: str | None = None
+
+    @abstractmethod
+    def forward(self, call: Call) -> None:
+        """The feed-forward pass: fill ``call`` so that it has an output, and what ``backward`` needs."""
+
+    @abstractmethod
+    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        """Local gradients, without writing anything anywhere.
+
+        With ``retain_graph`` the call may be asked again.
+        """
+
+
+def check_reduction(where: str, loss_reduction: str) -> None:
+    if loss_reduction not in REDUCTIONS:
+        raise ConfigurationError(
+            f"{where}(loss_reduction=...)", repr(loss_reduction), "'mean' or 'sum'",
+            "'mean' fits a loss that is a mean over the batch, 'sum' takes the loss as it is written.",
+        )  # fmt: skip
+
+
+def check_choice(where: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"{where}({name}=...)", repr(value), f"one of {choices}", "Choose one of them.")

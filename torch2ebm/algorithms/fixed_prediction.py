@@ -1,0 +1,158 @@
+"""Torch2PC's FixedPred: predictions and Jacobians stay those of the feed-forward pass while the errors relax."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from torch2ebm.algorithms.base import Algorithm, check_choice, check_reduction
+from torch2ebm.inference import GradientSum
+from torch2ebm.solvers.base import check_positive, check_steps
+from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss
+
+METHODS = ("closed_form", "sweep")
+
+
+class FixedPrediction(Algorithm):
+    """Predictive coding under the fixed-prediction assumption (Rosenbaum 2022; Millidge, Tschantz and Buckley 2020).
+
+    ``e_n <- (1 - lr) e_n + lr sum_c J_c^T e_c`` with the output's error fixed. The map is linear with constant
+    coefficients, so no sweeps are needed: what has travelled a path of k edges within ``steps`` updates has the
+    weight P(Binomial(steps, lr) >= k). On a chain the direction of every gradient is backprop's; at ``lr=1`` it is
+    backprop itself from ``steps`` = depth on. Any loss will do.
+
+    Args:
+        steps: Updates of the errors.
+        lr: Step size of the errors.
+        method: ``"closed_form"``: one reverse sweep with one vector a path length (one in all on a chain);
+            ``"sweep"``: the literal iteration.
+        loss_reduction: In which units ``state.error`` is given; the gradients are the same.
+
+    Raises:
+        ConfigurationError: for an illegal step size, number of steps, method or reduction.
+
+    Example:
+        >>> import torch2ebm
+        >>> torch2ebm.FixedPrediction(steps=20, lr=0.1)
+        FixedPrediction(steps=20, lr=0.1, method='closed_form', loss_reduction='mean')
+    """
+
+    reevaluates_loss = False
+
+    def __init__(
+        self, steps: int = 20, lr: float = 0.1, *, method: str = "closed_form", loss_reduction: str = "mean"
+    ) -> None:
+        check_steps("FixedPrediction", steps)
+        check_positive("FixedPrediction", lr=lr)
+        check_choice("FixedPrediction", "method", method, METHODS)
+        check_reduction("FixedPrediction", loss_reduction)
+        self.steps, self.lr, self.method, self.loss_reduction = steps, lr, method, loss_reduction
+
+    def __repr__(self) -> str:
+        return (
+            f"FixedPrediction(steps={self.steps}, lr={self.lr}, method={self.method!r}, "
+            f"loss_reduction={self.loss_reduction!r})"
+        )
+
+    def forward(self, call: Call) -> None:
+        call.feedforward(keep_graph=True)
+
+    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        if self.method == "sweep":
+            return self._sweep(call, loss)
+        return self._closed_form(call, loss, retain_graph)
+
+    def _closed_form(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        arrived = arrivals(self.steps, self.lr, call.graph.depth)
+        gradients = GradientSum()
+        # by slot and path length k: arrived[k] times the share of paths of k edges in backprop's delta
+        shares: dict[str, dict[int, Tensor]] = {slot: {0: delta} for slot, delta in loss.delivered.items()}
+        for node in reversed(call.graph.nodes.values()):
+            evaluated = call.passes[node.name] if retain_graph else call.passes.pop(node.name)
+            own = [shares.get(slot, {}) for slot in node.slots]
+            lengths = sorted({length for share in own for length in share})
+            for length in lengths[:-1]:
+                messages = evaluated.pullback([s.get(length) for s in own], evaluated.inputs, retain_graph=True)
+                self._pass_on(node.reads, messages, length, arrived, shares)
+            if len(lengths) > 1:
+                gradients.add(call, evaluated, [_total(share) for share in own], retain_graph=True)
+            if not lengths:
+                gradients.add_zeros(node)
+                continue
+            last = [share.get(lengths[-1]) for share in own]
+            if len(lengths) > 1:
+                messages = evaluated.pullback(last, evaluated.inputs, retain_graph=retain_graph)
+            else:
+                messages = gradients.add(call, evaluated, last, evaluated.inputs, retain_graph)
+            self._pass_on(node.reads, messages, lengths[-1], arrived, shares)
+        deltas = {slot: total for slot, share in shares.items() if (total := _total(share)) is not None}
+        return self._result(call, loss, gradients, deltas)
+
+    def _pass_on(
+        self,
+        reads: tuple[str, ...],
+        messages: list[Tensor | None] | tuple[Tensor | None, ...],
+        length: int,
+        arrived: list[float],
+        shares: dict[str, dict[int, Tensor]],
+    ) -> None:
+        """One edge further: from the weight of ``length`` edges to that of one more."""
+        if arrived[length + 1] == 0.0:
+            return
+        ratio = arrived[length + 1] / arrived[length]
+        for slot, message in zip(reads, messages, strict=True):
+            if message is None:
+                continue
+            if ratio != 1.0:
+                message = message * ratio
+            share = shares.setdefault(slot, {})
+            share[length + 1] = share[length + 1] + message if length + 1 in share else message
+
+    def _sweep(self, call: Call, loss: OutputLoss) -> LocalGradients:
+        deltas: dict[str, Tensor] = dict(loss.delivered)
+        for _ in range(self.steps):
+            messages: dict[str, Tensor] = {}
+            for node in reversed(call.graph.nodes.values()):
+                evaluated = call.passes[node.name]
+                cotangents = [deltas.get(slot) for slot in node.slots]
+                products = evaluated.pullback(cotangents, evaluated.inputs, retain_graph=True)
+                for slot, product in zip(node.reads, products, strict=True):
+                    if product is not None:
+                        messages[slot] = messages[slot] + product if slot in messages else product
+                for slot in () if node.is_output else node.slots:
+                    # all readers have sent with the old errors: updating now is the synchronous update
+                    change = self.lr * messages[slot] if slot in messages else None
+                    if slot in deltas:
+                        kept = (1 - self.lr) * deltas[slot]
+                        deltas[slot] = kept if change is None else kept + change
+                    elif change is not None:
+                        deltas[slot] = change
+        gradients = GradientSum()
+        for node in reversed(call.graph.nodes.values()):
+            gradients.add(call, call.passes[node.name], [deltas.get(slot) for slot in node.slots], retain_graph=True)
+        return self._result(call, loss, gradients, deltas)
+
+    def _result(
+        self, call: Call, loss: OutputLoss, gradients: GradientSum, deltas: dict[str, Tensor]
+    ) -> LocalGradients:
+        unreached = tuple(node.name for node in call.graph.hidden_nodes if not any(s in deltas for s in node.slots))
+        state = InferenceState(
+            call.graph, call.batch_size, call.values, deltas, -loss.unit, unreached=unreached
+        )
+        return LocalGradients(gradients.parameters, call.input_gradients(gradients.clamped), state)
+
+
+def arrivals(steps: int, lr: float, longest: int) -> list[float]:
+    """P(Binomial(steps, lr) >= k) for k = 0 .. longest + 1, by its recursion, which also holds for ``lr`` above 1."""
+    weights = [1.0] + [0.0] * (longest + 1)
+    for _ in range(steps):
+        weights = [1.0] + [(1 - lr) * weights[k] + lr * weights[k - 1] for k in range(1, longest + 2)]
+    return weights
+
+
+def _total(share: dict[int, Tensor]) -> Tensor | None:
+    vectors = iter(share.values())
+    total = next(vectors, None)
+    for vector in vectors:
+        assert total is not None
+        total = total + vector
+    return total

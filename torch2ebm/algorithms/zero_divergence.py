@@ -1,0 +1,124 @@
+"""Z-IL: predictive coding from a feed-forward start that visits each level at the right moment is backpropagation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from torch2ebm.algorithms.base import Algorithm, check_choice
+from torch2ebm.graph import EnergyGraph
+from torch2ebm.inference import GradientSum
+from torch2ebm.solvers.base import check_positive
+from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass, OutputLoss
+
+SCHEDULES = ("reverse", "levels")
+
+
+class ZeroDivergence(Algorithm):
+    """Exact gradients by local inference on any computational graph (Z-IL; Salvatori et al. 2022, Song et al. 2020).
+
+    Also Torch2PC's Exact. Any loss will do, since the loss is needed at the feed-forward prediction only.
+
+    Args:
+        schedule: ``"levels"`` is the published schedule on the levelled graph: at step t all errors are computed, the
+            nodes of level t take their parameters' gradients, then all values move at once. ``"reverse"`` (default)
+            visits the nodes in reverse topological order, which gives the same numbers at the cost of one backprop.
+        gamma: Step size of the values. Only 1 is exact; else a node of level d has gamma^d times backprop's gradient.
+
+    Raises:
+        ConfigurationError: for an unknown schedule, or a ``gamma`` that is not positive and finite.
+
+    Example:
+        >>> import torch2ebm
+        >>> torch2ebm.ZeroDivergence(schedule="levels")
+        ZeroDivergence(schedule='levels', gamma=1.0)
+    """
+
+    reevaluates_loss = False
+
+    def __init__(self, schedule: str = "reverse", *, gamma: float = 1.0) -> None:
+        check_choice("ZeroDivergence", "schedule", schedule, SCHEDULES)
+        check_positive("ZeroDivergence", gamma=gamma)
+        self.schedule, self.gamma = schedule, gamma
+
+    def __repr__(self) -> str:
+        return f"ZeroDivergence(schedule={self.schedule!r}, gamma={self.gamma!r})"
+
+    def forward(self, call: Call) -> None:
+        call.feedforward(keep_graph=True)
+
+    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        if self.schedule == "levels":
+            return by_levels(call, call.graph.levelled(), loss.delivered, loss.unit, self.gamma)
+        return self._reverse(call, loss, retain_graph)
+
+    def _reverse(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        gradients = GradientSum()
+        deltas = dict(loss.delivered)  # by slot: minus the error, in the scale of the user's loss
+        for node in reversed(call.graph.nodes.values()):
+            evaluated = call.passes[node.name] if retain_graph else call.passes.pop(node.name)
+            messages = gradients.add(
+                call, evaluated, [deltas.get(slot) for slot in node.slots], evaluated.inputs, retain_graph
+            )
+            for slot, message in zip(node.reads, messages, strict=True):
+                if message is None:
+                    continue
+                if self.gamma != 1.0:
+                    message = message * self.gamma ** (call.graph.owner[slot].level - node.level)
+                deltas[slot] = deltas[slot] + message if slot in deltas else message
+        state = InferenceState(call.graph, call.batch_size, call.values, deltas, -loss.unit)
+        return LocalGradients(gradients.parameters, call.input_gradients(gradients.clamped), state)
+
+
+def by_levels(
+    call: Call, graph: EnergyGraph, delivered: Mapping[str, Tensor], unit: Tensor | float, gamma: float
+) -> LocalGradients:
+    """The literal schedule of algorithms.md, B1; exact where ``graph`` is levelled.
+
+    Everything is in the scale of the user's loss. The loss acts at level 0, at step 0, hence at the feed-forward
+    prediction: the output's error is the delivered gradient throughout.
+    """
+    gradients = GradientSum()
+    values = _feedforward_values(call, graph)
+    final: dict[str, Tensor] = {}
+    for step in range(graph.depth + 1):
+        errors: dict[str, Tensor] = {}
+        messages: dict[str, Tensor] = {}
+        for node in graph.nodes.values():
+            inputs = [values[slot].detach().requires_grad_() for slot in node.reads]
+            with torch.enable_grad():
+                evaluated = call.evaluate(node, inputs, freeze_statistics=False)
+            own = _errors(evaluated, values, delivered)
+            errors.update({slot: e for slot, e in zip(node.slots, own, strict=True) if e is not None})
+            if node.level == step:
+                cotangents = [None if e is None else -e for e in own]
+                gradients.add(call, evaluated, cotangents, retain_graph=True)
+                final.update({slot: errors[slot] for slot in node.slots if slot in errors})
+            for slot, message in zip(node.reads, evaluated.pullback(own, inputs), strict=True):
+                if message is not None:
+                    messages[slot] = messages[slot] + message if slot in messages else message
+        for node in graph.hidden_nodes:
+            for slot in node.slots:
+                values[slot] = values[slot] + gamma * (messages.get(slot, 0.0) - errors[slot])
+    errors_of_nodes = {slot: e for slot, e in final.items() if slot in call.graph.owner}
+    state = InferenceState(call.graph, call.batch_size, call.values, errors_of_nodes, unit)
+    return LocalGradients(gradients.parameters, call.input_gradients(gradients.clamped), state)
+
+
+def _feedforward_values(call: Call, graph: EnergyGraph) -> dict[str, Tensor]:
+    values = {slot: value.detach() for slot, value in call.values.items()}
+    for node in graph.order:
+        if node.slots[0] not in values:  # an identity node of the levelling
+            values[node.slots[0]] = values[node.reads[0]]
+    return values
+
+
+def _errors(
+    evaluated: NodePass, values: Mapping[str, Tensor], delivered: Mapping[str, Tensor]
+) -> list[Tensor | None]:
+    if evaluated.node.is_output:
+        return [-delivered[slot] if slot in delivered else None for slot in evaluated.node.slots]
+    slots = zip(evaluated.node.slots, evaluated.predictions, strict=True)
+    return [values[slot] - prediction.detach() for slot, prediction in slots]

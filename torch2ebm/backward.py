@@ -1,0 +1,269 @@
+"""What ``loss.backward()`` runs: an autograd function whose inputs are the parameters, and the loss of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.errors import (
+    GraphFreedError,
+    HigherOrderGradientError,
+    InputGradientError,
+    LossNotRecordedError,
+    LossReductionError,
+    LossReplayError,
+    NonFiniteError,
+)
+from torch2ebm.freezing import BufferSnapshot
+from torch2ebm.recorder import Scalar, Tape
+from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss
+
+
+class OpenCall:
+    """One forward call and all that its backward needs; what a second backward may not find is released."""
+
+    def __init__(
+        self,
+        call: Call,
+        algorithm: Algorithm,
+        buffers: Mapping[str, Tensor],
+        keep: Callable[[InferenceState], None],
+    ) -> None:
+        self.call: Call | None = call
+        self.algorithm = algorithm
+        self.keep = keep
+        self.buffers = buffers
+        self.before = BufferSnapshot(buffers)
+        self.after: BufferSnapshot | None = None
+        self.tape = Tape(len(call.graph.output_slots), call.device)
+        self.parameters = {name: p for name, p in call.graph.parameters.items() if p.requires_grad}
+        self.autocast = (
+            torch.is_autocast_enabled(call.device.type),
+            torch.get_autocast_dtype(call.device.type),
+            torch.is_autocast_cache_enabled(),
+        )
+
+    def run(self) -> list[Tensor]:
+        """The forward pass: recordable outputs, in the order of the graph's output slots."""
+        assert self.call is not None
+        with self.before.restored_on_error():
+            self.algorithm.forward(self.call)
+            _check_prediction(self.call)
+        self.after = BufferSnapshot(self.buffers)
+        return [self.call.values[slot].detach() for slot in self.call.graph.output_slots]
+
+    def gradients(self, delivered: Sequence[Tensor | None], retain_graph: bool) -> LocalGradients:
+        call = self.call
+        if call is None:
+            raise GraphFreedError(
+                "loss.backward()", "a second backward through one forward call", "one, unless retain_graph=True",
+                "Call backward(retain_graph=True) the first time, or run the model again.",
+            )  # fmt: skip
+        slots = zip(call.graph.output_slots, delivered, strict=True)
+        loss = make_loss(self.algorithm, call, self.tape, {s: g for s, g in slots if g is not None})
+        with ExitStack() as stack:
+            stack.enter_context(BufferSnapshot(self.buffers).preserved())
+            enabled, dtype, cache = self.autocast
+            stack.enter_context(torch.autocast(call.device.type, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            gradients = self.algorithm.backward(call, loss, retain_graph)
+        _check_gradients(gradients, loss)
+        if any(tensor.requires_grad for tensor in call.tensors) and all(g is None for g in gradients.inputs):
+            raise InputGradientError(
+                f"{self.algorithm!r}", "inputs that require a gradient", "none, or an algorithm that has one",
+                "Detach the input, or use ZeroDivergence.",
+            )  # fmt: skip
+        self.keep(gradients.state)
+        if not retain_graph:
+            self.call = None
+        return gradients
+
+    def undo_buffers(self) -> None:
+        """Give running statistics their values from before the forward, unless another forward has moved them since."""
+        if self.after is not None and all(torch.equal(buffer, copy) for buffer, copy in self.after.copies):
+            self.before.restore()
+
+
+class EnergyFunction(torch.autograd.Function):
+    """From parameters and inputs to outputs; backwards the algorithm's local gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, open_call: OpenCall, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.open_call = open_call
+        ctx.set_materialize_grads(False)
+        return tuple(open_call.run())
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *delivered: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise HigherOrderGradientError(
+                "loss.backward(create_graph=True)", "a request for gradients of local gradients", "create_graph=False",
+                "Use model.feedforward(x), or the module itself, for a higher-order term.",
+            )  # fmt: skip
+        open_call: OpenCall = ctx.open_call  # type: ignore[attr-defined]
+        try:
+            gradients = open_call.gradients(delivered, _retains_graph())
+        except BaseException:
+            open_call.undo_buffers()
+            raise
+        of_parameters = [gradients.parameters.get(name) for name in open_call.parameters]
+        return (None, *of_parameters, *gradients.inputs)
+
+
+def _retains_graph() -> bool:
+    """Whether this backward was asked to keep its graph; where torch does not tell, assume that it was."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return bool(ask()) if ask is not None else True
+
+
+# The loss -------------------------------------------------------------------------------------------------------------
+
+
+def make_loss(algorithm: Algorithm, call: Call, tape: Tape, delivered: Mapping[str, Tensor]) -> OutputLoss:
+    """The loss of this backward; the factors that the tape has seen are consumed."""
+    scalars = [(scalar, _sum(scalar.factors)) for scalar in tape.scalars if scalar.factors]
+    for scalar in tape.scalars:
+        scalar.factors = []
+    loss = RecordedLoss(algorithm, call, tape, delivered, scalars)
+    if algorithm.reevaluates_loss:
+        loss.check()
+    return loss
+
+
+class RecordedLoss(OutputLoss):
+    """The scalars of one backward, with their outer factors, replayed at other predictions."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        call: Call,
+        tape: Tape,
+        delivered: Mapping[str, Tensor],
+        scalars: Sequence[tuple[Scalar, Tensor]],
+    ) -> None:
+        self.algorithm, self.call, self.tape, self.delivered = algorithm, call, tape, delivered
+        self.scalars = [scalar for scalar, _ in scalars]
+        factors = [factor for _, factor in scalars]
+        outer = torch.stack([factor.abs().double() for factor in factors]).max() if factors else torch.ones(())
+        # a common factor scales gradients; its sign, and the ratios between several scalars, enter the energy
+        self.relative = [torch.where(outer > 0, factor / outer, 0.0).to(factor.dtype) for factor in factors]
+        multiplier = self._multiplier()
+        self.scale = outer / multiplier
+        self.unit = torch.where(outer > 0, multiplier / outer, 0.0)
+        self.multiplier = multiplier
+
+    def _multiplier(self) -> int:
+        reduction = self.algorithm.loss_reduction
+        if reduction is None:  # an algorithm that needs no loss: errors in the units of the loss that was seen
+            reduction = "sum" if any(scalar.summed for scalar in self.scalars) else "mean"
+        return self.call.batch_size if reduction == "mean" else 1
+
+    def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        slots = self.call.graph.output_slots
+        leaves = [predictions[slot].detach().requires_grad_(slot in self.delivered) for slot in slots]
+        with torch.enable_grad():
+            values = self.tape.replay(leaves, [scalar.index for scalar in self.scalars])
+            total = self.multiplier * sum(f * value for f, value in zip(self.relative, values, strict=True))
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
+        pairs = [(slot, next(found)) for slot, leaf in zip(slots, leaves, strict=True) if leaf.requires_grad]
+        return total.detach(), {slot: gradient for slot, gradient in pairs if gradient is not None}
+
+    def check(self) -> None:
+        """Raise unless the recorded loss, at the feed-forward prediction, has the gradient that autograd delivered."""
+        if not self.scalars:
+            raise LossNotRecordedError(
+                "loss.backward()", self.tape.obstacle or "no loss of no dimension computed from the model's output",
+                f"one, since {type(self.algorithm).__name__} evaluates the loss again while predictions move",
+                "Reduce the loss to one number, or wrap the loss function: torch2ebm.EnergyLoss(loss_fn).",
+            )  # fmt: skip
+        self._check_reduction()
+        predictions = {slot: self.call.values[slot] for slot in self.call.graph.output_slots}
+        try:
+            _, gradients = self.gradients(predictions)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise self._refusal(f"an error when evaluated again: {error}") from error
+        for slot, expected in self.delivered.items():
+            ours = gradients.get(slot)
+            ours = torch.zeros_like(expected) if ours is None else ours * self.scale
+            if not _agree(ours, expected):
+                worst = float((ours - expected).abs().max())
+                raise self._refusal(f"a gradient in output '{slot}' that differs by up to {worst:.3g}")
+
+    def _check_reduction(self) -> None:
+        summed = any(scalar.summed for scalar in self.scalars)
+        if summed and self.call.batch_size > 1 and self.algorithm.loss_reduction == "mean":
+            raise LossReductionError(
+                "loss.backward()", f"a loss made by a sum, over a batch of {self.call.batch_size}",
+                "a mean over the batch (loss_reduction='mean')",
+                f"Give {type(self.algorithm).__name__}(..., loss_reduction='sum'), or take the mean.",
+            )  # fmt: skip
+
+    def _refusal(self, got: str) -> LossReplayError:
+        return LossReplayError(
+            "loss.backward()", got, "the gradient that autograd delivered",
+            "The loss uses the model's output through something that was not recorded, or draws random numbers; "
+            "wrap the loss function: torch2ebm.EnergyLoss(loss_fn).",
+        )  # fmt: skip
+
+
+def _sum(factors: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(factors)).sum()
+
+
+def _agree(ours: Tensor, expected: Tensor) -> bool:
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5  # far above rounding, far below any real difference
+    difference = (ours.double() - expected.double()).abs().max() if expected.numel() else torch.zeros(())
+    scale = expected.double().abs().max() if expected.numel() else torch.zeros(())
+    return bool((difference <= tolerance * scale + 1e-300) | ~torch.isfinite(scale))
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """One pass over the data; the sum may overflow where no entry is infinite, hence the second look."""
+    return bool(torch.isfinite(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
+
+
+def count_bad(tensor: Tensor) -> str:
+    bad = int((~torch.isfinite(tensor)).sum())
+    return f"{bad} of {tensor.numel()} elements NaN or infinite"
+
+
+def _check_prediction(call: Call) -> None:
+    if all(all_finite(call.values[slot]) for slot in call.graph.output_slots):
+        return
+    for name, parameter in call.graph.parameters.items():
+        if not all_finite(parameter):
+            raise _non_finite(f"parameter '{name}', feed-forward pass", parameter)
+    for node in call.graph.nodes.values():
+        for slot in node.slots:
+            if not all_finite(call.values[slot]):
+                raise _non_finite(f"prediction of node '{node.name}', feed-forward pass", call.values[slot])
+
+
+def _check_gradients(gradients: LocalGradients, loss: OutputLoss) -> None:
+    """Local gradients are finite, unless the outer factor (a gradient scaler's) is not: that is the scaler's to see."""
+    norms = torch._foreach_norm(list(gradients.parameters.values())) if gradients.parameters else []
+    if not norms or bool(torch.isfinite(torch.stack([norm.double() for norm in norms]).sum())):
+        return
+    if not all(all_finite(delivered) for delivered in loss.delivered.values()):
+        if bool(torch.isfinite(torch.as_tensor(loss.scale))):
+            raise _non_finite("the loss, backward", next(d for d in loss.delivered.values() if not all_finite(d)))
+        return
+    for name, gradient in gradients.parameters.items():
+        if not all_finite(gradient):
+            raise _non_finite(f"gradient of parameter '{name}', backward", gradient)
+
+
+def _non_finite(where: str, tensor: Tensor) -> NonFiniteError:
+    return NonFiniteError(
+        where, count_bad(tensor), "finite numbers",
+        "Look at the input, the target, the learning rate and the parameters; nothing was changed.",
+    )  # fmt: skip

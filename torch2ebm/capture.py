@@ -1,0 +1,375 @@
+"""From a module to one functional ``fx.Graph``, and what a real run shows of each of its operations.
+
+Knows nothing of energies. The module is left exactly as it was: attributes, buffers and generators are restored.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from torch2ebm.errors import CaptureMismatchError, Torch2EBMError, UnknownNodeError, UntraceableError
+from torch2ebm.freezing import BufferSnapshot, RandomState, Statistics, recording_statistics
+from torch2ebm.functional_graph import expand_tuples, make_functional
+
+
+class _TensorLeaf:
+    """Stands for a tensor among the leaves of a call's arguments."""
+
+    def __repr__(self) -> str:
+        return "<tensor>"
+
+
+TENSOR = _TensorLeaf()
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a capture is specialised to: the structure of the arguments and every argument that is no tensor."""
+
+    leaves: tuple[Any, ...]
+    structure: pytree.TreeSpec
+    names: tuple[str, ...]
+
+    def unflatten(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        remaining = iter(tensors)
+        leaves = [next(remaining) if leaf is TENSOR else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        return args, kwargs
+
+
+def flatten_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], Signature]:
+    """The tensors of a call in order, and the signature that puts them back."""
+    leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    markers = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return tensors, Signature(markers, structure, tuple(_tensor_names(module, args, kwargs)))
+
+
+def assumed_signature(module: nn.Module) -> Signature:
+    """Every argument without a default a tensor, every other left out: what ``convert`` traces before any example."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    keywords = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
+    _, structure = pytree.tree_flatten((tuple(required), {name: name for name in keywords}))
+    names = (*required, *keywords)
+    return Signature((TENSOR,) * len(names), structure, names)
+
+
+def _tensor_names(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[str]:
+    positional = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    positional += [f"input_{i}" for i in range(len(positional), len(args))]
+    for name, argument in [*zip(positional, args, strict=False), *kwargs.items()]:
+        leaves = pytree.tree_leaves(argument)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                yield re.sub(r"\W", "_", name if len(leaves) == 1 else f"{name}_{i}")
+
+
+# Tracing --------------------------------------------------------------------------------------------------------------
+
+
+class EnergyTracer(fx.Tracer):
+    """Symbolic tracing with modules of ``torch.nn`` and the modules that the user names as leaves."""
+
+    def __init__(self, signature: Signature, leaves: frozenset[str]) -> None:
+        super().__init__(autowrap_modules=(math,))
+        self.signature = signature
+        self.leaves = leaves
+        self.failed_in = ""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.leaves:
+            return True
+        if getattr(m, "inplace", False) is True:
+            return False  # traced into its functional, whose inplace=True the graph can then drop
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        placeholders = [self.create_proxy("placeholder", name, (), {}) for name in self.signature.names]
+        args, kwargs = self.signature.unflatten(placeholders)
+
+        def forward(root: nn.Module) -> Any:
+            return root.forward(*args, **kwargs)
+
+        return forward, [self.root]
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed_in = self.failed_in or self.path_of_module(m)
+            raise
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A functional graph whose targets are attributes of the module; tensors made while tracing come as constants."""
+
+    graph: fx.Graph
+    constants: Mapping[str, Tensor]
+    leaves: frozenset[str]
+
+
+def trace(module: nn.Module, signature: Signature, leaves: frozenset[str] = frozenset()) -> Trace:
+    """Trace ``module``. Raises :class:`UntraceableError` or :class:`UnknownNodeError`; alters nothing."""
+    _check_names(module, leaves)
+    tracer = EnergyTracer(signature, leaves)
+    with _attributes_restored(module):
+        try:
+            graph = tracer.trace(module)
+        except Torch2EBMError:
+            raise
+        except Exception as error:
+            raise _untraceable(module, tracer.failed_in, error) from error
+        constants = _lift_constants(module, graph)
+    called = {node.target for node in graph.nodes if node.op == "call_module"}
+    if missing := sorted(leaves - called):
+        raise UnknownNodeError(
+            "convert(nodes=[...])", f"{missing}, never called by {type(module).__name__}.forward",
+            "submodules that forward calls", "Name the submodules that they contain, or the one that contains them.",
+        )  # fmt: skip
+    make_functional(graph)
+    return Trace(graph, constants, leaves)
+
+
+def _check_names(module: nn.Module, leaves: frozenset[str]) -> None:
+    known = {name for name, _ in module.named_modules()} - {""}
+    if unknown := sorted(leaves - known):
+        some = ", ".join(sorted(known)[:12])
+        raise UnknownNodeError(
+            "convert(nodes=[...])", f"{unknown}", f"names of submodules of {type(module).__name__} ({some}, ...)",
+            "Take them from module.named_modules().",
+        )  # fmt: skip
+
+
+def _untraceable(module: nn.Module, scope: str, error: Exception) -> UntraceableError:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not re.search(r"[/\\]torch(2ebm)?[/\\]", f.filename)]
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"
+    line = f" `{frames[-1].line}`" if frames else ""
+    named = f"make '{scope}' one node with nodes=['{scope}']" if scope else "make the submodule concerned one node with nodes=[...]"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UntraceableError(
+        f"torch2ebm cannot capture {type(module).__name__}", f"{scope or 'forward'} ({place}){line}: {reason}",
+        "operations on tensors that do not branch on a tensor's value",
+        f"Options: {named}, rewrite the branch with torch.where, or pass example_inputs if an argument is no tensor.",
+    )  # fmt: skip
+
+
+@contextmanager
+def _attributes_restored(module: nn.Module) -> Iterator[None]:
+    """Tracing runs forward with proxies, and forward may assign them to attributes and buffers."""
+    registries = ("_parameters", "_buffers", "_modules")
+    before = [(m, dict(m.__dict__), [dict(m.__dict__[r]) for r in registries]) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, attributes, contents in before:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+            for registry, content in zip(registries, contents, strict=True):
+                if m.__dict__[registry] != content or list(m.__dict__[registry]) != list(content):
+                    m.__dict__[registry].clear()
+                    m.__dict__[registry].update(content)
+
+
+def _lift_constants(module: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
+    """Tensors that tracing itself made become placeholders, since the restored module does not have them."""
+    constants: dict[str, Tensor] = {}
+    first = next(iter(graph.nodes))
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or not str(node.target).startswith("_tensor_constant"):
+            continue
+        name = str(node.target).lstrip("_")
+        if name not in constants:
+            constants[name] = getattr(module, str(node.target))
+            with graph.inserting_before(first):
+                placeholder = graph.placeholder(name)
+        node.replace_all_uses_with(placeholder)
+        graph.erase_node(node)
+    return constants
+
+
+# What a real run shows ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a real run showed of one operation."""
+
+    live: bool  # floating point, and differentiable with respect to parameters or to a node that the user named
+    tensor: bool
+    random: bool = False
+    batch_statistics: bool = False
+    shape: tuple[int, ...] = ()
+
+
+class _Observer(fx.Interpreter):
+    def __init__(self, module: nn.Module, traced: Trace, device: torch.device) -> None:
+        super().__init__(module, graph=traced.graph)
+        self.device, self.leaves = device, traced.leaves
+        self.facts: dict[fx.Node, Fact] = {}
+        self.outputs: dict[fx.Node, Any] = {}  # of operations with several outputs
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op in ("placeholder", "get_attr", "output"):
+            value = super().run_node(n)
+            self.facts[n] = Fact(live=False, tensor=isinstance(value, Tensor))
+            return value
+        random_before, statistics = RandomState(self.device), Statistics()
+        with recording_statistics(statistics):
+            value = super().run_node(n)
+        if n.op == "call_module" and n.target in self.leaves:
+            value = pytree.tree_map(_made_live, value)
+        self.facts[n] = Fact(
+            live=any(_is_live(leaf) for leaf in pytree.tree_leaves(value)),
+            tensor=isinstance(value, Tensor),
+            random=random_before.advanced(),
+            batch_statistics=bool(statistics),
+            shape=tuple(value.shape) if isinstance(value, Tensor) else (),
+        )
+        if not isinstance(value, Tensor):
+            self.outputs[n] = value
+        return value
+
+
+def _is_live(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and (value.is_floating_point() or value.is_complex())
+
+
+def _made_live(value: Any) -> Any:
+    """A node that the user named has a value of its own even where no parameter feeds it."""
+    if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
+        return value.detach().requires_grad_()
+    return value
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A verified-to-be graph of one module in one mode for one signature."""
+
+    module: nn.Module
+    graph: fx.Graph
+    constants: Mapping[str, Tensor]
+    leaves: frozenset[str]
+    signature: Signature
+    facts: Mapping[fx.Node, Fact]
+    reference: Reference
+    captured_by: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One real run of the module: what every composition of its parts has to give, bit for bit."""
+
+    tensors: tuple[Tensor, ...]
+    outputs: list[Any]
+    structure: pytree.TreeSpec
+    changed_buffers: Mapping[str, Tensor]  # name -> contents after the run
+
+    def check(self, module: nn.Module, outputs: Sequence[Any]) -> None:
+        """Raise :class:`CaptureMismatchError` where ``outputs`` or the module's buffers now differ."""
+        buffers = dict(module.named_buffers())
+        differences = [
+            f"output {i}" for i, (ours, real) in enumerate(zip(outputs, self.outputs, strict=True)) if not _same(ours, real)
+        ] + [f"buffer {name}" for name, after in self.changed_buffers.items() if not _same(buffers[name], after)]
+        if differences:
+            raise CaptureMismatchError(
+                f"torch2ebm cannot capture {type(module).__name__}", f"another result in {', '.join(differences)}",
+                "the module's own outputs and buffers",
+                "Its forward depends on something that tracing does not see (a value, a counter, a view written in "
+                "place, the order of random draws): make that submodule one node with nodes=[...].",
+            )  # fmt: skip
+
+
+def _same(ours: Any, real: Any) -> bool:
+    if not isinstance(real, Tensor):
+        return not isinstance(ours, Tensor) and bool(ours == real)
+    if not isinstance(ours, Tensor) or ours.shape != real.shape or ours.dtype != real.dtype:
+        return False
+    if not (real.is_floating_point() or real.is_complex()):
+        return torch.equal(ours, real)
+    tolerance = 16 * torch.finfo(real.dtype).eps  # accelerators add in no fixed order; on the CPU it is the same bits
+    return torch.allclose(ours, real, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Sequence[Tensor]) -> Capture:
+    """Run the module and its trace once on ``tensors``; generators and buffers are restored afterwards."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    with torch.inference_mode(False), torch.enable_grad(), untouched(module, device) as restore:
+        tensors = [tensor.detach().clone() for tensor in tensors]
+        reference = _real_run(module, signature, tensors)
+        restore()
+        observer = _Observer(module, traced, device)
+        with _all_parameters_trainable(module):
+            try:
+                observer.run(*[constant.to(device) for constant in traced.constants.values()], *tensors)
+            except Exception as error:
+                raise _untraceable(module, "", error) from error
+    expand_tuples(traced.graph, observer.outputs, observer.facts, _fact_of_part)
+    return Capture(
+        module, traced.graph, traced.constants, traced.leaves, signature, observer.facts, reference, captured_by="fx"
+    )
+
+
+def _fact_of_part(value: Any) -> Fact:
+    tensor = isinstance(value, Tensor)
+    return Fact(live=_is_live(value), tensor=tensor, shape=tuple(value.shape) if tensor else ())
+
+
+def _real_run(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> Reference:
+    before = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    args, kwargs = signature.unflatten([tensor.clone() for tensor in tensors])
+    outputs, structure = pytree.tree_flatten(module(*args, **kwargs))
+    outputs = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in outputs]
+    changed = {
+        name: buffer.detach().clone()
+        for name, buffer in module.named_buffers()
+        if name in before and not torch.equal(buffer, before[name])
+    }
+    return Reference(tuple(tensors), outputs, structure, changed)
+
+
+@contextmanager
+def untouched(module: nn.Module, device: torch.device) -> Iterator[Callable[[], None]]:
+    """Restore generators, buffers and attributes at the end, and whenever the yielded function is called."""
+    random = RandomState(device)
+    buffers = BufferSnapshot(dict(module.named_buffers()))
+
+    def restore() -> None:
+        random.restore()
+        buffers.restore()
+
+    with ExitStack() as stack:
+        stack.callback(restore)
+        stack.enter_context(_attributes_restored(module))
+        yield restore
+
+
+@contextmanager
+def _all_parameters_trainable(module: nn.Module) -> Iterator[None]:
+    """Whether an operation is differentiable must not depend on what is frozen today."""
+    frozen = [p for p in module.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

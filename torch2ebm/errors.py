@@ -1,0 +1,121 @@
+"""Everything torch2ebm refuses, one class each. Every message says where, what was got, what was expected, what to do.
+
+Three families say at once what kind of refusal it is: :class:`UnsupportedError` (cannot be supported),
+:class:`ConfigurationError` (a choice or a use that is not legal) and :class:`NumericalError` (the numbers went wrong).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Torch2EBMError(Exception):
+    """Base of all errors of torch2ebm."""
+
+    def __init__(self, where: str, got: str, expected: str, remedy: str) -> None:
+        super().__init__(where, got, expected, remedy)
+        self.where, self.got, self.expected, self.remedy = where, got, expected, remedy
+
+    def __str__(self) -> str:
+        return f"{self.where}: got {self.got}; expected {self.expected}. {self.remedy}"
+
+
+class UnsupportedError(Torch2EBMError):
+    """What was asked for has no meaning here, or cannot be done."""
+
+
+class ConfigurationError(Torch2EBMError, ValueError):
+    """An argument, or a combination of arguments, that is not legal."""
+
+
+class NumericalError(Torch2EBMError, ArithmeticError):
+    """The numbers of a step went wrong; weights, buffers and optimizer state are as before it."""
+
+
+# Capture and partition ------------------------------------------------------------------------------------------------
+
+
+class UntraceableError(UnsupportedError):
+    """The module's forward cannot be turned into a graph."""
+
+
+class CaptureMismatchError(UnsupportedError):
+    """The captured graph does not compute what the module computes."""
+
+
+class UnknownNodeError(ConfigurationError):
+    """A name in ``nodes=[...]`` is no submodule of the model."""
+
+
+class PartitionError(ConfigurationError):
+    """The model cannot be cut in value nodes as asked for."""
+
+
+class NotCapturedError(ConfigurationError):
+    """The graph was asked for before any example input was seen."""
+
+
+class ModuleChangedError(ConfigurationError):
+    """Layers or parameters of the module were replaced after ``convert``."""
+
+
+# The training loop ----------------------------------------------------------------------------------------------------
+
+
+class AttachmentError(ConfigurationError):
+    """An optimizer and a model that do not belong together, or a second attachment."""
+
+
+class NodeEvaluationError(ConfigurationError, RuntimeError):
+    """A node's function failed on what it was given, by a wrong shape, dtype or device as a rule."""
+
+
+class LossNotRecordedError(ConfigurationError):
+    """No loss was seen that can be evaluated again while the prediction moves."""
+
+
+class LossReplayError(LossNotRecordedError):
+    """The recorded loss does not have the gradient that autograd delivered."""
+
+
+class LossIndependentError(ConfigurationError):
+    """The loss does not depend on the model's output."""
+
+
+class LossReductionError(ConfigurationError):
+    """A summed loss meets an algorithm that takes the loss for a mean over the batch."""
+
+
+class HigherOrderGradientError(UnsupportedError):
+    """``create_graph=True``: local gradients are not differentiable."""
+
+
+class GraphFreedError(ConfigurationError, RuntimeError):
+    """A second backward through a call that the first one has released."""
+
+
+class InputGradientError(UnsupportedError):
+    """The inputs require a gradient that the attached algorithm does not have."""
+
+
+# Results and numbers --------------------------------------------------------------------------------------------------
+
+
+class NoStateError(ConfigurationError):
+    """The state was asked for before the first backward, or after the next forward."""
+
+
+class BatchDimensionError(UnsupportedError):
+    """Something per sample was asked of values that have no leading batch dimension."""
+
+
+class NonFiniteError(NumericalError):
+    """NaN or infinity, with the node, the phase and the count of bad elements."""
+
+
+class DivergenceError(NumericalError):
+    """The relaxation ran away; ``energy`` is the curve until then."""
+
+    def __init__(self, where: str, got: str, expected: str, remedy: str, energy: Sequence[float] = ()) -> None:
+        super().__init__(where, got, expected, remedy)
+        self.energy = tuple(energy)

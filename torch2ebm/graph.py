@@ -1,0 +1,182 @@
+"""The energy graph: value nodes, their functions, and how they compose to the model. Plain data, no forward magic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torch2ebm.errors import NodeEvaluationError
+
+
+def identity(value: Tensor) -> Tensor:
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One value node: its prediction is ``function(*values read, *constants)``.
+
+    Most nodes have one value. A node whose function returns several tensors (an LSTM, a chunk) has one *slot* for
+    each that others read. A node without children is an output: the loss acts on its prediction (mode O1 of
+    algorithms.md, section 0), and it has no value that could move.
+
+    Attributes:
+        name: Path of the module that gave the node its parameters, or of the operation.
+        parents: Names of the nodes whose values it reads; clamped inputs are not nodes.
+        children: Names of the nodes that read its value.
+        function: The prediction: a tensor, or a tuple of them (slots, then exports).
+        parameters: Qualified name to parameter, the module's own objects.
+        level: Longest path, in edges, to an output.
+        slots: Names of its values.
+        reads: Names of the slots that it reads, in the order of the function's arguments.
+        constants: Names of the further arguments: clamped inputs, and what the feed-forward pass fixes.
+        exports: Names of what else its function returns for others to read as constants.
+        random: Whether it draws random numbers.
+        batch_statistics: Whether it normalises with the statistics of the batch.
+    """
+
+    name: str
+    parents: tuple[str, ...]
+    children: tuple[str, ...]
+    function: Callable[..., Any]
+    parameters: Mapping[str, nn.Parameter]
+    level: int
+    slots: tuple[str, ...]
+    reads: tuple[str, ...]
+    constants: tuple[str, ...] = ()
+    exports: tuple[str, ...] = ()
+    random: bool = False
+    batch_statistics: bool = False
+    description: str = ""
+
+    @property
+    def is_output(self) -> bool:
+        return not self.children
+
+    def evaluate(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """The predictions of all slots, then the exports. Raises :class:`NodeEvaluationError`."""
+        try:
+            result = self.function(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            shapes = ", ".join(f"{n} {_described(a)}" for n, a in zip((*self.reads, *self.constants), arguments, strict=True))
+            raise NodeEvaluationError(
+                f"node '{self.name}' ({self.description})", shapes or "no arguments", "arguments that its function takes",
+                f"The function said: {str(error).strip().splitlines()[0]}. Check shape, dtype and device of the input.",
+            ) from error  # fmt: skip
+        return result if isinstance(result, tuple) else (result,)
+
+
+def _described(argument: Any) -> str:
+    if isinstance(argument, Tensor):
+        return f"{tuple(argument.shape)} {str(argument.dtype).removeprefix('torch.')} on {argument.device}"
+    return repr(argument)
+
+
+@dataclass(frozen=True)
+class OutputReference:
+    """Where one leaf of the model's output comes from."""
+
+    slot: str | None = None  # a prediction that the loss may act on
+    constant: str | None = None  # something fixed by the feed-forward pass
+    literal: Any = None
+
+
+class EnergyGraph:
+    """Value nodes in topological order, their levels, and their composition to the model.
+
+    What algorithms and solvers work on; it knows nothing of losses or of autograd.
+
+    Attributes:
+        nodes: Name to :class:`Node`, parents before children.
+        order: The nodes in evaluation order, those with no path to an output (whose gradient is zero) included.
+        depth: Largest level of a node that has a value.
+        changing_buffers: Buffers that a forward pass changes (running statistics).
+        clamp: From the input tensors to everything that depends on them alone, by name.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        order: Iterable[Node],
+        clamp: Callable[[Sequence[Tensor]], dict[str, Any]],
+        outputs: tuple[OutputReference, ...],
+        structure: pytree.TreeSpec,
+        changing_buffers: tuple[str, ...] = (),
+    ) -> None:
+        self.module, self.changing_buffers = module, changing_buffers
+        self.clamp, self.outputs, self.structure = clamp, outputs, structure
+        self.order, self.nodes = _linked(tuple(order), {o.slot for o in outputs if o.slot is not None})
+        self.owner = MappingProxyType({slot: node for node in self.nodes.values() for slot in node.slots})
+        self.output_slots = tuple(dict.fromkeys(o.slot for o in outputs if o.slot is not None))
+        self.output_nodes = tuple(node for node in self.nodes.values() if node.is_output)
+        self.hidden_nodes = tuple(node for node in self.nodes.values() if not node.is_output)
+        self.depth = max((node.level for node in self.hidden_nodes), default=0)
+
+    @property
+    def levels(self) -> Mapping[str, int]:
+        return {name: node.level for name, node in self.nodes.items()}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that some output depends on, by qualified name, each once, in the module's order."""
+        used = {name for node in self.nodes.values() for name in node.parameters}
+        return {name: parameter for name, parameter in self.module.named_parameters() if name in used}
+
+    def output(self, predictions: Mapping[str, Tensor], constants: Mapping[str, Any]) -> list[Any]:
+        """The leaves of the model's output."""
+        leaves = []
+        for reference in self.outputs:
+            if reference.slot is not None:
+                leaves.append(predictions[reference.slot])
+            else:
+                leaves.append(reference.literal if reference.constant is None else constants[reference.constant])
+        return leaves
+
+    def levelled(self) -> EnergyGraph:
+        """The same model with ``k - 1`` identity nodes on every edge that spans ``k`` levels (algorithms.md B1)."""
+        order: list[Node] = []
+        for node in self.order:
+            reads = []
+            for slot in node.reads:
+                parent = self.owner[slot]
+                read = slot
+                for step in range(parent.level - node.level - 1 if node.name in self.nodes else 0):
+                    link = f"{slot}->{node.name}.{step}"
+                    if all(link != other.name for other in order):
+                        order.append(Node(link, (), (), identity, {}, 0, (link,), (read,), description="identity"))
+                    read = link
+                reads.append(read)
+            order.append(replace(node, reads=tuple(reads)))
+        return EnergyGraph(self.module, order, self.clamp, self.outputs, self.structure, self.changing_buffers)
+
+
+def _linked(order: tuple[Node, ...], returned: set[str]) -> tuple[tuple[Node, ...], Mapping[str, Node]]:
+    """Fill in parents, children and levels; keep apart the nodes without a path to an output."""
+    owner = {slot: node.name for node in order for slot in node.slots}
+    children: dict[str, dict[str, None]] = {node.name: {} for node in order}
+    level: dict[str, int] = {}
+    for node in reversed(order):
+        levels = [level[child] + 1 for child in children[node.name]]
+        if levels or not returned.isdisjoint(node.slots):
+            level[node.name] = max(levels, default=0)
+            for slot in node.reads:
+                children[owner[slot]][node.name] = None
+    position = {node.name: i for i, node in enumerate(order)}
+    linked = tuple(
+        replace(
+            node,
+            parents=tuple(dict.fromkeys(owner[slot] for slot in node.reads)),
+            children=tuple(sorted(children[node.name], key=position.__getitem__)),
+            level=level.get(node.name, 0),
+        )
+        for node in order
+    )
+    return linked, MappingProxyType({node.name: node for node in linked if node.name in level})

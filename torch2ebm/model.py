@@ -1,0 +1,349 @@
+"""``convert`` and the model that people call: the module it came from, with an energy graph and an algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.assembly import build_graph
+from torch2ebm.backward import EnergyFunction, OpenCall, all_finite, count_bad
+from torch2ebm.capture import (
+    Capture,
+    Signature,
+    assumed_signature,
+    capture,
+    flatten_arguments,
+    trace,
+    untouched,
+)
+from torch2ebm.drawing import draw_graph
+from torch2ebm.errors import (
+    AttachmentError,
+    ConfigurationError,
+    ModuleChangedError,
+    NonFiniteError,
+    NoStateError,
+    NotCapturedError,
+)
+from torch2ebm.graph import EnergyGraph, Node
+from torch2ebm.partition import Granularity, named_leaves
+from torch2ebm.recorder import start
+from torch2ebm.state import Call, InferenceState
+from torch2ebm.summary import node_table
+
+
+def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None) -> EnergyModel:
+    """Make an energy model of ``module``: same parameters, same outputs, value nodes inside.
+
+    Args:
+        module: Any module whose forward can be traced. It is left as it is and shares everything with the result.
+        nodes: What becomes a value node. ``"auto"``: what the attached algorithm asks for, ``"layer"`` until one is;
+            ``"layer"``: a parameterised operation with the activations that follow; ``"preactivation"``: cut before
+            the activations; ``"module"``: every leaf module; ``"op"``: every operation; ``"children"``: each
+            top-level child, as Torch2PC; or a list of submodule names that each become one node.
+        example_inputs: A tuple is positional, a dict is keywords, a tensor is one positional. Without it the graph
+            is cut and verified at the first call.
+
+    Raises:
+        UntraceableError: if forward cannot be turned into a graph, with place and remedy.
+        UnknownNodeError: if a name in ``nodes`` is no submodule that forward calls.
+        CaptureMismatchError: if the graph does not compute what the module computes.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> model = torch2ebm.convert(net, example_inputs=torch.randn(2, 4))
+        >>> list(model.nodes)
+        ['0', '2']
+    """
+    if not isinstance(module, nn.Module) or isinstance(module, EnergyModel):
+        raise ConfigurationError(
+            "torch2ebm.convert(module)", type(module).__name__, "a torch.nn.Module that is not converted yet",
+            "Pass the network itself.",
+        )  # fmt: skip
+    return EnergyModel(module, nodes, example_inputs)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The objects a module consists of, and its modes. Holding them keeps an address from being used again."""
+
+    modules: tuple[nn.Module, ...]
+    parameters: tuple[nn.Parameter | None, ...]
+    modes: tuple[bool, ...]
+
+    @staticmethod
+    def of(module: nn.Module) -> Fingerprint:
+        modules = tuple(module.modules())
+        parameters = tuple(p for m in modules for p in m._parameters.values())
+        return Fingerprint(modules, parameters, tuple(m.training for m in modules))
+
+    def same_objects(self, other: Fingerprint) -> bool:
+        return (
+            len(self.modules) == len(other.modules)
+            and len(self.parameters) == len(other.parameters)
+            and all(a is b for a, b in zip(self.modules, other.modules, strict=True))
+            and all(a is b for a, b in zip(self.parameters, other.parameters, strict=True))
+        )
+
+
+class EnergyModel(nn.Module):
+    """A module with value nodes. Made by :func:`convert`; called, moved, saved and switched as the module it came from.
+
+    Without an algorithm, ``loss.backward()`` is ordinary backpropagation. With one (see :class:`EnergyOptimizer`) and
+    gradients enabled, the algorithm runs in training and evaluation mode alike. Under ``torch.no_grad`` the original
+    module runs. Attributes that it does not have itself are those of the module.
+    """
+
+    accepts_loss_kwargs = False  # the Hugging Face Trainer then passes no num_items_in_batch
+
+    def __init__(self, module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None) -> None:
+        self._share(module)
+        self._granularity: Granularity = nodes if isinstance(nodes, str) else tuple(nodes)
+        leaves = named_leaves(module, self._granularity)
+        if example_inputs is None:
+            trace(module, assumed_signature(module), leaves)
+        else:
+            args, kwargs = _as_arguments(example_inputs)
+            self._graph_for(args, kwargs)
+
+    def _share(self, module: nn.Module) -> None:
+        """Be the module: the same registries, not copies of them, so that whatever moves one moves both."""
+        object.__setattr__(self, "_original", module)
+        super().__init__()
+        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[registry] = module.__dict__[registry]
+        self._fingerprint = Fingerprint.of(module)
+        self._captures: list[tuple[Any, Capture]] = []
+        self._graphs: list[tuple[Any, EnergyGraph]] = []
+        self._latest: EnergyGraph | None = None
+        self._state: InferenceState | None = None
+        self._algorithm: Algorithm | None = None
+        self.attached = False
+        self.awaits_backward = False
+
+    # what people call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._algorithm is None or not torch.is_grad_enabled():
+            if self._latest is None:
+                self._graph_for(args, kwargs)
+            return self._original(*args, **kwargs)
+        self._state = None
+        output = self.run(self._algorithm, args, kwargs, self._keep)
+        self.awaits_backward = True
+        return output
+
+    def feedforward(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain module's output, whatever algorithm is attached, with ordinary autograd."""
+        return self._original(*args, **kwargs)
+
+    def run(
+        self,
+        algorithm: Algorithm,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        keep: Callable[[InferenceState], None] = lambda state: None,
+    ) -> Any:
+        """The output whose backward is that of ``algorithm``, attached or not; ``keep`` gets the resulting state."""
+        tensors, graph = self._tensors_and_graph(args, kwargs, algorithm)
+        _check_inputs(tensors, graph)
+        changed = self._changing_buffers(graph)
+        open_call = OpenCall(Call(graph, tensors), algorithm, changed, keep)
+        call = open_call.call
+        assert call is not None
+        outputs = EnergyFunction.apply(open_call, *open_call.parameters.values(), *tensors)
+        recorded = dict(zip(graph.output_slots, start(open_call.tape, outputs), strict=True))
+        return pytree.tree_unflatten(graph.output(recorded, call.environment), graph.structure)
+
+    def _keep(self, state: InferenceState) -> None:
+        self._state = state
+        self.awaits_backward = False
+
+    # what they look at
+
+    @property
+    def graph(self) -> EnergyGraph:
+        """The energy graph of the last call. Raises :class:`NotCapturedError` before any input was seen."""
+        if self._latest is None:
+            raise NotCapturedError(
+                "model.graph", "no graph yet", "an example input",
+                "Call the model once, or pass example_inputs to torch2ebm.convert.",
+            )  # fmt: skip
+        return self._latest
+
+    @property
+    def nodes(self) -> Mapping[str, Node]:
+        """Name to :class:`Node`, parents before children."""
+        return self.graph.nodes
+
+    @property
+    def algorithm(self) -> Algorithm | None:
+        """The attached algorithm, or None: ordinary backpropagation."""
+        return self._algorithm
+
+    @property
+    def state(self) -> InferenceState:
+        """Values, predictions, errors and energies of the last backward; released at the next forward.
+
+        Raises :class:`NoStateError` before the first backward.
+        """
+        if self._state is None:
+            raise NoStateError(
+                "model.state", "no state", "a backward since the last forward",
+                "Attach an EnergyOptimizer, then call loss.backward(); look at the state before the next forward.",
+            )  # fmt: skip
+        return self._state
+
+    def summary(self) -> str:
+        """A table of the nodes: name, level, function, shape of the value, parameters."""
+        return node_table(self.graph, self._state)
+
+    def draw(self, path: str) -> None:
+        """Draw the graph, one row a level, to a picture file. Needs matplotlib (``pip install torch2ebm[plot]``)."""
+        draw_graph(self.graph, path)
+
+    # attaching
+
+    def attach(self, algorithm: Algorithm) -> None:
+        """Called by :class:`EnergyOptimizer`. Raises :class:`AttachmentError` if one is attached already."""
+        if self.attached:
+            raise AttachmentError(
+                "EnergyOptimizer(model)", f"a model with {self._algorithm!r} attached", "a model without an algorithm",
+                "Call detach() on the optimizer that is attached, or on the model.",
+            )  # fmt: skip
+        self._algorithm, self.attached, self._state, self._latest = algorithm, True, None, None
+        self.awaits_backward = False
+
+    def detach(self) -> None:
+        """End the attachment: the model is ordinary backpropagation again."""
+        self._algorithm, self.attached, self._state = None, False, None
+        self.awaits_backward = False
+
+    # capture
+
+    def _graph_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> EnergyGraph:
+        return self._tensors_and_graph(args, kwargs, self._algorithm)[1]
+
+    def _tensors_and_graph(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], algorithm: Algorithm | None
+    ) -> tuple[list[Tensor], EnergyGraph]:
+        """The tensors among the arguments, and the graph for their structure, the modes and the algorithm."""
+        fingerprint = Fingerprint.of(self._original)
+        if not fingerprint.same_objects(self._fingerprint):
+            raise ModuleChangedError(
+                f"EnergyModel({type(self._original).__name__})", _changes(self._fingerprint, fingerprint),
+                "the layers and parameters that torch2ebm.convert saw",
+                "Convert the changed module again; change parameters in place (copy_, data) to keep the model.",
+            )  # fmt: skip
+        granularity = self._granularity
+        if granularity == "auto":
+            granularity = "layer" if algorithm is None else algorithm.partition
+        tensors, signature = flatten_arguments(self._original, args, kwargs)
+        key = (fingerprint.modes, signature.structure, signature.leaves)
+        self._latest = _lookup(self._graphs, (granularity, key))
+        if self._latest is None:
+            captured = _lookup(self._captures, key)
+            if captured is None:
+                traced = trace(self._original, signature, named_leaves(self._original, self._granularity))
+                captured = capture(self._original, traced, signature, tensors)
+                self._captures.append((key, captured))
+            self._latest = _verified(captured, granularity)
+            self._graphs.append(((granularity, key), self._latest))
+        return tensors, self._latest
+
+    def _changing_buffers(self, graph: EnergyGraph) -> dict[str, Tensor]:
+        return {name: self._original.get_buffer(name) for name in graph.changing_buffers}
+
+    # being the module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "_original":
+                raise
+            return getattr(self._original, name)
+
+    @property
+    def training(self) -> bool:
+        return self._original.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self._original.training = mode
+
+    def train(self, mode: bool = True) -> EnergyModel:
+        self._original.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EnergyModel:
+        self._original._apply(fn, recurse)
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> EnergyModel:
+        self._original.apply(fn)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original.load_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{type(self._original).__name__}, algorithm={self._algorithm!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The module and the choices; captures and the state of the last backward are made again when needed."""
+        return {"module": self._original, "granularity": self._granularity, "algorithm": self._algorithm}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._share(state["module"])
+        self._granularity, self._algorithm = state["granularity"], state["algorithm"]
+
+
+def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+
+def _lookup(entries: Sequence[tuple[Any, Any]], key: Any) -> Any:
+    return next((entry for known, entry in entries if known == key), None)
+
+
+def _verified(captured: Capture, granularity: Granularity) -> EnergyGraph:
+    """Cut the capture in nodes, and hold their composition against the real run: outputs and buffers."""
+    graph = build_graph(captured, granularity)
+    tensors = captured.reference.tensors
+    device = tensors[0].device if tensors else torch.device("cpu")
+    with torch.inference_mode(False), untouched(captured.module, device):
+        call = Call(graph, tensors)
+        call.feedforward(keep_graph=False)
+        captured.reference.check(captured.module, call.output())
+    return graph
+
+
+def _check_inputs(tensors: Sequence[Tensor], graph: EnergyGraph) -> None:
+    for i, tensor in enumerate(tensors):
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise NonFiniteError(
+                f"model(...), input {i}", count_bad(tensor), "finite numbers", "Check how the batch was made."
+            )
+        if tensor.ndim and tensor.shape[0] == 0:
+            raise ConfigurationError(f"model(...), input {i}", "a batch of 0", "at least one sample", "Skip the batch.")
+
+
+def _changes(before: Fingerprint, now: Fingerprint) -> str:
+    known = set(map(id, (*before.modules, *before.parameters)))
+    modules = [type(m).__name__ for m in now.modules if id(m) not in known]
+    parameters = [str(tuple(p.shape)) for p in now.parameters if p is not None and id(p) not in known]
+    found = [f"new layers {', '.join(modules)}"] * bool(modules) + [f"new parameters {', '.join(parameters)}"] * bool(parameters)
+    return " and ".join(found) or f"{len(now.modules)} layers and {len(now.parameters)} parameters, in another order or number"

@@ -1,0 +1,298 @@
+"""Which operations of a captured graph make one value node: one rule for every granularity.
+
+Words: a *live* operation is differentiable in a real run; a *tip* is the operation whose result is a node's value.
+An operation joins the node of its consumers if they agree on one, else it becomes a tip: acyclic by construction.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from torch2ebm.capture import Capture
+from torch2ebm.errors import ConfigurationError
+
+Granularity = str | Sequence[str]
+GRANULARITIES = ("layer", "preactivation", "module", "op", "children")
+
+
+def named_leaves(module: nn.Module, granularity: Granularity) -> frozenset[str]:
+    """The submodules that become one node each, which tracing therefore keeps whole."""
+    if granularity == "children":
+        return frozenset(name for name, _ in module.named_children())
+    if not isinstance(granularity, str):
+        return frozenset(granularity)
+    if granularity not in ("auto", *GRANULARITIES):
+        raise ConfigurationError(
+            "convert(nodes=...)", repr(granularity), f"'auto', {', '.join(map(repr, GRANULARITIES))}, or a list of names",
+            "To make one submodule a node write its name in a list: nodes=['encoder'].",
+        )  # fmt: skip
+    return frozenset()
+
+
+# What each operation is to the partition ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Every operation of a captured graph in exactly one role."""
+
+    live: dict[fx.Node, fx.Node]  # -> the producer it belongs to: itself, or that of the tuple it is taken from
+    repeated: frozenset[fx.Node]  # fed by parameters alone, or not differentiable: computed again in each reader
+    once: tuple[fx.Node, ...]  # shapes, and random draws fed by live tensors: fixed by the feed-forward pass
+    static: tuple[fx.Node, ...]  # fed by no live tensor: computed before all nodes
+
+
+def assign_roles(capture: Capture) -> Roles:
+    facts = capture.facts
+    operations = [node for node in capture.graph.nodes if node.op.startswith("call")]
+    returned = set(_output(capture.graph).all_input_nodes)
+    from_data = {node for node in capture.graph.nodes if node.op == "placeholder"}
+    live: dict[fx.Node, fx.Node] = {}
+    repeated: set[fx.Node] = set()
+    once: list[fx.Node] = []
+    static: list[fx.Node] = []
+    for node in operations:
+        sources = node.all_input_nodes
+        named = node.op == "call_module" and node.target in capture.leaves
+        if named or any(s in from_data and (facts[s].tensor or facts[s].live) for s in sources):
+            from_data.add(node)
+        fed_by_live = any(s in live or s in once for s in sources)
+        if facts[node].live and (node in from_data or fed_by_live or facts[node].random or node in returned):
+            from_data.add(node)
+            live[node] = live[sources[0]] if _is_part(node, live, capture) else node
+        elif facts[node].live:
+            repeated.add(node)
+        elif not fed_by_live and not any(s in repeated for s in sources):
+            static.append(node)
+        elif _is_kept(node, returned):
+            fixed = not facts[node].tensor or facts[node].random or node in returned or not node.users
+            reads_tuple = any(s in live and not facts[s].tensor for s in sources)
+            if fed_by_live and (fixed or reads_tuple):
+                once.append(node)
+            else:
+                repeated.add(node)
+    return Roles(live, frozenset(repeated), tuple(once), tuple(static))
+
+
+def _output(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op == "output")
+
+
+def _is_part(node: fx.Node, live: dict[fx.Node, fx.Node], capture: Capture) -> bool:
+    """Whether ``node`` takes one tensor out of the tuple that a live operation returned."""
+    if node.op != "call_function" or node.target is not operator.getitem:
+        return False
+    source = node.args[0]
+    return isinstance(source, fx.Node) and source in live and not capture.facts[source].tensor
+
+
+def _is_kept(node: fx.Node, returned: set[fx.Node]) -> bool:
+    """Results that nobody reads matter only where they are effects: a write to an attribute, a module with a state."""
+    writes = node.op == "call_module" or (node.op == "call_method" and str(node.target).endswith("_"))
+    return bool(node.users) or node in returned or writes or node.target is operator.setitem
+
+
+# The partition --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """The live operations of one node-to-be, in the order of the graph; the last one is the tip."""
+
+    tip: fx.Node
+    members: tuple[fx.Node, ...]
+    root: fx.Node | None  # the parameterised or named operation that gives the node its name
+
+
+class Partition:
+    """Groups of live operations, in an order in which each finds its inputs computed."""
+
+    def __init__(self, capture: Capture, roles: Roles, granularity: Granularity) -> None:
+        self.capture, self.roles, self.granularity = capture, roles, granularity
+        self.position = {node: i for i, node in enumerate(capture.graph.nodes)}
+        self.returned = set(_output(capture.graph).all_input_nodes)
+        self.parts: dict[fx.Node, list[fx.Node]] = {}
+        for node, producer in roles.live.items():
+            self.parts.setdefault(producer, []).append(node)
+        self.producers = list(self.parts)
+        self.readers = {producer: self._readers(producer) for producer in self.producers}
+        self.roots = {producer for producer in self.producers if self._is_root(producer)}
+        self.before_a_root = self._before_a_root()
+
+    def groups(self) -> list[Group]:
+        tips = self._tips()
+        while True:
+            owner = self._owners(tips)
+            groups = self._grouped(owner)
+            ordered, stuck = self._ordered(groups, owner)
+            if not stuck:
+                return ordered
+            # a shape is read across nodes in both directions: what it is the shape of becomes a value of its own
+            tips |= {self.roles.live[node] for group in stuck for node in self._read_once(group)}
+
+    # which operations end a node
+
+    def _tips(self) -> set[fx.Node]:
+        if self.granularity == "op":
+            return set(self.producers)
+        if self.granularity == "preactivation":
+            return set(self.roots)
+        dominator = self._post_dominators()
+        return {root if self._is_named(root) else self._extended(root, dominator) for root in self.roots}
+
+    def _extended(self, root: fx.Node, dominator: dict[fx.Node, fx.Node | None]) -> fx.Node:
+        """The last operation that every path from ``root`` passes before another root begins."""
+        tip = root
+        while (following := dominator[tip]) is not None and following not in self.roots:
+            between = self._between(tip, following)
+            if between & self.roots:
+                break
+            if tip in self.before_a_root and any(self._is_returned(p) for p in (tip, *between)):
+                break
+            tip = following
+        return tip
+
+    def _between(self, start: fx.Node, end: fx.Node) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        pending = list(self.readers[start])
+        while pending:
+            producer = pending.pop()
+            if producer is not end and producer not in found:
+                found.add(producer)
+                pending += self.readers[producer]
+        return found
+
+    def _post_dominators(self) -> dict[fx.Node, fx.Node | None]:
+        """The first operation on all paths to the end; None is the end itself."""
+        dominator: dict[fx.Node, fx.Node | None] = {}
+        depth: dict[fx.Node | None, int] = {None: 0}
+        for producer in reversed(self.producers):
+            candidates: list[fx.Node | None] = [*self.readers[producer]] or [None]
+            common = candidates[0]
+            for candidate in candidates[1:]:
+                other: fx.Node | None = candidate
+                while common is not other:
+                    if depth[common] >= depth[other]:
+                        assert common is not None
+                        common = dominator[common]
+                    else:
+                        assert other is not None
+                        other = dominator[other]
+            dominator[producer] = common
+            depth[producer] = depth[common] + 1
+        return dominator
+
+    def _owners(self, tips: set[fx.Node]) -> dict[fx.Node, fx.Node]:
+        owner: dict[fx.Node, fx.Node] = {}
+        for producer in reversed(self.producers):
+            owners = {owner[reader] for reader in self.readers[producer]}
+            joins = len(owners) == 1 and producer not in tips
+            if joins and self._is_returned(producer):
+                # a returned value that goes on through parameters stays a value; else both are one prediction
+                joins = producer not in self.before_a_root
+            owner[producer] = owners.pop() if joins else producer
+        return owner
+
+    # facts about operations
+
+    def _readers(self, producer: fx.Node) -> list[fx.Node]:
+        """Live operations that read ``producer``, also through what is computed again inside them."""
+        readers: dict[fx.Node, None] = {}
+        pending = [user for part in self.parts[producer] for user in part.users]
+        while pending:
+            user = pending.pop(0)
+            if user in self.roles.live and self.roles.live[user] is not producer:
+                readers[self.roles.live[user]] = None
+            elif user in self.roles.repeated:
+                pending += user.users
+        return list(readers)
+
+    def _is_root(self, producer: fx.Node) -> bool:
+        if producer.op == "call_module":
+            module = self.capture.module.get_submodule(str(producer.target))
+            return self.granularity == "module" or self._is_named(producer) or any(True for _ in module.parameters())
+        return any(source in self.roles.repeated and self.capture.facts[source].live or self._is_parameter(source)
+                   for source in producer.all_input_nodes)  # fmt: skip
+
+    def _is_parameter(self, node: fx.Node) -> bool:
+        return node.op == "get_attr" and isinstance(attribute(self.capture.module, str(node.target)), nn.Parameter)
+
+    def _is_named(self, producer: fx.Node) -> bool:
+        return producer.op == "call_module" and producer.target in self.capture.leaves
+
+    def _is_returned(self, producer: fx.Node) -> bool:
+        return any(part in self.returned for part in self.parts[producer])
+
+    def _before_a_root(self) -> set[fx.Node]:
+        """Producers with a root somewhere downstream."""
+        found: set[fx.Node] = set()
+        for producer in reversed(self.producers):
+            if any(reader in self.roots or reader in found for reader in self.readers[producer]):
+                found.add(producer)
+        return found
+
+    # groups and their order
+
+    def _grouped(self, owner: dict[fx.Node, fx.Node]) -> list[Group]:
+        members: dict[fx.Node, list[fx.Node]] = {}
+        for node, producer in self.roles.live.items():
+            members.setdefault(owner[producer], []).append(node)
+        return [
+            Group(tip, tuple(nodes), next((node for node in nodes if node in self.roots), None))
+            for tip, nodes in members.items()
+        ]
+
+    def live_sources(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The live operations that ``node`` reads, directly or through operations that are not live."""
+        for source in node.all_input_nodes:
+            if source in self.roles.live:
+                yield source
+            elif source.op.startswith("call"):
+                yield from self.live_sources(source)
+
+    def _read_once(self, group: Group) -> Iterator[fx.Node]:
+        for node in group.members:
+            for source in node.all_input_nodes:
+                if source in self.roles.once:
+                    yield from self.live_sources(source)
+
+    def _ordered(self, groups: list[Group], owner: dict[fx.Node, fx.Node]) -> tuple[list[Group], list[Group]]:
+        """Groups so that random draws come in the module's own order; the second list is what is stuck in a cycle."""
+        by_tip = {group.tip: group for group in groups}
+        needs = {
+            group.tip: {owner[self.roles.live[s]] for node in group.members for s in self.live_sources(node)} - {group.tip}
+            for group in groups
+        }
+        urgency = self._urgency(groups, needs)
+        ordered: list[Group] = []
+        done: set[fx.Node] = set()
+        pending = sorted(by_tip, key=lambda tip: urgency[tip])
+        while ready := next((tip for tip in pending if needs[tip] <= done), None):
+            pending.remove(ready)
+            done.add(ready)
+            ordered.append(by_tip[ready])
+        return ordered, [by_tip[tip] for tip in pending]
+
+    def _urgency(self, groups: list[Group], needs: dict[fx.Node, set[fx.Node]]) -> dict[fx.Node, tuple[int, int]]:
+        """The position of the first random draw in a group or in one that needs it; then its own position."""
+        never = len(self.position)
+        draws = {
+            group.tip: min((self.position[n] for n in group.members if self.capture.facts[n].random), default=never)
+            for group in groups
+        }
+        for group in sorted(groups, key=lambda group: -self.position[group.tip]):
+            for needed in needs[group.tip]:
+                draws[needed] = min(draws[needed], draws[group.tip])
+        return {tip: (draw, self.position[tip]) for tip, draw in draws.items()}
+
+
+def attribute(module: nn.Module, path: str) -> object:
+    """The attribute of ``module`` at a dotted path."""
+    found: object = module
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found

@@ -1,0 +1,273 @@
+"""What the user does to the model's output, recorded so that it can be done again to a prediction that has moved.
+
+``model(x)`` returns :class:`Recorded` tensors. The first tensor of no dimension computed from them that has a gradient
+is the loss: it is handed back as an ordinary tensor, whose hook says with which outer factor it entered the backward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torch2ebm.errors import LossIndependentError, LossNotRecordedError
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Stands in a recorded operation for what an earlier one returned."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """The modes that an operation ran under."""
+
+    grad: bool
+    autocast: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def now(device: str) -> Context:
+        return Context(torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+
+
+@dataclass(frozen=True)
+class Operation:
+    function: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    results: tuple[int, ...]  # the index of each leaf of the result, -1 where it is no tensor
+    context: Context
+    writes: bool
+
+
+@dataclass
+class Scalar:
+    """A loss: where it stands on the tape, whether a sum made it, and the factors it entered backwards with."""
+
+    index: int
+    summed: bool
+    factors: list[Tensor] = field(default_factory=list)
+
+
+class Tape:
+    """The operations on the outputs of one call, in order, so that writes in place and views replay as they ran."""
+
+    def __init__(self, outputs: int, device: torch.device) -> None:
+        self.outputs = outputs
+        self.length = outputs
+        self.device = device.type
+        self.operations: list[Operation] = []
+        self.scalars: list[Scalar] = []
+        self.obstacle = ""
+
+    def record(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> list[int]:
+        """Append an operation; returns the index of each leaf of its result."""
+        leaves = pytree.tree_leaves(result)
+        indices = [self._index(leaf) if isinstance(leaf, Tensor) else -1 for leaf in leaves]
+        self.operations.append(
+            Operation(
+                function, _referring(args, self), _referring(kwargs, self), tuple(indices),
+                Context.now(self.device), _writes_in_place(function, kwargs),
+            )  # fmt: skip
+        )
+        return indices
+
+    def _index(self, leaf: Tensor) -> int:
+        self.length += 1
+        return self.length - 1
+
+    def replay(self, outputs: Sequence[Tensor], wanted: Sequence[int]) -> list[Tensor]:
+        """The tensors at ``wanted`` for other outputs. What was written in place is written to copies."""
+        found: dict[int, Any] = dict(enumerate(outputs))
+        operations = self._needed(wanted)
+        if any(operation.writes for operation in operations):
+            found = {index: output.clone() for index, output in found.items()}
+        for operation in operations:
+            args = _resolved(operation.args, found)
+            kwargs = _resolved(operation.kwargs, found)
+            context = operation.context
+            with (
+                torch.set_grad_enabled(context.grad),
+                torch.autocast(self.device, dtype=context.dtype, enabled=context.autocast),
+            ):
+                result = operation.function(*args, **kwargs)
+            found.update(zip(operation.results, pytree.tree_leaves(result), strict=True))
+        return [found[index] for index in wanted]
+
+    def _needed(self, wanted: Sequence[int]) -> list[Operation]:
+        if any(operation.writes for operation in self.operations):
+            last = max(i for i, operation in enumerate(self.operations) if set(operation.results) & set(wanted))
+            return self.operations[: last + 1]
+        needed, kept = set(wanted), []
+        for operation in reversed(self.operations):
+            if needed & set(operation.results):
+                kept.append(operation)
+                needed |= set(_references((operation.args, operation.kwargs)))
+        return kept[::-1]
+
+
+class Recorded(Tensor):
+    """A tensor that knows its tape. It holds no tape alive: autograd's graph of the call does."""
+
+    _tape: weakref.ref[Tape]
+    _place: int
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward and isinstance(args[0], Recorded) and not args[0].requires_grad:
+            raise LossIndependentError(
+                "loss.backward()", "a loss without a gradient in the model's output", "a loss that depends on it",
+                "Look for a detach(), an argmax or a torch.no_grad() between model(x) and the loss.",
+            )  # fmt: skip
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if func in _NOT_RECORDED or not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            return result
+        return record(func, args, kwargs, result)
+
+
+_NOT_RECORDED = frozenset(
+    getattr(Tensor, name).__get__ for name in ("grad", "data", "grad_fn", "_base") if hasattr(getattr(Tensor, name), "__get__")
+)
+
+
+def start(tape: Tape, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of a call as recorded tensors; one of no dimension is a loss already."""
+    return [_marked(output, tape, index, None, ()) for index, output in enumerate(outputs)]
+
+
+def record(function: Callable[..., Any], args: Any, kwargs: Any, result: Any, summed: bool | None = None) -> Any:
+    """Record an operation that has run; returns its result with the tensors marked."""
+    tapes = {id(tape): tape for leaf in pytree.tree_leaves((args, kwargs)) if (tape := _tape_of(leaf)) is not None}
+    if not tapes:
+        return pytree.tree_map(_plain, result)
+    if len(tapes) > 1:
+        for tape in tapes.values():
+            tape.obstacle = f"{_name(function)} mixes the outputs of two forward calls"
+        return pytree.tree_map(_plain, result)
+    tape = next(iter(tapes.values()))
+    made_by_sum = _is_sum(function, args, kwargs) if summed is None else summed
+    indices = iter(tape.record(function, args, kwargs, result))
+
+    def mark(leaf: Any) -> Any:
+        index = next(indices)
+        return _marked(leaf, tape, index, made_by_sum, args) if isinstance(leaf, Tensor) else leaf
+
+    return pytree.tree_map(mark, result)
+
+
+def _marked(tensor: Tensor, tape: Tape, index: int, summed: bool | None, args: Any) -> Tensor:
+    if tensor.ndim == 0 and tensor.requires_grad:
+        loss = _plain(tensor)
+        scalar = Scalar(index, bool(summed))
+        tape.scalars.append(scalar)
+        loss.register_hook(lambda gradient: scalar.factors.append(gradient.detach()))
+        return loss
+    if tensor.ndim == 0 and not tensor.is_floating_point():
+        return _plain(tensor)
+    marked = tensor if isinstance(tensor, Recorded) else tensor.as_subclass(Recorded)
+    marked._tape, marked._place = weakref.ref(tape), index
+    return marked
+
+
+def _tape_of(leaf: Any) -> Tape | None:
+    return leaf._tape() if isinstance(leaf, Recorded) and hasattr(leaf, "_tape") else None
+
+
+def _plain(leaf: Any) -> Any:
+    return leaf.as_subclass(Tensor) if isinstance(leaf, Recorded) else leaf
+
+
+def plain(structure: Any) -> Any:
+    """The same structure with ordinary tensors in place of recorded ones."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return pytree.tree_map(_plain, structure)
+
+
+def _referring(structure: Any, tape: Tape) -> Any:
+    def refer(leaf: Any) -> Any:
+        if isinstance(leaf, Recorded):
+            return Reference(leaf._place) if _tape_of(leaf) is tape else _plain(leaf)
+        return leaf
+
+    return pytree.tree_map(refer, structure)
+
+
+def _resolved(structure: Any, found: dict[int, Any]) -> Any:
+    return pytree.tree_map(lambda leaf: found[leaf.index] if isinstance(leaf, Reference) else leaf, structure)
+
+
+def _references(structure: Any) -> list[int]:
+    return [leaf.index for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Reference)]
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", repr(function))
+
+
+def _writes_in_place(function: Callable[..., Any], kwargs: Any) -> bool:
+    name = _name(function)
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _IN_PLACE or kwargs.get("inplace") is True or "out" in kwargs
+
+
+_IN_PLACE = frozenset(
+    ["__setitem__"] + [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")]
+)
+_SUMS = frozenset([torch.sum, Tensor.sum, torch.nansum, Tensor.nansum])
+
+
+def _is_sum(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    if function in _SUMS or kwargs.get("reduction") == "sum":
+        return True
+    if "sum" not in args:
+        return False
+    try:
+        return inspect.signature(function).bind(*args, **kwargs).arguments.get("reduction") == "sum"
+    except (TypeError, ValueError):
+        return False
+
+
+class EnergyLoss:
+    """The explicit form of a loss, for one that the recorder cannot follow.
+
+    The loss function is called on ordinary tensors, and again whenever the prediction has moved, whatever it does
+    inside (NumPy, compiled code, custom autograd functions).
+
+    Args:
+        loss_fn: From the model's output, and whatever else it is called with, to a loss of no dimension.
+
+    Raises:
+        LossNotRecordedError: when called, if the loss has a dimension.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> criterion = torch2ebm.EnergyLoss(torch.nn.functional.cross_entropy)
+        >>> criterion(torch.zeros(2, 4), torch.tensor([0, 1]))
+        tensor(1.3863)
+    """
+
+    def __init__(self, loss_fn: Callable[..., Tensor]) -> None:
+        self.loss_fn = loss_fn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = self.loss_fn(*plain(args), **plain(kwargs))
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise LossNotRecordedError(
+                f"EnergyLoss({_name(self.loss_fn)})", got, "a tensor of no dimension", "Reduce it to one number."
+            )
+        summed = getattr(self.loss_fn, "reduction", kwargs.get("reduction")) == "sum"
+        return record(self.loss_fn, args, kwargs, loss, summed=summed)  # type: ignore[no-any-return]

@@ -1,0 +1,43 @@
+"""Gradient descent on the values: what predictive coding's inference is in all of the papers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch2ebm.inference import Inference
+from torch2ebm.solvers.base import Solver, check_positive, check_steps, check_tolerance
+
+
+@dataclass(frozen=True)
+class GradientDescent(Solver):
+    """``v <- v - lr dF/dv`` for all values at once (Rosenbaum 2022, strict update).
+
+    Args:
+        steps: Most inference steps.
+        lr: Step size.
+        tol: Stop when no entry of dF/dv exceeds it in any node or sample; 0 does all steps.
+
+    Raises:
+        ConfigurationError: for a step size that is not positive and finite, fewer than one step, a negative ``tol``.
+
+    Example:
+        >>> import torch2ebm
+        >>> torch2ebm.PredictiveCoding(solver=torch2ebm.GradientDescent(steps=100, lr=0.2, tol=1e-4)).solver.steps
+        100
+    """
+
+    steps: int = 20
+    lr: float = 0.1
+    tol: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_steps("GradientDescent", self.steps)
+        check_positive("GradientDescent", lr=self.lr)
+        check_tolerance("GradientDescent", self.tol)
+
+    def start(self, inference: Inference) -> None:
+        return None
+
+    def step(self, inference: Inference, state: None) -> None:
+        for slot, gradient in inference.sweep():
+            inference.move(slot, gradient, -self.lr)

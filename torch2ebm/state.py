@@ -1,0 +1,271 @@
+"""Value and error buffers of one call, and the frozen result that a backward leaves."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch2ebm.energies import gaussian_energy
+from torch2ebm.errors import BatchDimensionError
+from torch2ebm.freezing import RandomState, Statistics, frozen_statistics, recording_statistics
+from torch2ebm.graph import EnergyGraph, Node
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NodePass:
+    """One evaluation of a node whose inputs are leaves: the autograd graph of this node, and of no other."""
+
+    node: Node
+    inputs: tuple[Tensor, ...]  # one leaf a slot read
+    predictions: tuple[Tensor, ...]  # one a slot
+
+    def pullback(
+        self, cotangents: Sequence[Tensor | None], wrt: Sequence[Tensor], retain_graph: bool = False
+    ) -> Sequence[Tensor | None]:
+        """J^T of the predictions with respect to ``wrt``, applied to one cotangent a slot (None: zero)."""
+        pairs = [
+            (prediction, cotangent.to(prediction.dtype))
+            for prediction, cotangent in zip(self.predictions, cotangents, strict=True)
+            if cotangent is not None and prediction.requires_grad
+        ]
+        if not pairs or not wrt:
+            return (None,) * len(wrt)
+        predictions, directions = zip(*pairs, strict=True)
+        return torch.autograd.grad(predictions, wrt, directions, retain_graph=retain_graph, allow_unused=True)
+
+
+class Call:
+    """What one forward call leaves for its backward.
+
+    It belongs to the call, never to the module, so several forwards may be open at once.
+
+    Attributes:
+        values: The feed-forward value of every slot; with ``keep_graph`` each is a leaf that its readers share.
+        environment: Clamped inputs and what else the feed-forward pass fixed, by name.
+        passes: With ``keep_graph``, the evaluation of every node.
+    """
+
+    def __init__(self, graph: EnergyGraph, tensors: Sequence[Tensor]) -> None:
+        self.graph = graph
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.batch_size = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
+        self.tensors = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        self.values: dict[str, Tensor] = {}
+        self.passes: dict[str, NodePass] = {}
+        self.environment: dict[str, Any] = {}
+        self.clamped_leaves: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (as computed from inputs, leaf)
+        self._random: dict[str, RandomState] = {}
+        self._statistics: dict[str, Statistics] = {}
+
+    # the feed-forward pass
+
+    def feedforward(self, keep_graph: bool, cut: bool = True) -> None:
+        """Evaluate every node once, in order. The only pass that moves buffers and draws new random numbers.
+
+        Without ``cut`` autograd's graph runs through all nodes; only backprop may want that.
+        """
+        with torch.enable_grad():
+            self._clamp(cut)
+            for node in self.graph.order:
+                inputs = tuple(self.values[slot] for slot in node.reads)
+                with self._recorded(node):
+                    results = node.evaluate([*inputs, *[self.environment[name] for name in node.constants]])
+                predictions = tuple(results[: len(node.slots)])
+                self.environment.update(zip(node.exports, _detached(results[len(node.slots) :]), strict=True))
+                for slot, prediction in zip(node.slots, predictions, strict=True):
+                    self.values[slot] = prediction.detach().requires_grad_(keep_graph) if cut else prediction
+                if keep_graph and cut and node.name in self.graph.nodes:
+                    self.passes[node.name] = NodePass(node, inputs, predictions)
+
+    def _clamp(self, cut: bool) -> None:
+        self.environment = self.graph.clamp(self.tensors)
+        if not cut:
+            return
+        for name, value in self.environment.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                leaf = value.detach().requires_grad_()
+                self.clamped_leaves[name] = (value, leaf)
+                self.environment[name] = leaf
+
+    @contextmanager
+    def _recorded(self, node: Node) -> Iterator[None]:
+        if node.random:
+            self._random[node.name] = RandomState(self.device)
+        if not node.batch_statistics:
+            yield
+            return
+        with recording_statistics(self._statistics.setdefault(node.name, [])):
+            yield
+
+    def output(self) -> list[Any]:
+        """The leaves of the model's output."""
+        return self.graph.output(self.values, self.environment)
+
+    # later evaluations
+
+    def evaluate(self, node: Node, inputs: Sequence[Tensor], freeze_statistics: bool = True) -> NodePass:
+        """The node again at other values: the same dropout masks, and by default the same batch statistics."""
+        arguments = [*inputs, *[self.environment[name] for name in node.constants]]
+        if not node.random and not node.batch_statistics:
+            results = node.evaluate(arguments)
+        else:
+            with ExitStack() as stack:
+                if node.random:
+                    stack.enter_context(self._random[node.name].replayed())
+                if node.batch_statistics and freeze_statistics:
+                    stack.enter_context(frozen_statistics(self._statistics[node.name]))
+                results = node.evaluate(arguments)
+        return NodePass(node, tuple(inputs), tuple(results[: len(node.slots)]))
+
+    def clamped_inputs(self, node: Node) -> dict[str, Tensor]:
+        """The clamped leaves that the node reads and that a gradient is wanted for."""
+        return {name: self.clamped_leaves[name][1] for name in node.constants if name in self.clamped_leaves}
+
+    def input_gradients(self, messages: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """From gradients of the clamped leaves to those of the inputs, through what lies between them."""
+        wanted = [tensor for tensor in self.tensors if tensor.requires_grad]
+        attached = [(self.clamped_leaves[name][0], message) for name, message in messages.items()]
+        if not wanted or not attached:
+            return [None] * len(self.tensors)
+        outputs, directions = zip(*attached, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, directions, retain_graph=True, allow_unused=True))
+        return [next(found) if tensor.requires_grad else None for tensor in self.tensors]
+
+
+def _detached(results: Sequence[Any]) -> list[Any]:
+    return [result.detach() if isinstance(result, Tensor) else result for result in results]
+
+
+class OutputLoss(ABC):
+    """The loss of one call as a function of the predictions of the outputs.
+
+    Attributes:
+        delivered: Gradient of the user's scalars with respect to each output slot, as autograd delivered it.
+        scale: Factor from dF/dtheta to ``.grad`` (algorithms.md, section 0): the outer factor over lambda B.
+        unit: Factor from ``delivered`` to the gradient of lambda times the loss summed over samples.
+    """
+
+    delivered: Mapping[str, Tensor]
+    scale: Tensor | float
+    unit: Tensor | float
+
+    @abstractmethod
+    def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """lambda times the loss summed over samples, and its gradient in each prediction it depends on."""
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """How a relaxation went.
+
+    Attributes:
+        steps: Inference steps done.
+        converged: Whether ``residual`` is at most the solver's ``tol``.
+        residual: Largest absolute entry of the last step's driving term (dF/dv for values), over nodes and samples.
+        energy: F, summed over samples, at the start of every step and at the end, in units of lambda times the loss.
+        node_energy: The share of each node with a value; ``loss`` is the rest.
+        loss: lambda times the loss summed over samples.
+    """
+
+    steps: int = 0
+    converged: bool = True
+    residual: float = 0.0
+    energy: tuple[float, ...] = ()
+    node_energy: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    loss: tuple[float, ...] = ()
+
+
+class PerNode(Mapping[str, Any]):
+    """Node name to tensor (a tuple of tensors for a node of several slots), computed when asked for."""
+
+    def __init__(self, graph: EnergyGraph, of_slot: Callable[[str], Tensor]) -> None:
+        self._graph, self._of_slot = graph, of_slot
+
+    def __getitem__(self, name: str) -> Any:
+        found = tuple(self._of_slot(slot) for slot in self._graph.nodes[name].slots)
+        return found[0] if len(found) == 1 else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._graph.nodes)
+
+    def __len__(self) -> int:
+        return len(self._graph.nodes)
+
+    def __repr__(self) -> str:
+        return f"PerNode({', '.join(self)})"
+
+
+@dataclass(frozen=True, eq=False)
+class InferenceState:
+    """The values of the last backward: one frozen result, without any ``grad_fn``.
+
+    Attributes:
+        graph: The graph that the names belong to.
+        relaxation: How the relaxation went.
+        unreached: Nodes whose error is exactly zero since no error has reached them yet (too few steps):
+            the gradients of their parameters are exactly zero.
+    """
+
+    graph: EnergyGraph
+    batch_size: int
+    predictions: Mapping[str, Tensor]  # by slot
+    errors: Mapping[str, Tensor]  # by slot, to be multiplied by error_unit; a missing one is zero
+    error_unit: Tensor | float = 1.0
+    relaxation: Relaxation = Relaxation()
+    unreached: tuple[str, ...] = ()
+
+    @property
+    def value(self) -> Mapping[str, Any]:
+        """Value of each node, shape of its prediction; for an output the prediction plus its error."""
+        return PerNode(self.graph, lambda slot: self._prediction(slot) + self._error(slot))
+
+    @property
+    def prediction(self) -> Mapping[str, Any]:
+        """Prediction of each node at the values of its parents."""
+        return PerNode(self.graph, self._prediction)
+
+    @property
+    def error(self) -> Mapping[str, Any]:
+        """Value minus prediction; for an output -dL/dmu, L being lambda times the loss summed over samples."""
+        return PerNode(self.graph, self._error)
+
+    @property
+    def energy(self) -> Mapping[str, Any]:
+        """Half the squared error of each node and sample, shape ``[batch]``.
+
+        For an output, whose energy is the loss itself, this is half the squared loss gradient: the loss of
+        a summed half squared error. Raises :class:`BatchDimensionError` for a value without a batch dimension.
+        """
+        return PerNode(self.graph, self._energy)
+
+    def _prediction(self, slot: str) -> Tensor:
+        return self.predictions[slot].detach()
+
+    def _error(self, slot: str) -> Tensor:
+        if slot not in self.errors:
+            return torch.zeros_like(self._prediction(slot))
+        return self.errors[slot].detach() * self.error_unit
+
+    def _energy(self, slot: str) -> Tensor:
+        error = self._error(slot)
+        if error.ndim == 0 or error.shape[0] != self.batch_size:
+            raise BatchDimensionError(
+                f"state.energy['{self.graph.owner[slot].name}']", f"a value of shape {tuple(error.shape)}",
+                f"a leading batch dimension of {self.batch_size}", "Use state.error, or make it part of a larger node.",
+            )  # fmt: skip
+        return gaussian_energy(error)
+
+
+@dataclass(frozen=True, eq=False)
+class LocalGradients:
+    """What an algorithm hands to autograd, in the scale of the user's loss."""
+
+    parameters: Mapping[str, Tensor]  # a missing one has no path to an output
+    inputs: Sequence[Tensor | None]
+    state: InferenceState
