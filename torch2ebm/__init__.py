@@ -1,6 +1,7 @@
 """torch2ebm: train the PyTorch model that you have by energy-based local learning, in the loop that you have."""
 
 from torch2ebm.algorithms import Algorithm, Backprop, FixedPrediction, PredictiveCoding, ZeroDivergence
+from torch2ebm.compare import Agreement, GradientComparison, compare
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph import EnergyGraph, Node
 from torch2ebm.model import EnergyModel, convert
@@ -10,6 +11,7 @@ from torch2ebm.solvers import GradientDescent, Solver
 from torch2ebm.state import InferenceState, Relaxation
 
 __all__ = [
+    "Agreement",
     "Algorithm",
     "Backprop",
     "EnergyGraph",
@@ -17,6 +19,7 @@ __all__ = [
     "EnergyModel",
     "EnergyOptimizer",
     "FixedPrediction",
+    "GradientComparison",
     "GradientDescent",
     "InferenceState",
     "Node",
@@ -25,5 +28,6 @@ __all__ = [
     "Solver",
     "Torch2EBMError",
     "ZeroDivergence",
+    "compare",
     "convert",
 ]

@@ -127,7 +127,9 @@ class Trace:
     leaves: frozenset[str]
 
 
-def trace(module: nn.Module, signature: Signature, leaves: frozenset[str] = frozenset()) -> Trace:
+def trace(
+    module: nn.Module, signature: Signature, leaves: frozenset[str] = frozenset(), all_called: bool = True
+) -> Trace:
     """Trace ``module``. Raises :class:`UntraceableError` or :class:`UnknownNodeError`; alters nothing."""
     _check_names(module, leaves)
     tracer = EnergyTracer(signature, leaves)
@@ -140,13 +142,36 @@ def trace(module: nn.Module, signature: Signature, leaves: frozenset[str] = froz
             raise _untraceable(module, tracer.failed_in, error) from error
         constants = _lift_constants(module, graph)
     called = {node.target for node in graph.nodes if node.op == "call_module"}
-    if missing := sorted(leaves - called):
+    if all_called and (missing := sorted(leaves - called)):
         raise UnknownNodeError(
             "convert(nodes=[...])", f"{missing}, never called by {type(module).__name__}.forward",
             "submodules that forward calls", "Name the submodules that they contain, or the one that contains them.",
         )  # fmt: skip
     make_functional(graph)
+    _protect_inputs(module, graph, leaves)
     return Trace(graph, constants, leaves)
+
+
+def _protect_inputs(module: nn.Module, graph: fx.Graph, leaves: frozenset[str]) -> None:
+    """A module kept whole may write its input in place, which is another node's value: give it a copy."""
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target in leaves and _may_write(module.get_submodule(str(node.target))):
+            for source in node.all_input_nodes:
+                with graph.inserting_before(node):
+                    copy = graph.call_function(copied, (source,))
+                node.replace_input_with(source, copy)
+
+
+def _may_write(module: nn.Module) -> bool:
+    """Known modules say so; of others only a real run could tell, and a copy costs little."""
+    parts = list(module.modules())
+    known = all(part.__class__.__module__.startswith("torch.nn") for part in parts)
+    return not known or any(getattr(part, "inplace", False) is True for part in parts)
+
+
+def copied(value: Any) -> Any:
+    """A copy of a tensor; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _check_names(module: nn.Module, leaves: frozenset[str]) -> None:
@@ -217,6 +242,7 @@ class Fact:
     tensor: bool
     random: bool = False
     batch_statistics: bool = False
+    finite: bool = True
     shape: tuple[int, ...] = ()
 
 
@@ -242,6 +268,7 @@ class _Observer(fx.Interpreter):
             tensor=isinstance(value, Tensor),
             random=random_before.advanced(),
             batch_statistics=bool(statistics),
+            finite=not (isinstance(value, Tensor) and value.is_floating_point()) or bool(torch.isfinite(value).all()),
             shape=tuple(value.shape) if isinstance(value, Tensor) else (),
         )
         if not isinstance(value, Tensor):

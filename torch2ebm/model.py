@@ -108,7 +108,7 @@ class EnergyModel(nn.Module):
         self._granularity: Granularity = nodes if isinstance(nodes, str) else tuple(nodes)
         leaves = named_leaves(module, self._granularity)
         if example_inputs is None:
-            trace(module, assumed_signature(module), leaves)
+            trace(module, assumed_signature(module), leaves, all_called=nodes != "children")
         else:
             args, kwargs = _as_arguments(example_inputs)
             self._graph_for(args, kwargs)
@@ -251,7 +251,8 @@ class EnergyModel(nn.Module):
         if self._latest is None:
             captured = _lookup(self._captures, key)
             if captured is None:
-                traced = trace(self._original, signature, named_leaves(self._original, self._granularity))
+                leaves = named_leaves(self._original, self._granularity)
+                traced = trace(self._original, signature, leaves, all_called=self._granularity != "children")
                 captured = capture(self._original, traced, signature, tensors)
                 self._captures.append((key, captured))
             self._latest = _verified(captured, granularity)

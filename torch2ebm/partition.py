@@ -22,7 +22,7 @@ GRANULARITIES = ("layer", "preactivation", "module", "op", "children")
 def named_leaves(module: nn.Module, granularity: Granularity) -> frozenset[str]:
     """The submodules that become one node each, which tracing therefore keeps whole."""
     if granularity == "children":
-        return frozenset(name for name, _ in module.named_children())
+        return frozenset(_callable_children(module))
     if not isinstance(granularity, str):
         return frozenset(granularity)
     if granularity not in ("auto", *GRANULARITIES):
@@ -31,6 +31,15 @@ def named_leaves(module: nn.Module, granularity: Granularity) -> frozenset[str]:
             "To make one submodule a node write its name in a list: nodes=['encoder'].",
         )  # fmt: skip
     return frozenset()
+
+
+def _callable_children(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Children by path; those of lists and dicts of modules in place of these, which have no forward."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _callable_children(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 # What each operation is to the partition ------------------------------------------------------------------------------
@@ -125,6 +134,8 @@ class Partition:
 
     def groups(self) -> list[Group]:
         tips = self._tips()
+        # minus infinity in a mask is no place for a value to move from, so such an operation joins its reader
+        tips = {tip for tip in tips if self.capture.facts[tip].finite or not self.readers[tip]}
         while True:
             owner = self._owners(tips)
             groups = self._grouped(owner)

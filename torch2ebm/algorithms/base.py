@@ -39,6 +39,10 @@ class Algorithm(ABC):
         With ``retain_graph`` the call may be asked again.
         """
 
+    def with_steps(self, steps: int) -> Algorithm:
+        """The same algorithm with another number of inference steps; itself, if it has none."""
+        return self
+
 
 def check_reduction(where: str, loss_reduction: str) -> None:
     if loss_reduction not in REDUCTIONS:

@@ -61,6 +61,9 @@ class FixedPrediction(Algorithm):
             return self._sweep(call, loss)
         return self._closed_form(call, loss, retain_graph)
 
+    def with_steps(self, steps: int) -> FixedPrediction:
+        return FixedPrediction(steps, self.lr, method=self.method, loss_reduction=self.loss_reduction or "mean")
+
     def _closed_form(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         arrived = arrivals(self.steps, self.lr, call.graph.depth)
         gradients = GradientSum()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch2ebm.algorithms.base import Algorithm, check_reduction
 from torch2ebm.inference import Inference
 from torch2ebm.solvers import GradientDescent, Solver
@@ -51,3 +53,6 @@ class PredictiveCoding(Algorithm):
 
     def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         return relax(self.solver, Inference(call, loss))
+
+    def with_steps(self, steps: int) -> PredictiveCoding:
+        return PredictiveCoding(solver=replace(self.solver, steps=steps), loss_reduction=self.loss_reduction)  # type: ignore[type-var]

@@ -82,28 +82,33 @@ def by_levels(
     """
     gradients = GradientSum()
     values = _feedforward_values(call, graph)
-    final: dict[str, Tensor] = {}
+    moved: set[str] = set()
+    errors_at_level: dict[str, Tensor] = {}
     for step in range(graph.depth + 1):
-        errors: dict[str, Tensor] = {}
-        messages: dict[str, Tensor] = {}
+        changes: dict[str, Tensor] = {}
         for node in graph.nodes.values():
+            if not node.is_output and moved.isdisjoint((*node.slots, *node.reads)):
+                continue  # neither it nor its parents have moved: its error is exactly zero
             inputs = [values[slot].detach().requires_grad_() for slot in node.reads]
             with torch.enable_grad():
                 evaluated = call.evaluate(node, inputs, freeze_statistics=False)
             own = _errors(evaluated, values, delivered)
-            errors.update({slot: e for slot, e in zip(node.slots, own, strict=True) if e is not None})
             if node.level == step:
-                cotangents = [None if e is None else -e for e in own]
-                gradients.add(call, evaluated, cotangents, retain_graph=True)
-                final.update({slot: errors[slot] for slot in node.slots if slot in errors})
+                gradients.add(call, evaluated, [None if e is None else -e for e in own], retain_graph=True)
+                errors_at_level.update({slot: e for slot, e in zip(node.slots, own, strict=True) if e is not None})
             for slot, message in zip(node.reads, evaluated.pullback(own, inputs), strict=True):
                 if message is not None:
-                    messages[slot] = messages[slot] + message if slot in messages else message
-        for node in graph.hidden_nodes:
-            for slot in node.slots:
-                values[slot] = values[slot] + gamma * (messages.get(slot, 0.0) - errors[slot])
-    errors_of_nodes = {slot: e for slot, e in final.items() if slot in call.graph.owner}
-    state = InferenceState(call.graph, call.batch_size, call.values, errors_of_nodes, unit)
+                    changes[slot] = changes[slot] + message if slot in changes else message
+            for slot, error in () if node.is_output else zip(node.slots, own, strict=True):
+                if error is not None:
+                    changes[slot] = changes[slot] - error if slot in changes else -error
+        for slot, change in changes.items():  # v <- v + gamma (sum_c J_c^T e_c - e), all at once
+            values[slot] = values[slot] + gamma * change
+        moved.update(changes)
+    for node in graph.hidden_nodes:
+        gradients.add_zeros(node)
+    errors = {slot: e for slot, e in errors_at_level.items() if slot in call.graph.owner}
+    state = InferenceState(call.graph, call.batch_size, call.values, errors, unit)
     return LocalGradients(gradients.parameters, call.input_gradients(gradients.clamped), state)
 
 

@@ -1,0 +1,212 @@
+"""Gradients of energy-based algorithms held against autograd's, parameter by parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.capture import untouched
+from torch2ebm.errors import ConfigurationError
+from torch2ebm.model import EnergyModel, convert
+from torch2ebm.plots import plot_comparison
+from torch2ebm.summary import aligned
+
+Gradients = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How one gradient g agrees with autograd's r.
+
+    Attributes:
+        cosine: <g, r> / (|g| |r|); NaN where one of them is zero.
+        angle: In degrees, exact near 0 where the cosine is not; 90 where exactly one of them is zero.
+        relative_error: |g - r| / |r|.
+        norm_ratio: |g| / |r|.
+        sign_agreement: Share of the entries whose signs agree.
+    """
+
+    cosine: float
+    angle: float
+    relative_error: float
+    norm_ratio: float
+    sign_agreement: float
+
+
+@dataclass(frozen=True)
+class GradientComparison:
+    """Each algorithm's gradients against autograd's.
+
+    Attributes:
+        algorithms: Names, in the order given.
+        parameters: Names of the parameters that autograd gives a gradient, in the module's order.
+        steps: The inference steps looked at, empty when not asked for.
+        agreement: Algorithm, then parameter, to :class:`Agreement`.
+        along: Algorithm, then number of inference steps, then parameter, to :class:`Agreement`.
+    """
+
+    algorithms: tuple[str, ...]
+    parameters: tuple[str, ...]
+    steps: tuple[int, ...]
+    agreement: Mapping[str, Mapping[str, Agreement]]
+    along: Mapping[str, Mapping[int, Mapping[str, Agreement]]] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """Aligned text: one row a parameter and algorithm; with ``steps``, one more table of mean angles."""
+        rows = []
+        for parameter in self.parameters:
+            for name in self.algorithms:
+                a = self.agreement[name][parameter]
+                rows.append(
+                    [parameter, name, f"{a.cosine:.6f}", f"{a.angle:.2f}", f"{a.relative_error:.2e}",
+                     f"{a.norm_ratio:.4f}", f"{100 * a.sign_agreement:.1f}%"]
+                )  # fmt: skip
+        header = ["parameter", "algorithm", "cosine", "angle [deg]", "relative error", "norm ratio", "same sign"]
+        table = aligned(header, rows, left=2)
+        return table + "\n\n" + self._table_along() if self.steps else table
+
+    def _table_along(self) -> str:
+        rows = [
+            [name, *(f"{_mean(a.angle for a in self.along[name][step].values()):.2f}" for step in self.steps)]
+            for name in self.algorithms
+        ]
+        return aligned(["mean angle [deg] after", *(f"{step} steps" for step in self.steps)], rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Algorithm, then parameter, then measure, to a number; with ``steps`` also under ``"along"``."""
+        result: dict[str, Any] = {name: _numbers(self.agreement[name]) for name in self.algorithms}
+        if self.steps:
+            result["along"] = {
+                name: {step: _numbers(self.along[name][step]) for step in self.steps} for name in self.algorithms
+            }
+        return result
+
+    def plot(self, path: str) -> None:
+        """Angle and relative error per layer, one line an algorithm, to a picture file. Needs matplotlib."""
+        plot_comparison(self, path)
+
+
+def compare(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    batch: Any,
+    algorithms: Sequence[Algorithm] | Mapping[str, Algorithm],
+    steps: Sequence[int] | None = None,
+) -> GradientComparison:
+    """Hold the gradients of several algorithms against autograd's on one batch.
+
+    Generators, buffers, ``.grad`` and attachments are left as they are; every algorithm sees the same dropout masks.
+
+    Args:
+        model: A converted model, or a module, which then is converted.
+        loss_fn: ``loss_fn(output, target)``, or ``loss_fn(output)`` where ``batch`` is a dict.
+        batch: ``(inputs, target)``, inputs being a tensor, a tuple of positional or a dict of keyword arguments; or a
+            dict of keyword arguments.
+        algorithms: Algorithms, or a mapping from names to them.
+        steps: Also compare after each of these numbers of inference steps, for algorithms that have steps.
+
+    Returns:
+        Per parameter and algorithm the cosine, angle in degrees, relative error, norm ratio and sign agreement.
+
+    Raises:
+        ConfigurationError: for an empty list of algorithms or a batch of another form.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+        >>> batch = torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 0, 1])
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> comparison = torch2ebm.compare(net, loss, batch, [torch2ebm.ZeroDivergence()])
+        >>> comparison.agreement["ZeroDivergence"]["0.weight"].angle < 1e-6
+        True
+    """
+    named = _named(algorithms)
+    converted = model if isinstance(model, EnergyModel) else convert(model)
+    args, kwargs, loss_of = _unpack(batch, loss_fn)
+    trainable = {name: p for name, p in converted.named_parameters() if p.requires_grad}
+
+    def gradients(call: Callable[[], Any]) -> Gradients:
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(untouched(converted, next(iter(trainable.values())).device))
+            found = torch.autograd.grad(loss_of(call()), list(trainable.values()), allow_unused=True)
+        return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
+
+    def of(algorithm: Algorithm) -> Mapping[str, Agreement]:
+        ours = gradients(lambda: converted.run(algorithm, args, kwargs))
+        return {name: agreement(ours.get(name, torch.zeros_like(r)), r) for name, r in reference.items()}
+
+    reference = gradients(lambda: converted.feedforward(*args, **kwargs))
+    counts = tuple(steps or ())
+    return GradientComparison(
+        tuple(named),
+        tuple(reference),
+        counts,
+        {name: of(algorithm) for name, algorithm in named.items()},
+        {name: {n: of(algorithm.with_steps(n)) for n in counts} for name, algorithm in named.items()} if counts else {},
+    )
+
+
+def agreement(ours: Tensor, reference: Tensor) -> Agreement:
+    """The measures of one pair of gradients, in double precision."""
+    g, r = ours.detach().double().flatten(), reference.detach().double().flatten()
+    norm_g, norm_r = float(g.norm()), float(r.norm())
+    if norm_g == 0.0 or norm_r == 0.0:
+        both = norm_g == norm_r
+        cosine, angle = (1.0, 0.0) if both else (math.nan, 90.0)
+        relative, ratio = (0.0, 1.0) if both else (math.inf if norm_r == 0.0 else 1.0, math.inf if norm_r == 0.0 else 0.0)
+    else:
+        u, v = g / norm_g, r / norm_r
+        cosine = max(-1.0, min(1.0, float(u @ v)))
+        angle = math.degrees(2 * math.atan2(float((u - v).norm()), float((u + v).norm())))
+        relative, ratio = float((g - r).norm()) / norm_r, norm_g / norm_r
+    return Agreement(cosine, angle, relative, ratio, float((g.sign() == r.sign()).double().mean()))
+
+
+def _named(algorithms: Sequence[Algorithm] | Mapping[str, Algorithm]) -> dict[str, Algorithm]:
+    if isinstance(algorithms, Mapping):
+        named = dict(algorithms)
+    else:
+        named = {}
+        for algorithm in algorithms:
+            name = type(algorithm).__name__
+            named[name if name not in named else repr(algorithm)] = algorithm
+    if not named or not all(isinstance(algorithm, Algorithm) for algorithm in named.values()):
+        raise ConfigurationError(
+            "torch2ebm.compare(algorithms=...)", repr(algorithms), "at least one algorithm object, in a list or a dict",
+            "For example [torch2ebm.ZeroDivergence(), torch2ebm.PredictiveCoding()].",
+        )  # fmt: skip
+    return named
+
+
+def _unpack(
+    batch: Any, loss_fn: Callable[..., Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Tensor]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch), loss_fn
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ConfigurationError(
+            "torch2ebm.compare(batch=...)", type(batch).__name__, "(inputs, target), or a dict of keyword arguments",
+            "Put several inputs in a tuple: ((a, b), target).",
+        )  # fmt: skip
+    inputs, target = batch
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs), lambda output: loss_fn(output, target)
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    return args, {}, lambda output: loss_fn(output, target)
+
+
+def _numbers(agreements: Mapping[str, Agreement]) -> dict[str, dict[str, float]]:
+    return {parameter: asdict(a) for parameter, a in agreements.items()}
+
+
+def _mean(numbers: Any) -> float:
+    values = list(numbers)
+    return sum(values) / len(values) if values else math.nan
