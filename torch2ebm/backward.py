@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -70,7 +71,8 @@ class OpenCall:
         with ExitStack() as stack:
             stack.enter_context(BufferSnapshot(self.buffers).preserved())
             enabled, dtype, cache = self.autocast
-            stack.enter_context(torch.autocast(call.device.type, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            if enabled:
+                stack.enter_context(torch.autocast(call.device.type, dtype=dtype, cache_enabled=cache))
             gradients = self.algorithm.backward(call, loss, retain_graph)
         _check_gradients(gradients, loss)
         if any(tensor.requires_grad for tensor in call.tensors) and all(g is None for g in gradients.inputs):
@@ -144,18 +146,17 @@ class RecordedLoss(OutputLoss):
         call: Call,
         tape: Tape,
         delivered: Mapping[str, Tensor],
-        scalars: Sequence[tuple[Scalar, Tensor]],
+        scalars: Sequence[tuple[Scalar, float]],
     ) -> None:
         self.algorithm, self.call, self.tape, self.delivered = algorithm, call, tape, delivered
         self.scalars = [scalar for scalar, _ in scalars]
         factors = [factor for _, factor in scalars]
-        outer = torch.stack([factor.abs().double() for factor in factors]).max() if factors else torch.ones(())
+        outer = max(map(abs, factors), default=1.0)
         # a common factor scales gradients; its sign, and the ratios between several scalars, enter the energy
-        self.relative = [torch.where(outer > 0, factor / outer, 0.0).to(factor.dtype) for factor in factors]
-        multiplier = self._multiplier()
-        self.scale = outer / multiplier
-        self.unit = torch.where(outer > 0, multiplier / outer, 0.0)
-        self.multiplier = multiplier
+        self.relative = [factor / outer if outer else 0.0 for factor in factors]
+        self.multiplier = self._multiplier()
+        self.scale = outer / self.multiplier
+        self.unit = self.multiplier / outer if outer else 0.0
 
     def _multiplier(self) -> int:
         reduction = self.algorithm.loss_reduction
@@ -169,6 +170,7 @@ class RecordedLoss(OutputLoss):
         with torch.enable_grad():
             values = self.tape.replay(leaves, [scalar.index for scalar in self.scalars])
             total = self.multiplier * sum(f * value for f, value in zip(self.relative, values, strict=True))
+            assert isinstance(total, Tensor)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
         pairs = [(slot, next(found)) for slot, leaf in zip(slots, leaves, strict=True) if leaf.requires_grad]
@@ -212,8 +214,8 @@ class RecordedLoss(OutputLoss):
         )  # fmt: skip
 
 
-def _sum(factors: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(factors)).sum()
+def _sum(factors: Iterable[Tensor]) -> float:
+    return sum(float(factor) for factor in factors)
 
 
 def _agree(ours: Tensor, expected: Tensor) -> bool:
@@ -251,10 +253,10 @@ def _check_prediction(call: Call) -> None:
 def _check_gradients(gradients: LocalGradients, loss: OutputLoss) -> None:
     """Local gradients are finite, unless the outer factor (a gradient scaler's) is not: that is the scaler's to see."""
     norms = torch._foreach_norm(list(gradients.parameters.values())) if gradients.parameters else []
-    if not norms or bool(torch.isfinite(torch.stack([norm.double() for norm in norms]).sum())):
+    if not norms or math.isfinite(float(sum(norms))):
         return
     if not all(all_finite(delivered) for delivered in loss.delivered.values()):
-        if bool(torch.isfinite(torch.as_tensor(loss.scale))):
+        if math.isfinite(loss.scale):
             raise _non_finite("the loss, backward", next(d for d in loss.delivered.values() if not all_finite(d)))
         return
     for name, gradient in gradients.parameters.items():

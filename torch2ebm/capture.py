@@ -39,7 +39,6 @@ class Signature:
 
     leaves: tuple[Any, ...]
     structure: pytree.TreeSpec
-    names: tuple[str, ...]
 
     def unflatten(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         remaining = iter(tensors)
@@ -47,35 +46,33 @@ class Signature:
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
         return args, kwargs
 
+    def names(self, module: nn.Module) -> Iterator[str]:
+        """A name for each tensor, after the argument that holds it."""
+        places = range(len(self.leaves))
+        args, kwargs = pytree.tree_unflatten(list(places), self.structure)
+        positional = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+        positional += [f"input_{i}" for i in range(len(positional), len(args))]
+        for name, argument in [*zip(positional, args, strict=False), *kwargs.items()]:
+            held = pytree.tree_leaves(argument)
+            for i, place in enumerate(held):
+                if self.leaves[place] is TENSOR:
+                    yield re.sub(r"\W", "_", name if len(held) == 1 else f"{name}_{i}")
 
-def flatten_arguments(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[list[Any], Signature]:
+
+def flatten_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], Signature]:
     """The tensors of a call in order, and the signature that puts them back."""
     leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     markers = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    return tensors, Signature(markers, structure, tuple(_tensor_names(module, args, kwargs)))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], Signature(markers, structure)
 
 
 def assumed_signature(module: nn.Module) -> Signature:
     """Every argument without a default a tensor, every other left out: what ``convert`` traces before any example."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    required = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    keywords = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
-    _, structure = pytree.tree_flatten((tuple(required), {name: name for name in keywords}))
-    names = (*required, *keywords)
-    return Signature((TENSOR,) * len(names), structure, names)
-
-
-def _tensor_names(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[str]:
-    positional = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    positional += [f"input_{i}" for i in range(len(positional), len(args))]
-    for name, argument in [*zip(positional, args, strict=False), *kwargs.items()]:
-        leaves = pytree.tree_leaves(argument)
-        for i, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor):
-                yield re.sub(r"\W", "_", name if len(leaves) == 1 else f"{name}_{i}")
+    required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    positional = [p.name for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    keywords = {p.name: p.name for p in required if p.kind is p.KEYWORD_ONLY}
+    leaves, structure = pytree.tree_flatten((tuple(positional), keywords))
+    return Signature((TENSOR,) * len(leaves), structure)
 
 
 # Tracing --------------------------------------------------------------------------------------------------------------
@@ -100,7 +97,7 @@ class EnergyTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        placeholders = [self.create_proxy("placeholder", name, (), {}) for name in self.signature.names]
+        placeholders = [self.create_proxy("placeholder", n, (), {}) for n in self.signature.names(self.root)]
         args, kwargs = self.signature.unflatten(placeholders)
 
         def forward(root: nn.Module) -> Any:

@@ -92,7 +92,7 @@ def _write_to_copy(node: fx.Node) -> None:
     elif node.op == "call_method" or node.target is operator.setitem:
         node.op, node.target = "call_function", set_item
     elif node.target in _OPERATORS:
-        node.target = _OPERATORS[node.target]  # type: ignore[index]
+        node.target = _OPERATORS[node.target]
     elif (arguments := _in_place_argument(node)) is not None:
         node.args, node.kwargs = (), {**arguments, "inplace": False}
     else:

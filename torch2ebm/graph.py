@@ -99,6 +99,7 @@ class EnergyGraph:
         order: The nodes in evaluation order, those with no path to an output (whose gradient is zero) included.
         depth: Largest level of a node that has a value.
         changing_buffers: Buffers that a forward pass changes (running statistics).
+        parameters: Those that some output depends on, by qualified name, each once, in the module's order.
         clamp: From the input tensors to everything that depends on them alone, by name.
     """
 
@@ -118,17 +119,13 @@ class EnergyGraph:
         self.output_slots = tuple(dict.fromkeys(o.slot for o in outputs if o.slot is not None))
         self.output_nodes = tuple(node for node in self.nodes.values() if node.is_output)
         self.hidden_nodes = tuple(node for node in self.nodes.values() if not node.is_output)
+        used = {name for node in self.nodes.values() for name in node.parameters}
+        self.parameters = {name: parameter for name, parameter in module.named_parameters() if name in used}
         self.depth = max((node.level for node in self.hidden_nodes), default=0)
 
     @property
     def levels(self) -> Mapping[str, int]:
         return {name: node.level for name, node in self.nodes.items()}
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that some output depends on, by qualified name, each once, in the module's order."""
-        used = {name for node in self.nodes.values() for name in node.parameters}
-        return {name: parameter for name, parameter in self.module.named_parameters() if name in used}
 
     def output(self, predictions: Mapping[str, Tensor], constants: Mapping[str, Any]) -> list[Any]:
         """The leaves of the model's output."""

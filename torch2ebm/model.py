@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,16 +81,18 @@ class Fingerprint:
 
     @staticmethod
     def of(module: nn.Module) -> Fingerprint:
-        modules = tuple(module.modules())
-        parameters = tuple(p for m in modules for p in m._parameters.values())
-        return Fingerprint(modules, parameters, tuple(m.training for m in modules))
+        modules = [module]
+        for each in modules:  # grows while it is walked; a shared submodule may come twice
+            modules += [child for child in each._modules.values() if child is not None]
+        parameters = [p for each in modules for p in each._parameters.values()]
+        return Fingerprint(tuple(modules), tuple(parameters), tuple(each.training for each in modules))
 
     def same_objects(self, other: Fingerprint) -> bool:
         return (
             len(self.modules) == len(other.modules)
             and len(self.parameters) == len(other.parameters)
-            and all(a is b for a, b in zip(self.modules, other.modules, strict=True))
-            and all(a is b for a, b in zip(self.parameters, other.parameters, strict=True))
+            and all(map(operator.is_, self.modules, other.modules))
+            and all(map(operator.is_, self.parameters, other.parameters))
         )
 
 
@@ -158,9 +161,12 @@ class EnergyModel(nn.Module):
         open_call = OpenCall(Call(graph, tensors), algorithm, changed, keep)
         call = open_call.call
         assert call is not None
-        outputs = EnergyFunction.apply(open_call, *open_call.parameters.values(), *tensors)
+        outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
+            open_call, *open_call.parameters.values(), *tensors
+        )
         recorded = dict(zip(graph.output_slots, start(open_call.tape, outputs), strict=True))
-        return pytree.tree_unflatten(graph.output(recorded, call.environment), graph.structure)
+        leaves = graph.output(recorded, call.environment)
+        return leaves[0] if graph.structure.is_leaf() else pytree.tree_unflatten(leaves, graph.structure)
 
     def _keep(self, state: InferenceState) -> None:
         self._state = state
@@ -245,7 +251,7 @@ class EnergyModel(nn.Module):
         granularity = self._granularity
         if granularity == "auto":
             granularity = "layer" if algorithm is None else algorithm.partition
-        tensors, signature = flatten_arguments(self._original, args, kwargs)
+        tensors, signature = flatten_arguments(args, kwargs)
         key = (fingerprint.modes, signature.structure, signature.leaves)
         self._latest = _lookup(self._graphs, (granularity, key))
         if self._latest is None:
@@ -274,7 +280,8 @@ class EnergyModel(nn.Module):
 
     @property
     def training(self) -> bool:
-        return self._original.training
+        mode: bool = self._original.training
+        return mode
 
     @training.setter
     def training(self, mode: bool) -> None:

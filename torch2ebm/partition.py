@@ -88,7 +88,8 @@ def assign_roles(capture: Capture) -> Roles:
 
 
 def _output(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op == "output")
+    output: fx.Node = next(node for node in graph.nodes if node.op == "output")
+    return output
 
 
 def _is_part(node: fx.Node, live: dict[fx.Node, fx.Node], capture: Capture) -> bool:

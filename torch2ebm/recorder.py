@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from torch2ebm.errors import LossIndependentError, LossNotRecordedError
+from torch2ebm.structure import leaves_of, map_leaves
 
 
-@dataclass(frozen=True)
 class Reference:
     """Stands in a recorded operation for what an earlier one returned."""
 
-    index: int
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,16 @@ class Context:
     @staticmethod
     def now(device: str) -> Context:
         return Context(torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+
+    def run(self, device: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call ``function`` in these modes."""
+        now = Context.now(device)
+        if now == self or (now.grad == self.grad and not now.autocast and not self.autocast):
+            return function(*args, **kwargs)
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            stack.enter_context(torch.autocast(device, dtype=self.dtype, enabled=self.autocast))
+            return function(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -71,8 +84,7 @@ class Tape:
 
     def record(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> list[int]:
         """Append an operation; returns the index of each leaf of its result."""
-        leaves = pytree.tree_leaves(result)
-        indices = [self._index(leaf) if isinstance(leaf, Tensor) else -1 for leaf in leaves]
+        indices = [self._index(leaf) if isinstance(leaf, Tensor) else -1 for leaf in leaves_of(result)]
         self.operations.append(
             Operation(
                 function, _referring(args, self), _referring(kwargs, self), tuple(indices),
@@ -94,13 +106,8 @@ class Tape:
         for operation in operations:
             args = _resolved(operation.args, found)
             kwargs = _resolved(operation.kwargs, found)
-            context = operation.context
-            with (
-                torch.set_grad_enabled(context.grad),
-                torch.autocast(self.device, dtype=context.dtype, enabled=context.autocast),
-            ):
-                result = operation.function(*args, **kwargs)
-            found.update(zip(operation.results, pytree.tree_leaves(result), strict=True))
+            result = operation.context.run(self.device, operation.function, args, kwargs)
+            found.update(zip(operation.results, leaves_of(result), strict=True))
         return [found[index] for index in wanted]
 
     def _needed(self, wanted: Sequence[int]) -> list[Operation]:
@@ -133,7 +140,7 @@ class Recorded(Tensor):
             )  # fmt: skip
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        if func in _NOT_RECORDED or not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+        if func in _NOT_RECORDED or not any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
             return result
         return record(func, args, kwargs, result)
 
@@ -145,38 +152,39 @@ _NOT_RECORDED = frozenset(
 
 def start(tape: Tape, outputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a call as recorded tensors; one of no dimension is a loss already."""
-    return [_marked(output, tape, index, None, ()) for index, output in enumerate(outputs)]
+    return [_marked(output, tape, index, None) for index, output in enumerate(outputs)]
 
 
 def record(function: Callable[..., Any], args: Any, kwargs: Any, result: Any, summed: bool | None = None) -> Any:
     """Record an operation that has run; returns its result with the tensors marked."""
-    tapes = {id(tape): tape for leaf in pytree.tree_leaves((args, kwargs)) if (tape := _tape_of(leaf)) is not None}
+    tapes = {id(tape): tape for leaf in leaves_of((args, kwargs)) if (tape := _tape_of(leaf)) is not None}
     if not tapes:
-        return pytree.tree_map(_plain, result)
+        return map_leaves(_plain, result)
     if len(tapes) > 1:
         for tape in tapes.values():
             tape.obstacle = f"{_name(function)} mixes the outputs of two forward calls"
-        return pytree.tree_map(_plain, result)
+        return map_leaves(_plain, result)
     tape = next(iter(tapes.values()))
     made_by_sum = _is_sum(function, args, kwargs) if summed is None else summed
     indices = iter(tape.record(function, args, kwargs, result))
 
     def mark(leaf: Any) -> Any:
         index = next(indices)
-        return _marked(leaf, tape, index, made_by_sum, args) if isinstance(leaf, Tensor) else leaf
+        return _marked(leaf, tape, index, made_by_sum) if isinstance(leaf, Tensor) else leaf
 
-    return pytree.tree_map(mark, result)
+    return map_leaves(mark, result)
 
 
-def _marked(tensor: Tensor, tape: Tape, index: int, summed: bool | None, args: Any) -> Tensor:
+def _marked(tensor: Tensor, tape: Tape, index: int, summed: bool | None) -> Tensor:
     if tensor.ndim == 0 and tensor.requires_grad:
-        loss = _plain(tensor)
+        loss: Tensor = _plain(tensor)
         scalar = Scalar(index, bool(summed))
         tape.scalars.append(scalar)
-        loss.register_hook(lambda gradient: scalar.factors.append(gradient.detach()))
+        loss.register_hook(lambda gradient: scalar.factors.append(gradient.detach()))  # type: ignore[no-untyped-call]
         return loss
     if tensor.ndim == 0 and not tensor.is_floating_point():
-        return _plain(tensor)
+        ordinary: Tensor = _plain(tensor)
+        return ordinary
     marked = tensor if isinstance(tensor, Recorded) else tensor.as_subclass(Recorded)
     marked._tape, marked._place = weakref.ref(tape), index
     return marked
@@ -193,7 +201,7 @@ def _plain(leaf: Any) -> Any:
 def plain(structure: Any) -> Any:
     """The same structure with ordinary tensors in place of recorded ones."""
     with torch._C.DisableTorchFunctionSubclass():
-        return pytree.tree_map(_plain, structure)
+        return map_leaves(_plain, structure)
 
 
 def _referring(structure: Any, tape: Tape) -> Any:
@@ -202,15 +210,15 @@ def _referring(structure: Any, tape: Tape) -> Any:
             return Reference(leaf._place) if _tape_of(leaf) is tape else _plain(leaf)
         return leaf
 
-    return pytree.tree_map(refer, structure)
+    return map_leaves(refer, structure)
 
 
 def _resolved(structure: Any, found: dict[int, Any]) -> Any:
-    return pytree.tree_map(lambda leaf: found[leaf.index] if isinstance(leaf, Reference) else leaf, structure)
+    return map_leaves(lambda leaf: found[leaf.index] if isinstance(leaf, Reference) else leaf, structure)
 
 
-def _references(structure: Any) -> list[int]:
-    return [leaf.index for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Reference)]
+def _references(structure: Any) -> Iterator[int]:
+    return (leaf.index for leaf in leaves_of(structure) if isinstance(leaf, Reference))
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -232,7 +240,7 @@ _SUMS = frozenset([torch.sum, Tensor.sum, torch.nansum, Tensor.nansum])
 def _is_sum(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
     if function in _SUMS or kwargs.get("reduction") == "sum":
         return True
-    if "sum" not in args:
+    if not any(isinstance(argument, str) and argument == "sum" for argument in args):
         return False
     try:
         return inspect.signature(function).bind(*args, **kwargs).arguments.get("reduction") == "sum"

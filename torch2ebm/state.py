@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +74,7 @@ class Call:
             self._clamp(cut)
             for node in self.graph.order:
                 inputs = tuple(self.values[slot] for slot in node.reads)
-                with self._recorded(node):
-                    results = node.evaluate([*inputs, *[self.environment[name] for name in node.constants]])
+                results = self._first_evaluation(node, [*inputs, *[self.environment[name] for name in node.constants]])
                 predictions = tuple(results[: len(node.slots)])
                 self.environment.update(zip(node.exports, _detached(results[len(node.slots) :]), strict=True))
                 for slot, prediction in zip(node.slots, predictions, strict=True):
@@ -93,15 +92,14 @@ class Call:
                 self.clamped_leaves[name] = (value, leaf)
                 self.environment[name] = leaf
 
-    @contextmanager
-    def _recorded(self, node: Node) -> Iterator[None]:
+    def _first_evaluation(self, node: Node, arguments: Sequence[Any]) -> Sequence[Any]:
+        """Evaluate, and keep what later evaluations have to repeat."""
         if node.random:
             self._random[node.name] = RandomState(self.device)
         if not node.batch_statistics:
-            yield
-            return
+            return node.evaluate(arguments)
         with recording_statistics(self._statistics.setdefault(node.name, [])):
-            yield
+            return node.evaluate(arguments)
 
     def output(self) -> list[Any]:
         """The leaves of the model's output."""
@@ -152,8 +150,8 @@ class OutputLoss(ABC):
     """
 
     delivered: Mapping[str, Tensor]
-    scale: Tensor | float
-    unit: Tensor | float
+    scale: float
+    unit: float
 
     @abstractmethod
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -216,7 +214,7 @@ class InferenceState:
     batch_size: int
     predictions: Mapping[str, Tensor]  # by slot
     errors: Mapping[str, Tensor]  # by slot, to be multiplied by error_unit; a missing one is zero
-    error_unit: Tensor | float = 1.0
+    error_unit: float = 1.0
     relaxation: Relaxation = Relaxation()
     unreached: tuple[str, ...] = ()
 

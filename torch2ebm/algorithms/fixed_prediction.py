@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm, check_choice, check_reduction
@@ -69,7 +71,7 @@ class FixedPrediction(Algorithm):
         gradients = GradientSum()
         # by slot and path length k: arrived[k] times the share of paths of k edges in backprop's delta
         shares: dict[str, dict[int, Tensor]] = {slot: {0: delta} for slot, delta in loss.delivered.items()}
-        for node in reversed(call.graph.nodes.values()):
+        for node in reversed(tuple(call.graph.nodes.values())):
             evaluated = call.passes[node.name] if retain_graph else call.passes.pop(node.name)
             own = [shares.get(slot, {}) for slot in node.slots]
             lengths = sorted({length for share in own for length in share})
@@ -93,7 +95,7 @@ class FixedPrediction(Algorithm):
     def _pass_on(
         self,
         reads: tuple[str, ...],
-        messages: list[Tensor | None] | tuple[Tensor | None, ...],
+        messages: Sequence[Tensor | None],
         length: int,
         arrived: list[float],
         shares: dict[str, dict[int, Tensor]],
@@ -114,7 +116,7 @@ class FixedPrediction(Algorithm):
         deltas: dict[str, Tensor] = dict(loss.delivered)
         for _ in range(self.steps):
             messages: dict[str, Tensor] = {}
-            for node in reversed(call.graph.nodes.values()):
+            for node in reversed(tuple(call.graph.nodes.values())):
                 evaluated = call.passes[node.name]
                 cotangents = [deltas.get(slot) for slot in node.slots]
                 products = evaluated.pullback(cotangents, evaluated.inputs, retain_graph=True)
@@ -130,7 +132,7 @@ class FixedPrediction(Algorithm):
                     elif change is not None:
                         deltas[slot] = change
         gradients = GradientSum()
-        for node in reversed(call.graph.nodes.values()):
+        for node in reversed(tuple(call.graph.nodes.values())):
             gradients.add(call, call.passes[node.name], [deltas.get(slot) for slot in node.slots], retain_graph=True)
         return self._result(call, loss, gradients, deltas)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch2ebm.algorithms.base import Algorithm, check_reduction
 from torch2ebm.inference import Inference
 from torch2ebm.solvers import GradientDescent, Solver
@@ -43,7 +41,7 @@ class PredictiveCoding(Algorithm):
     ) -> None:
         check_reduction("PredictiveCoding", loss_reduction)
         self.solver = GradientDescent(steps, lr) if solver is None else solver
-        self.loss_reduction = loss_reduction
+        self.loss_reduction: str = loss_reduction
 
     def __repr__(self) -> str:
         return f"PredictiveCoding(solver={self.solver!r}, loss_reduction={self.loss_reduction!r})"
@@ -55,4 +53,4 @@ class PredictiveCoding(Algorithm):
         return relax(self.solver, Inference(call, loss))
 
     def with_steps(self, steps: int) -> PredictiveCoding:
-        return PredictiveCoding(solver=replace(self.solver, steps=steps), loss_reduction=self.loss_reduction)  # type: ignore[type-var]
+        return PredictiveCoding(solver=self.solver.with_steps(steps), loss_reduction=self.loss_reduction)

@@ -57,7 +57,7 @@ class ZeroDivergence(Algorithm):
     def _reverse(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         gradients = GradientSum()
         deltas = dict(loss.delivered)  # by slot: minus the error, in the scale of the user's loss
-        for node in reversed(call.graph.nodes.values()):
+        for node in reversed(tuple(call.graph.nodes.values())):
             evaluated = call.passes[node.name] if retain_graph else call.passes.pop(node.name)
             messages = gradients.add(
                 call, evaluated, [deltas.get(slot) for slot in node.slots], evaluated.inputs, retain_graph
@@ -73,7 +73,7 @@ class ZeroDivergence(Algorithm):
 
 
 def by_levels(
-    call: Call, graph: EnergyGraph, delivered: Mapping[str, Tensor], unit: Tensor | float, gamma: float
+    call: Call, graph: EnergyGraph, delivered: Mapping[str, Tensor], unit: float, gamma: float
 ) -> LocalGradients:
     """The literal schedule of algorithms.md, B1; exact where ``graph`` is levelled.
 

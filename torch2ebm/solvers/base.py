@@ -24,6 +24,10 @@ class Solver(ABC):
     tol: float
 
     @abstractmethod
+    def with_steps(self, steps: int) -> Solver:
+        """The same solver with another number of steps."""
+
+    @abstractmethod
     def start(self, inference: Inference) -> Any:
         """The solver's own state for one relaxation."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch2ebm.inference import Inference
 from torch2ebm.solvers.base import Solver, check_positive, check_steps, check_tolerance
@@ -34,6 +34,9 @@ class GradientDescent(Solver):
         check_steps("GradientDescent", self.steps)
         check_positive("GradientDescent", lr=self.lr)
         check_tolerance("GradientDescent", self.tol)
+
+    def with_steps(self, steps: int) -> GradientDescent:
+        return replace(self, steps=steps)
 
     def start(self, inference: Inference) -> None:
         return None

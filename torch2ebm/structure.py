@@ -1,0 +1,55 @@
+"""Nested arguments and results: the leaves of tuples, lists, dicts, dataclasses and slices.
+
+Quicker than a pytree for the flat argument lists of ordinary calls, and it looks into slices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+
+def leaves_of(structure: Any) -> Iterator[Any]:
+    """All leaves, in order."""
+    if isinstance(structure, (tuple, list)):
+        for part in structure:
+            yield from leaves_of(part)
+    elif isinstance(structure, Mapping):
+        for part in structure.values():
+            yield from leaves_of(part)
+    elif isinstance(structure, slice):
+        yield from (structure.start, structure.stop, structure.step)
+    elif _is_record(structure):
+        for field in dataclasses.fields(structure):
+            yield from leaves_of(getattr(structure, field.name))
+    else:
+        yield structure
+
+
+def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
+    """The same structure with ``function`` applied to every leaf."""
+    if isinstance(structure, (tuple, list)):
+        parts = [map_leaves(function, part) for part in structure]
+        if isinstance(structure, list):
+            return parts
+        return type(structure)(*parts) if hasattr(structure, "_fields") else _as_tuple(structure, parts)
+    if isinstance(structure, dict):
+        mapped = {key: map_leaves(function, part) for key, part in structure.items()}
+        return mapped if type(structure) is dict else type(structure)(mapped)
+    if isinstance(structure, slice):
+        return slice(function(structure.start), function(structure.stop), function(structure.step))
+    if _is_record(structure):
+        return dataclasses.replace(
+            structure, **{f.name: map_leaves(function, getattr(structure, f.name)) for f in dataclasses.fields(structure)}
+        )
+    return function(structure)
+
+
+def _as_tuple(original: Any, parts: list[Any]) -> Any:
+    """A plain tuple, or one of torch's own result types (``max``, ``topk``), which take a sequence."""
+    return tuple(parts) if type(original) is tuple else type(original)(parts)
+
+
+def _is_record(structure: Any) -> bool:
+    return dataclasses.is_dataclass(structure) and not isinstance(structure, type)
