@@ -1,0 +1,45 @@
+# Everything runs from a fresh clone with Python 3.10 or newer and make: the first target builds the environment.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+PIP := $(VENV)/bin/python -m pip
+TORCH := torch==2.13.0
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP) ## create the environment in .venv (the other targets do so too)
+
+demo: $(STAMP) ## train a small network by energy-based learning; its pictures go to demo_output
+	$(VENV)/bin/python -m torch2ebm demo
+
+test: PYTEST_ARGS :=
+test-all: PYTEST_ARGS := -m ""
+test: ## lint, check the types, run the tests
+test-all: ## the same with the slow tests
+test test-all: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q $(PYTEST_ARGS)
+
+bench: $(STAMP) ## measure speed and memory against backpropagation
+	$(VENV)/bin/python benchmarks/speed.py
+
+clean: ## remove what builds and tools leave behind; the environment stays
+	rm -rf build dist site demo_output htmlcov .coverage .coverage.* *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# torch first, and alone, so that nothing else chooses its version.
+$(STAMP): setup.cfg constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("torch2ebm needs Python 3.10 or newer: make PYTHON=...")'
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt $(TORCH)
+	$(PIP) install -q -c constraints.txt -e '.[test,tutorials,plot]'
+	@touch $@
