@@ -36,7 +36,8 @@ class _Assembly:
         self._assign_once()
         self.core = [self._with_repeated(group.members) for group in groups]
         self.body = [
-            core | self._with_repeated(n for n in roles.once if self.group_of[n] == i) for i, core in enumerate(self.core)
+            core | self._with_repeated(n for n in roles.once if self.group_of[n] == i)
+            for i, core in enumerate(self.core)
         ]
         self._assign_results()
 
@@ -97,12 +98,16 @@ class _Assembly:
                 if self.read[i]:  # a returned value that others read keeps its value: an output of its own follows it
                     slot = output_slot[operation] = f"{operation.name}.output"
                     name = _unique(f"{node.name}.output", taken)
-                    nodes.append(Node(name, (), (), identity, {}, 0, (slot,), (operation.name,), description="identity"))
+                    nodes.append(
+                        Node(name, (), (), identity, {}, 0, (slot,), (operation.name,), description="identity")
+                    )
         if not output_slot:
             raise PartitionError(
-                f"torch2ebm.convert({type(self.capture.module).__name__})", "no output that depends on a parameter",
-                "at least one", "A model without parameters has nothing to learn; check that forward uses them.",
-            )  # fmt: skip
+                f"torch2ebm.convert({type(self.capture.module).__name__})",
+                "no output that depends on a parameter",
+                "at least one",
+                "A model without parameters has nothing to learn; check that forward uses them.",
+            )
         outputs, structure = self._outputs(output_slot)
         buffers = tuple(self.capture.reference.changed_buffers)
         return EnergyGraph(self.capture.module, nodes, self._clamp(), outputs, structure, buffers)
@@ -113,8 +118,7 @@ class _Assembly:
         values = [
             source
             for source in dict.fromkeys(external)
-            if source in self.roles.live
-            and any(source in node.all_input_nodes for node in self.core[i])
+            if source in self.roles.live and any(source in node.all_input_nodes for node in self.core[i])
         ]
         constants = [s for s in dict.fromkeys(external) if s not in values and s.op != "get_attr"]
         fixed = {s: f"{s.name}.fixed" if s in self.roles.live else s.name for s in (*constants, *self.exports[i])}
@@ -162,7 +166,9 @@ class _Assembly:
             if node.op == "call_module":
                 own: Iterable[Any] = self.capture.module.get_submodule(str(node.target)).parameters()
             else:
-                own = [attribute(self.capture.module, str(s.target)) for s in node.all_input_nodes if s.op == "get_attr"]
+                own = [
+                    attribute(self.capture.module, str(s.target)) for s in node.all_input_nodes if s.op == "get_attr"
+                ]
             for parameter in own:
                 if isinstance(parameter, nn.Parameter):
                     found[self.names_of_parameters[id(parameter)]] = parameter
@@ -184,9 +190,11 @@ class _Assembly:
     def _check_value(self, node: Node, operation: fx.Node) -> None:
         if not self.capture.facts[operation].tensor:
             raise PartitionError(
-                f"node '{node.name}'", f"a result of {operation.format_node()} that is no tensor",
-                "tensors, tuples, lists or dicts of them", "Make the submodule that uses it one node: nodes=[...].",
-            )  # fmt: skip
+                f"node '{node.name}'",
+                f"a result of {operation.format_node()} that is no tensor",
+                "tensors, tuples, lists or dicts of them",
+                "Make the submodule that uses it one node: nodes=[...].",
+            )
 
     # the rest of the model
 

@@ -63,9 +63,11 @@ class OpenCall:
         call = self.call
         if call is None:
             raise GraphFreedError(
-                "loss.backward()", "a second backward through one forward call", "one, unless retain_graph=True",
+                "loss.backward()",
+                "a second backward through one forward call",
+                "one, unless retain_graph=True",
                 "Call backward(retain_graph=True) the first time, or run the model again.",
-            )  # fmt: skip
+            )
         slots = zip(call.graph.output_slots, delivered, strict=True)
         loss = make_loss(self.algorithm, call, self.tape, {s: g for s, g in slots if g is not None})
         with ExitStack() as stack:
@@ -77,9 +79,11 @@ class OpenCall:
         _check_gradients(gradients, loss)
         if any(tensor.requires_grad for tensor in call.tensors) and all(g is None for g in gradients.inputs):
             raise InputGradientError(
-                f"{self.algorithm!r}", "inputs that require a gradient", "none, or an algorithm that has one",
+                f"{self.algorithm!r}",
+                "inputs that require a gradient",
+                "none, or an algorithm that has one",
                 "Detach the input, or use ZeroDivergence.",
-            )  # fmt: skip
+            )
         self.keep(gradients.state)
         if not retain_graph:
             self.call = None
@@ -104,9 +108,11 @@ class EnergyFunction(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *delivered: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise HigherOrderGradientError(
-                "loss.backward(create_graph=True)", "a request for gradients of local gradients", "create_graph=False",
+                "loss.backward(create_graph=True)",
+                "a request for gradients of local gradients",
+                "create_graph=False",
                 "Use model.feedforward(x), or the module itself, for a higher-order term.",
-            )  # fmt: skip
+            )
         open_call: OpenCall = ctx.open_call  # type: ignore[attr-defined]
         try:
             gradients = open_call.gradients(delivered, _retains_graph())
@@ -180,10 +186,11 @@ class RecordedLoss(OutputLoss):
         """Raise unless the recorded loss, at the feed-forward prediction, has the gradient that autograd delivered."""
         if not self.scalars:
             raise LossNotRecordedError(
-                "loss.backward()", self.tape.obstacle or "no loss of no dimension computed from the model's output",
+                "loss.backward()",
+                self.tape.obstacle or "no loss of no dimension computed from the model's output",
                 f"one, since {type(self.algorithm).__name__} evaluates the loss again while predictions move",
                 "Reduce the loss to one number, or wrap the loss function: torch2ebm.EnergyLoss(loss_fn).",
-            )  # fmt: skip
+            )
         self._check_reduction()
         predictions = {slot: self.call.values[slot] for slot in self.call.graph.output_slots}
         try:
@@ -201,17 +208,20 @@ class RecordedLoss(OutputLoss):
         summed = any(scalar.summed for scalar in self.scalars)
         if summed and self.call.batch_size > 1 and self.algorithm.loss_reduction == "mean":
             raise LossReductionError(
-                "loss.backward()", f"a loss made by a sum, over a batch of {self.call.batch_size}",
+                "loss.backward()",
+                f"a loss made by a sum, over a batch of {self.call.batch_size}",
                 "a mean over the batch (loss_reduction='mean')",
                 f"Give {type(self.algorithm).__name__}(..., loss_reduction='sum'), or take the mean.",
-            )  # fmt: skip
+            )
 
     def _refusal(self, got: str) -> LossReplayError:
         return LossReplayError(
-            "loss.backward()", got, "the gradient that autograd delivered",
+            "loss.backward()",
+            got,
+            "the gradient that autograd delivered",
             "The loss uses the model's output through something that was not recorded, or draws random numbers; "
             "wrap the loss function: torch2ebm.EnergyLoss(loss_fn).",
-        )  # fmt: skip
+        )
 
 
 def _sum(factors: Iterable[Tensor]) -> float:
@@ -266,6 +276,8 @@ def _check_gradients(gradients: LocalGradients, loss: OutputLoss) -> None:
 
 def _non_finite(where: str, tensor: Tensor) -> NonFiniteError:
     return NonFiniteError(
-        where, count_bad(tensor), "finite numbers",
+        where,
+        count_bad(tensor),
+        "finite numbers",
         "Look at the input, the target, the learning rate and the parameters; nothing was changed.",
-    )  # fmt: skip
+    )

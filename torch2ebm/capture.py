@@ -50,7 +50,9 @@ class Signature:
         """A name for each tensor, after the argument that holds it."""
         places = range(len(self.leaves))
         args, kwargs = pytree.tree_unflatten(list(places), self.structure)
-        positional = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+        positional = [
+            p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY
+        ]
         positional += [f"input_{i}" for i in range(len(positional), len(args))]
         for name, argument in [*zip(positional, args, strict=False), *kwargs.items()]:
             held = pytree.tree_leaves(argument)
@@ -141,9 +143,11 @@ def trace(
     called = {node.target for node in graph.nodes if node.op == "call_module"}
     if all_called and (missing := sorted(leaves - called)):
         raise UnknownNodeError(
-            "convert(nodes=[...])", f"{missing}, never called by {type(module).__name__}.forward",
-            "submodules that forward calls", "Name the submodules that they contain, or the one that contains them.",
-        )  # fmt: skip
+            "convert(nodes=[...])",
+            f"{missing}, never called by {type(module).__name__}.forward",
+            "submodules that forward calls",
+            "Name the submodules that they contain, or the one that contains them.",
+        )
     make_functional(graph)
     _protect_inputs(module, graph, leaves)
     return Trace(graph, constants, leaves)
@@ -176,22 +180,31 @@ def _check_names(module: nn.Module, leaves: frozenset[str]) -> None:
     if unknown := sorted(leaves - known):
         some = ", ".join(sorted(known)[:12])
         raise UnknownNodeError(
-            "convert(nodes=[...])", f"{unknown}", f"names of submodules of {type(module).__name__} ({some}, ...)",
+            "convert(nodes=[...])",
+            f"{unknown}",
+            f"names of submodules of {type(module).__name__} ({some}, ...)",
             "Take them from module.named_modules().",
-        )  # fmt: skip
+        )
 
 
 def _untraceable(module: nn.Module, scope: str, error: Exception) -> UntraceableError:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not re.search(r"[/\\]torch(2ebm)?[/\\]", f.filename)]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not re.search(r"[/\\]torch(2ebm)?[/\\]", f.filename)
+    ]
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"
     line = f" `{frames[-1].line}`" if frames else ""
-    named = f"make '{scope}' one node with nodes=['{scope}']" if scope else "make the submodule concerned one node with nodes=[...]"
+    named = (
+        f"make '{scope}' one node with nodes=['{scope}']"
+        if scope
+        else "make the submodule concerned one node with nodes=[...]"
+    )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UntraceableError(
-        f"torch2ebm cannot capture {type(module).__name__}", f"{scope or 'forward'} ({place}){line}: {reason}",
+        f"torch2ebm cannot capture {type(module).__name__}",
+        f"{scope or 'forward'} ({place}){line}: {reason}",
         "operations on tensors that do not branch on a tensor's value",
         f"Options: {named}, rewrite the branch with torch.where, or pass example_inputs if an argument is no tensor.",
-    )  # fmt: skip
+    )
 
 
 @contextmanager
@@ -311,15 +324,18 @@ class Reference:
         """Raise :class:`CaptureMismatchError` where ``outputs`` or the module's buffers now differ."""
         buffers = dict(module.named_buffers())
         differences = [
-            f"output {i}" for i, (ours, real) in enumerate(zip(outputs, self.outputs, strict=True)) if not _same(ours, real)
+            f"output {i}"
+            for i, (ours, real) in enumerate(zip(outputs, self.outputs, strict=True))
+            if not _same(ours, real)
         ] + [f"buffer {name}" for name, after in self.changed_buffers.items() if not _same(buffers[name], after)]
         if differences:
             raise CaptureMismatchError(
-                f"torch2ebm cannot capture {type(module).__name__}", f"another result in {', '.join(differences)}",
+                f"torch2ebm cannot capture {type(module).__name__}",
+                f"another result in {', '.join(differences)}",
                 "the module's own outputs and buffers",
                 "Its forward depends on something that tracing does not see (a value, a counter, a view written in "
                 "place, the order of random draws): make that submodule one node with nodes=[...].",
-            )  # fmt: skip
+            )
 
 
 def _same(ours: Any, real: Any) -> bool:

@@ -65,9 +65,16 @@ class GradientComparison:
             for name in self.algorithms:
                 a = self.agreement[name][parameter]
                 rows.append(
-                    [parameter, name, f"{a.cosine:.6f}", f"{a.angle:.2f}", f"{a.relative_error:.2e}",
-                     f"{a.norm_ratio:.4f}", f"{100 * a.sign_agreement:.1f}%"]
-                )  # fmt: skip
+                    [
+                        parameter,
+                        name,
+                        f"{a.cosine:.6f}",
+                        f"{a.angle:.2f}",
+                        f"{a.relative_error:.2e}",
+                        f"{a.norm_ratio:.4f}",
+                        f"{100 * a.sign_agreement:.1f}%",
+                    ]
+                )
         header = ["parameter", "algorithm", "cosine", "angle [deg]", "relative error", "norm ratio", "same sign"]
         table = aligned(header, rows, left=2)
         return table + "\n\n" + self._table_along() if self.steps else table
@@ -161,7 +168,9 @@ def agreement(ours: Tensor, reference: Tensor) -> Agreement:
     if norm_g == 0.0 or norm_r == 0.0:
         both = norm_g == norm_r
         cosine, angle = (1.0, 0.0) if both else (math.nan, 90.0)
-        relative, ratio = (0.0, 1.0) if both else (math.inf if norm_r == 0.0 else 1.0, math.inf if norm_r == 0.0 else 0.0)
+        relative, ratio = (
+            (0.0, 1.0) if both else (math.inf if norm_r == 0.0 else 1.0, math.inf if norm_r == 0.0 else 0.0)
+        )
     else:
         u, v = g / norm_g, r / norm_r
         cosine = max(-1.0, min(1.0, float(u @ v)))
@@ -180,9 +189,11 @@ def _named(algorithms: Sequence[Algorithm] | Mapping[str, Algorithm]) -> dict[st
             named[name if name not in named else repr(algorithm)] = algorithm
     if not named or not all(isinstance(algorithm, Algorithm) for algorithm in named.values()):
         raise ConfigurationError(
-            "torch2ebm.compare(algorithms=...)", repr(algorithms), "at least one algorithm object, in a list or a dict",
+            "torch2ebm.compare(algorithms=...)",
+            repr(algorithms),
+            "at least one algorithm object, in a list or a dict",
             "For example [torch2ebm.ZeroDivergence(), torch2ebm.PredictiveCoding()].",
-        )  # fmt: skip
+        )
     return named
 
 
@@ -193,9 +204,11 @@ def _unpack(
         return (), dict(batch), loss_fn
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise ConfigurationError(
-            "torch2ebm.compare(batch=...)", type(batch).__name__, "(inputs, target), or a dict of keyword arguments",
+            "torch2ebm.compare(batch=...)",
+            type(batch).__name__,
+            "(inputs, target), or a dict of keyword arguments",
             "Put several inputs in a tuple: ((a, b), target).",
-        )  # fmt: skip
+        )
     inputs, target = batch
     if isinstance(inputs, Mapping):
         return (), dict(inputs), lambda output: loss_fn(output, target)

@@ -36,7 +36,7 @@ def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def make_functional(graph: fx.Graph) -> None:
-    """Turn writes in place into new tensors that all later readers read. Writes to attributes stay: they are effects."""
+    """Turn writes in place into new tensors for all later readers. Writes to attributes stay: they are effects."""
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         written = _written_argument(node)

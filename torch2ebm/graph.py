@@ -66,11 +66,15 @@ class Node:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            shapes = ", ".join(f"{n} {_described(a)}" for n, a in zip((*self.reads, *self.constants), arguments, strict=True))
+            shapes = ", ".join(
+                f"{n} {_described(a)}" for n, a in zip((*self.reads, *self.constants), arguments, strict=True)
+            )
             raise NodeEvaluationError(
-                f"node '{self.name}' ({self.description})", shapes or "no arguments", "arguments that its function takes",
+                f"node '{self.name}' ({self.description})",
+                shapes or "no arguments",
+                "arguments that its function takes",
                 f"The function said: {str(error).strip().splitlines()[0]}. Check shape, dtype and device of the input.",
-            ) from error  # fmt: skip
+            ) from error
         return result if isinstance(result, tuple) else (result,)
 
 

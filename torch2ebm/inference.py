@@ -150,7 +150,9 @@ class Inference:
         passes = [self._evaluate(node, requires_grad=False) for node in self.graph.output_nodes]
         output_errors = self._output_errors(passes)
         for evaluated in passes:
-            self._collect(evaluated, [output_errors.get(s) for s in evaluated.node.slots], gradients, predictions, errors)
+            self._collect(
+                evaluated, [output_errors.get(s) for s in evaluated.node.slots], gradients, predictions, errors
+            )
         unreached = []
         for node in reversed(self.graph.hidden_nodes):
             if self._is_active(node):

@@ -16,7 +16,6 @@ from torch2ebm.assembly import build_graph
 from torch2ebm.backward import EnergyFunction, OpenCall, all_finite, count_bad
 from torch2ebm.capture import (
     Capture,
-    Signature,
     assumed_signature,
     capture,
     flatten_arguments,
@@ -65,9 +64,11 @@ def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any 
     """
     if not isinstance(module, nn.Module) or isinstance(module, EnergyModel):
         raise ConfigurationError(
-            "torch2ebm.convert(module)", type(module).__name__, "a torch.nn.Module that is not converted yet",
+            "torch2ebm.convert(module)",
+            type(module).__name__,
+            "a torch.nn.Module that is not converted yet",
             "Pass the network itself.",
-        )  # fmt: skip
+        )
     return EnergyModel(module, nodes, example_inputs)
 
 
@@ -179,9 +180,11 @@ class EnergyModel(nn.Module):
         """The energy graph of the last call. Raises :class:`NotCapturedError` before any input was seen."""
         if self._latest is None:
             raise NotCapturedError(
-                "model.graph", "no graph yet", "an example input",
+                "model.graph",
+                "no graph yet",
+                "an example input",
                 "Call the model once, or pass example_inputs to torch2ebm.convert.",
-            )  # fmt: skip
+            )
         return self._latest
 
     @property
@@ -202,9 +205,11 @@ class EnergyModel(nn.Module):
         """
         if self._state is None:
             raise NoStateError(
-                "model.state", "no state", "a backward since the last forward",
+                "model.state",
+                "no state",
+                "a backward since the last forward",
                 "Attach an EnergyOptimizer, then call loss.backward(); look at the state before the next forward.",
-            )  # fmt: skip
+            )
         return self._state
 
     def summary(self) -> str:
@@ -221,9 +226,11 @@ class EnergyModel(nn.Module):
         """Called by :class:`EnergyOptimizer`. Raises :class:`AttachmentError` if one is attached already."""
         if self.attached:
             raise AttachmentError(
-                "EnergyOptimizer(model)", f"a model with {self._algorithm!r} attached", "a model without an algorithm",
+                "EnergyOptimizer(model)",
+                f"a model with {self._algorithm!r} attached",
+                "a model without an algorithm",
                 "Call detach() on the optimizer that is attached, or on the model.",
-            )  # fmt: skip
+            )
         self._algorithm, self.attached, self._state, self._latest = algorithm, True, None, None
         self.awaits_backward = False
 
@@ -244,10 +251,11 @@ class EnergyModel(nn.Module):
         fingerprint = Fingerprint.of(self._original)
         if not fingerprint.same_objects(self._fingerprint):
             raise ModuleChangedError(
-                f"EnergyModel({type(self._original).__name__})", _changes(self._fingerprint, fingerprint),
+                f"EnergyModel({type(self._original).__name__})",
+                _changes(self._fingerprint, fingerprint),
                 "the layers and parameters that torch2ebm.convert saw",
                 "Convert the changed module again; change parameters in place (copy_, data) to keep the model.",
-            )  # fmt: skip
+            )
         granularity = self._granularity
         if granularity == "auto":
             granularity = "layer" if algorithm is None else algorithm.partition
@@ -353,5 +361,10 @@ def _changes(before: Fingerprint, now: Fingerprint) -> str:
     known = set(map(id, (*before.modules, *before.parameters)))
     modules = [type(m).__name__ for m in now.modules if id(m) not in known]
     parameters = [str(tuple(p.shape)) for p in now.parameters if p is not None and id(p) not in known]
-    found = [f"new layers {', '.join(modules)}"] * bool(modules) + [f"new parameters {', '.join(parameters)}"] * bool(parameters)
-    return " and ".join(found) or f"{len(now.modules)} layers and {len(now.parameters)} parameters, in another order or number"
+    found = [f"new layers {', '.join(modules)}"] * bool(modules) + [f"new parameters {', '.join(parameters)}"] * bool(
+        parameters
+    )
+    return (
+        " and ".join(found)
+        or f"{len(now.modules)} layers and {len(now.parameters)} parameters, in another order or number"
+    )

@@ -65,10 +65,11 @@ class EnergyOptimizer(Optimizer):
         if self.model.awaits_backward:
             self.model.awaits_backward = False
             raise LossIndependentError(
-                "optimizer.step()", "a forward since the last step, and no backward that reached the model",
+                "optimizer.step()",
+                "a forward since the last step, and no backward that reached the model",
                 "a loss computed from the model's output, and loss.backward()",
                 "Look for a detach() between model(x) and the loss; run forwards for evaluation under torch.no_grad().",
-            )  # fmt: skip
+            )
 
     def detach(self) -> Optimizer:
         """End the attachment and return the wrapped optimizer: the plain loop is back."""
@@ -110,12 +111,16 @@ def unwrapped(model: nn.Module) -> EnergyModel:
     """The converted model inside the wrappers that are known."""
     inner: Any = model
     while not isinstance(inner, EnergyModel):
-        inner = getattr(inner, "_orig_mod", None) or (getattr(inner, "module", None) if isinstance(inner, nn.Module) else None)
+        inner = getattr(inner, "_orig_mod", None) or (
+            getattr(inner, "module", None) if isinstance(inner, nn.Module) else None
+        )
         if not isinstance(inner, nn.Module):
             raise AttachmentError(
-                "EnergyOptimizer(optimizer, model, algorithm)", f"a {type(model).__name__}",
-                "a model made by torch2ebm.convert, or a wrapper of one", "Convert it first: torch2ebm.convert(net).",
-            )  # fmt: skip
+                "EnergyOptimizer(optimizer, model, algorithm)",
+                f"a {type(model).__name__}",
+                "a model made by torch2ebm.convert, or a wrapper of one",
+                "Convert it first: torch2ebm.convert(net).",
+            )
     return inner
 
 
@@ -123,11 +128,15 @@ def _check(optimizer: Optimizer, algorithm: Algorithm) -> None:
     where = "EnergyOptimizer(optimizer, model, algorithm)"
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, EnergyOptimizer):
         raise AttachmentError(
-            where, f"{type(optimizer).__name__} as the optimizer", "a torch.optim.Optimizer that is not wrapped yet",
+            where,
+            f"{type(optimizer).__name__} as the optimizer",
+            "a torch.optim.Optimizer that is not wrapped yet",
             "Pass the optimizer itself, for example torch.optim.Adam(net.parameters()).",
-        )  # fmt: skip
+        )
     if not isinstance(algorithm, Algorithm):
         raise AttachmentError(
-            where, f"{algorithm!r} as the algorithm", "an algorithm object, for example torch2ebm.PredictiveCoding()",
+            where,
+            f"{algorithm!r} as the algorithm",
+            "an algorithm object, for example torch2ebm.PredictiveCoding()",
             "Write the parentheses: an object, not the class.",
-        )  # fmt: skip
+        )

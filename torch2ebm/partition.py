@@ -27,9 +27,11 @@ def named_leaves(module: nn.Module, granularity: Granularity) -> frozenset[str]:
         return frozenset(granularity)
     if granularity not in ("auto", *GRANULARITIES):
         raise ConfigurationError(
-            "convert(nodes=...)", repr(granularity), f"'auto', {', '.join(map(repr, GRANULARITIES))}, or a list of names",
+            "convert(nodes=...)",
+            repr(granularity),
+            f"'auto', {', '.join(map(repr, GRANULARITIES))}, or a list of names",
             "To make one submodule a node write its name in a list: nodes=['encoder'].",
-        )  # fmt: skip
+        )
     return frozenset()
 
 
@@ -227,8 +229,10 @@ class Partition:
         if producer.op == "call_module":
             module = self.capture.module.get_submodule(str(producer.target))
             return self.granularity == "module" or self._is_named(producer) or any(True for _ in module.parameters())
-        return any(source in self.roles.repeated and self.capture.facts[source].live or self._is_parameter(source)
-                   for source in producer.all_input_nodes)  # fmt: skip
+        return any(
+            (source in self.roles.repeated and self.capture.facts[source].live) or self._is_parameter(source)
+            for source in producer.all_input_nodes
+        )
 
     def _is_parameter(self, node: fx.Node) -> bool:
         return node.op == "get_attr" and isinstance(attribute(self.capture.module, str(node.target)), nn.Parameter)
@@ -276,7 +280,8 @@ class Partition:
         """Groups so that random draws come in the module's own order; the second list is what is stuck in a cycle."""
         by_tip = {group.tip: group for group in groups}
         needs = {
-            group.tip: {owner[self.roles.live[s]] for node in group.members for s in self.live_sources(node)} - {group.tip}
+            group.tip: {owner[self.roles.live[s]] for node in group.members for s in self.live_sources(node)}
+            - {group.tip}
             for group in groups
         }
         urgency = self._urgency(groups, needs)

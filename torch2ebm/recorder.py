@@ -87,9 +87,13 @@ class Tape:
         indices = [self._index(leaf) if isinstance(leaf, Tensor) else -1 for leaf in leaves_of(result)]
         self.operations.append(
             Operation(
-                function, _referring(args, self), _referring(kwargs, self), tuple(indices),
-                Context.now(self.device), _writes_in_place(function, kwargs),
-            )  # fmt: skip
+                function,
+                _referring(args, self),
+                _referring(kwargs, self),
+                tuple(indices),
+                Context.now(self.device),
+                _writes_in_place(function, kwargs),
+            )
         )
         return indices
 
@@ -135,9 +139,11 @@ class Recorded(Tensor):
         kwargs = kwargs or {}
         if func is Tensor.backward and isinstance(args[0], Recorded) and not args[0].requires_grad:
             raise LossIndependentError(
-                "loss.backward()", "a loss without a gradient in the model's output", "a loss that depends on it",
+                "loss.backward()",
+                "a loss without a gradient in the model's output",
+                "a loss that depends on it",
                 "Look for a detach(), an argmax or a torch.no_grad() between model(x) and the loss.",
-            )  # fmt: skip
+            )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if func in _NOT_RECORDED or not any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
@@ -146,7 +152,9 @@ class Recorded(Tensor):
 
 
 _NOT_RECORDED = frozenset(
-    getattr(Tensor, name).__get__ for name in ("grad", "data", "grad_fn", "_base") if hasattr(getattr(Tensor, name), "__get__")
+    getattr(Tensor, name).__get__
+    for name in ("grad", "data", "grad_fn", "_base")
+    if hasattr(getattr(Tensor, name), "__get__")
 )
 
 
@@ -232,7 +240,8 @@ def _writes_in_place(function: Callable[..., Any], kwargs: Any) -> bool:
 
 
 _IN_PLACE = frozenset(
-    ["__setitem__"] + [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")]
+    ["__setitem__"]
+    + [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")]
 )
 _SUMS = frozenset([torch.sum, Tensor.sum, torch.nansum, Tensor.nansum])
 

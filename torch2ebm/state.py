@@ -254,9 +254,11 @@ class InferenceState:
         error = self._error(slot)
         if error.ndim == 0 or error.shape[0] != self.batch_size:
             raise BatchDimensionError(
-                f"state.energy['{self.graph.owner[slot].name}']", f"a value of shape {tuple(error.shape)}",
-                f"a leading batch dimension of {self.batch_size}", "Use state.error, or make it part of a larger node.",
-            )  # fmt: skip
+                f"state.energy['{self.graph.owner[slot].name}']",
+                f"a value of shape {tuple(error.shape)}",
+                f"a leading batch dimension of {self.batch_size}",
+                "Use state.error, or make it part of a larger node.",
+            )
         return gaussian_energy(error)
 
 

@@ -41,7 +41,8 @@ def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
         return slice(function(structure.start), function(structure.stop), function(structure.step))
     if _is_record(structure):
         return dataclasses.replace(
-            structure, **{f.name: map_leaves(function, getattr(structure, f.name)) for f in dataclasses.fields(structure)}
+            structure,
+            **{f.name: map_leaves(function, getattr(structure, f.name)) for f in dataclasses.fields(structure)},
         )
     return function(structure)
 

@@ -28,11 +28,21 @@ def node_table(graph: EnergyGraph, state: InferenceState | None = None) -> str:
         size = sum(parameter.numel() for parameter in node.parameters.values())
         kind = "output" if node.is_output else ""
         rows.append(
-            [node.name, node.description, ", ".join(node.parents) or "(input)", kind, str(node.level), _shape(state, node.name), f"{size:,}"]
+            [
+                node.name,
+                node.description,
+                ", ".join(node.parents) or "(input)",
+                kind,
+                str(node.level),
+                _shape(state, node.name),
+                f"{size:,}",
+            ]
         )
     table = aligned(["node", "function", "reads", "", "level", "shape", "parameters"], rows, left=4)
     if state is not None and state.unreached:
-        table += f"\nno error has reached {', '.join(state.unreached)}: their gradients are exactly zero; take more steps"
+        table += (
+            f"\nno error has reached {', '.join(state.unreached)}: their gradients are exactly zero; take more steps"
+        )
     return table
 
 

@@ -47,9 +47,11 @@ class Algorithm(ABC):
 def check_reduction(where: str, loss_reduction: str) -> None:
     if loss_reduction not in REDUCTIONS:
         raise ConfigurationError(
-            f"{where}(loss_reduction=...)", repr(loss_reduction), "'mean' or 'sum'",
+            f"{where}(loss_reduction=...)",
+            repr(loss_reduction),
+            "'mean' or 'sum'",
             "'mean' fits a loss that is a mean over the batch, 'sum' takes the loss as it is written.",
-        )  # fmt: skip
+        )
 
 
 def check_choice(where: str, name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -140,9 +140,7 @@ class FixedPrediction(Algorithm):
         self, call: Call, loss: OutputLoss, gradients: GradientSum, deltas: dict[str, Tensor]
     ) -> LocalGradients:
         unreached = tuple(node.name for node in call.graph.hidden_nodes if not any(s in deltas for s in node.slots))
-        state = InferenceState(
-            call.graph, call.batch_size, call.values, deltas, -loss.unit, unreached=unreached
-        )
+        state = InferenceState(call.graph, call.batch_size, call.values, deltas, -loss.unit, unreached=unreached)
         return LocalGradients(gradients.parameters, call.input_gradients(gradients.clamped), state)
 
 

@@ -120,9 +120,7 @@ def _feedforward_values(call: Call, graph: EnergyGraph) -> dict[str, Tensor]:
     return values
 
 
-def _errors(
-    evaluated: NodePass, values: Mapping[str, Tensor], delivered: Mapping[str, Tensor]
-) -> list[Tensor | None]:
+def _errors(evaluated: NodePass, values: Mapping[str, Tensor], delivered: Mapping[str, Tensor]) -> list[Tensor | None]:
     if evaluated.node.is_output:
         return [-delivered[slot] if slot in delivered else None for slot in evaluated.node.slots]
     slots = zip(evaluated.node.slots, evaluated.predictions, strict=True)

@@ -72,13 +72,18 @@ def _check(total: tuple[float, ...], table: dict[str, tuple[float, ...]]) -> Non
     node = next((name for name, column in table.items() if not math.isfinite(column[bad])), "the loss")
     if bad == 0:
         raise NonFiniteError(
-            f"{node}, feed-forward pass (inference step 0)", f"energy {total[0]}", "a finite number",
+            f"{node}, feed-forward pass (inference step 0)",
+            f"energy {total[0]}",
+            "a finite number",
             "Look for NaN or infinity in the input, the target and the parameters.",
-        )  # fmt: skip
+        )
     raise DivergenceError(
-        f"{node}, inference step {bad}", f"energy {total[bad]} after {total[0]:.4g} at the start", "an energy that falls",
-        "Take a smaller step size (lr), or fewer steps.", total,
-    )  # fmt: skip
+        f"{node}, inference step {bad}",
+        f"energy {total[bad]} after {total[0]:.4g} at the start",
+        "an energy that falls",
+        "Take a smaller step size (lr), or fewer steps.",
+        total,
+    )
 
 
 def check_positive(where: str, **numbers: float) -> None:
