@@ -162,7 +162,7 @@ class RecordedLoss(OutputLoss):
         self.relative = [factor / outer if outer else 0.0 for factor in factors]
         self.multiplier = self._multiplier()
         self.scale = outer / self.multiplier
-        self.unit = self.multiplier / outer if outer else 0.0
+        self.unit = float(self.multiplier)
 
     def _multiplier(self) -> int:
         reduction = self.algorithm.loss_reduction

@@ -61,7 +61,7 @@ class Inference:
             for slot, error in zip(node.slots, errors, strict=True):
                 message = messages.pop(slot, None)
                 if error is not None and message is not None:
-                    gradient = error.sub_(message)  # dF/dv = e - sum_c J_c^T e_c
+                    gradient = error - message  # dF/dv = e - sum_c J_c^T e_c; not in place: a sum passes e on as it is
                 elif message is not None:
                     gradient = message.neg()
                 elif error is not None:

@@ -146,7 +146,7 @@ class OutputLoss(ABC):
     Attributes:
         delivered: Gradient of the user's scalars with respect to each output slot, as autograd delivered it.
         scale: Factor from dF/dtheta to ``.grad`` (algorithms.md, section 0): the outer factor over lambda B.
-        unit: Factor from ``delivered`` to the gradient of lambda times the loss summed over samples.
+        unit: Factor from ``delivered`` to the gradient of the loss summed over samples: B for a mean, 1 for a sum.
     """
 
     delivered: Mapping[str, Tensor]

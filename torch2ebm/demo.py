@@ -1,0 +1,149 @@
+"""The demo: a convolutional net on the digits of scikit-learn, trained by backpropagation and by predictive coding."""
+
+# mypy: disable-error-code="no-untyped-call"
+# (Tensor.backward is untyped, and the training loop is to be copied as it is)
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+from torch2ebm.algorithms import Algorithm, FixedPrediction, PredictiveCoding, ZeroDivergence
+from torch2ebm.compare import GradientComparison, compare
+from torch2ebm.extras import require
+from torch2ebm.model import convert
+from torch2ebm.optimizer import EnergyOptimizer
+from torch2ebm.plots import plot_energy, plot_error_map
+from torch2ebm.state import Relaxation
+from torch2ebm.summary import aligned
+
+BATCH = 64
+
+
+class DigitNet(nn.Module):
+    """Plain PyTorch: images ``[batch, 1, 8, 8]`` to logits ``[batch, 10]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.hidden = nn.Linear(32 * 2 * 2, 64)
+        self.output = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(torch.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(torch.relu(self.conv2(x)), 2)
+        logits: Tensor = self.output(torch.tanh(self.hidden(x.flatten(1))))
+        return logits
+
+
+def train(model: nn.Module, optimizer: Optimizer, batches: Iterable[Any], epochs: Iterable[int]) -> None:
+    """The ordinary training loop: the same for backpropagation and for every algorithm of torch2ebm."""
+    for _ in epochs:
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The 1,797 images, in [0, 1], split once."""
+
+    train: TensorDataset
+    test_x: Tensor
+    test_y: Tensor
+
+
+def run(epochs: int, output: str, seed: int) -> None:
+    """Train, compare the gradients, print what came out, and write three pictures to the folder ``output``."""
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    require("matplotlib", "plot")  # not after a minute of training
+    digits, net = load_digits(seed), initial_net(seed)
+    trained = {name: train_by(algorithm, net, digits, name, epochs, seed) for name, algorithm in algorithms().items()}
+    rows = [[name, f"{100 * accuracy(model, digits):.2f}%"] for name, model in trained.items()]
+    print(f"\nTest accuracy after {epochs} epochs, from the same initial weights\n")
+    print(aligned(["training", "accuracy"], rows))
+    comparison = compare_gradients(net, digits)
+    print(f"\nGradients of the initial net against backpropagation's, on {BATCH} test images, in float64\n")
+    print(comparison.table())
+    write_pictures(folder, comparison, relaxation_of(net, digits), relaxation_of(trained["PredictiveCoding"], digits))
+    print(f"\nPictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+
+
+def algorithms() -> dict[str, Algorithm | None]:
+    return {
+        "backpropagation": None,
+        "ZeroDivergence": ZeroDivergence(),
+        "PredictiveCoding": PredictiveCoding(steps=20, lr=0.1),
+    }
+
+
+def load_digits(seed: int) -> Digits:
+    data, selection = require("sklearn.datasets", "tutorials"), require("sklearn.model_selection", "tutorials")
+    pixels, labels = data.load_digits(return_X_y=True)
+    x = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    y = torch.tensor(labels, dtype=torch.int64)
+    rest, test = selection.train_test_split(range(len(y)), test_size=0.2, stratify=labels, random_state=seed)
+    return Digits(TensorDataset(x[rest], y[rest]), x[test], y[test])
+
+
+def initial_net(seed: int) -> DigitNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DigitNet()
+
+
+def train_by(
+    algorithm: Algorithm | None, initial: nn.Module, digits: Digits, name: str, epochs: int, seed: int
+) -> nn.Module:
+    """A copy of ``initial``, trained by ``algorithm``, or by backpropagation without one."""
+    net = copy.deepcopy(initial)
+    model: nn.Module = net
+    optimizer: Optimizer = Adam(net.parameters(), lr=2e-3)
+    if algorithm is not None:
+        model = converted = convert(net)
+        optimizer = EnergyOptimizer(optimizer, converted, algorithm)
+    order = torch.Generator().manual_seed(seed)
+    batches = DataLoader(digits.train, batch_size=BATCH, shuffle=True, generator=order)
+    progress = require("tqdm", "tutorials").tqdm(range(epochs), desc=f"{name:16}", unit="epoch")
+    train(model, optimizer, batches, progress)
+    return net
+
+
+def accuracy(model: nn.Module, digits: Digits) -> float:
+    with torch.no_grad():
+        correct = model(digits.test_x).argmax(1) == digits.test_y
+    return float(correct.double().mean())
+
+
+def compare_gradients(net: nn.Module, digits: Digits) -> GradientComparison:
+    batch = digits.test_x[:BATCH].double(), digits.test_y[:BATCH]
+    listed = [ZeroDivergence(), FixedPrediction(steps=20, lr=0.1), PredictiveCoding(steps=20, lr=0.1)]
+    return compare(copy.deepcopy(net).double(), F.cross_entropy, batch, listed)
+
+
+def relaxation_of(net: nn.Module, digits: Digits) -> Relaxation:
+    """How predictive coding relaxes on the first test images."""
+    model = convert(copy.deepcopy(net))
+    EnergyOptimizer(Adam(model.parameters()), model, PredictiveCoding(steps=20, lr=0.1))
+    F.cross_entropy(model(digits.test_x[:BATCH]), digits.test_y[:BATCH]).backward()
+    return model.state.relaxation
+
+
+def write_pictures(folder: Path, comparison: GradientComparison, before: Relaxation, after: Relaxation) -> None:
+    curves = {"PredictiveCoding, initial weights": before.energy, "PredictiveCoding, trained weights": after.energy}
+    plot_energy(curves, str(folder / "energy.png"))
+    plot_error_map(before, str(folder / "errors.png"))
+    comparison.plot(str(folder / "angles.png"))
