@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torch2ebm.errors import NodeEvaluationError
+from torch2ebm.errors import NodeEvaluationError, Torch2EBMError
 
 
 def identity(value: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Node:
         """The predictions of all slots, then the exports. Raises :class:`NodeEvaluationError`."""
         try:
             result = self.function(*arguments)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, Torch2EBMError):
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             shapes = ", ".join(
