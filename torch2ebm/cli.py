@@ -123,9 +123,10 @@ def _compare(arguments: argparse.Namespace) -> None:
         PredictiveCoding(arguments.steps, arguments.lr),
     ]
     comparison = compare(model, _cross_entropy, (x, target), algorithms)
-    print(comparison.table())
     if arguments.output:
         comparison.plot(arguments.output)
+    print(comparison.table())
+    if arguments.output:
         print(f"\nPicture: {arguments.output}")
 
 
@@ -133,8 +134,8 @@ def _graph(arguments: argparse.Namespace) -> None:
     model, x = _model_and_input(arguments)
     _output(model, x)
     converted = convert(model, arguments.nodes, example_inputs=x)
-    print(converted.summary())
     converted.draw(arguments.output)
+    print(converted.summary())
     print(f"\nPicture: {arguments.output}")
 
 

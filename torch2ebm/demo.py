@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def run(epochs: int, output: str, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     require("matplotlib", "plot")  # not after a minute of training
     digits, net = load_digits(seed), initial_net(seed)
-    trained = {name: train_by(algorithm, net, digits, name, epochs, seed) for name, algorithm in algorithms().items()}
+    with one_thread():
+        trained = {name: train_by(rule, net, digits, name, epochs, seed) for name, rule in algorithms().items()}
     rows = [[name, f"{100 * accuracy(model, digits):.2f}%"] for name, model in trained.items()]
     print(f"\nTest accuracy after {epochs} epochs, from the same initial weights\n")
     print(aligned(["training", "accuracy"], rows))
@@ -80,6 +82,17 @@ def run(epochs: int, output: str, seed: int) -> None:
     print(comparison.table())
     write_pictures(folder, comparison, relaxation_of(net, digits), relaxation_of(trained["PredictiveCoding"], digits))
     print(f"\nPictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For a net this small more threads gain nothing, and on a busy machine they wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def algorithms() -> dict[str, Algorithm | None]:

@@ -32,11 +32,16 @@ class Inference:
         evaluations: How many node functions the sweeps have run.
     """
 
-    def __init__(self, call: Call, loss: OutputLoss) -> None:
+    def __init__(self, call: Call, loss: OutputLoss, retain_call: bool = True) -> None:
         self.call, self.graph, self.loss = call, call.graph, loss
-        self.values = {
-            slot: _at_least_single(call.values[slot]) for node in self.graph.hidden_nodes for slot in node.slots
-        }
+        hidden = [(node, slot) for node in self.graph.hidden_nodes for slot in node.slots]
+        self.values = {slot: _at_least_single(call.values[slot]) for _, slot in hidden}
+        self._read_as = {slot: call.values[slot].dtype for _, slot in hidden}
+        # fed by clamped inputs only: these predictions cannot change
+        self._fixed = {slot: self.values[slot] for node, slot in hidden if not node.reads}
+        if not retain_call:  # the feed-forward values go as soon as the values have left them
+            for slot in self.values:
+                del call.values[slot]
         self.moved: set[str] = set()
         self.history: list[dict[str, Tensor]] = []
         self.driving: list[Tensor] = []
@@ -84,7 +89,7 @@ class Inference:
     def _inputs(self, node: Node, requires_grad: bool) -> list[Tensor]:
         """Leaves in the precision that the feed-forward pass read."""
         return [
-            self.values[slot].to(self.call.values[slot].dtype).detach().requires_grad_(requires_grad)
+            self.values[slot].to(self._read_as[slot]).detach().requires_grad_(requires_grad)
             for slot in node.reads
         ]
 
@@ -97,9 +102,8 @@ class Inference:
         """The errors of a node, after sending them to its parents. None is exactly zero."""
         if not self._is_active(node):
             return [None] * len(node.slots)
-        if not node.reads:  # fed by clamped inputs only: its prediction cannot change
-            predictions: Sequence[Tensor] = [self.call.values[slot] for slot in node.slots]
-            return list(self._record(node, self._subtract(node, predictions)))
+        if not node.reads:
+            return list(self._record(node, self._subtract(node, [self._fixed[slot] for slot in node.slots])))
         evaluated = self._evaluate(node, requires_grad=True)
         errors = self._subtract(node, evaluated.predictions)
         self._send(evaluated, errors, messages)

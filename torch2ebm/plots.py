@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch2ebm.compare import Agreement, GradientComparison
 
 MOST_LABELS: Final = 32
-LEAST_ERROR: Final = 1e-17  # a relative error of exactly zero is drawn here, below what float64 can show
+ROUNDING: Final = 1e-16  # of float64
+NO_ERROR: Final = "#D9D9D9"
 DECADES: Final = 12  # that the colours of the error map span at most
 
 
@@ -28,7 +29,8 @@ def plot_comparison(comparison: GradientComparison, path: str) -> None:
     """
     columns = 2 if comparison.along else 1
     width = max(6.5, min(11.0, 2.5 + 0.3 * len(comparison.parameters)))
-    figure = new_figure(width + 4.0 * (columns - 1), 5.0)
+    height = 4.2 + 0.07 * max(map(len, comparison.parameters), default=0)  # the names stand upright
+    figure = new_figure(width + 4.0 * (columns - 1), height)
     panels = figure.subplots(2, columns, sharex="col", squeeze=False, width_ratios=[1.6, 1.0][:columns])
     _angles(panels[0, 0], range(len(comparison.parameters)), _per_parameter(comparison, lambda a: a.angle))
     _errors(panels[1, 0], range(len(comparison.parameters)), _per_parameter(comparison, lambda a: a.relative_error))
@@ -133,18 +135,22 @@ def _angles(axes: Axes, x: Sequence[int], curves: Mapping[str, Sequence[float]])
 
 
 def _errors(axes: Axes, x: Sequence[int], curves: Mapping[str, Sequence[float]]) -> None:
+    """A logarithmic panel; errors of exactly zero lie in a grey band of their own below all others."""
+    errors = [error for curve in curves.values() for error in curve]
+    zero = min((error for error in errors if error > 0.0), default=ROUNDING) / 100
     for i, (name, curve) in enumerate(curves.items()):
-        _line(axes, i, name, x, [max(error, LEAST_ERROR) for error in curve])
+        _line(axes, i, name, x, [max(error, zero) for error in curve])
     axes.set_yscale("log")
-    if any(error == 0.0 for curve in curves.values() for error in curve):
-        axes.axhspan(LEAST_ERROR / 10, LEAST_ERROR * 10, color="#EEEEEE", zorder=0)
-        axes.text(0.5, LEAST_ERROR * 20, "exactly 0", transform=axes.get_yaxis_transform(), ha="center", fontsize=8)
+    if 0.0 in errors:
+        axes.set_ylim(bottom=zero / 4)
+        axes.axhspan(zero / 4, zero * 4, color=NO_ERROR, alpha=0.6, zorder=0)
+        axes.text(0.5, zero * 5, "exactly 0", transform=axes.get_yaxis_transform(), ha="center", fontsize=8)
     axes.grid(alpha=0.3)
 
 
 def _line(axes: Axes, i: int, name: str, x: Sequence[int], y: Sequence[float]) -> None:
     colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-    size = max(9 - 2 * i, 4)  # the later the smaller: lines that coincide are all seen
+    size = max(8.0 - 1.5 * i, 4.0)  # the later the smaller: lines that coincide are all seen
     axes.plot(x, y, label=name, color=colour, marker=marker, markersize=size, linewidth=1.5, alpha=0.9)
 
 
@@ -155,8 +161,6 @@ def _name_ticks(axis: Any, names: Sequence[str], rotation: int) -> None:
 
 
 # the error map's colours
-
-NO_ERROR: Final = "#D9D9D9"
 
 
 def _colours() -> Any:

@@ -50,7 +50,7 @@ class PredictiveCoding(Algorithm):
         call.feedforward(keep_graph=False)
 
     def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        return relax(self.solver, Inference(call, loss))
+        return relax(self.solver, Inference(call, loss, retain_call=retain_graph))
 
     def with_steps(self, steps: int) -> PredictiveCoding:
         return PredictiveCoding(solver=self.solver.with_steps(steps), loss_reduction=self.loss_reduction)

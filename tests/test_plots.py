@@ -1,0 +1,139 @@
+"""The pictures of gradients and energies: files with ink, and the numbers that stand behind the lines."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torch2ebm
+from torch2ebm import extras, plots
+
+pytest.importorskip("matplotlib")
+from matplotlib import image
+from matplotlib.figure import Figure
+
+STEPS = 12
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were saved, to look at what is in them."""
+    figures: list[Figure] = []
+
+    def save(figure: Figure, path: str) -> None:
+        figures.append(figure)
+        extras.save(figure, path)
+
+    monkeypatch.setattr(plots, "save", save)
+    return figures
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(6, 6), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(6, 4)).double()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 6, generator=generator).double(), torch.randint(4, (8,), generator=generator)
+
+
+def relaxed() -> torch2ebm.InferenceState:
+    model = torch2ebm.convert(net())
+    algorithm = torch2ebm.PredictiveCoding(steps=STEPS, lr=0.1)
+    torch2ebm.EnergyOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, algorithm)
+    x, y = batch()
+    F.cross_entropy(model(x), y).backward()
+    return model.state
+
+
+def compared(steps: list[int] | None = None) -> torch2ebm.GradientComparison:
+    algorithms = [torch2ebm.ZeroDivergence(), torch2ebm.PredictiveCoding(steps=STEPS, lr=0.1)]
+    return torch2ebm.compare(net(), F.cross_entropy, batch(), algorithms, steps=steps)
+
+
+def assert_picture(path: Path) -> None:
+    pixels = image.imread(path)[..., :3]
+    height, width = pixels.shape[:2]
+    assert 300 < height < 3000
+    assert 300 < width < 3000
+    assert pixels.std() > 0.02, "a blank picture"
+
+
+def lines(axes: Any) -> dict[str, list[float]]:
+    return {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+
+
+def test_the_comparison_has_a_line_for_each_algorithm_over_the_parameters(tmp_path: Path, drawn: list[Figure]) -> None:
+    comparison = compared()
+    comparison.plot(str(tmp_path / "angles.png"))
+    assert_picture(tmp_path / "angles.png")
+    angles, errors = drawn[0].axes
+    expected = {n: [comparison.agreement[n][p].angle for p in comparison.parameters] for n in comparison.algorithms}
+    assert lines(angles) == expected
+    assert errors.get_yscale() == "log"
+    assert all(error > 0 for curve in lines(errors).values() for error in curve)
+    assert [label.get_text() for label in errors.get_xticklabels()] == list(comparison.parameters)
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == list(comparison.algorithms)
+    assert len({line.get_marker() for line in angles.get_lines()}) == 2
+
+
+def test_steps_that_were_looked_at_add_two_panels(tmp_path: Path, drawn: list[Figure]) -> None:
+    comparison = compared(steps=[2, 6, 20])
+    comparison.plot(str(tmp_path / "angles.png"))
+    assert_picture(tmp_path / "angles.png")
+    along = drawn[0].axes[1]
+    means = [np.mean([a.angle for a in comparison.along["PredictiveCoding"][n].values()]) for n in (2, 6, 20)]
+    assert len(drawn[0].axes) == 4
+    assert lines(along)["PredictiveCoding"] == pytest.approx(means)
+    assert list(along.get_lines()[0].get_xdata()) == [2, 6, 20]
+
+
+@pytest.mark.parametrize(("curve", "scale"), [((8.0, 5.0, 4.0), "linear"), ((90.0, 5.0, 1.0), "log")])
+def test_the_energy_axis_is_logarithmic_where_it_spans_decades(
+    curve: tuple[float, ...], scale: str, tmp_path: Path, drawn: list[Figure]
+) -> None:
+    plots.plot_energy({"PredictiveCoding": curve}, str(tmp_path / "energy.png"))
+    assert_picture(tmp_path / "energy.png")
+    assert drawn[0].axes[0].get_yscale() == scale
+    assert lines(drawn[0].axes[0]) == {"PredictiveCoding": list(curve)}
+
+
+def test_an_energy_that_reaches_zero_has_a_linear_axis(tmp_path: Path, drawn: list[Figure]) -> None:
+    plots.plot_energy({"PredictiveCoding": (5.0, 0.0)}, str(tmp_path / "energy.png"))
+    assert drawn[0].axes[0].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("of", [lambda state: state, lambda state: state.relaxation], ids=["state", "relaxation"])
+def test_the_error_map_shows_the_wave_front(of: Callable[[Any], Any], tmp_path: Path, drawn: list[Figure]) -> None:
+    state = relaxed()
+    plots.plot_error_map(of(state), str(tmp_path / "errors.png"))
+    assert_picture(tmp_path / "errors.png")
+    shown = drawn[0].axes[0].get_images()[0].get_array()
+    hidden = list(state.graph.hidden_nodes)
+    assert shown.shape == (len(hidden), STEPS + 1)
+    # one level a step: a node is without error (masked, hence grey) until the step that is its level
+    first = [int(np.argmin(np.ma.getmaskarray(np.ma.masked_invalid(row)))) for row in shown]
+    assert first == [node.level for node in hidden]
+    assert [label.get_text() for label in drawn[0].axes[0].get_yticklabels()] == [node.name for node in hidden]
+
+
+def test_many_nodes_have_labels_that_can_be_read(tmp_path: Path, drawn: list[Figure]) -> None:
+    relaxation = torch2ebm.Relaxation(node_energy={f"layers.{i}": (0.0, 1.0, 2.0) for i in range(100)})
+    plots.plot_error_map(relaxation, str(tmp_path / "errors.png"))
+    assert_picture(tmp_path / "errors.png")
+    assert len(drawn[0].axes[0].get_yticks()) <= plots.MOST_LABELS
+
+
+def test_a_report_without_energies_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(torch2ebm.Torch2EBMError, match="PredictiveCoding"):
+        plots.plot_error_map(torch2ebm.Relaxation(), str(tmp_path / "errors.png"))
+    with pytest.raises(torch2ebm.Torch2EBMError, match="plot_energy"):
+        plots.plot_energy({}, str(tmp_path / "energy.png"))
+    assert not list(tmp_path.iterdir())
