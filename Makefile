@@ -32,7 +32,7 @@ bench: $(STAMP) ## measure speed and memory against backpropagation
 	$(VENV)/bin/python benchmarks/speed.py
 
 clean: ## remove what builds and tools leave behind; the environment stays
-	rm -rf build dist site demo_output htmlcov .coverage .coverage.* *.egg-info
+	rm -rf build dist site demo_output tutorial_output htmlcov .coverage .coverage.* *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

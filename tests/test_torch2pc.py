@@ -1,7 +1,6 @@
 """Torch2PC's call: all figures of the real one, and what its README promises."""
 
 import copy
-import re
 from pathlib import Path
 
 import numpy as np
@@ -387,15 +386,3 @@ def test_a_divergence_is_an_error_and_leaves_grad_alone():
     with pytest.raises(NonFiniteError, match="smaller eta"):
         PCInfer(model, F.cross_entropy, x, y, "Strict", eta=1e3, n=500)
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-# The page -------------------------------------------------------------------------------------------------------------
-
-
-def test_the_page_for_people_who_come_from_torch2pc_runs():
-    page = (Path(__file__).parents[1] / "docs" / "torch2pc.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert blocks
-    namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(block, namespace)

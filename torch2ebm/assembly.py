@@ -110,7 +110,9 @@ class _Assembly:
             )
         outputs, structure = self._outputs(output_slot)
         buffers = tuple(self.capture.reference.changed_buffers)
-        return EnergyGraph(self.capture.module, nodes, self._clamp(), outputs, structure, buffers)
+        shapes = {operation.name: self.capture.facts[operation].shape for slots in self.slots for operation in slots}
+        shapes |= {slot: shapes[operation.name] for operation, slot in output_slot.items()}
+        return EnergyGraph(self.capture.module, nodes, self._clamp(), outputs, structure, buffers, shapes)
 
     def _node(self, i: int, name: str) -> Node:
         body = self._sorted(self.body[i])

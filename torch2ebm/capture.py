@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from torch2ebm.errors import CaptureMismatchError, Torch2EBMError, UnknownNodeError, UntraceableError
+from torch2ebm.errors import (
+    CaptureMismatchError,
+    NodeEvaluationError,
+    Torch2EBMError,
+    UnknownNodeError,
+    UntraceableError,
+)
 from torch2ebm.freezing import BufferSnapshot, RandomState, Statistics, recording_statistics
 from torch2ebm.functional_graph import expand_tuples, make_functional
 
@@ -198,13 +204,18 @@ def _untraceable(module: nn.Module, scope: str, error: Exception) -> Untraceable
         if scope
         else "make the submodule concerned one node with nodes=[...]"
     )
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = _first_line(error)
     return UntraceableError(
         f"torch2ebm cannot capture {type(module).__name__}",
         f"{scope or 'forward'} ({place}){line}: {reason}",
         "operations on tensors that do not branch on a tensor's value",
         f"Options: {named}, rewrite the branch with torch.where, or pass example_inputs if an argument is no tensor.",
     )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
@@ -376,7 +387,16 @@ def _fact_of_part(value: Any) -> Fact:
 def _real_run(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> Reference:
     before = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     args, kwargs = signature.unflatten([tensor.clone() for tensor in tensors])
-    outputs, structure = pytree.tree_flatten(module(*args, **kwargs))
+    try:
+        output = module(*args, **kwargs)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise NodeEvaluationError(
+            f"{type(module).__name__}.forward",
+            ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors),
+            "inputs that the module takes",
+            f"The module said: {_first_line(error)}. Check shape, dtype and device of the input.",
+        ) from error
+    outputs, structure = pytree.tree_flatten(output)
     outputs = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in outputs]
     changed = {
         name: buffer.detach().clone()

@@ -49,6 +49,7 @@ class GradientComparison:
         parameters: Names of the parameters that autograd gives a gradient, in the module's order.
         steps: The inference steps looked at, empty when not asked for.
         agreement: Algorithm, then parameter, to :class:`Agreement`.
+        overall: Algorithm to the :class:`Agreement` of all parameters as one vector.
         along: Algorithm, then number of inference steps, then parameter, to :class:`Agreement`.
     """
 
@@ -56,25 +57,17 @@ class GradientComparison:
     parameters: tuple[str, ...]
     steps: tuple[int, ...]
     agreement: Mapping[str, Mapping[str, Agreement]]
+    overall: Mapping[str, Agreement] = field(default_factory=dict)
     along: Mapping[str, Mapping[int, Mapping[str, Agreement]]] = field(default_factory=dict)
 
     def table(self) -> str:
         """Aligned text: one row a parameter and algorithm; with ``steps``, one more table of mean angles."""
-        rows = []
-        for parameter in self.parameters:
-            for name in self.algorithms:
-                a = self.agreement[name][parameter]
-                rows.append(
-                    [
-                        parameter,
-                        name,
-                        f"{a.cosine:.6f}",
-                        f"{a.angle:.2f}",
-                        f"{a.relative_error:.2e}",
-                        f"{a.norm_ratio:.4f}",
-                        f"{100 * a.sign_agreement:.1f}%",
-                    ]
-                )
+        rows = [
+            _row(parameter, name, self.agreement[name][parameter])
+            for parameter in self.parameters
+            for name in self.algorithms
+        ]
+        rows += [_row("(all)", name, self.overall[name]) for name in self.overall]
         header = ["parameter", "algorithm", "cosine", "angle [deg]", "relative error", "norm ratio", "same sign"]
         table = aligned(header, rows, left=2)
         return table + "\n\n" + self._table_along() if self.steps else table
@@ -84,7 +77,7 @@ class GradientComparison:
             [name, *(f"{_mean(a.angle for a in self.along[name][step].values()):.2f}" for step in self.steps)]
             for name in self.algorithms
         ]
-        return aligned(["mean angle [deg] after", *(f"{step} steps" for step in self.steps)], rows)
+        return aligned(["mean angle [deg] after", *(f"{step} step{'s' * (step != 1)}" for step in self.steps)], rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Algorithm, then parameter, then measure, to a number; with ``steps`` also under ``"along"``."""
@@ -146,19 +139,33 @@ def compare(
             found = torch.autograd.grad(loss_of(call()), list(trainable.values()), allow_unused=True)
         return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
 
-    def of(algorithm: Algorithm) -> Mapping[str, Agreement]:
+    def of(algorithm: Algorithm) -> Gradients:
         ours = gradients(lambda: converted.run(algorithm, args, kwargs))
-        return {name: agreement(ours.get(name, torch.zeros_like(r)), r) for name, r in reference.items()}
+        return {name: ours.get(name, torch.zeros_like(r)) for name, r in reference.items()}
+
+    def each(ours: Gradients) -> Mapping[str, Agreement]:
+        return {name: agreement(ours[name], r) for name, r in reference.items()}
 
     reference = gradients(lambda: converted.feedforward(*args, **kwargs))
     counts = tuple(steps or ())
+    found = {name: of(algorithm) for name, algorithm in named.items()}
     return GradientComparison(
         tuple(named),
         tuple(reference),
         counts,
-        {name: of(algorithm) for name, algorithm in named.items()},
-        {name: {n: of(algorithm.with_steps(n)) for n in counts} for name, algorithm in named.items()} if counts else {},
+        {name: each(ours) for name, ours in found.items()},
+        {name: agreement(_joined(ours), _joined(reference)) for name, ours in found.items()},
+        {name: {n: each(of(a.with_steps(n))) for n in counts} for name, a in named.items()} if counts else {},
     )
+
+
+def _joined(gradients: Gradients) -> Tensor:
+    return torch.cat([gradient.detach().double().flatten() for gradient in gradients.values()])
+
+
+def _row(parameter: str, name: str, a: Agreement) -> list[str]:
+    measures = [f"{a.cosine:.6f}", f"{a.angle:.2f}", f"{a.relative_error:.2e}", f"{a.norm_ratio:.4f}"]
+    return [parameter, name, *measures, f"{100 * a.sign_agreement:.1f}%"]
 
 
 def agreement(ours: Tensor, reference: Tensor) -> Agreement:

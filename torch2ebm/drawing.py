@@ -215,9 +215,7 @@ def _weights(items: Mapping[str, Item], lines: Sequence[tuple[str, str]]) -> dic
         boxes = _longest(items, _neighbours(lines, downward), downward)
         through = {key: count + boxes[key] for key, count in through.items()}
     spine = max(through.values())
-    return {
-        key: 1e-4 if item.kind == "bend" else 1e4 if through[key] == spine else 1.0 for key, item in items.items()
-    }
+    return {key: 1e-4 if item.kind == "bend" else 1e4 if through[key] == spine else 1.0 for key, item in items.items()}
 
 
 def _longest(items: Mapping[str, Item], near: Mapping[str, Sequence[str]], downward: bool) -> dict[str, int]:

@@ -102,6 +102,7 @@ class EnergyGraph:
         nodes: Name to :class:`Node`, parents before children.
         order: The nodes in evaluation order, those with no path to an output (whose gradient is zero) included.
         depth: Largest level of a node that has a value.
+        shapes: Shape of each slot for the input that the graph was captured with.
         changing_buffers: Buffers that a forward pass changes (running statistics).
         parameters: Those that some output depends on, by qualified name, each once, in the module's order.
         clamp: From the input tensors to everything that depends on them alone, by name.
@@ -115,8 +116,9 @@ class EnergyGraph:
         outputs: tuple[OutputReference, ...],
         structure: pytree.TreeSpec,
         changing_buffers: tuple[str, ...] = (),
+        shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> None:
-        self.module, self.changing_buffers = module, changing_buffers
+        self.module, self.changing_buffers, self.shapes = module, changing_buffers, shapes
         self.clamp, self.outputs, self.structure = clamp, outputs, structure
         self.order, self.nodes = _linked(tuple(order), {o.slot for o in outputs if o.slot is not None})
         self.owner = MappingProxyType({slot: node for node in self.nodes.values() for slot in node.slots})

@@ -11,6 +11,7 @@ not moved, and whose parents have not, has an error of exactly zero: it is not e
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -88,10 +89,7 @@ class Inference:
 
     def _inputs(self, node: Node, requires_grad: bool) -> list[Tensor]:
         """Leaves in the precision that the feed-forward pass read."""
-        return [
-            self.values[slot].to(self._read_as[slot]).detach().requires_grad_(requires_grad)
-            for slot in node.reads
-        ]
+        return [self.values[slot].to(self._read_as[slot]).detach().requires_grad_(requires_grad) for slot in node.reads]
 
     def _evaluate(self, node: Node, requires_grad: bool) -> NodePass:
         self.evaluations += 1
@@ -148,45 +146,57 @@ class Inference:
     def local_gradients(self) -> LocalGradients:
         """dF/dtheta at the values as they are now, with errors of these values, in the scale of the user's loss."""
         self.history.append({})
-        gradients = GradientSum()
-        predictions: dict[str, Tensor] = {}
-        errors: dict[str, Tensor] = {}
-        passes = [self._evaluate(node, requires_grad=False) for node in self.graph.output_nodes]
-        output_errors = self._output_errors(passes)
-        for evaluated in passes:
-            self._collect(
-                evaluated, [output_errors.get(s) for s in evaluated.node.slots], gradients, predictions, errors
-            )
-        unreached = []
+        self._fixed.clear()
+        result = _Result()
+        self._collect_outputs(result)
         for node in reversed(self.graph.hidden_nodes):
             if self._is_active(node):
-                evaluated = self._evaluate(node, requires_grad=False)
-                own = self._record(node, self._subtract(node, evaluated.predictions))
-                self._collect(evaluated, own, gradients, predictions, errors)
+                self._collect_hidden(node, result)
             else:
-                unreached.append(node.name)
-                gradients.add_zeros(node)
-                predictions.update({slot: self.values[slot] for slot in node.slots})
-            for slot in node.slots:
-                del self.values[slot]  # all its readers are done
+                result.unreached.insert(0, node.name)
+                result.gradients.add_zeros(node)
+                result.predictions.update({slot: self.values.pop(slot) for slot in node.slots})
         state = InferenceState(
-            self.graph, self.call.batch_size, predictions, errors, unreached=tuple(reversed(unreached))
+            self.graph,
+            self.call.batch_size,
+            result.predictions,
+            result.errors,
+            error_unit=-1 / self.loss.scale if self.loss.scale else 0.0,
+            unreached=tuple(result.unreached),
         )
-        return LocalGradients(gradients.parameters, self.call.input_gradients(gradients.clamped), state)
+        inputs = self.call.input_gradients(result.gradients.clamped)
+        return LocalGradients(result.gradients.parameters, inputs, state)
 
-    def _collect(
-        self,
-        evaluated: NodePass,
-        own: Sequence[Tensor | None],
-        gradients: GradientSum,
-        predictions: dict[str, Tensor],
-        errors: dict[str, Tensor],
-    ) -> None:
-        gradients.add(self.call, evaluated, [None if e is None else e * -self.loss.scale for e in own])
-        for slot, prediction, error in zip(evaluated.node.slots, evaluated.predictions, own, strict=True):
-            predictions[slot] = prediction.detach()
+    def _collect_outputs(self, result: _Result) -> None:
+        passes = [self._evaluate(node, requires_grad=False) for node in self.graph.output_nodes]
+        errors = self._output_errors(passes)
+        for evaluated in passes:
+            self._collect(evaluated, [errors.get(slot) for slot in evaluated.node.slots], result)
+
+    def _collect_hidden(self, node: Node, result: _Result) -> None:
+        evaluated = self._evaluate(node, requires_grad=False)
+        errors = self._record(node, self._subtract(node, evaluated.predictions))
+        for slot in node.slots:
+            del self.values[slot]  # all its readers are done
+        self._collect(evaluated, errors, result)
+
+    def _collect(self, evaluated: NodePass, errors: Sequence[Tensor | None], result: _Result) -> None:
+        scaled = [None if error is None else error.mul_(-self.loss.scale) for error in errors]  # what .grad is made of
+        for slot, prediction, error in zip(evaluated.node.slots, evaluated.predictions, scaled, strict=True):
+            result.predictions[slot] = prediction.detach()
             if error is not None:
-                errors[slot] = error
+                result.errors[slot] = error
+        result.gradients.add(self.call, evaluated, scaled)
+
+
+@dataclass
+class _Result:
+    """What the last pass over the nodes collects, by slot."""
+
+    gradients: GradientSum = field(default_factory=lambda: GradientSum())
+    predictions: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, Tensor] = field(default_factory=dict)  # times minus the loss's scale
+    unreached: list[str] = field(default_factory=list)
 
 
 class GradientSum:

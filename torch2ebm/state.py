@@ -164,7 +164,7 @@ class Relaxation:
 
     Attributes:
         steps: Inference steps done.
-        converged: Whether ``residual`` is at most the solver's ``tol``.
+        converged: Whether ``residual`` is at most the solver's ``tol``; None where no ``tol`` was asked for.
         residual: Largest absolute entry of the last step's driving term (dF/dv for values), over nodes and samples.
         energy: F, summed over samples, at the start of every step and at the end, in units of lambda times the loss.
         node_energy: The share of each node with a value; ``loss`` is the rest.
@@ -172,7 +172,7 @@ class Relaxation:
     """
 
     steps: int = 0
-    converged: bool = True
+    converged: bool | None = None
     residual: float = 0.0
     energy: tuple[float, ...] = ()
     node_energy: Mapping[str, tuple[float, ...]] = field(default_factory=dict)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
+from collections.abc import Iterator, Sequence
 
 from torch2ebm.graph import EnergyGraph
 from torch2ebm.state import InferenceState
@@ -22,32 +20,21 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1)
 
 
 def node_table(graph: EnergyGraph, state: InferenceState | None = None) -> str:
-    """One row a node: level, name, function, parents, shape of the value (after a backward), parameters."""
+    """One row a node: level, name, function, parents, shape of the value, parameters; then what to know of the state."""
     rows = []
     for node in graph.nodes.values():
         size = sum(parameter.numel() for parameter in node.parameters.values())
+        reads = ", ".join(node.parents) or "(input)"
         kind = "output" if node.is_output else ""
-        rows.append(
-            [
-                node.name,
-                node.description,
-                ", ".join(node.parents) or "(input)",
-                kind,
-                str(node.level),
-                _shape(state, node.name),
-                f"{size:,}",
-            ]
-        )
-    table = aligned(["node", "function", "reads", "", "level", "shape", "parameters"], rows, left=4)
-    if state is not None and state.unreached:
-        table += (
-            f"\nno error has reached {', '.join(state.unreached)}: their gradients are exactly zero; take more steps"
-        )
-    return table
+        shape = " ".join(str(graph.shapes.get(slot, "?")) for slot in node.slots)
+        rows.append([node.name, node.description, reads, kind, str(node.level), shape, f"{size:,}"])
+    header = ["node", "function", "reads", "", "level", "shape", "parameters"]
+    return "\n".join([aligned(header, rows, left=4), *(_remarks(state) if state is not None else ())])
 
 
-def _shape(state: InferenceState | None, name: str) -> str:
-    if state is None:
-        return "?"
-    value = state.prediction[name]
-    return " ".join(str(tuple(v.shape)) for v in ((value,) if isinstance(value, Tensor) else value))
+def _remarks(state: InferenceState) -> Iterator[str]:
+    if state.unreached:
+        yield f"No error has reached {', '.join(state.unreached)}: their gradients are exactly zero. Take more steps."
+    energy = state.relaxation.energy
+    if energy and energy[-1] > energy[0]:
+        yield f"The energy rose from {energy[0]:.4g} to {energy[-1]:.4g}. Take a smaller step size."

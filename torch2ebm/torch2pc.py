@@ -156,7 +156,9 @@ def _initial_beliefs(vinit: Sequence[Tensor | None] | None, vhat: Sequence[Tenso
         got[0] = expected[0]
     if got != expected:
         raise ConfigurationError(
-            "PCInfer(vinit=...)", f"{len(got)} entries of shapes {got}", f"{len(expected)} of shapes {expected}",
+            "PCInfer(vinit=...)",
+            f"{len(got)} entries of shapes {got}",
+            f"{len(expected)} of shapes {expected}",
             "Start from a copy of vhat, or of v, as PCInfer returns it.",
         )
     beliefs = [belief.detach() for belief in vinit[1:] if belief is not None]
@@ -209,7 +211,9 @@ class _Chain:
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ConfigurationError(
-                "PCInfer(LossFun=...)", f"a loss that is {got}", "one number that depends on the output",
+                "PCInfer(LossFun=...)",
+                f"a loss that is {got}",
+                "one number that depends on the output",
                 "Reduce it over the batch, for example nn.CrossEntropyLoss(), without detach().",
             )
         (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
@@ -224,9 +228,18 @@ def _graph(model: nn.Sequential) -> EnergyGraph:
         reads = (nodes[-1].name,) if nodes else ()
         nodes.append(
             Node(
-                name, (), (), partial(_run, child), {parameter_names[id(p)]: p for p in child.parameters()}, 0,
-                slots=(name,), reads=reads, constants=() if reads else (INPUT,),
-                random=True, batch_statistics=True, description=type(child).__name__,
+                name,
+                (),
+                (),
+                partial(_run, child),
+                {parameter_names[id(p)]: p for p in child.parameters()},
+                0,
+                slots=(name,),
+                reads=reads,
+                constants=() if reads else (INPUT,),
+                random=True,
+                batch_statistics=True,
+                description=type(child).__name__,
             )
         )
     outputs = (OutputReference(slot=nodes[-1].name),)
@@ -247,7 +260,9 @@ def _run(layer: nn.Module, value: Tensor) -> Tensor:
 def _check_arguments(model: nn.Sequential, X: Tensor, ErrType: str, eta: float, n: int) -> None:
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward or not len(model):
         raise ConfigurationError(
-            "PCInfer(model)", type(model).__name__, "an nn.Sequential with layers and its own forward",
+            "PCInfer(model)",
+            type(model).__name__,
+            "an nn.Sequential with layers and its own forward",
             "For any other model use torch2ebm.convert and an EnergyOptimizer; nodes='children' cuts as Torch2PC does.",
         )
     if not isinstance(X, Tensor):
@@ -266,7 +281,9 @@ def _check_finite(gradients: Mapping[str, Tensor]) -> None:
     for name, gradient in gradients.items():
         if not bool(torch.isfinite(gradient).all()):
             raise NonFiniteError(
-                f"PCInfer, gradient of parameter '{name}'", "NaN or infinity", "finite numbers",
+                f"PCInfer, gradient of parameter '{name}'",
+                "NaN or infinity",
+                "finite numbers",
                 "Take a smaller eta or fewer steps; look at the inputs, the targets and the parameters.",
             )
 

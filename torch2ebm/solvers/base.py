@@ -62,7 +62,8 @@ def _report(inference: Inference, steps: int, residual: float, tol: float) -> Re
     loss = table.pop(LOSS)
     total = tuple(sum(column) for column in zip(loss, *table.values(), strict=True))
     _check(total, table)
-    return Relaxation(steps, residual <= tol, residual, total, table, loss)
+    converged = residual <= tol if tol > 0 else None
+    return Relaxation(steps, converged, residual, total, table, loss)
 
 
 def _check(total: tuple[float, ...], table: dict[str, tuple[float, ...]]) -> None:
