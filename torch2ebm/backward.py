@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -21,9 +22,32 @@ from torch2ebm.errors import (
     LossReplayError,
     NonFiniteError,
 )
-from torch2ebm.freezing import BufferSnapshot
+from torch2ebm.freezing import BufferHistory, BufferSnapshot, hooks_suspended
 from torch2ebm.recorder import Scalar, Tape
 from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss
+
+
+class OpenForwards:
+    """The forwards of a model that no backward has answered yet, and what they did to its buffers."""
+
+    def __init__(self) -> None:
+        self.histories: deque[BufferHistory] = deque(maxlen=16)  # of forwards that are never answered the latest
+        self.answered = True
+
+    def opened(self, history: BufferHistory) -> None:
+        self.histories.append(history)
+        self.answered = False
+
+    def closed(self, history: BufferHistory) -> None:
+        """A backward has answered this forward; it and those before it stay as they are."""
+        while history in self.histories:
+            self.histories.popleft()
+        self.answered = True
+
+    def undo(self) -> None:
+        """A step is refused: give the buffers what they held before these forwards."""
+        while self.histories:
+            self.histories.pop().undo()
 
 
 class OpenCall:
@@ -34,16 +58,14 @@ class OpenCall:
         call: Call,
         algorithm: Algorithm,
         buffers: Mapping[str, Tensor],
+        forwards: OpenForwards,
         keep: Callable[[InferenceState], None],
     ) -> None:
         self.call: Call | None = call
-        self.algorithm = algorithm
-        self.keep = keep
-        self.buffers = buffers
-        self.before = BufferSnapshot(buffers)
-        self.after: BufferSnapshot | None = None
-        self.tape = Tape(len(call.graph.output_slots), call.device)
-        self.parameters = {name: p for name, p in call.graph.parameters.items() if p.requires_grad}
+        self.algorithm, self.buffers, self.forwards, self.keep = algorithm, buffers, forwards, keep
+        self.history = BufferHistory(buffers)
+        self.tape = Tape(len(call.graph.output_slots), call.device, forwards.undo)
+        self.parameters = {name: p for name, p in call.parameters.items() if p.requires_grad}
         self.autocast = (
             torch.is_autocast_enabled(call.device.type),
             torch.get_autocast_dtype(call.device.type),
@@ -53,46 +75,79 @@ class OpenCall:
     def run(self) -> list[Tensor]:
         """The forward pass: recordable outputs, in the order of the graph's output slots."""
         assert self.call is not None
-        with self.before.restored_on_error():
+        with self.history.before.restored_on_error():
             self.algorithm.forward(self.call)
             _check_prediction(self.call)
-        self.after = BufferSnapshot(self.buffers)
-        return [self.call.values[slot].detach() for slot in self.call.graph.output_slots]
+        self.history.forward_ended()
+        self.forwards.opened(self.history)
+        # copies: what the user writes on the output is no value of the call
+        return [self.call.values[slot].detach().clone() for slot in self.call.graph.output_slots]
 
     def gradients(self, delivered: Sequence[Tensor | None], retain_graph: bool) -> LocalGradients:
-        call = self.call
-        if call is None:
+        """What the algorithm makes of the delivered gradients, checked."""
+        call = self._opened()
+        by_slot = {s: g for s, g in zip(call.graph.output_slots, delivered, strict=True) if g is not None}
+        if _has_overflowed(self.tape, by_slot):
+            return self._overflowed(call)
+        loss = make_loss(self.algorithm, call, self.tape, by_slot)
+        with ExitStack() as stack:
+            stack.enter_context(BufferSnapshot(self.buffers).preserved())
+            stack.enter_context(hooks_suspended(self.parameters.values()))
+            stack.enter_context(call.parameters_in_place())
+            enabled, dtype, cache = self.autocast
+            if enabled:
+                stack.enter_context(torch.autocast(call.device.type, dtype=dtype, cache_enabled=cache))
+            gradients = self.algorithm.backward(call, loss, retain_graph)
+        _check_gradients(gradients, loss)
+        self._check_inputs(call, gradients)
+        self.keep(gradients.state)
+        self.forwards.closed(self.history)
+        if not retain_graph:
+            self.call = None
+        return gradients
+
+    def _opened(self) -> Call:
+        if self.call is None:
             raise GraphFreedError(
                 "loss.backward()",
                 "a second backward through one forward call",
                 "one, unless retain_graph=True",
                 "Call backward(retain_graph=True) the first time, or run the model again.",
             )
-        slots = zip(call.graph.output_slots, delivered, strict=True)
-        loss = make_loss(self.algorithm, call, self.tape, {s: g for s, g in slots if g is not None})
-        with ExitStack() as stack:
-            stack.enter_context(BufferSnapshot(self.buffers).preserved())
-            enabled, dtype, cache = self.autocast
-            if enabled:
-                stack.enter_context(torch.autocast(call.device.type, dtype=dtype, cache_enabled=cache))
-            gradients = self.algorithm.backward(call, loss, retain_graph)
-        _check_gradients(gradients, loss)
-        if any(tensor.requires_grad for tensor in call.tensors) and all(g is None for g in gradients.inputs):
+        return self.call
+
+    def _overflowed(self, call: Call) -> LocalGradients:
+        """The outer factor (a gradient scaler's) overflowed: say so in every gradient, so that the scaler skips."""
+        self.forwards.closed(self.history)
+        self.call = None
+        nothing = InferenceState(call.graph, call.batch_size, {}, {})
+        return LocalGradients(
+            {name: torch.full_like(parameter, torch.nan) for name, parameter in self.parameters.items()},
+            [torch.full_like(t, torch.nan) if t.requires_grad else None for t in call.tensors],
+            nothing,
+        )
+
+    def _check_inputs(self, call: Call, gradients: LocalGradients) -> None:
+        wanted = any(tensor.requires_grad for tensor in call.tensors)
+        if wanted and not self.algorithm.has_input_gradients:
             raise InputGradientError(
                 f"{self.algorithm!r}",
                 "inputs that require a gradient",
                 "none, or an algorithm that has one",
                 "Detach the input, or use ZeroDivergence.",
             )
-        self.keep(gradients.state)
-        if not retain_graph:
-            self.call = None
-        return gradients
 
-    def undo_buffers(self) -> None:
-        """Give running statistics their values from before the forward, unless another forward has moved them since."""
-        if self.after is not None and all(torch.equal(buffer, copy) for buffer, copy in self.after.copies):
-            self.before.restore()
+
+def _has_overflowed(tape: Tape, delivered: Mapping[str, Tensor]) -> bool:
+    """A finite loss whose gradient is not: the outer factor is too large for the precision."""
+    used = [scalar for scalar in tape.scalars if scalar.factors]
+    if not used or all(all_finite(gradient) for gradient in delivered.values()):
+        return False
+    overflowed = all(bool(scalar.finite) for scalar in used)
+    if overflowed:
+        for scalar in used:
+            scalar.factors = []
+    return overflowed
 
 
 class EnergyFunction(torch.autograd.Function):
@@ -106,18 +161,19 @@ class EnergyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *delivered: Tensor | None) -> tuple[Tensor | None, ...]:
+        open_call: OpenCall = ctx.open_call  # type: ignore[attr-defined]
         if torch.is_grad_enabled():
+            open_call.forwards.undo()
             raise HigherOrderGradientError(
                 "loss.backward(create_graph=True)",
                 "a request for gradients of local gradients",
                 "create_graph=False",
                 "Use model.feedforward(x), or the module itself, for a higher-order term.",
             )
-        open_call: OpenCall = ctx.open_call  # type: ignore[attr-defined]
         try:
             gradients = open_call.gradients(delivered, _retains_graph())
         except BaseException:
-            open_call.undo_buffers()
+            open_call.forwards.undo()
             raise
         of_parameters = [gradients.parameters.get(name) for name in open_call.parameters]
         return (None, *of_parameters, *gradients.inputs)
@@ -162,7 +218,7 @@ class RecordedLoss(OutputLoss):
         self.relative = [factor / outer if outer else 0.0 for factor in factors]
         self.multiplier = self._multiplier()
         self.scale = outer / self.multiplier
-        self.unit = float(self.multiplier)
+        self.unit = self.multiplier / outer if outer else 0.0
 
     def _multiplier(self) -> int:
         reduction = self.algorithm.loss_reduction
@@ -249,11 +305,16 @@ def count_bad(tensor: Tensor) -> str:
 
 
 def _check_prediction(call: Call) -> None:
-    if all(all_finite(call.values[slot]) for slot in call.graph.output_slots):
+    """Outputs and parameters are finite: a clamp can hide that a parameter is not."""
+    parameters = sum(parameter.detach().sum() for parameter in call.parameters.values())
+    if math.isfinite(float(parameters)) and all(all_finite(call.values[slot]) for slot in call.graph.output_slots):
         return
-    for name, parameter in call.graph.parameters.items():
+    for name, parameter in call.parameters.items():
         if not all_finite(parameter):
             raise _non_finite(f"parameter '{name}', feed-forward pass", parameter)
+    for name, buffer in call.graph.module.named_buffers():
+        if buffer.is_floating_point() and bool((torch.isnan(buffer) | torch.isposinf(buffer)).any()):
+            raise _non_finite(f"buffer '{name}', feed-forward pass", buffer)
     for node in call.graph.nodes.values():
         for slot in node.slots:
             if not all_finite(call.values[slot]):
@@ -261,14 +322,13 @@ def _check_prediction(call: Call) -> None:
 
 
 def _check_gradients(gradients: LocalGradients, loss: OutputLoss) -> None:
-    """Local gradients are finite, unless the outer factor (a gradient scaler's) is not: that is the scaler's to see."""
+    """One pass over the data; a sum that merely overflows is looked at again, one by one."""
     total = sum(gradient.sum() for gradient in gradients.parameters.values())
-    if math.isfinite(float(total)):  # one pass over the data; a sum that merely overflows is looked at again below
+    if math.isfinite(float(total)):
         return
-    if not all(all_finite(delivered) for delivered in loss.delivered.values()):
-        if math.isfinite(loss.scale):
-            raise _non_finite("the loss, backward", next(d for d in loss.delivered.values() if not all_finite(d)))
-        return
+    for delivered in loss.delivered.values():
+        if not all_finite(delivered):
+            raise _non_finite("the loss, backward", delivered)
     for name, gradient in gradients.parameters.items():
         if not all_finite(gradient):
             raise _non_finite(f"gradient of parameter '{name}', backward", gradient)

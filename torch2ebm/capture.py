@@ -5,8 +5,10 @@ Knows nothing of energies. The module is left exactly as it was: attributes, buf
 
 from __future__ import annotations
 
+import enum
 import inspect
 import math
+import operator
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,19 +16,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from torch2ebm.errors import (
     CaptureMismatchError,
+    ConfigurationError,
     NodeEvaluationError,
     Torch2EBMError,
     UnknownNodeError,
     UntraceableError,
 )
 from torch2ebm.freezing import BufferSnapshot, RandomState, Statistics, recording_statistics
-from torch2ebm.functional_graph import expand_tuples, make_functional
+from torch2ebm.functional_graph import expand_tuples, make_functional, writes_in_place
+from torch2ebm.structure import leaves_of
 
 
 class _TensorLeaf:
@@ -45,6 +50,11 @@ class Signature:
 
     leaves: tuple[Any, ...]
     structure: pytree.TreeSpec
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """1, True and 1.0 are equal, and are not the same argument."""
+        return self.structure, tuple((type(leaf), leaf) for leaf in self.leaves)
 
     def unflatten(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         remaining = iter(tensors)
@@ -70,8 +80,24 @@ class Signature:
 def flatten_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], Signature]:
     """The tensors of a call in order, and the signature that puts them back."""
     leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
-    markers = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    markers = tuple(TENSOR if isinstance(leaf, Tensor) else _checked(leaf) for leaf in leaves)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)], Signature(markers, structure)
+
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, slice, type(Ellipsis))
+PLAIN_OF_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
+
+
+def _checked(leaf: Any) -> Any:
+    """An argument that is no tensor is part of the graph, so it has to be comparable by value."""
+    if not isinstance(leaf, (*PLAIN, *PLAIN_OF_TORCH)):
+        raise ConfigurationError(
+            "model(...)",
+            f"an argument of type {type(leaf).__name__}",
+            "tensors, numbers, strings, None, and tuples, lists or dicts of them",
+            "Pass its tensors as a tuple or dict; turn arrays into tensors.",
+        )
+    return leaf
 
 
 def assumed_signature(module: nn.Module) -> Signature:
@@ -86,14 +112,34 @@ def assumed_signature(module: nn.Module) -> Signature:
 # Tracing --------------------------------------------------------------------------------------------------------------
 
 
+class WritableProxy(fx.Proxy):
+    """A proxy that can be written by index: ``x[i] = y`` is traced as ``operator.setitem``."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def stopped(value: Any) -> Any:
+    """What an operation under ``torch.no_grad`` returns."""
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, value)
+
+
+def copied(value: Any) -> Any:
+    """A copy of a tensor; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 class EnergyTracer(fx.Tracer):
     """Symbolic tracing with modules of ``torch.nn`` and the modules that the user names as leaves."""
+
+    proxy_buffer_attributes = True  # else tracing would really write the buffers that forward writes
 
     def __init__(self, signature: Signature, leaves: frozenset[str]) -> None:
         super().__init__(autowrap_modules=(math,))
         self.signature = signature
         self.leaves = leaves
         self.failed_in = ""
+        self.entered: list[nn.Module] = []  # modules whose forward is part of the trace
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves:
@@ -107,6 +153,7 @@ class EnergyTracer(fx.Tracer):
     ) -> tuple[Callable[..., Any], list[Any]]:
         placeholders = [self.create_proxy("placeholder", n, (), {}) for n in self.signature.names(self.root)]
         args, kwargs = self.signature.unflatten(placeholders)
+        self.entered.append(self.root)
 
         def forward(root: nn.Module) -> Any:
             return root.forward(*args, **kwargs)
@@ -117,10 +164,59 @@ class EnergyTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         try:
+            path = self.path_of_module(m)
+            if not self.is_leaf_module(m, path):
+                self.entered.append(m)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             self.failed_in = self.failed_in or self.path_of_module(m)
             raise
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return WritableProxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        if kind.startswith("call") and not torch.is_grad_enabled() and target is not stopped:
+            if writes_in_place(proxy.node):
+                raise TypeError(f"{proxy.node.target} writes a tensor in place under torch.no_grad")
+            proxy = super().create_proxy("call_function", stopped, (proxy,), {})
+        return proxy
+
+    def create_arg(self, a: Any) -> Any:
+        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        """Custom autograd functions stay whole, and an assignment to a buffer becomes a write, while this traces."""
+        apply, setattr_ = torch.autograd.Function.__dict__["apply"], nn.Module.__setattr__
+
+        def traced_apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, fx.Proxy) for leaf in leaves_of((args, kwargs))):
+                return self.create_proxy("call_function", _as_operation(function), args, kwargs)
+            return apply.__func__(function, *args, **kwargs)
+
+        def traced_setattr(module: nn.Module, name: str, value: Any) -> None:
+            if isinstance(value, fx.Proxy) and isinstance(module.__dict__.get("_buffers", {}).get(name), Tensor):
+                self.create_proxy("call_method", "copy_", (getattr(module, name), value), {})
+            else:
+                setattr_(module, name, value)
+
+        torch.autograd.Function.apply = classmethod(traced_apply)  # type: ignore[assignment]
+        nn.Module.__setattr__ = traced_setattr  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = apply
+            nn.Module.__setattr__ = setattr_  # type: ignore[method-assign]
+
+
+def _as_operation(function: Any) -> Callable[..., Any]:
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        return function.apply(*args, **kwargs)
+
+    operation.__name__ = operation.__qualname__ = function.__name__
+    return operation
 
 
 @dataclass(frozen=True)
@@ -130,6 +226,24 @@ class Trace:
     graph: fx.Graph
     constants: Mapping[str, Tensor]
     leaves: frozenset[str]
+    settings: Settings
+
+
+Settings = tuple[tuple[nn.Module, str, Any], ...]
+
+
+def settings_of(modules: Sequence[nn.Module]) -> Settings:
+    """Plain attributes of the modules that tracing went through: their values are part of the graph."""
+    return tuple(
+        (module, name, value)
+        for module in dict.fromkeys(modules)
+        for name, value in module.__dict__.items()
+        if name != "training" and type(value) in (int, float, bool, str)
+    )
+
+
+def still_hold(settings: Settings) -> bool:
+    return all(module.__dict__.get(name) == value for module, name, value in settings)
 
 
 def trace(
@@ -140,7 +254,8 @@ def trace(
     tracer = EnergyTracer(signature, leaves)
     with _attributes_restored(module):
         try:
-            graph = tracer.trace(module)
+            with torch.enable_grad(), tracer.patched():
+                graph = tracer.trace(module)
         except Torch2EBMError:
             raise
         except Exception as error:
@@ -156,7 +271,7 @@ def trace(
         )
     make_functional(graph)
     _protect_inputs(module, graph, leaves)
-    return Trace(graph, constants, leaves)
+    return Trace(graph, constants, leaves, settings_of(tracer.entered))
 
 
 def _protect_inputs(module: nn.Module, graph: fx.Graph, leaves: frozenset[str]) -> None:
@@ -174,11 +289,6 @@ def _may_write(module: nn.Module) -> bool:
     parts = list(module.modules())
     known = all(part.__class__.__module__.startswith("torch.nn") for part in parts)
     return not known or any(getattr(part, "inplace", False) is True for part in parts)
-
-
-def copied(value: Any) -> Any:
-    """A copy of a tensor; anything else as it is."""
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _check_names(module: nn.Module, leaves: frozenset[str]) -> None:
@@ -230,9 +340,13 @@ def _attributes_restored(module: nn.Module) -> Iterator[None]:
             m.__dict__.clear()
             m.__dict__.update(attributes)
             for registry, content in zip(registries, contents, strict=True):
-                if m.__dict__[registry] != content or list(m.__dict__[registry]) != list(content):
+                if _identities(m.__dict__[registry]) != _identities(content):
                     m.__dict__[registry].clear()
                     m.__dict__[registry].update(content)
+
+
+def _identities(registry: Mapping[str, Any]) -> list[tuple[str, int]]:
+    return [(name, id(value)) for name, value in registry.items()]
 
 
 def _lift_constants(module: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
@@ -319,6 +433,7 @@ class Capture:
     signature: Signature
     facts: Mapping[fx.Node, Fact]
     reference: Reference
+    settings: Settings
     captured_by: str
 
 
@@ -334,19 +449,25 @@ class Reference:
     def check(self, module: nn.Module, outputs: Sequence[Any]) -> None:
         """Raise :class:`CaptureMismatchError` where ``outputs`` or the module's buffers now differ."""
         buffers = dict(module.named_buffers())
+        if len(outputs) != len(self.outputs):
+            raise _mismatch(module, [f"{len(outputs)} outputs where the module has {len(self.outputs)}"])
         differences = [
             f"output {i}"
             for i, (ours, real) in enumerate(zip(outputs, self.outputs, strict=True))
             if not _same(ours, real)
         ] + [f"buffer {name}" for name, after in self.changed_buffers.items() if not _same(buffers[name], after)]
         if differences:
-            raise CaptureMismatchError(
-                f"torch2ebm cannot capture {type(module).__name__}",
-                f"another result in {', '.join(differences)}",
-                "the module's own outputs and buffers",
-                "Its forward depends on something that tracing does not see (a value, a counter, a view written in "
-                "place, the order of random draws): make that submodule one node with nodes=[...].",
-            )
+            raise _mismatch(module, differences)
+
+
+def _mismatch(module: nn.Module, differences: Sequence[str]) -> CaptureMismatchError:
+    return CaptureMismatchError(
+        f"torch2ebm cannot capture {type(module).__name__}",
+        f"another result in {', '.join(differences)}",
+        "the module's own outputs and buffers",
+        "Its forward depends on something that tracing does not see (a value, a counter, a view written in "
+        "place, the order of random draws): make that submodule one node with nodes=[...].",
+    )
 
 
 def _same(ours: Any, real: Any) -> bool:
@@ -363,9 +484,10 @@ def _same(ours: Any, real: Any) -> bool:
 def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Sequence[Tensor]) -> Capture:
     """Run the module and its trace once on ``tensors``; generators and buffers are restored afterwards."""
     device = tensors[0].device if tensors else torch.device("cpu")
-    with torch.inference_mode(False), torch.enable_grad(), untouched(module, device) as restore:
+    with plain_autograd(), untouched(module, device) as restore:
         tensors = [tensor.detach().clone() for tensor in tensors]
         reference = _real_run(module, signature, tensors)
+        _check_settings(traced.settings)
         restore()
         observer = _Observer(module, traced, device)
         with _all_parameters_trainable(module):
@@ -375,8 +497,42 @@ def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Seq
                 raise _untraceable(module, "", error) from error
     expand_tuples(traced.graph, observer.outputs, observer.facts, _fact_of_part)
     return Capture(
-        module, traced.graph, traced.constants, traced.leaves, signature, observer.facts, reference, captured_by="fx"
+        module,
+        traced.graph,
+        traced.constants,
+        traced.leaves,
+        signature,
+        observer.facts,
+        reference,
+        traced.settings,
+        captured_by="fx",
     )
+
+
+@contextmanager
+def plain_autograd() -> Iterator[None]:
+    """Gradients on, whatever the caller has switched: inference mode, no_grad, or the hooks of a checkpoint."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged),
+    ):
+        yield
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _check_settings(settings: Settings) -> None:
+    for module, name, value in settings:
+        if module.__dict__.get(name) != value:
+            raise CaptureMismatchError(
+                f"{type(module).__name__}.forward",
+                f"a forward that changes its attribute '{name}'",
+                "a forward that changes nothing but buffers",
+                "Make the attribute a buffer (register_buffer), or make that submodule one node with nodes=[...].",
+            )
 
 
 def _fact_of_part(value: Any) -> Fact:

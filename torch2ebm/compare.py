@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.capture import untouched
-from torch2ebm.errors import ConfigurationError
+from torch2ebm.errors import ConfigurationError, PartitionError
 from torch2ebm.model import EnergyModel, convert
 from torch2ebm.plots import plot_comparison
 from torch2ebm.summary import aligned
@@ -131,11 +131,16 @@ def compare(
     converted = model if isinstance(model, EnergyModel) else convert(model)
     args, kwargs, loss_of = _unpack(batch, loss_fn)
     trainable = {name: p for name, p in converted.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise PartitionError(
+            "torch2ebm.compare(model)", "a model without trainable parameters", "at least one", "Unfreeze some of it."
+        )
+    device = next(iter(trainable.values())).device
 
     def gradients(call: Callable[[], Any]) -> Gradients:
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(untouched(converted, next(iter(trainable.values())).device))
+            stack.enter_context(untouched(converted, device))
             found = torch.autograd.grad(loss_of(call()), list(trainable.values()), allow_unused=True)
         return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -86,7 +86,8 @@ def recording_statistics(statistics: Statistics) -> TorchFunctionMode:
             batch = batch.float()
         dimensions = [0, *range(2, batch.ndim)]
         variance, mean = torch.var_mean(batch, dimensions, correction=0)
-        statistics.append((mean, variance))
+        dtype = mean.dtype if call["weight"] is None else call["weight"].dtype
+        statistics.append((mean.to(dtype), variance.to(dtype)))
         return functional.batch_norm(**call)
 
     return _BatchNormInterceptor(replace)
@@ -127,3 +128,53 @@ class BufferSnapshot:
         except BaseException:
             self.restore()
             raise
+
+
+class BufferHistory:
+    """The buffers before and after one forward, so that a step that is refused leaves no trace in them."""
+
+    def __init__(self, buffers: Mapping[str, Tensor]) -> None:
+        self.buffers = buffers
+        self.before = BufferSnapshot(buffers)
+        self.after = self.before
+
+    def forward_ended(self) -> None:
+        self.after = BufferSnapshot(self.buffers)
+
+    def undo(self) -> None:
+        """Give them their contents from before, unless something else has changed them since."""
+        if all(torch.equal(buffer, copy) for buffer, copy in self.after.copies):
+            self.before.restore()
+
+
+@contextmanager
+def hooks_suspended(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Keep the hooks of parameters out of the gradients that are taken inside: they run once, when ``.grad`` is filled."""
+    hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    for parameter, _ in hooked:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks
+
+
+@contextmanager
+def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put ``tensors`` where the parameters of these names are, a shared one everywhere it stands."""
+    own = {name: parameter for name, parameter in module.named_parameters() if name in tensors}
+    places = [
+        (registry, key, name)
+        for name, parameter in own.items()
+        for registry in (each._parameters for each in module.modules())
+        for key, entry in registry.items()
+        if entry is parameter
+    ]
+    for registry, key, name in places:
+        registry[key] = tensors[name]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for registry, key, name in places:
+            registry[key] = own[name]

@@ -35,12 +35,22 @@ def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
     return copy
 
 
+def on_a_copy(method: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What a method in place that has no other form (``zero_``, ``copy_``, ``normal_``) makes of a copy."""
+    copy = tensor.clone()
+    getattr(copy, method)(*args, **kwargs)
+    return copy
+
+
 def make_functional(graph: fx.Graph) -> None:
     """Turn writes in place into new tensors for all later readers. Writes to attributes stay: they are effects."""
     position = {node: i for i, node in enumerate(graph.nodes)}
+    attributes = {node for node in graph.nodes if node.op == "get_attr"}
     for node in list(graph.nodes):
         written = _written_argument(node)
-        if written is None or written.op == "get_attr":
+        if written in attributes:
+            attributes.add(node)  # returns the attribute itself, which may be written again
+        if written is None or written in attributes:
             continue
         _write_to_copy(node)
         for user in list(written.users):
@@ -63,6 +73,10 @@ def _written_argument(node: fx.Node) -> fx.Node | None:
         )
     target = node.args[0] if node.args else node.kwargs.get("input")
     return target if writes and isinstance(target, fx.Node) else None
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    return _written_argument(node) is not None
 
 
 def _is_in_place_name(name: str) -> bool:
@@ -88,7 +102,10 @@ def _in_place_argument(node: fx.Node) -> Mapping[str, Any] | None:
 
 def _write_to_copy(node: fx.Node) -> None:
     if node.op == "call_method" and node.target != "__setitem__":
-        node.target = str(node.target)[:-1]
+        if hasattr(Tensor, str(node.target)[:-1]):
+            node.target = str(node.target)[:-1]
+        else:
+            node.op, node.target, node.args = "call_function", on_a_copy, (node.target, *node.args)
     elif node.op == "call_method" or node.target is operator.setitem:
         node.op, node.target = "call_function", set_item
     elif node.target in _OPERATORS:
@@ -112,11 +129,21 @@ def expand_tuples(
         if not _has_tensors(value):
             continue
         for user in list(node.users):
+            if user.target is getattr and user.args[0] is node:
+                user.target, user.args = operator.getitem, (node, _place(value, str(user.args[1])))
             if not (user.target is operator.getitem and user.args[0] is node):
                 with graph.inserting_before(user):
                     parts = _parts(graph, node, value, facts, fact_of)
                 user.args = _replaced(user.args, node, parts)
                 user.kwargs = _replaced(user.kwargs, node, parts)
+
+
+def _place(value: Any, name: str) -> Any:
+    """Where the field ``name`` of a named result (``max``, ``topk``, a named tuple) stands; its key in a dict."""
+    if isinstance(value, dict):
+        return name
+    field = getattr(value, name)
+    return next(i for i, part in enumerate(value) if part is field)
 
 
 def _has_tensors(value: Any) -> bool:

@@ -154,7 +154,7 @@ class Inference:
                 self._collect_hidden(node, result)
             else:
                 result.unreached.insert(0, node.name)
-                result.gradients.add_zeros(node)
+                result.gradients.add_zeros(self.call, node)
                 result.predictions.update({slot: self.values.pop(slot) for slot in node.slots})
         state = InferenceState(
             self.graph,
@@ -215,7 +215,7 @@ class GradientSum:
         retain_graph: bool = False,
     ) -> Sequence[Tensor | None]:
         """Add the node's share, and return the products with ``wrt`` from the same pass."""
-        parameters = {name: p for name, p in evaluated.node.parameters.items() if p.requires_grad}
+        parameters = {name: p for name in evaluated.node.parameters if (p := call.parameters[name]).requires_grad}
         clamped = call.clamped_inputs(evaluated.node)
         products = evaluated.pullback(
             cotangents, [*wrt, *parameters.values(), *clamped.values()], retain_graph=retain_graph
@@ -230,8 +230,9 @@ class GradientSum:
                 _add(self.clamped, name, product)
         return products[: len(wrt)]
 
-    def add_zeros(self, node: Node) -> None:
-        for name, parameter in node.parameters.items():
+    def add_zeros(self, call: Call, node: Node) -> None:
+        for name in node.parameters:
+            parameter = call.parameters[name]
             if parameter.requires_grad and name not in self.parameters:
                 self.parameters[name] = torch.zeros_like(parameter)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from torch.utils import _pytree as pytree
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.assembly import build_graph
-from torch2ebm.backward import EnergyFunction, OpenCall, all_finite, count_bad
+from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards, all_finite, count_bad
 from torch2ebm.capture import (
     Capture,
     assumed_signature,
     capture,
     flatten_arguments,
+    plain_autograd,
+    still_hold,
     trace,
     untouched,
 )
@@ -27,10 +30,12 @@ from torch2ebm.errors import (
     AttachmentError,
     ConfigurationError,
     ModuleChangedError,
+    NodeEvaluationError,
     NonFiniteError,
     NoStateError,
     NotCapturedError,
 )
+from torch2ebm.freezing import tensors_in_place
 from torch2ebm.graph import EnergyGraph, Node
 from torch2ebm.partition import Granularity, named_leaves
 from torch2ebm.recorder import start
@@ -111,9 +116,9 @@ class EnergyModel(nn.Module):
         self._share(module)
         self._granularity: Granularity = nodes if isinstance(nodes, str) else tuple(nodes)
         leaves = named_leaves(module, self._granularity)
-        if example_inputs is None:
+        if example_inputs is None and not _takes_any_arguments(module):
             trace(module, assumed_signature(module), leaves, all_called=nodes != "children")
-        else:
+        elif example_inputs is not None:
             args, kwargs = _as_arguments(example_inputs)
             self._graph_for(args, kwargs)
 
@@ -124,25 +129,24 @@ class EnergyModel(nn.Module):
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = module.__dict__[registry]
         self._fingerprint = Fingerprint.of(module)
+        self._own = dict(module.named_parameters())
         self._captures: list[tuple[Any, Capture]] = []
         self._graphs: list[tuple[Any, EnergyGraph]] = []
         self._latest: EnergyGraph | None = None
         self._state: InferenceState | None = None
         self._algorithm: Algorithm | None = None
         self.attached = False
-        self.awaits_backward = False
+        self.forwards = OpenForwards()
 
     # what people call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._state = None
         if self._algorithm is None or not torch.is_grad_enabled():
             if self._latest is None:
                 self._graph_for(args, kwargs)
             return self._original(*args, **kwargs)
-        self._state = None
-        output = self.run(self._algorithm, args, kwargs, self._keep)
-        self.awaits_backward = True
-        return output
+        return self.run(self._algorithm, args, kwargs, self._keep, self.forwards)
 
     def feedforward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain module's output, whatever algorithm is attached, with ordinary autograd."""
@@ -154,12 +158,13 @@ class EnergyModel(nn.Module):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         keep: Callable[[InferenceState], None] = lambda state: None,
+        forwards: OpenForwards | None = None,
     ) -> Any:
         """The output whose backward is that of ``algorithm``, attached or not; ``keep`` gets the resulting state."""
-        tensors, graph = self._tensors_and_graph(args, kwargs, algorithm)
+        tensors, graph, swapped = self._tensors_and_graph(args, kwargs, algorithm)
         _check_inputs(tensors, graph)
-        changed = self._changing_buffers(graph)
-        open_call = OpenCall(Call(graph, tensors), algorithm, changed, keep)
+        changed = {name: self._original.get_buffer(name) for name in graph.changing_buffers}
+        open_call = OpenCall(Call(graph, tensors, swapped), algorithm, changed, forwards or OpenForwards(), keep)
         call = open_call.call
         assert call is not None
         outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
@@ -171,7 +176,6 @@ class EnergyModel(nn.Module):
 
     def _keep(self, state: InferenceState) -> None:
         self._state = state
-        self.awaits_backward = False
 
     # what they look at
 
@@ -232,12 +236,12 @@ class EnergyModel(nn.Module):
                 "Call detach() on the optimizer that is attached, or on the model.",
             )
         self._algorithm, self.attached, self._state, self._latest = algorithm, True, None, None
-        self.awaits_backward = False
+        self.forwards = OpenForwards()
 
     def detach(self) -> None:
         """End the attachment: the model is ordinary backpropagation again."""
         self._algorithm, self.attached, self._state = None, False, None
-        self.awaits_backward = False
+        self.forwards = OpenForwards()
 
     # capture
 
@@ -246,35 +250,61 @@ class EnergyModel(nn.Module):
 
     def _tensors_and_graph(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], algorithm: Algorithm | None
-    ) -> tuple[list[Tensor], EnergyGraph]:
-        """The tensors among the arguments, and the graph for their structure, the modes and the algorithm."""
+    ) -> tuple[list[Tensor], EnergyGraph, Mapping[str, Tensor]]:
+        """The tensors among the arguments, the graph for their structure, the modes and the algorithm, and what
+        stands in the place of parameters."""
         fingerprint = Fingerprint.of(self._original)
+        swapped: dict[str, Tensor] = {}
         if not fingerprint.same_objects(self._fingerprint):
-            raise ModuleChangedError(
-                f"EnergyModel({type(self._original).__name__})",
-                _changes(self._fingerprint, fingerprint),
-                "the layers and parameters that torch2ebm.convert saw",
-                "Convert the changed module again; change parameters in place (copy_, data) to keep the model.",
-            )
+            swapped = self._swapped(fingerprint)
         granularity = self._granularity
         if granularity == "auto":
             granularity = "layer" if algorithm is None else algorithm.partition
         tensors, signature = flatten_arguments(args, kwargs)
-        key = (fingerprint.modes, signature.structure, signature.leaves)
-        self._latest = _lookup(self._graphs, (granularity, key))
-        if self._latest is None:
-            captured = _lookup(self._captures, key)
-            if captured is None:
-                leaves = named_leaves(self._original, self._granularity)
-                traced = trace(self._original, signature, leaves, all_called=self._granularity != "children")
-                captured = capture(self._original, traced, signature, tensors)
-                self._captures.append((key, captured))
-            self._latest = _verified(captured, granularity)
-            self._graphs.append(((granularity, key), self._latest))
-        return tensors, self._latest
+        key = (fingerprint.modes, signature.key)
+        captured = next((c for known, c in self._captures if known == key and still_hold(c.settings)), None)
+        if captured is None:
+            _check_arguments(self._original, args, kwargs)
+            with tensors_in_place(self._original, {name: self._own[name] for name in swapped}):
+                captured = self._capture(signature, tensors)
+            self._captures.append((key, captured))
+        graph = _lookup(self._graphs, (granularity, captured))
+        if graph is None:
+            with tensors_in_place(self._original, {name: self._own[name] for name in swapped}):
+                graph = _verified(captured, granularity)
+            self._graphs.append(((granularity, captured), graph))
+        self._latest = graph
+        return tensors, graph, swapped
 
-    def _changing_buffers(self, graph: EnergyGraph) -> dict[str, Tensor]:
-        return {name: self._original.get_buffer(name) for name in graph.changing_buffers}
+    def _capture(self, signature: Signature, tensors: Sequence[Tensor]) -> Capture:
+        leaves = named_leaves(self._original, self._granularity)
+        traced = trace(self._original, signature, leaves, all_called=self._granularity != "children")
+        return capture(self._original, traced, signature, tensors)
+
+    def _swapped(self, fingerprint: Fingerprint) -> dict[str, Tensor]:
+        """By name the tensors that ``torch.func.functional_call`` has put in the place of parameters.
+
+        Raises :class:`ModuleChangedError` where layers or parameters were really replaced.
+        """
+        before = self._fingerprint
+        pairs = list(zip(before.parameters, fingerprint.parameters, strict=False))
+        same_layers = len(before.modules) == len(fingerprint.modules) and all(
+            map(operator.is_, before.modules, fingerprint.modules)
+        )
+        others = [new for old, new in pairs if new is not old]
+        if (
+            not same_layers
+            or len(before.parameters) != len(fingerprint.parameters)
+            or any(isinstance(new, nn.Parameter) or new is None for new in others)
+        ):
+            raise ModuleChangedError(
+                f"EnergyModel({type(self._original).__name__})",
+                _changes(before, fingerprint),
+                "the layers and parameters that torch2ebm.convert saw",
+                "Convert the changed module again; change parameters in place (copy_, data) to keep the model.",
+            )
+        names = {id(parameter): name for name, parameter in self._own.items()}
+        return {names[id(old)]: new for old, new in pairs if old is not None and new is not None and new is not old}
 
     # being the module
 
@@ -331,6 +361,23 @@ def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
     return (tuple(example_inputs) if isinstance(example_inputs, tuple) else (example_inputs,)), {}
 
 
+def _takes_any_arguments(module: nn.Module) -> bool:
+    kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
+    return inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{type(module).__name__}.forward",
+            f"{len(args)} positional arguments and {sorted(kwargs) or 'no keywords'}",
+            f"the arguments {inspect.signature(module.forward)}",
+            f"Python says: {error}.",
+        ) from error
+
+
 def _lookup(entries: Sequence[tuple[Any, Any]], key: Any) -> Any:
     return next((entry for known, entry in entries if known == key), None)
 
@@ -340,7 +387,7 @@ def _verified(captured: Capture, granularity: Granularity) -> EnergyGraph:
     graph = build_graph(captured, granularity)
     tensors = captured.reference.tensors
     device = tensors[0].device if tensors else torch.device("cpu")
-    with torch.inference_mode(False), untouched(captured.module, device):
+    with plain_autograd(), untouched(captured.module, device):
         call = Call(graph, tensors)
         call.feedforward(keep_graph=False)
         captured.reference.check(captured.module, call.output())
@@ -349,6 +396,13 @@ def _verified(captured: Capture, granularity: Granularity) -> EnergyGraph:
 
 def _check_inputs(tensors: Sequence[Tensor], graph: EnergyGraph) -> None:
     for i, tensor in enumerate(tensors):
+        if tensor.is_meta:
+            raise NodeEvaluationError(
+                f"model(...), input {i}",
+                "a tensor on the meta device",
+                "a tensor with data",
+                "Move it: tensor.to(...).",
+            )
         if tensor.is_floating_point() and not all_finite(tensor):
             raise NonFiniteError(
                 f"model(...), input {i}", count_bad(tensor), "finite numbers", "Check how the batch was made."

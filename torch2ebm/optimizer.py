@@ -58,12 +58,15 @@ class EnergyOptimizer(Optimizer):
         """
         if closure is None:
             self._check_backward()
-            return self.optimizer.step()
-        return self.optimizer.step(closure)
+        result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        self.model.forwards.answered = True
+        return result
 
     def _check_backward(self) -> None:
-        if self.model.awaits_backward:
-            self.model.awaits_backward = False
+        forwards = self.model.forwards
+        if not forwards.answered:
+            forwards.answered = True
+            forwards.undo()
             raise LossIndependentError(
                 "optimizer.step()",
                 "a forward since the last step, and no backward that reached the model",

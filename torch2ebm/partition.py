@@ -24,6 +24,10 @@ def named_leaves(module: nn.Module, granularity: Granularity) -> frozenset[str]:
     if granularity == "children":
         return frozenset(_callable_children(module))
     if not isinstance(granularity, str):
+        if not isinstance(granularity, Sequence) or not all(isinstance(name, str) for name in granularity):
+            raise ConfigurationError(
+                "convert(nodes=...)", repr(granularity), "a string or a list of submodule names", "See convert's help."
+            )
         return frozenset(granularity)
     if granularity not in ("auto", *GRANULARITIES):
         raise ConfigurationError(
@@ -82,11 +86,20 @@ def assign_roles(capture: Capture) -> Roles:
         elif _is_kept(node, returned):
             fixed = not facts[node].tensor or facts[node].random or node in returned or not node.users
             reads_tuple = any(s in live and not facts[s].tensor for s in sources)
-            if fed_by_live and (fixed or reads_tuple):
+            effect = not node.users and any(s in live or s in once for s in _upstream(node, repeated))
+            if (fed_by_live and (fixed or reads_tuple)) or effect:
                 once.append(node)
             else:
                 repeated.add(node)
     return Roles(live, frozenset(repeated), tuple(once), tuple(static))
+
+
+def _upstream(node: fx.Node, repeated: set[fx.Node]) -> Iterator[fx.Node]:
+    for source in node.all_input_nodes:
+        if source in repeated:
+            yield from _upstream(source, repeated)
+        else:
+            yield source
 
 
 def _output(graph: fx.Graph) -> fx.Node:

@@ -68,15 +68,16 @@ class Scalar:
 
     index: int
     summed: bool
+    finite: Tensor  # whether the loss was finite, of no dimension: looked at only where a gradient is not
     factors: list[Tensor] = field(default_factory=list)
 
 
 class Tape:
     """The operations on the outputs of one call, in order, so that writes in place and views replay as they ran."""
 
-    def __init__(self, outputs: int, device: torch.device) -> None:
-        self.outputs = outputs
+    def __init__(self, outputs: int, device: torch.device, refused: Callable[[], None] = lambda: None) -> None:
         self.length = outputs
+        self.refused = refused  # called before a backward is refused here
         self.device = device.type
         self.operations: list[Operation] = []
         self.scalars: list[Scalar] = []
@@ -138,6 +139,8 @@ class Recorded(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.backward and isinstance(args[0], Recorded) and not args[0].requires_grad:
+            if (tape := _tape_of(args[0])) is not None:
+                tape.refused()
             raise LossIndependentError(
                 "loss.backward()",
                 "a loss without a gradient in the model's output",
@@ -166,8 +169,8 @@ def start(tape: Tape, outputs: Sequence[Tensor]) -> list[Tensor]:
 def record(function: Callable[..., Any], args: Any, kwargs: Any, result: Any, summed: bool | None = None) -> Any:
     """Record an operation that has run; returns its result with the tensors marked."""
     tapes = {id(tape): tape for leaf in leaves_of((args, kwargs)) if (tape := _tape_of(leaf)) is not None}
-    if not tapes:
-        return map_leaves(_plain, result)
+    if not tapes:  # what .data and other ways out of the tape return; still known when it is used as a loss
+        return map_leaves(_untaped, result)
     if len(tapes) > 1:
         for tape in tapes.values():
             tape.obstacle = f"{_name(function)} mixes the outputs of two forward calls"
@@ -186,7 +189,7 @@ def record(function: Callable[..., Any], args: Any, kwargs: Any, result: Any, su
 def _marked(tensor: Tensor, tape: Tape, index: int, summed: bool | None) -> Tensor:
     if tensor.ndim == 0 and tensor.requires_grad:
         loss: Tensor = _plain(tensor)
-        scalar = Scalar(index, bool(summed))
+        scalar = Scalar(index, bool(summed), torch.isfinite(loss.detach()))
         tape.scalars.append(scalar)
         loss.register_hook(lambda gradient: scalar.factors.append(gradient.detach()))  # type: ignore[no-untyped-call]
         return loss
@@ -204,6 +207,12 @@ def _tape_of(leaf: Any) -> Tape | None:
 
 def _plain(leaf: Any) -> Any:
     return leaf.as_subclass(Tensor) if isinstance(leaf, Recorded) else leaf
+
+
+def _untaped(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.requires_grad:
+        return leaf.as_subclass(Recorded)
+    return _plain(leaf)
 
 
 def plain(structure: Any) -> Any:
@@ -286,5 +295,6 @@ class EnergyLoss:
             raise LossNotRecordedError(
                 f"EnergyLoss({_name(self.loss_fn)})", got, "a tensor of no dimension", "Reduce it to one number."
             )
-        summed = getattr(self.loss_fn, "reduction", kwargs.get("reduction")) == "sum"
+        given = {**getattr(self.loss_fn, "keywords", {}), **kwargs}  # those of a functools.partial
+        summed = getattr(self.loss_fn, "reduction", given.get("reduction")) == "sum"
         return record(self.loss_fn, args, kwargs, loss, summed=summed)  # type: ignore[no-any-return]

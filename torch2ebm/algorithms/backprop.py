@@ -26,7 +26,7 @@ class Backprop(Algorithm):
         call.feedforward(keep_graph=True, cut=False)
 
     def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        parameters = {name: p for name, p in call.graph.parameters.items() if p.requires_grad}
+        parameters = {name: p for name, p in call.parameters.items() if p.requires_grad}
         inputs = [tensor for tensor in call.tensors if tensor.requires_grad]
         values = {slot: value for slot, value in call.values.items() if value.requires_grad}
         outputs = [slot for slot in loss.delivered if slot in values]

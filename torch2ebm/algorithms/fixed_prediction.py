@@ -81,7 +81,7 @@ class FixedPrediction(Algorithm):
             if len(lengths) > 1:
                 gradients.add(call, evaluated, [_total(share) for share in own], retain_graph=True)
             if not lengths:
-                gradients.add_zeros(node)
+                gradients.add_zeros(call, node)
                 continue
             last = [share.get(lengths[-1]) for share in own]
             if len(lengths) > 1:

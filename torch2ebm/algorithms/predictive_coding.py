@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch2ebm.algorithms.base import Algorithm, check_reduction
+from torch2ebm.errors import ConfigurationError
 from torch2ebm.inference import Inference
 from torch2ebm.solvers import GradientDescent, Solver
 from torch2ebm.solvers.base import relax
@@ -40,6 +41,13 @@ class PredictiveCoding(Algorithm):
         self, steps: int = 20, lr: float = 0.1, *, solver: Solver | None = None, loss_reduction: str = "mean"
     ) -> None:
         check_reduction("PredictiveCoding", loss_reduction)
+        if solver is not None and not isinstance(solver, Solver):
+            raise ConfigurationError(
+                "PredictiveCoding(solver=...)",
+                repr(solver),
+                "a solver object",
+                "For example GradientDescent(steps=50).",
+            )
         self.solver = GradientDescent(steps, lr) if solver is None else solver
         self.loss_reduction: str = loss_reduction
 

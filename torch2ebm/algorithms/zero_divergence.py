@@ -106,7 +106,7 @@ def by_levels(
             values[slot] = values[slot] + gamma * change
         moved.update(changes)
     for node in graph.hidden_nodes:
-        gradients.add_zeros(node)
+        gradients.add_zeros(call, node)
     errors = {slot: e for slot, e in errors_at_level.items() if slot in call.graph.owner}
     state = InferenceState(call.graph, call.batch_size, call.values, errors, unit)
     return LocalGradients(gradients.parameters, call.input_gradients(gradients.clamped), state)
