@@ -285,7 +285,7 @@ def dag_zero_divergence(dag: Dag, loss: Loss, levelled: bool, gamma: float = 1.0
 
 
 def dag_strict(dag: Dag, loss: Loss, steps: int, lr: float) -> DagState:
-    """Strict predictive coding: predictions and Jacobians anew in each of ``steps`` updates, fresh errors at the end."""
+    """Strict predictive coding: predictions and Jacobians anew in each update, fresh errors at the end."""
     values = _detached(dag_feedforward(dag))
     for _ in range(steps):
         local = _locals(dag, values)

@@ -625,9 +625,10 @@ def test_an_array_among_the_arguments_is_followed_or_refused() -> None:
         return f(x) * float(array.sum())
 
     arrays = np.arange(3.0), np.arange(3.0), np.arange(4.0)
-    twin, model = _Taking(use), torch2ebm.convert(_Taking(use), example_inputs=(A, arrays[0]))
-    model.attach(torch2ebm.ZeroDivergence())
+    twin = _Taking(use)
     with contextlib.suppress(torch2ebm.Torch2EBMError):
+        model = torch2ebm.convert(_Taking(use), example_inputs=(A, arrays[0]))
+        model.attach(torch2ebm.ZeroDivergence())
         for array in arrays:
             assert_is_the_module(model, twin, A, array)
 
@@ -645,11 +646,11 @@ def test_an_object_whose_fields_change_between_calls_is_followed_or_refused() ->
         return f(x) * settings.scale
 
     settings = Settings()
-    model = torch2ebm.convert(_Taking(use), example_inputs=(A, settings))
-    model.attach(torch2ebm.ZeroDivergence())
-    first = model(A, settings)
-    settings.scale = 3.0
     with contextlib.suppress(torch2ebm.Torch2EBMError):
+        model = torch2ebm.convert(_Taking(use), example_inputs=(A, settings))
+        model.attach(torch2ebm.ZeroDivergence())
+        first = model(A, settings)
+        settings.scale = 3.0
         assert torch.allclose(model(A, settings), first * 1.5)
 
 

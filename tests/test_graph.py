@@ -10,6 +10,7 @@ from zoo import PROBLEMS, Problem
 
 import torch2ebm
 from torch2ebm.state import Call
+from torch2ebm.structure import fill
 
 GRANULARITIES = ("layer", "preactivation", "module", "op", "children")
 
@@ -62,7 +63,7 @@ def test_vector_jacobian_products_node_by_node_are_autograd(problem: Problem, no
     model, _, tensors = converted(problem, nodes)
     run = node_by_node(model, tensors, keep_graph=True)
     leaves = [leaf.detach().requires_grad_() if _is_live(leaf) else leaf for leaf in run.output()]
-    loss = problem.loss(pytree.tree_unflatten(leaves, model.graph.structure))
+    loss = problem.loss(fill(model.graph.structure, leaves))
     wanted = [leaf for leaf in leaves if _is_live(leaf)]
     of_outputs = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
     deltas: dict[str, Tensor] = {}
@@ -154,8 +155,10 @@ def test_levelling_adds_one_identity_less_than_the_levels_an_edge_spans() -> Non
     names = [vertex.name for vertex in skip_dag().vertices]
     model = torch2ebm.convert(SkipDag(), nodes=names, example_inputs=skip_dag().inputs["x"])
     assert dict(model.graph.levels) == levels(skip_dag())
-    by_reader = sum(model.nodes[p].level - n.level - 1 for n in model.nodes.values() for p in n.parents)
-    assert len(model.graph.levelled().nodes) == len(model.nodes) + by_reader == len(with_identities(skip_dag()).vertices)
+    spans = [(model.nodes[p].level, n.level) for n in model.nodes.values() for p in n.parents]
+    added = sum(upper - lower - 1 for upper, lower in spans)
+    assert len(model.graph.levelled().nodes) == len(model.nodes) + added
+    assert len(model.nodes) + added == len(with_identities(skip_dag()).vertices)
 
 
 def test_named_submodules_become_one_node_each() -> None:

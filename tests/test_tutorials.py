@@ -79,7 +79,6 @@ def test_a_tutorial_is_cells_that_use_public_names(tutorial: Path):
     assert used <= set(torch2ebm.__all__)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tutorial", TUTORIALS, ids=named)
 def test_a_tutorial_runs_and_draws(tutorial: Path, tmp_path: Path):
     """Its own asserts hold what its text says."""

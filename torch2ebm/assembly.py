@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from torch2ebm.capture import Capture
 from torch2ebm.errors import PartitionError
 from torch2ebm.graph import EnergyGraph, Node, OutputReference, identity
 from torch2ebm.partition import Granularity, Group, Partition, Roles, assign_roles, attribute
+from torch2ebm.structure import leaves_of
 
 
 def build_graph(capture: Capture, granularity: Granularity) -> EnergyGraph:
@@ -223,10 +223,10 @@ class _Assembly:
     def _returned_static(self) -> list[fx.Node]:
         return [node for node in self.returned if node in self.roles.repeated]
 
-    def _outputs(self, output_slot: dict[fx.Node, str]) -> tuple[tuple[OutputReference, ...], pytree.TreeSpec]:
+    def _outputs(self, output_slot: dict[fx.Node, str]) -> tuple[tuple[OutputReference, ...], Any]:
         output = next(node for node in self.capture.graph.nodes if node.op == "output")
         references = []
-        for leaf in pytree.tree_leaves(output.args[0]):
+        for leaf in leaves_of(output.args[0]):
             if leaf in output_slot:
                 references.append(OutputReference(slot=output_slot[leaf]))
             elif isinstance(leaf, fx.Node):

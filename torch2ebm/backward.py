@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from torch2ebm.algorithms.base import Algorithm
@@ -32,17 +32,25 @@ class OpenForwards:
 
     def __init__(self) -> None:
         self.histories: deque[BufferHistory] = deque(maxlen=16)  # of forwards that are never answered the latest
-        self.answered = True
+        self.opened_since_step = self.answered_since_step = False
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether there was a forward since the last step, and no backward."""
+        return self.opened_since_step and not self.answered_since_step
+
+    def stepped(self) -> None:
+        self.opened_since_step = self.answered_since_step = False
 
     def opened(self, history: BufferHistory) -> None:
         self.histories.append(history)
-        self.answered = False
+        self.opened_since_step = True
 
     def closed(self, history: BufferHistory) -> None:
         """A backward has answered this forward; it and those before it stay as they are."""
         while history in self.histories:
             self.histories.popleft()
-        self.answered = True
+        self.answered_since_step = True
 
     def undo(self) -> None:
         """A step is refused: give the buffers what they held before these forwards."""
@@ -51,18 +59,23 @@ class OpenForwards:
 
 
 class OpenCall:
-    """One forward call and all that its backward needs; what a second backward may not find is released."""
+    """One forward call and all that its backward needs; what a second backward may not find is released.
+
+    ``buffers`` are those that the forward changes, ``finite`` those in which NaN or infinity would be new.
+    """
 
     def __init__(
         self,
         call: Call,
         algorithm: Algorithm,
         buffers: Mapping[str, Tensor],
+        finite: Mapping[str, Tensor],
         forwards: OpenForwards,
         keep: Callable[[InferenceState], None],
     ) -> None:
         self.call: Call | None = call
         self.algorithm, self.buffers, self.forwards, self.keep = algorithm, buffers, forwards, keep
+        self.finite = {**call.parameters, **finite}
         self.history = BufferHistory(buffers)
         self.tape = Tape(len(call.graph.output_slots), call.device, forwards.undo)
         self.parameters = {name: p for name, p in call.parameters.items() if p.requires_grad}
@@ -77,6 +90,7 @@ class OpenCall:
         assert self.call is not None
         with self.history.before.restored_on_error():
             self.algorithm.forward(self.call)
+            check_standing(self.finite)  # a clamp can hide it from the prediction
             _check_prediction(self.call)
         self.history.forward_ended()
         self.forwards.opened(self.history)
@@ -304,17 +318,19 @@ def count_bad(tensor: Tensor) -> str:
     return f"{bad} of {tensor.numel()} elements NaN or infinite"
 
 
-def _check_prediction(call: Call) -> None:
-    """Outputs and parameters are finite: a clamp can hide that a parameter is not."""
-    parameters = sum(parameter.detach().sum() for parameter in call.parameters.values())
-    if math.isfinite(float(parameters)) and all(all_finite(call.values[slot]) for slot in call.graph.output_slots):
+def check_standing(tensors: Mapping[str, Tensor]) -> None:
+    """Parameters and buffers are finite; one pass over the data where they are."""
+    if math.isfinite(float(sum(tensor.detach().sum() for tensor in tensors.values()))):
         return
-    for name, parameter in call.parameters.items():
-        if not all_finite(parameter):
-            raise _non_finite(f"parameter '{name}', feed-forward pass", parameter)
-    for name, buffer in call.graph.module.named_buffers():
-        if buffer.is_floating_point() and bool((torch.isnan(buffer) | torch.isposinf(buffer)).any()):
-            raise _non_finite(f"buffer '{name}', feed-forward pass", buffer)
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            raise _non_finite(f"{kind} '{name}', feed-forward pass", tensor)
+
+
+def _check_prediction(call: Call) -> None:
+    if all(all_finite(call.values[slot]) for slot in call.graph.output_slots):
+        return
     for node in call.graph.nodes.values():
         for slot in node.slots:
             if not all_finite(call.values[slot]):

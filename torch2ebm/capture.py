@@ -5,6 +5,7 @@ Knows nothing of energies. The module is left exactly as it was: attributes, buf
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import inspect
 import math
@@ -19,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from torch2ebm.errors import (
     CaptureMismatchError,
@@ -31,7 +31,7 @@ from torch2ebm.errors import (
 )
 from torch2ebm.freezing import BufferSnapshot, RandomState, Statistics, recording_statistics
 from torch2ebm.functional_graph import expand_tuples, make_functional, writes_in_place
-from torch2ebm.structure import leaves_of
+from torch2ebm.structure import fill, leaves_of, map_leaves, template_of
 
 
 class _TensorLeaf:
@@ -49,7 +49,7 @@ class Signature:
     """What a capture is specialised to: the structure of the arguments and every argument that is no tensor."""
 
     leaves: tuple[Any, ...]
-    structure: pytree.TreeSpec
+    structure: Any  # a template of (args, kwargs)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -58,30 +58,28 @@ class Signature:
 
     def unflatten(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         remaining = iter(tensors)
-        leaves = [next(remaining) if leaf is TENSOR else leaf for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        args, kwargs = fill(self.structure, [next(remaining) if leaf is TENSOR else leaf for leaf in self.leaves])
         return args, kwargs
 
     def names(self, module: nn.Module) -> Iterator[str]:
         """A name for each tensor, after the argument that holds it."""
-        places = range(len(self.leaves))
-        args, kwargs = pytree.tree_unflatten(list(places), self.structure)
-        positional = [
-            p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY
-        ]
+        args, kwargs = self.structure
+        parameters = inspect.signature(module.forward).parameters.values()
+        positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         positional += [f"input_{i}" for i in range(len(positional), len(args))]
         for name, argument in [*zip(positional, args, strict=False), *kwargs.items()]:
-            held = pytree.tree_leaves(argument)
-            for i, place in enumerate(held):
+            places = list(leaves_of(argument))
+            for i, place in enumerate(places):
                 if self.leaves[place] is TENSOR:
-                    yield re.sub(r"\W", "_", name if len(held) == 1 else f"{name}_{i}")
+                    yield re.sub(r"\W", "_", name if len(places) == 1 else f"{name}_{i}")
 
 
 def flatten_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], Signature]:
     """The tensors of a call in order, and the signature that puts them back."""
-    leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
+    structure = (args, dict(kwargs))
+    leaves = list(leaves_of(structure))
     markers = tuple(TENSOR if isinstance(leaf, Tensor) else _checked(leaf) for leaf in leaves)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], Signature(markers, structure)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], Signature(markers, template_of(structure))
 
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, slice, type(Ellipsis))
@@ -105,8 +103,8 @@ def assumed_signature(module: nn.Module) -> Signature:
     required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
     positional = [p.name for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     keywords = {p.name: p.name for p in required if p.kind is p.KEYWORD_ONLY}
-    leaves, structure = pytree.tree_flatten((tuple(positional), keywords))
-    return Signature((TENSOR,) * len(leaves), structure)
+    structure = (tuple(positional), keywords)
+    return Signature((TENSOR,) * len(list(leaves_of(structure))), template_of(structure))
 
 
 # Tracing --------------------------------------------------------------------------------------------------------------
@@ -121,7 +119,7 @@ class WritableProxy(fx.Proxy):
 
 def stopped(value: Any) -> Any:
     """What an operation under ``torch.no_grad`` returns."""
-    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, value)
+    return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, value)
 
 
 def copied(value: Any) -> Any:
@@ -202,12 +200,12 @@ class EnergyTracer(fx.Tracer):
             else:
                 setattr_(module, name, value)
 
-        torch.autograd.Function.apply = classmethod(traced_apply)  # type: ignore[assignment]
-        nn.Module.__setattr__ = traced_setattr  # type: ignore[assignment]
+        torch.autograd.Function.apply = classmethod(traced_apply)  # type: ignore[assignment, method-assign]
+        nn.Module.__setattr__ = traced_setattr  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:
-            torch.autograd.Function.apply = apply
+            torch.autograd.Function.apply = apply  # type: ignore[method-assign]
             nn.Module.__setattr__ = setattr_  # type: ignore[method-assign]
 
 
@@ -270,8 +268,26 @@ def trace(
             "Name the submodules that they contain, or the one that contains them.",
         )
     make_functional(graph)
+    _open_records(graph)
     _protect_inputs(module, graph, leaves)
     return Trace(graph, constants, leaves, settings_of(tracer.entered))
+
+
+def _open_records(graph: fx.Graph) -> None:
+    """A dataclass that forward makes for its output becomes a dict of its fields: the output is made of its leaves."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    output.args = (_fields_in_order(output.args[0]),)
+    graph.eliminate_dead_code(lambda node: not dataclasses.is_dataclass(node.target))
+
+
+def _fields_in_order(structure: Any) -> Any:
+    if isinstance(structure, fx.Node) and dataclasses.is_dataclass(structure.target):
+        return {f.name: _fields_in_order(structure.kwargs[f.name]) for f in dataclasses.fields(structure.target)}
+    if isinstance(structure, (tuple, list)):
+        return [_fields_in_order(part) for part in structure]
+    if isinstance(structure, dict):
+        return {key: _fields_in_order(part) for key, part in structure.items()}
+    return structure
 
 
 def _protect_inputs(module: nn.Module, graph: fx.Graph, leaves: frozenset[str]) -> None:
@@ -397,9 +413,9 @@ class _Observer(fx.Interpreter):
         with recording_statistics(statistics):
             value = super().run_node(n)
         if n.op == "call_module" and n.target in self.leaves:
-            value = pytree.tree_map(_made_live, value)
+            value = map_leaves(_made_live, value)
         self.facts[n] = Fact(
-            live=any(_is_live(leaf) for leaf in pytree.tree_leaves(value)),
+            live=any(_is_live(leaf) for leaf in leaves_of(value)),
             tensor=isinstance(value, Tensor),
             random=random_before.advanced(),
             batch_statistics=bool(statistics),
@@ -443,7 +459,7 @@ class Reference:
 
     tensors: tuple[Tensor, ...]
     outputs: list[Any]
-    structure: pytree.TreeSpec
+    structure: Any  # a template of the output
     changed_buffers: Mapping[str, Tensor]  # name -> contents after the run
 
     def check(self, module: nn.Module, outputs: Sequence[Any]) -> None:
@@ -468,6 +484,10 @@ def _mismatch(module: nn.Module, differences: Sequence[str]) -> CaptureMismatchE
         "Its forward depends on something that tracing does not see (a value, a counter, a view written in "
         "place, the order of random draws): make that submodule one node with nodes=[...].",
     )
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _same(ours: Any, real: Any) -> bool:
@@ -552,14 +572,13 @@ def _real_run(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]
             "inputs that the module takes",
             f"The module said: {_first_line(error)}. Check shape, dtype and device of the input.",
         ) from error
-    outputs, structure = pytree.tree_flatten(output)
-    outputs = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in outputs]
+    outputs = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves_of(output)]
     changed = {
         name: buffer.detach().clone()
         for name, buffer in module.named_buffers()
-        if name in before and not torch.equal(buffer, before[name])
+        if name in before and not _identical(buffer, before[name])
     }
-    return Reference(tuple(tensors), outputs, structure, changed)
+    return Reference(tuple(tensors), outputs, template_of(output), changed)
 
 
 @contextmanager

@@ -133,7 +133,10 @@ def compare(
     trainable = {name: p for name, p in converted.named_parameters() if p.requires_grad}
     if not trainable:
         raise PartitionError(
-            "torch2ebm.compare(model)", "a model without trainable parameters", "at least one", "Unfreeze some of it."
+            f"torch2ebm.compare({type(model).__name__})",
+            "a model without trainable parameters",
+            "at least one trainable parameter",
+            "It has nothing to learn; unfreeze some of it.",
         )
     device = next(iter(trainable.values())).device
 

@@ -149,7 +149,7 @@ class BufferHistory:
 
 @contextmanager
 def hooks_suspended(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Keep the hooks of parameters out of the gradients that are taken inside: they run once, when ``.grad`` is filled."""
+    """Keep the hooks of parameters out of the gradients taken inside: they run once, when ``.grad`` is filled."""
     hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
     for parameter, _ in hooked:
         parameter._backward_hooks = None

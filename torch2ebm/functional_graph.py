@@ -105,7 +105,8 @@ def _write_to_copy(node: fx.Node) -> None:
         if hasattr(Tensor, str(node.target)[:-1]):
             node.target = str(node.target)[:-1]
         else:
-            node.op, node.target, node.args = "call_function", on_a_copy, (node.target, *node.args)
+            method = str(node.target)
+            node.op, node.target, node.args = "call_function", on_a_copy, (method, *node.args)
     elif node.op == "call_method" or node.target is operator.setitem:
         node.op, node.target = "call_function", set_item
     elif node.target in _OPERATORS:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from torch2ebm.errors import NodeEvaluationError, Torch2EBMError
 
@@ -114,7 +113,7 @@ class EnergyGraph:
         order: Iterable[Node],
         clamp: Callable[[Sequence[Tensor]], dict[str, Any]],
         outputs: tuple[OutputReference, ...],
-        structure: pytree.TreeSpec,
+        structure: Any,
         changing_buffers: tuple[str, ...] = (),
         shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.assembly import build_graph
-from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards, all_finite, count_bad
+from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards, all_finite, check_standing, count_bad
 from torch2ebm.capture import (
     Capture,
+    Signature,
     assumed_signature,
     capture,
     flatten_arguments,
@@ -40,6 +40,7 @@ from torch2ebm.graph import EnergyGraph, Node
 from torch2ebm.partition import Granularity, named_leaves
 from torch2ebm.recorder import start
 from torch2ebm.state import Call, InferenceState
+from torch2ebm.structure import fill
 from torch2ebm.summary import node_table
 
 
@@ -114,8 +115,8 @@ class EnergyModel(nn.Module):
 
     def __init__(self, module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None) -> None:
         self._share(module)
+        leaves = named_leaves(module, nodes)
         self._granularity: Granularity = nodes if isinstance(nodes, str) else tuple(nodes)
-        leaves = named_leaves(module, self._granularity)
         if example_inputs is None and not _takes_any_arguments(module):
             trace(module, assumed_signature(module), leaves, all_called=nodes != "children")
         elif example_inputs is not None:
@@ -130,6 +131,11 @@ class EnergyModel(nn.Module):
             self.__dict__[registry] = module.__dict__[registry]
         self._fingerprint = Fingerprint.of(module)
         self._own = dict(module.named_parameters())
+        self._finite_buffers = tuple(
+            name
+            for name, buffer in module.named_buffers()
+            if buffer.is_floating_point() and not buffer.is_meta and bool(torch.isfinite(buffer).all())
+        )
         self._captures: list[tuple[Any, Capture]] = []
         self._graphs: list[tuple[Any, EnergyGraph]] = []
         self._latest: EnergyGraph | None = None
@@ -162,17 +168,20 @@ class EnergyModel(nn.Module):
     ) -> Any:
         """The output whose backward is that of ``algorithm``, attached or not; ``keep`` gets the resulting state."""
         tensors, graph, swapped = self._tensors_and_graph(args, kwargs, algorithm)
-        _check_inputs(tensors, graph)
+        _check_inputs(tensors)
         changed = {name: self._original.get_buffer(name) for name in graph.changing_buffers}
-        open_call = OpenCall(Call(graph, tensors, swapped), algorithm, changed, forwards or OpenForwards(), keep)
-        call = open_call.call
-        assert call is not None
+        call = Call(graph, tensors, swapped)
+        open_call = OpenCall(call, algorithm, changed, self._standing_buffers(), forwards or OpenForwards(), keep)
         outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
             open_call, *open_call.parameters.values(), *tensors
         )
         recorded = dict(zip(graph.output_slots, start(open_call.tape, outputs), strict=True))
         leaves = graph.output(recorded, call.environment)
-        return leaves[0] if graph.structure.is_leaf() else pytree.tree_unflatten(leaves, graph.structure)
+        return fill(graph.structure, leaves)
+
+    def _standing_buffers(self) -> dict[str, Tensor]:
+        """Buffers in which NaN or infinity would be new."""
+        return {name: self._original.get_buffer(name) for name in self._finite_buffers}
 
     def _keep(self, state: InferenceState) -> None:
         self._state = state
@@ -277,6 +286,8 @@ class EnergyModel(nn.Module):
         return tensors, graph, swapped
 
     def _capture(self, signature: Signature, tensors: Sequence[Tensor]) -> Capture:
+        _check_inputs(tensors)  # what a capture shows of each operation must not come from bad numbers
+        check_standing({**self._own, **self._standing_buffers()})
         leaves = named_leaves(self._original, self._granularity)
         traced = trace(self._original, signature, leaves, all_called=self._granularity != "children")
         return capture(self._original, traced, signature, tensors)
@@ -291,12 +302,7 @@ class EnergyModel(nn.Module):
         same_layers = len(before.modules) == len(fingerprint.modules) and all(
             map(operator.is_, before.modules, fingerprint.modules)
         )
-        others = [new for old, new in pairs if new is not old]
-        if (
-            not same_layers
-            or len(before.parameters) != len(fingerprint.parameters)
-            or any(isinstance(new, nn.Parameter) or new is None for new in others)
-        ):
+        if not same_layers or len(before.parameters) != len(fingerprint.parameters) or not _inside_functional_call():
             raise ModuleChangedError(
                 f"EnergyModel({type(self._original).__name__})",
                 _changes(before, fingerprint),
@@ -361,6 +367,16 @@ def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
     return (tuple(example_inputs) if isinstance(example_inputs, tuple) else (example_inputs,)), {}
 
 
+def _inside_functional_call() -> bool:
+    """Whether ``torch.func.functional_call`` is on the stack: only it may put other tensors in a module's place."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "functional_call" and frame.f_globals["__name__"].startswith("torch."):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _takes_any_arguments(module: nn.Module) -> bool:
     kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
     return inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.VAR_KEYWORD in kinds
@@ -371,7 +387,7 @@ def _check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
         inspect.signature(module.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise ConfigurationError(
-            f"{type(module).__name__}.forward",
+            f"model(...), {type(module).__name__}.forward",
             f"{len(args)} positional arguments and {sorted(kwargs) or 'no keywords'}",
             f"the arguments {inspect.signature(module.forward)}",
             f"Python says: {error}.",
@@ -394,7 +410,7 @@ def _verified(captured: Capture, granularity: Granularity) -> EnergyGraph:
     return graph
 
 
-def _check_inputs(tensors: Sequence[Tensor], graph: EnergyGraph) -> None:
+def _check_inputs(tensors: Sequence[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
         if tensor.is_meta:
             raise NodeEvaluationError(

@@ -59,13 +59,13 @@ class EnergyOptimizer(Optimizer):
         if closure is None:
             self._check_backward()
         result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
-        self.model.forwards.answered = True
+        self.model.forwards.stepped()
         return result
 
     def _check_backward(self) -> None:
         forwards = self.model.forwards
-        if not forwards.answered:
-            forwards.answered = True
+        if forwards.unanswered:
+            forwards.stepped()
             forwards.undo()
             raise LossIndependentError(
                 "optimizer.step()",

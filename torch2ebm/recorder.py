@@ -77,7 +77,7 @@ class Tape:
 
     def __init__(self, outputs: int, device: torch.device, refused: Callable[[], None] = lambda: None) -> None:
         self.length = outputs
-        self.refused = refused  # called before a backward is refused here
+        self.refused = refused
         self.device = device.type
         self.operations: list[Operation] = []
         self.scalars: list[Scalar] = []
@@ -132,6 +132,7 @@ class Recorded(Tensor):
 
     _tape: weakref.ref[Tape]
     _place: int
+    _refused: Callable[[], None]  # called before a backward is refused
 
     @classmethod
     def __torch_function__(
@@ -139,8 +140,7 @@ class Recorded(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.backward and isinstance(args[0], Recorded) and not args[0].requires_grad:
-            if (tape := _tape_of(args[0])) is not None:
-                tape.refused()
+            args[0]._refused()
             raise LossIndependentError(
                 "loss.backward()",
                 "a loss without a gradient in the model's output",
@@ -149,16 +149,14 @@ class Recorded(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        if func in _NOT_RECORDED or not any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
+        if func in _NOT_RECORDED:
+            return map_leaves(_untaped(args), result)
+        if not _writes_in_place(func, kwargs) and not any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
             return result
         return record(func, args, kwargs, result)
 
 
-_NOT_RECORDED = frozenset(
-    getattr(Tensor, name).__get__
-    for name in ("grad", "data", "grad_fn", "_base")
-    if hasattr(getattr(Tensor, name), "__get__")
-)
+_NOT_RECORDED = frozenset(getattr(Tensor, name).__get__ for name in ("grad", "data", "grad_fn", "_base"))
 
 
 def start(tape: Tape, outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -169,8 +167,8 @@ def start(tape: Tape, outputs: Sequence[Tensor]) -> list[Tensor]:
 def record(function: Callable[..., Any], args: Any, kwargs: Any, result: Any, summed: bool | None = None) -> Any:
     """Record an operation that has run; returns its result with the tensors marked."""
     tapes = {id(tape): tape for leaf in leaves_of((args, kwargs)) if (tape := _tape_of(leaf)) is not None}
-    if not tapes:  # what .data and other ways out of the tape return; still known when it is used as a loss
-        return map_leaves(_untaped, result)
+    if not tapes:
+        return map_leaves(_untaped((args, kwargs)), result)
     if len(tapes) > 1:
         for tape in tapes.values():
             tape.obstacle = f"{_name(function)} mixes the outputs of two forward calls"
@@ -197,7 +195,7 @@ def _marked(tensor: Tensor, tape: Tape, index: int, summed: bool | None) -> Tens
         ordinary: Tensor = _plain(tensor)
         return ordinary
     marked = tensor if isinstance(tensor, Recorded) else tensor.as_subclass(Recorded)
-    marked._tape, marked._place = weakref.ref(tape), index
+    marked._tape, marked._place, marked._refused = weakref.ref(tape), index, tape.refused
     return marked
 
 
@@ -209,10 +207,18 @@ def _plain(leaf: Any) -> Any:
     return leaf.as_subclass(Tensor) if isinstance(leaf, Recorded) else leaf
 
 
-def _untaped(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.requires_grad:
-        return leaf.as_subclass(Recorded)
-    return _plain(leaf)
+def _untaped(arguments: Any) -> Callable[[Any], Any]:
+    """Marks what ``.data`` and the like return: on no tape, yet known again where somebody takes it for a loss."""
+    source = next((leaf for leaf in leaves_of(arguments) if isinstance(leaf, Recorded)), None)
+
+    def mark(leaf: Any) -> Any:
+        if source is None or not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.requires_grad:
+            return _plain(leaf)
+        marked = leaf.as_subclass(Recorded)
+        marked._refused = source._refused
+        return marked
+
+    return mark
 
 
 def plain(structure: Any) -> Any:

@@ -6,13 +6,16 @@ Quicker than a pytree for the flat argument lists of ordinary calls, and it look
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
+
+import torch
 
 
 def leaves_of(structure: Any) -> Iterator[Any]:
-    """All leaves, in order."""
-    if isinstance(structure, (tuple, list)):
+    """All leaves, in order. A ``torch.Size`` is one."""
+    if isinstance(structure, (tuple, list)) and not isinstance(structure, torch.Size):
         for part in structure:
             yield from leaves_of(part)
     elif isinstance(structure, Mapping):
@@ -29,7 +32,7 @@ def leaves_of(structure: Any) -> Iterator[Any]:
 
 def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
     """The same structure with ``function`` applied to every leaf."""
-    if isinstance(structure, (tuple, list)):
+    if isinstance(structure, (tuple, list)) and not isinstance(structure, torch.Size):
         parts = [map_leaves(function, part) for part in structure]
         if isinstance(structure, list):
             return parts
@@ -45,6 +48,17 @@ def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
             **{f.name: map_leaves(function, getattr(structure, f.name)) for f in dataclasses.fields(structure)},
         )
     return function(structure)
+
+
+def template_of(structure: Any) -> Any:
+    """The same structure with the number of each leaf in its place; two structures are alike if these are equal."""
+    number = count()
+    return map_leaves(lambda leaf: next(number), structure)
+
+
+def fill(template: Any, leaves: Sequence[Any]) -> Any:
+    """The structure of a template around other leaves."""
+    return map_leaves(leaves.__getitem__, template)
 
 
 def _as_tuple(original: Any, parts: list[Any]) -> Any:

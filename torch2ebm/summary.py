@@ -20,7 +20,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1)
 
 
 def node_table(graph: EnergyGraph, state: InferenceState | None = None) -> str:
-    """One row a node: level, name, function, parents, shape of the value, parameters; then what to know of the state."""
+    """One row a node, then what there is to know of the last relaxation."""
     rows = []
     for node in graph.nodes.values():
         size = sum(parameter.numel() for parameter in node.parameters.values())
@@ -34,7 +34,7 @@ def node_table(graph: EnergyGraph, state: InferenceState | None = None) -> str:
 
 def _remarks(state: InferenceState) -> Iterator[str]:
     if state.unreached:
-        yield f"No error has reached {', '.join(state.unreached)}: their gradients are exactly zero. Take more steps."
+        yield f"no error has reached {', '.join(state.unreached)}: their gradients are exactly zero; take more steps"
     energy = state.relaxation.energy
     if energy and energy[-1] > energy[0]:
-        yield f"The energy rose from {energy[0]:.4g} to {energy[-1]:.4g}. Take a smaller step size."
+        yield f"the energy rose from {energy[0]:.4g} to {energy[-1]:.4g}; take a smaller step size"
