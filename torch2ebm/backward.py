@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch2ebm.errors import (
     LossReplayError,
     NonFiniteError,
 )
-from torch2ebm.freezing import BufferHistory, BufferSnapshot, hooks_suspended
+from torch2ebm.freezing import BufferHistory, BufferSnapshot, hooks_suspended, tensors_in_place
 from torch2ebm.recorder import Scalar, Tape
 from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss
 
@@ -104,13 +104,7 @@ class OpenCall:
         if _has_overflowed(self.tape, by_slot):
             return self._overflowed(call)
         loss = make_loss(self.algorithm, call, self.tape, by_slot)
-        with ExitStack() as stack:
-            stack.enter_context(BufferSnapshot(self.buffers).preserved())
-            stack.enter_context(hooks_suspended(self.parameters.values()))
-            stack.enter_context(call.parameters_in_place())
-            enabled, dtype, cache = self.autocast
-            if enabled:
-                stack.enter_context(torch.autocast(call.device.type, dtype=dtype, cache_enabled=cache))
+        with self._as_in_forward(call):
             gradients = self.algorithm.backward(call, loss, retain_graph)
         _check_gradients(gradients, loss)
         self._check_inputs(call, gradients)
@@ -119,6 +113,21 @@ class OpenCall:
         if not retain_graph:
             self.call = None
         return gradients
+
+    @contextmanager
+    def _as_in_forward(self, call: Call) -> Iterator[None]:
+        """Autocast and swapped parameters as the forward had them; what a pass changes is put back, hooks stay out."""
+        with ExitStack() as stack:
+            if self.buffers:
+                stack.enter_context(BufferSnapshot(self.buffers).preserved())
+            if any(parameter._backward_hooks for parameter in self.parameters.values()):
+                stack.enter_context(hooks_suspended(self.parameters.values()))
+            if call.swapped:
+                stack.enter_context(tensors_in_place(call.graph.module, call.swapped))
+            enabled, dtype, cache = self.autocast
+            if enabled:
+                stack.enter_context(torch.autocast(call.device.type, dtype=dtype, cache_enabled=cache))
+            yield
 
     def _opened(self) -> Call:
         if self.call is None:
@@ -157,7 +166,7 @@ def _has_overflowed(tape: Tape, delivered: Mapping[str, Tensor]) -> bool:
     used = [scalar for scalar in tape.scalars if scalar.factors]
     if not used or all(all_finite(gradient) for gradient in delivered.values()):
         return False
-    overflowed = all(bool(scalar.finite) for scalar in used)
+    overflowed = all(math.isfinite(scalar.value) for scalar in used)
     if overflowed:
         for scalar in used:
             scalar.factors = []
@@ -310,7 +319,20 @@ def _agree(ours: Tensor, expected: Tensor) -> bool:
 
 def all_finite(tensor: Tensor) -> bool:
     """One pass over the data; the sum may overflow where no entry is infinite, hence the second look."""
-    return bool(torch.isfinite(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.detach().sum()) or bool(torch.isfinite(tensor).all())
+
+
+def _sum_is_finite(tensors: Iterable[Tensor]) -> bool:
+    """Never true where an entry is NaN or infinite; one number a device goes to the host."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor.detach().sum(dtype=_wide(tensor.dtype)))
+    return all(math.isfinite(torch.stack(sums).sum()) for sums in by_device.values())
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype | None:
+    """Half precisions would overflow in a sum, and tensors of one precision can be stacked."""
+    return None if dtype == torch.float64 else torch.float32
 
 
 def count_bad(tensor: Tensor) -> str:
@@ -320,7 +342,7 @@ def count_bad(tensor: Tensor) -> str:
 
 def check_standing(tensors: Mapping[str, Tensor]) -> None:
     """Parameters and buffers are finite; one pass over the data where they are."""
-    if math.isfinite(float(sum(tensor.detach().sum() for tensor in tensors.values()))):
+    if _sum_is_finite(tensors.values()):
         return
     for name, tensor in tensors.items():
         if not all_finite(tensor):
@@ -339,8 +361,7 @@ def _check_prediction(call: Call) -> None:
 
 def _check_gradients(gradients: LocalGradients, loss: OutputLoss) -> None:
     """One pass over the data; a sum that merely overflows is looked at again, one by one."""
-    total = sum(gradient.sum() for gradient in gradients.parameters.values())
-    if math.isfinite(float(total)):
+    if _sum_is_finite(gradients.parameters.values()):
         return
     for delivered in loss.delivered.values():
         if not all_finite(delivered):

@@ -438,7 +438,7 @@ def _made_live(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Capture:
     """A verified-to-be graph of one module in one mode for one signature."""
 

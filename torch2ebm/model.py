@@ -272,16 +272,15 @@ class EnergyModel(nn.Module):
         tensors, signature = flatten_arguments(args, kwargs)
         key = (fingerprint.modes, signature.key)
         captured = next((c for known, c in self._captures if known == key and still_hold(c.settings)), None)
-        if captured is None:
-            _check_arguments(self._original, args, kwargs)
-            with tensors_in_place(self._original, {name: self._own[name] for name in swapped}):
-                captured = self._capture(signature, tensors)
-            self._captures.append((key, captured))
-        graph = _lookup(self._graphs, (granularity, captured))
+        graph = None if captured is None else _lookup(self._graphs, (granularity, captured))
         if graph is None:
             with tensors_in_place(self._original, {name: self._own[name] for name in swapped}):
+                if captured is None:
+                    _check_arguments(self._original, args, kwargs)
+                    captured = self._capture(signature, tensors)
+                    self._captures.append((key, captured))
                 graph = _verified(captured, granularity)
-            self._graphs.append(((granularity, captured), graph))
+                self._graphs.append(((granularity, captured), graph))
         self._latest = graph
         return tensors, graph, swapped
 

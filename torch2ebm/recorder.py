@@ -68,7 +68,7 @@ class Scalar:
 
     index: int
     summed: bool
-    finite: Tensor  # whether the loss was finite, of no dimension: looked at only where a gradient is not
+    value: Tensor  # of no dimension
     factors: list[Tensor] = field(default_factory=list)
 
 
@@ -83,19 +83,11 @@ class Tape:
         self.scalars: list[Scalar] = []
         self.obstacle = ""
 
-    def record(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> list[int]:
-        """Append an operation; returns the index of each leaf of its result."""
+    def append(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> list[int]:
+        """Append an operation whose arguments refer to earlier ones; returns the index of each leaf of its result."""
         indices = [self._index(leaf) if isinstance(leaf, Tensor) else -1 for leaf in leaves_of(result)]
-        self.operations.append(
-            Operation(
-                function,
-                _referring(args, self),
-                _referring(kwargs, self),
-                tuple(indices),
-                Context.now(self.device),
-                _writes_in_place(function, kwargs),
-            )
-        )
+        context, writes = Context.now(self.device), _writes_in_place(function, kwargs)
+        self.operations.append(Operation(function, args, kwargs, tuple(indices), context, writes))
         return indices
 
     def _index(self, leaf: Tensor) -> int:
@@ -166,7 +158,17 @@ def start(tape: Tape, outputs: Sequence[Tensor]) -> list[Tensor]:
 
 def record(function: Callable[..., Any], args: Any, kwargs: Any, result: Any, summed: bool | None = None) -> Any:
     """Record an operation that has run; returns its result with the tensors marked."""
-    tapes = {id(tape): tape for leaf in leaves_of((args, kwargs)) if (tape := _tape_of(leaf)) is not None}
+    tapes: dict[int, Tape] = {}
+
+    def refer(leaf: Any) -> Any:
+        if not isinstance(leaf, Recorded):
+            return leaf
+        if (tape := _tape_of(leaf)) is None:
+            return _plain(leaf)
+        tapes[id(tape)] = tape
+        return Reference(leaf._place)
+
+    referring = map_leaves(refer, args), map_leaves(refer, kwargs)
     if not tapes:
         return map_leaves(_untaped((args, kwargs)), result)
     if len(tapes) > 1:
@@ -175,7 +177,7 @@ def record(function: Callable[..., Any], args: Any, kwargs: Any, result: Any, su
         return map_leaves(_plain, result)
     tape = next(iter(tapes.values()))
     made_by_sum = _is_sum(function, args, kwargs) if summed is None else summed
-    indices = iter(tape.record(function, args, kwargs, result))
+    indices = iter(tape.append(function, *referring, result))
 
     def mark(leaf: Any) -> Any:
         index = next(indices)
@@ -187,7 +189,7 @@ def record(function: Callable[..., Any], args: Any, kwargs: Any, result: Any, su
 def _marked(tensor: Tensor, tape: Tape, index: int, summed: bool | None) -> Tensor:
     if tensor.ndim == 0 and tensor.requires_grad:
         loss: Tensor = _plain(tensor)
-        scalar = Scalar(index, bool(summed), torch.isfinite(loss.detach()))
+        scalar = Scalar(index, bool(summed), loss.detach())
         tape.scalars.append(scalar)
         loss.register_hook(lambda gradient: scalar.factors.append(gradient.detach()))  # type: ignore[no-untyped-call]
         return loss
@@ -225,15 +227,6 @@ def plain(structure: Any) -> Any:
     """The same structure with ordinary tensors in place of recorded ones."""
     with torch._C.DisableTorchFunctionSubclass():
         return map_leaves(_plain, structure)
-
-
-def _referring(structure: Any, tape: Tape) -> Any:
-    def refer(leaf: Any) -> Any:
-        if isinstance(leaf, Recorded):
-            return Reference(leaf._place) if _tape_of(leaf) is tape else _plain(leaf)
-        return leaf
-
-    return map_leaves(refer, structure)
 
 
 def _resolved(structure: Any, found: dict[int, Any]) -> Any:

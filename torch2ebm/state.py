@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torch2ebm.energies import gaussian_energy
 from torch2ebm.errors import BatchDimensionError
-from torch2ebm.freezing import RandomState, Statistics, frozen_statistics, recording_statistics, tensors_in_place
+from torch2ebm.freezing import RandomState, Statistics, frozen_statistics, recording_statistics
 from torch2ebm.graph import EnergyGraph, Node
 
 
@@ -49,7 +49,7 @@ class Call:
     Attributes:
         values: The feed-forward value of every slot; with ``keep_graph`` each is a leaf that its readers share.
         parameters: The tensors that stand for the graph's parameters, in this call (``torch.func.functional_call``
-            puts others in their place).
+            puts others in their place, which then are ``swapped``).
         environment: Clamped inputs and what else the feed-forward pass fixed, by name.
         passes: With ``keep_graph``, the evaluation of every node.
     """
@@ -59,7 +59,7 @@ class Call:
     ) -> None:
         self.graph = graph
         self.parameters: Mapping[str, Tensor] = {**graph.parameters, **swapped}
-        self._swapped = swapped
+        self.swapped = swapped
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.batch_size = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
         self.tensors = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
@@ -127,10 +127,6 @@ class Call:
                     stack.enter_context(frozen_statistics(self._statistics[node.name]))
                 results = node.evaluate(arguments)
         return NodePass(node, tuple(inputs), tuple(results[: len(node.slots)]))
-
-    def parameters_in_place(self) -> AbstractContextManager[None]:
-        """Where this call was made with other tensors in place of parameters, put them there again."""
-        return tensors_in_place(self.graph.module, self._swapped)
 
     def clamped_inputs(self, node: Node) -> dict[str, Tensor]:
         """The clamped leaves that the node reads and that a gradient is wanted for."""

@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 
+_ATOMS = frozenset([torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)])  # most leaves, known at once
+
 
 def leaves_of(structure: Any) -> Iterator[Any]:
     """All leaves, in order. A ``torch.Size`` is one."""
-    if isinstance(structure, (tuple, list)) and not isinstance(structure, torch.Size):
+    if type(structure) in _ATOMS:
+        yield structure
+    elif isinstance(structure, (tuple, list)) and not isinstance(structure, torch.Size):
         for part in structure:
             yield from leaves_of(part)
     elif isinstance(structure, Mapping):
@@ -32,6 +36,8 @@ def leaves_of(structure: Any) -> Iterator[Any]:
 
 def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
     """The same structure with ``function`` applied to every leaf."""
+    if type(structure) in _ATOMS:
+        return function(structure)
     if isinstance(structure, (tuple, list)) and not isinstance(structure, torch.Size):
         parts = [map_leaves(function, part) for part in structure]
         if isinstance(structure, list):
