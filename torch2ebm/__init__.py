@@ -1,7 +1,8 @@
 """torch2ebm: train the PyTorch model that you have by energy-based local learning, in the loop that you have."""
 
+from torch2ebm.agreement import Agreement
 from torch2ebm.algorithms import Algorithm, Backprop, FixedPrediction, PredictiveCoding, ZeroDivergence
-from torch2ebm.compare import Agreement, GradientComparison, compare
+from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph import EnergyGraph, Node
 from torch2ebm.model import EnergyModel, convert

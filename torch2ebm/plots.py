@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from torch2ebm.agreement import Agreement
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.extras import MARKERS, PALETTE, new_figure, require, save
 from torch2ebm.state import InferenceState, Relaxation
@@ -13,15 +14,32 @@ from torch2ebm.state import InferenceState, Relaxation
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from torch2ebm.compare import Agreement, GradientComparison
-
 MOST_LABELS: Final = 32
 ROUNDING: Final = 1e-16  # of float64
 NO_ERROR: Final = "#D9D9D9"
 DECADES: Final = 12  # that the colours of the error map span at most
 
 
-def plot_comparison(comparison: GradientComparison, path: str) -> None:
+class Compared(Protocol):
+    """What is drawn of a :class:`torch2ebm.GradientComparison`."""
+
+    @property
+    def algorithms(self) -> tuple[str, ...]: ...
+
+    @property
+    def parameters(self) -> tuple[str, ...]: ...
+
+    @property
+    def steps(self) -> tuple[int, ...]: ...
+
+    @property
+    def agreement(self) -> Mapping[str, Mapping[str, Agreement]]: ...
+
+    @property
+    def along(self) -> Mapping[str, Mapping[int, Mapping[str, Agreement]]]: ...
+
+
+def plot_comparison(comparison: Compared, path: str) -> None:
     """Angle to autograd's gradient and relative error per parameter, and along the inference steps if looked at.
 
     Raises:
@@ -104,14 +122,14 @@ def plot_error_map(state: InferenceState | Relaxation, path: str) -> None:
 # the comparison's numbers
 
 
-def _per_parameter(comparison: GradientComparison, measure: Callable[[Agreement], float]) -> dict[str, list[float]]:
+def _per_parameter(comparison: Compared, measure: Callable[[Agreement], float]) -> dict[str, list[float]]:
     return {
         name: [measure(comparison.agreement[name][parameter]) for parameter in comparison.parameters]
         for name in comparison.algorithms
     }
 
 
-def _per_step(comparison: GradientComparison, measure: Callable[[Agreement], float]) -> dict[str, list[float]]:
+def _per_step(comparison: Compared, measure: Callable[[Agreement], float]) -> dict[str, list[float]]:
     """Means over the parameters."""
     return {
         name: [_mean([measure(a) for a in comparison.along[name][step].values()]) for step in comparison.steps]
