@@ -213,7 +213,7 @@ def _retains_graph() -> bool:
 
 def make_loss(algorithm: Algorithm, call: Call, tape: Tape, delivered: Mapping[str, Tensor]) -> OutputLoss:
     """The loss of this backward; the factors that the tape has seen are consumed."""
-    scalars = [(scalar, _sum(scalar.factors)) for scalar in tape.scalars if scalar.factors]
+    scalars = [(scalar, _sum(scalar.factors)) for scalar in tape.scalars if scalar.factors and not scalar.absorbed]
     for scalar in tape.scalars:
         scalar.factors = []
     loss = RecordedLoss(algorithm, call, tape, delivered, scalars)

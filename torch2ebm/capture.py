@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from torch2ebm.errors import (
     CaptureMismatchError,
@@ -29,7 +30,7 @@ from torch2ebm.errors import (
     UnknownNodeError,
     UntraceableError,
 )
-from torch2ebm.freezing import BufferSnapshot, RandomState, Statistics, recording_statistics
+from torch2ebm.freezing import BufferSnapshot, RandomState, Statistics, hooks_suspended, recording_statistics
 from torch2ebm.functional_graph import expand_tuples, make_functional, writes_in_place
 from torch2ebm.structure import fill, leaves_of, map_leaves, template_of
 
@@ -188,9 +189,12 @@ class EnergyTracer(fx.Tracer):
     def patched(self) -> Iterator[None]:
         """Custom autograd functions stay whole, and an assignment to a buffer becomes a write, while this traces."""
         apply, setattr_ = torch.autograd.Function.__dict__["apply"], nn.Module.__setattr__
+        factories = {name: getattr(torch, name) for name in ("zeros", "ones", "empty", "rand", "randn", "full")}
 
         def traced_apply(function: Any, *args: Any, **kwargs: Any) -> Any:
             if any(isinstance(leaf, fx.Proxy) for leaf in leaves_of((args, kwargs))):
+                if function is CheckpointFunction:  # recomputation is the business of a node's own backward
+                    return args[0](*args[2:])
                 return self.create_proxy("call_function", _as_operation(function), args, kwargs)
             return apply.__func__(function, *args, **kwargs)
 
@@ -200,13 +204,27 @@ class EnergyTracer(fx.Tracer):
             else:
                 setattr_(module, name, value)
 
+        for name, factory in factories.items():
+            setattr(torch, name, self._traced_factory(factory))
         torch.autograd.Function.apply = classmethod(traced_apply)  # type: ignore[assignment, method-assign]
         nn.Module.__setattr__ = traced_setattr  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:
+            for name, factory in factories.items():
+                setattr(torch, name, factory)
             torch.autograd.Function.apply = apply  # type: ignore[method-assign]
             nn.Module.__setattr__ = setattr_  # type: ignore[method-assign]
+
+    def _traced_factory(self, factory: Callable[..., Any]) -> Callable[..., Any]:
+        """fx sees ``torch.zeros(n, 3)`` only where the whole shape is one argument."""
+
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, fx.Proxy) for leaf in leaves_of((args, kwargs))):
+                return self.create_proxy("call_function", factory, args, kwargs)
+            return factory(*args, **kwargs)
+
+        return traced
 
 
 def _as_operation(function: Any) -> Callable[..., Any]:
@@ -225,6 +243,7 @@ class Trace:
     constants: Mapping[str, Tensor]
     leaves: frozenset[str]
     settings: Settings
+    writes: Mapping[fx.Node, fx.Node]  # an operation that wrote in place -> what it wrote
 
 
 Settings = tuple[tuple[nn.Module, str, Any], ...]
@@ -267,10 +286,10 @@ def trace(
             "submodules that forward calls",
             "Name the submodules that they contain, or the one that contains them.",
         )
-    make_functional(graph)
+    writes = make_functional(graph)
     _open_records(graph)
     _protect_inputs(module, graph, leaves)
-    return Trace(graph, constants, leaves, settings_of(tracer.entered))
+    return Trace(graph, constants, leaves, settings_of(tracer.entered), writes)
 
 
 def _open_records(graph: fx.Graph) -> None:
@@ -399,10 +418,12 @@ class Fact:
 
 class _Observer(fx.Interpreter):
     def __init__(self, module: nn.Module, traced: Trace, device: torch.device) -> None:
-        super().__init__(module, graph=traced.graph)
+        super().__init__(module, garbage_collect_values=False, graph=traced.graph)  # storages must not be used again
         self.device, self.leaves = device, traced.leaves
         self.facts: dict[fx.Node, Fact] = {}
         self.outputs: dict[fx.Node, Any] = {}  # of operations with several outputs
+        self.storages: dict[fx.Node, set[int]] = {}
+        self.wrote: set[fx.Node] = set()  # modules kept whole that wrote their input
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op in ("placeholder", "get_attr", "output"):
@@ -410,8 +431,11 @@ class _Observer(fx.Interpreter):
             self.facts[n] = Fact(live=False, tensor=isinstance(value, Tensor))
             return value
         random_before, statistics = RandomState(self.device), Statistics()
+        versions = [tensor._version for tensor in self._read(n)]
         with recording_statistics(statistics):
             value = super().run_node(n)
+        if n.op == "call_module" and versions != [tensor._version for tensor in self._read(n)]:
+            self.wrote.add(n)
         if n.op == "call_module" and n.target in self.leaves:
             value = map_leaves(_made_live, value)
         self.facts[n] = Fact(
@@ -425,6 +449,37 @@ class _Observer(fx.Interpreter):
         if not isinstance(value, Tensor):
             self.outputs[n] = value
         return value
+
+    def _read(self, n: fx.Node) -> list[Tensor]:
+        return [value for source in n.all_input_nodes if isinstance(value := self.env.get(source), Tensor)]
+
+    def check_writes(self, writes: Mapping[fx.Node, fx.Node]) -> None:
+        """Raise where what was written in place is read later under another name: a view, its base, the input."""
+        position = {node: i for i, node in enumerate(self.facts)}
+        storage = {node: _storages(value) for node, value in self.env.items() if node in position}
+        for write, written in [*writes.items(), *((n, n.all_input_nodes[0]) for n in self.wrote)]:
+            original = written.all_input_nodes[0] if written.target is copied else written
+            shared = storage.get(original, set())
+            for other in position:
+                if position[other] >= position[write] or not shared & storage.get(other, set()):
+                    continue
+                readers = [user for user in other.users if position.get(user, -1) > position[write]]
+                if readers and (other is not original or write in self.wrote):
+                    raise _aliased(self.module, write, other)
+
+
+def _storages(value: Any) -> set[int]:
+    return {leaf.untyped_storage().data_ptr() for leaf in leaves_of(value) if isinstance(leaf, Tensor)} - {0}
+
+
+def _aliased(module: Any, write: fx.Node, other: fx.Node) -> UntraceableError:
+    return UntraceableError(
+        f"torch2ebm cannot capture {type(module).__name__}",
+        f"{write.format_node()} writes in place what '{other.name}' is read as afterwards",
+        "writes in place whose result is read through the tensor that was written",
+        "Write to a copy (x = x.clone()), use the form that is not in place, or make the submodule around both one "
+        "node with nodes=[...].",
+    )
 
 
 def _is_live(value: Any) -> bool:
@@ -461,6 +516,8 @@ class Reference:
     outputs: list[Any]
     structure: Any  # a template of the output
     changed_buffers: Mapping[str, Tensor]  # name -> contents after the run
+    cotangents: Sequence[Tensor | None] = ()  # one an output: an arbitrary gradient of those that have one
+    gradients: Mapping[str, Tensor] | None = None  # of the parameters for these; None where the module has no backward
 
     def check(self, module: nn.Module, outputs: Sequence[Any]) -> None:
         """Raise :class:`CaptureMismatchError` where ``outputs`` or the module's buffers now differ."""
@@ -504,17 +561,18 @@ def _same(ours: Any, real: Any) -> bool:
 def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Sequence[Tensor]) -> Capture:
     """Run the module and its trace once on ``tensors``; generators and buffers are restored afterwards."""
     device = tensors[0].device if tensors else torch.device("cpu")
-    with plain_autograd(), untouched(module, device) as restore:
+    with plain_autograd(), untouched(module, device):
         tensors = [tensor.detach().clone() for tensor in tensors]
-        reference = _real_run(module, signature, tensors)
+        reference = real_run(module, signature, tensors)
         _check_settings(traced.settings)
-        restore()
+    with plain_autograd(), untouched(module, device):
         observer = _Observer(module, traced, device)
         with _all_parameters_trainable(module):
             try:
                 observer.run(*[constant.to(device) for constant in traced.constants.values()], *tensors)
             except Exception as error:
                 raise _untraceable(module, "", error) from error
+    observer.check_writes(traced.writes)
     expand_tuples(traced.graph, observer.outputs, observer.facts, _fact_of_part)
     return Capture(
         module,
@@ -560,7 +618,7 @@ def _fact_of_part(value: Any) -> Fact:
     return Fact(live=_is_live(value), tensor=tensor, shape=tuple(value.shape) if tensor else ())
 
 
-def _real_run(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> Reference:
+def real_run(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> Reference:
     before = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     args, kwargs = signature.unflatten([tensor.clone() for tensor in tensors])
     try:
@@ -572,29 +630,48 @@ def _real_run(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]
             "inputs that the module takes",
             f"The module said: {_first_line(error)}. Check shape, dtype and device of the input.",
         ) from error
-    outputs = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves_of(output)]
+    leaves = list(leaves_of(output))
+    cotangents, gradients = _real_backward(module, leaves)
+    outputs = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     changed = {
         name: buffer.detach().clone()
         for name, buffer in module.named_buffers()
         if name in before and not _identical(buffer, before[name])
     }
-    return Reference(tuple(tensors), outputs, template_of(output), changed)
+    return Reference(tuple(tensors), outputs, template_of(output), changed, cotangents, gradients)
+
+
+def _real_backward(module: nn.Module, leaves: Sequence[Any]) -> tuple[list[Tensor | None], dict[str, Tensor] | None]:
+    """Gradients of the parameters for a fixed, uneven gradient of the outputs."""
+    cotangents = [_uneven(leaf) if _is_live(leaf) else None for leaf in leaves]
+    live = {id(leaf): (leaf, c) for leaf, c in zip(leaves, cotangents, strict=True) if c is not None}
+    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not live or not trainable:
+        return cotangents, None
+    outputs, directions = zip(*live.values(), strict=True)
+    once = [c if c is None or live[id(leaf)][1] is c else None for leaf, c in zip(leaves, cotangents, strict=True)]
+    try:
+        found = torch.autograd.grad(outputs, list(trainable.values()), directions, allow_unused=True)
+    except RuntimeError:
+        return once, None
+    return once, {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
+
+
+def _uneven(output: Tensor) -> Tensor:
+    return torch.linspace(-1, 1.5, output.numel(), device=output.device).reshape(output.shape).to(output.dtype)
 
 
 @contextmanager
-def untouched(module: nn.Module, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Restore generators, buffers and attributes at the end, and whenever the yielded function is called."""
+def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore generators, buffers and attributes at the end; no hook of a parameter runs inside."""
     random = RandomState(device)
     buffers = BufferSnapshot(dict(module.named_buffers()))
-
-    def restore() -> None:
-        random.restore()
-        buffers.restore()
-
     with ExitStack() as stack:
-        stack.callback(restore)
+        stack.callback(random.restore)
+        stack.callback(buffers.restore)
         stack.enter_context(_attributes_restored(module))
-        yield restore
+        stack.enter_context(hooks_suspended(module.parameters()))
+        yield
 
 
 @contextmanager

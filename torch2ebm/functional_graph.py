@@ -42,8 +42,12 @@ def on_a_copy(method: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return copy
 
 
-def make_functional(graph: fx.Graph) -> None:
-    """Turn writes in place into new tensors for all later readers. Writes to attributes stay: they are effects."""
+def make_functional(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Turn writes in place into new tensors for all later readers. Writes to attributes stay: they are effects.
+
+    Returns what each operation that was turned had written.
+    """
+    writes: dict[fx.Node, fx.Node] = {}
     position = {node: i for i, node in enumerate(graph.nodes)}
     attributes = {node for node in graph.nodes if node.op == "get_attr"}
     for node in list(graph.nodes):
@@ -53,9 +57,11 @@ def make_functional(graph: fx.Graph) -> None:
         if written is None or written in attributes:
             continue
         _write_to_copy(node)
+        writes[node] = written
         for user in list(written.users):
             if user is not node and position[user] > position[node]:
                 user.replace_input_with(written, node)
+    return writes
 
 
 def _written_argument(node: fx.Node) -> fx.Node | None:

@@ -148,9 +148,9 @@ class EnergyGraph:
         for node in self.order:
             reads = []
             for slot in node.reads:
-                parent = self.owner[slot]
                 read = slot
-                for step in range(parent.level - node.level - 1 if node.name in self.nodes else 0):
+                span = self.owner[slot].level - node.level if node.name in self.nodes else 1
+                for step in range(span - 1):
                     link = f"{slot}->{node.name}.{step}"
                     if all(link != other.name for other in order):
                         order.append(Node(link, (), (), identity, {}, 0, (link,), (read,), description="identity"))

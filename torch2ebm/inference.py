@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torch2ebm.energies import gaussian_energy_of_batch
 from torch2ebm.graph import Node
-from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass, OutputLoss
+from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass, OutputLoss, at_least_single
 
 LOSS = "loss"
 
@@ -36,7 +36,7 @@ class Inference:
     def __init__(self, call: Call, loss: OutputLoss, retain_call: bool = True) -> None:
         self.call, self.graph, self.loss = call, call.graph, loss
         hidden = [(node, slot) for node in self.graph.hidden_nodes for slot in node.slots]
-        self.values = {slot: _at_least_single(call.values[slot]) for _, slot in hidden}
+        self.values = {slot: at_least_single(call.values[slot]) for _, slot in hidden}
         self._read_as = {slot: call.values[slot].dtype for _, slot in hidden}
         # fed by clamped inputs only: these predictions cannot change
         self._fixed = {slot: self.values[slot] for node, slot in hidden if not node.reads}
@@ -121,7 +121,7 @@ class Inference:
         """Add J^T e to the message of each parent."""
         for slot, message in zip(evaluated.node.reads, evaluated.pullback(errors, evaluated.inputs), strict=True):
             if message is not None:
-                message = _at_least_single(message)
+                message = at_least_single(message)
                 messages[slot] = messages[slot] + message if slot in messages else message
 
     # outputs: the loss acts on their predictions (O1)
@@ -239,11 +239,6 @@ class GradientSum:
 
 def _add(total: dict[str, Tensor], name: str, product: Tensor) -> None:
     total[name] = total[name] + product if name in total else product
-
-
-def _at_least_single(value: Tensor) -> Tensor:
-    value = value.detach()
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def energies(history: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.assembly import build_graph
 from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards, all_finite, check_standing, count_bad
 from torch2ebm.capture import (
     Capture,
@@ -20,10 +19,8 @@ from torch2ebm.capture import (
     assumed_signature,
     capture,
     flatten_arguments,
-    plain_autograd,
     still_hold,
     trace,
-    untouched,
 )
 from torch2ebm.drawing import draw_graph
 from torch2ebm.errors import (
@@ -42,6 +39,7 @@ from torch2ebm.recorder import start
 from torch2ebm.state import Call, InferenceState
 from torch2ebm.structure import fill
 from torch2ebm.summary import node_table
+from torch2ebm.verification import verified
 
 
 def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None) -> EnergyModel:
@@ -126,7 +124,9 @@ class EnergyModel(nn.Module):
     def _share(self, module: nn.Module) -> None:
         """Be the module: the same registries, not copies of them, so that whatever moves one moves both."""
         object.__setattr__(self, "_original", module)
-        super().__init__()
+        training = module.training
+        super().__init__()  # sets its own mode, which is the module's
+        module.training = training
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = module.__dict__[registry]
         self._fingerprint = Fingerprint.of(module)
@@ -279,7 +279,7 @@ class EnergyModel(nn.Module):
                     _check_arguments(self._original, args, kwargs)
                     captured = self._capture(signature, tensors)
                     self._captures.append((key, captured))
-                graph = _verified(captured, granularity)
+                graph = verified(captured, granularity)
                 self._graphs.append(((granularity, captured), graph))
         self._latest = graph
         return tensors, graph, swapped
@@ -395,18 +395,6 @@ def _check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
 
 def _lookup(entries: Sequence[tuple[Any, Any]], key: Any) -> Any:
     return next((entry for known, entry in entries if known == key), None)
-
-
-def _verified(captured: Capture, granularity: Granularity) -> EnergyGraph:
-    """Cut the capture in nodes, and hold their composition against the real run: outputs and buffers."""
-    graph = build_graph(captured, granularity)
-    tensors = captured.reference.tensors
-    device = tensors[0].device if tensors else torch.device("cpu")
-    with plain_autograd(), untouched(captured.module, device):
-        call = Call(graph, tensors)
-        call.feedforward(keep_graph=False)
-        captured.reference.check(captured.module, call.output())
-    return graph
 
 
 def _check_inputs(tensors: Sequence[Tensor]) -> None:

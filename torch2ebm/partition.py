@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from torch2ebm.capture import Capture
+from torch2ebm.capture import Capture, copied
 from torch2ebm.errors import ConfigurationError
 
 Granularity = str | Sequence[str]
@@ -75,8 +75,10 @@ def assign_roles(capture: Capture) -> Roles:
         named = node.op == "call_module" and node.target in capture.leaves
         if named or any(s in from_data and (facts[s].tensor or facts[s].live) for s in sources):
             from_data.add(node)
-        fed_by_live = any(s in live or s in once for s in sources)
-        if facts[node].live and (node in from_data or fed_by_live or facts[node].random or node in returned):
+        fed_by_live = any(s in live or s in once for s in _upstream(node, repeated))
+        if node.target is copied:
+            repeated.add(node)  # what its reader writes in place has to be new at every evaluation
+        elif facts[node].live and (node in from_data or fed_by_live or facts[node].random or node in returned):
             from_data.add(node)
             live[node] = live[sources[0]] if _is_part(node, live, capture) else node
         elif facts[node].live:
@@ -86,8 +88,7 @@ def assign_roles(capture: Capture) -> Roles:
         elif _is_kept(node, returned):
             fixed = not facts[node].tensor or facts[node].random or node in returned or not node.users
             reads_tuple = any(s in live and not facts[s].tensor for s in sources)
-            effect = not node.users and any(s in live or s in once for s in _upstream(node, repeated))
-            if (fed_by_live and (fixed or reads_tuple)) or effect:
+            if fed_by_live and (fixed or reads_tuple):
                 once.append(node)
             else:
                 repeated.add(node)
@@ -95,6 +96,7 @@ def assign_roles(capture: Capture) -> Roles:
 
 
 def _upstream(node: fx.Node, repeated: set[fx.Node]) -> Iterator[fx.Node]:
+    """The operations that ``node`` reads, those that are computed again seen through."""
     for source in node.all_input_nodes:
         if source in repeated:
             yield from _upstream(source, repeated)

@@ -68,7 +68,9 @@ class Scalar:
 
     index: int
     summed: bool
+    handed_out: weakref.ref[Tensor]  # the ordinary tensor that the user has
     value: Tensor  # of no dimension
+    absorbed: bool = False  # read by a later operation on the tape, through which its gradient comes
     factors: list[Tensor] = field(default_factory=list)
 
 
@@ -83,11 +85,21 @@ class Tape:
         self.scalars: list[Scalar] = []
         self.obstacle = ""
 
-    def append(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> list[int]:
+    def refer(self, leaf: Any) -> Any:
+        """What stands for an argument on the tape. A loss that is read by a further operation is a step to another."""
+        if isinstance(leaf, Recorded):
+            return Reference(leaf._place) if _tape_of(leaf) is self else _plain(leaf)
+        if isinstance(leaf, Tensor) and leaf.ndim == 0:
+            for scalar in self.scalars:
+                if scalar.handed_out() is leaf:
+                    scalar.absorbed = True
+                    return Reference(scalar.index)
+        return leaf
+
+    def append(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any, writes: bool) -> list[int]:
         """Append an operation whose arguments refer to earlier ones; returns the index of each leaf of its result."""
         indices = [self._index(leaf) if isinstance(leaf, Tensor) else -1 for leaf in leaves_of(result)]
-        context, writes = Context.now(self.device), _writes_in_place(function, kwargs)
-        self.operations.append(Operation(function, args, kwargs, tuple(indices), context, writes))
+        self.operations.append(Operation(function, args, kwargs, tuple(indices), Context.now(self.device), writes))
         return indices
 
     def _index(self, leaf: Tensor) -> int:
@@ -156,19 +168,16 @@ def start(tape: Tape, outputs: Sequence[Tensor]) -> list[Tensor]:
     return [_marked(output, tape, index, None) for index, output in enumerate(outputs)]
 
 
-def record(function: Callable[..., Any], args: Any, kwargs: Any, result: Any, summed: bool | None = None) -> Any:
+def record(
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    result: Any,
+    summed: bool | None = None,
+    writes: bool | None = None,
+) -> Any:
     """Record an operation that has run; returns its result with the tensors marked."""
-    tapes: dict[int, Tape] = {}
-
-    def refer(leaf: Any) -> Any:
-        if not isinstance(leaf, Recorded):
-            return leaf
-        if (tape := _tape_of(leaf)) is None:
-            return _plain(leaf)
-        tapes[id(tape)] = tape
-        return Reference(leaf._place)
-
-    referring = map_leaves(refer, args), map_leaves(refer, kwargs)
+    tapes = {id(tape): tape for leaf in leaves_of((args, kwargs)) if (tape := _tape_of(leaf)) is not None}
     if not tapes:
         return map_leaves(_untaped((args, kwargs)), result)
     if len(tapes) > 1:
@@ -177,7 +186,9 @@ def record(function: Callable[..., Any], args: Any, kwargs: Any, result: Any, su
         return map_leaves(_plain, result)
     tape = next(iter(tapes.values()))
     made_by_sum = _is_sum(function, args, kwargs) if summed is None else summed
-    indices = iter(tape.append(function, *referring, result))
+    writing = _writes_in_place(function, kwargs) if writes is None else writes
+    referring = map_leaves(tape.refer, args), map_leaves(tape.refer, kwargs)
+    indices = iter(tape.append(function, *referring, result, writing))
 
     def mark(leaf: Any) -> Any:
         index = next(indices)
@@ -189,7 +200,7 @@ def record(function: Callable[..., Any], args: Any, kwargs: Any, result: Any, su
 def _marked(tensor: Tensor, tape: Tape, index: int, summed: bool | None) -> Tensor:
     if tensor.ndim == 0 and tensor.requires_grad:
         loss: Tensor = _plain(tensor)
-        scalar = Scalar(index, bool(summed), loss.detach())
+        scalar = Scalar(index, bool(summed), weakref.ref(loss), loss.detach())
         tape.scalars.append(scalar)
         loss.register_hook(lambda gradient: scalar.factors.append(gradient.detach()))  # type: ignore[no-untyped-call]
         return loss
@@ -296,4 +307,4 @@ class EnergyLoss:
             )
         given = {**getattr(self.loss_fn, "keywords", {}), **kwargs}  # those of a functools.partial
         summed = getattr(self.loss_fn, "reduction", given.get("reduction")) == "sum"
-        return record(self.loss_fn, args, kwargs, loss, summed=summed)  # type: ignore[no-any-return]
+        return record(self.loss_fn, args, kwargs, loss, summed, writes=True)  # type: ignore[no-any-return]

@@ -143,6 +143,12 @@ class Call:
         return [next(found) if tensor.requires_grad else None for tensor in self.tensors]
 
 
+def at_least_single(tensor: Tensor) -> Tensor:
+    """Detached, and in single precision where it was in half: small updates are lost there (algorithms.md, A4)."""
+    tensor = tensor.detach()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def _detached(results: Sequence[Any]) -> list[Any]:
     return [result.detach() if isinstance(result, Tensor) else result for result in results]
 
@@ -255,7 +261,7 @@ class InferenceState:
     def _error(self, slot: str) -> Tensor:
         if slot not in self.errors:
             return torch.zeros_like(self._prediction(slot))
-        return self.errors[slot].detach() * self.error_unit
+        return at_least_single(self.errors[slot]) * self.error_unit
 
     def _energy(self, slot: str) -> Tensor:
         error = self._error(slot)

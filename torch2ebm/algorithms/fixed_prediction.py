@@ -9,7 +9,7 @@ from torch import Tensor
 from torch2ebm.algorithms.base import Algorithm, check_choice, check_reduction
 from torch2ebm.inference import GradientSum
 from torch2ebm.solvers.base import check_positive, check_steps
-from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss
+from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss, at_least_single
 
 METHODS = ("closed_form", "sweep")
 
@@ -113,7 +113,7 @@ class FixedPrediction(Algorithm):
             share[length + 1] = share[length + 1] + message if length + 1 in share else message
 
     def _sweep(self, call: Call, loss: OutputLoss) -> LocalGradients:
-        deltas: dict[str, Tensor] = dict(loss.delivered)
+        deltas = {slot: at_least_single(delta) for slot, delta in loss.delivered.items()}
         for _ in range(self.steps):
             messages: dict[str, Tensor] = {}
             for node in reversed(tuple(call.graph.nodes.values())):
@@ -122,7 +122,8 @@ class FixedPrediction(Algorithm):
                 products = evaluated.pullback(cotangents, evaluated.inputs, retain_graph=True)
                 for slot, product in zip(node.reads, products, strict=True):
                     if product is not None:
-                        messages[slot] = messages[slot] + product if slot in messages else product
+                        message = at_least_single(product)
+                        messages[slot] = messages[slot] + message if slot in messages else message
                 for slot in () if node.is_output else node.slots:
                     # all readers have sent with the old errors: updating now is the synchronous update
                     change = self.lr * messages[slot] if slot in messages else None

@@ -114,7 +114,7 @@ def by_levels(
 
 def _feedforward_values(call: Call, graph: EnergyGraph) -> dict[str, Tensor]:
     values = {slot: value.detach() for slot, value in call.values.items()}
-    for node in graph.order:
+    for node in graph.nodes.values():
         if node.slots[0] not in values:  # an identity node of the levelling
             values[node.slots[0]] = values[node.reads[0]]
     return values
