@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -182,11 +183,23 @@ class _Assembly:
             return str(operation.target)
         stack = operation.meta.get("nn_module_stack") or {}
         scope = next(iter(reversed(list(stack))), "") if stack else ""
+        called = re.sub(r"@\d+", "", scope)  # a second call of a module is traced as module@1
+        if called and self._is_whole_module(called, operation):
+            return called
         return f"{scope}.{operation.name}" if scope else operation.name
+
+    def _is_whole_module(self, scope: str, operation: fx.Node) -> bool:
+        """An operation that reads all parameters of a module is that module: ``encoder.query``, exported or not."""
+        module = self.capture.module.get_submodule(scope)
+        read = [attribute(self.capture.module, str(s.target)) for s in operation.all_input_nodes if s.op == "get_attr"]
+        own = list(module.parameters())
+        return bool(own) and all(any(each is parameter for each in read) for parameter in own)
 
     def _operation(self, node: fx.Node) -> str:
         if node.op == "call_module":
             return type(self.capture.module.get_submodule(str(node.target))).__name__
+        if isinstance(node.target, torch._ops.OpOverload):
+            return str(node.target.overloadpacket.__name__)
         return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
 
     def _check_value(self, node: Node, operation: fx.Node) -> None:

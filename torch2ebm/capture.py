@@ -244,6 +244,7 @@ class Trace:
     leaves: frozenset[str]
     settings: Settings
     writes: Mapping[fx.Node, fx.Node]  # an operation that wrote in place -> what it wrote
+    captured_by: str = "fx"
 
 
 Settings = tuple[tuple[nn.Module, str, Any], ...]
@@ -354,7 +355,8 @@ def _untraceable(module: nn.Module, scope: str, error: Exception) -> Untraceable
         f"torch2ebm cannot capture {type(module).__name__}",
         f"{scope or 'forward'} ({place}){line}: {reason}",
         "operations on tensors that do not branch on a tensor's value",
-        f"Options: {named}, rewrite the branch with torch.where, or pass example_inputs if an argument is no tensor.",
+        f"Options: {named}, rewrite the branch with torch.where, or pass example_inputs: an argument that is no tensor "
+        "is then known, and torch.export is tried where symbolic tracing fails.",
     )
 
 
@@ -414,6 +416,7 @@ class Fact:
     batch_statistics: bool = False
     finite: bool = True
     shape: tuple[int, ...] = ()
+    data: bool = False  # tensors, or a tuple of them (a chunk of an input): not a shape
 
 
 class _Observer(fx.Interpreter):
@@ -428,7 +431,7 @@ class _Observer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op in ("placeholder", "get_attr", "output"):
             value = super().run_node(n)
-            self.facts[n] = Fact(live=False, tensor=isinstance(value, Tensor))
+            self.facts[n] = Fact(live=False, tensor=isinstance(value, Tensor), data=_has_data(value))
             return value
         random_before, statistics = RandomState(self.device), Statistics()
         versions = [tensor._version for tensor in self._read(n)]
@@ -445,6 +448,7 @@ class _Observer(fx.Interpreter):
             batch_statistics=bool(statistics),
             finite=not (isinstance(value, Tensor) and value.is_floating_point()) or bool(torch.isfinite(value).all()),
             shape=tuple(value.shape) if isinstance(value, Tensor) else (),
+            data=_has_data(value),
         )
         if not isinstance(value, Tensor):
             self.outputs[n] = value
@@ -480,6 +484,10 @@ def _aliased(module: Any, write: fx.Node, other: fx.Node) -> UntraceableError:
         "Write to a copy (x = x.clone()), use the form that is not in place, or make the submodule around both one "
         "node with nodes=[...].",
     )
+
+
+def _has_data(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in leaves_of(value))
 
 
 def _is_live(value: Any) -> bool:
@@ -583,8 +591,30 @@ def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Seq
         observer.facts,
         reference,
         traced.settings,
-        captured_by="fx",
+        traced.captured_by,
     )
+
+
+def run_once(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> Reference:
+    """What the module itself makes of ``tensors``. Raises :class:`NodeEvaluationError` where it refuses them."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    with plain_autograd(), untouched(module, device):
+        return real_run(module, signature, [tensor.detach().clone() for tensor in tensors])
+
+
+def holds_for(captured: Capture, tensors: Sequence[Tensor]) -> bool:
+    """Whether the graph gives the module's own outputs and buffers for inputs of other shapes, too."""
+    module, tensors = captured.module, [tensor.detach().clone() for tensor in tensors]
+    reference = run_once(module, captured.signature, tensors)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    constants = [constant.to(device) for constant in captured.constants.values()]
+    with plain_autograd(), untouched(module, device):
+        try:
+            outputs = fx.Interpreter(module, graph=captured.graph).run(*constants, *tensors)
+            reference.check(module, list(leaves_of(outputs)))
+        except (CaptureMismatchError, RuntimeError, ValueError, IndexError, TypeError):
+            return False
+    return bool(reference.structure == captured.reference.structure)
 
 
 @contextmanager
@@ -615,7 +645,7 @@ def _check_settings(settings: Settings) -> None:
 
 def _fact_of_part(value: Any) -> Fact:
     tensor = isinstance(value, Tensor)
-    return Fact(live=_is_live(value), tensor=tensor, shape=tuple(value.shape) if tensor else ())
+    return Fact(live=_is_live(value), tensor=tensor, shape=tuple(value.shape) if tensor else (), data=_has_data(value))
 
 
 def real_run(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> Reference:

@@ -13,15 +13,8 @@ from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards, all_finite, check_standing, count_bad
-from torch2ebm.capture import (
-    Capture,
-    Signature,
-    assumed_signature,
-    capture,
-    flatten_arguments,
-    still_hold,
-    trace,
-)
+from torch2ebm.capture import assumed_signature, flatten_arguments, trace
+from torch2ebm.captures import Captures
 from torch2ebm.drawing import draw_graph
 from torch2ebm.errors import (
     AttachmentError,
@@ -39,7 +32,6 @@ from torch2ebm.recorder import start
 from torch2ebm.state import Call, InferenceState
 from torch2ebm.structure import fill
 from torch2ebm.summary import node_table
-from torch2ebm.verification import verified
 
 
 def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None) -> EnergyModel:
@@ -136,8 +128,8 @@ class EnergyModel(nn.Module):
             for name, buffer in module.named_buffers()
             if buffer.is_floating_point() and not buffer.is_meta and bool(torch.isfinite(buffer).all())
         )
-        self._captures: list[tuple[Any, Capture]] = []
-        self._graphs: list[tuple[Any, EnergyGraph]] = []
+        self._captures = Captures(module)
+        self._captured_by: str | None = None
         self._latest: EnergyGraph | None = None
         self._state: InferenceState | None = None
         self._algorithm: Algorithm | None = None
@@ -206,6 +198,15 @@ class EnergyModel(nn.Module):
         return self.graph.nodes
 
     @property
+    def captured_by(self) -> str:
+        """How the graph of the last call was captured: ``"fx"``, symbolic tracing, or ``"export"``, ``torch.export``.
+
+        Raises :class:`NotCapturedError` before any input was seen.
+        """
+        assert self.graph is not None and self._captured_by is not None
+        return self._captured_by
+
+    @property
     def algorithm(self) -> Algorithm | None:
         """The attached algorithm, or None: ordinary backpropagation."""
         return self._algorithm
@@ -271,25 +272,18 @@ class EnergyModel(nn.Module):
             granularity = "layer" if algorithm is None else algorithm.partition
         tensors, signature = flatten_arguments(args, kwargs)
         key = (fingerprint.modes, signature.key)
-        captured = next((c for known, c in self._captures if known == key and still_hold(c.settings)), None)
-        graph = None if captured is None else _lookup(self._graphs, (granularity, captured))
-        if graph is None:
+        found = self._captures.known(key, granularity, tensors)
+        if found is None:
             with tensors_in_place(self._original, {name: self._own[name] for name in swapped}):
-                if captured is None:
-                    _check_arguments(self._original, args, kwargs)
-                    captured = self._capture(signature, tensors)
-                    self._captures.append((key, captured))
-                graph = verified(captured, granularity)
-                self._graphs.append(((granularity, captured), graph))
-        self._latest = graph
-        return tensors, graph, swapped
-
-    def _capture(self, signature: Signature, tensors: Sequence[Tensor]) -> Capture:
-        _check_inputs(tensors)  # what a capture shows of each operation must not come from bad numbers
-        check_standing({**self._own, **self._standing_buffers()})
-        leaves = named_leaves(self._original, self._granularity)
-        traced = trace(self._original, signature, leaves, all_called=self._granularity != "children")
-        return capture(self._original, traced, signature, tensors)
+                _check_arguments(self._original, args, kwargs)
+                _check_inputs(tensors)  # what a capture shows of each operation must not come from bad numbers
+                check_standing({**self._own, **self._standing_buffers()})
+                leaves = named_leaves(self._original, self._granularity)
+                all_called = self._granularity != "children"
+                found = self._captures.made(key, granularity, signature, tensors, leaves, all_called)
+        captured, self._latest = found
+        self._captured_by = captured.captured_by
+        return tensors, self._latest, swapped
 
     def _swapped(self, fingerprint: Fingerprint) -> dict[str, Tensor]:
         """By name the tensors that ``torch.func.functional_call`` has put in the place of parameters.
@@ -391,10 +385,6 @@ def _check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
             f"the arguments {inspect.signature(module.forward)}",
             f"Python says: {error}.",
         ) from error
-
-
-def _lookup(entries: Sequence[tuple[Any, Any]], key: Any) -> Any:
-    return next((entry for known, entry in entries if known == key), None)
 
 
 def _check_inputs(tensors: Sequence[Tensor]) -> None:

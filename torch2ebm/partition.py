@@ -73,7 +73,7 @@ def assign_roles(capture: Capture) -> Roles:
     for node in operations:
         sources = node.all_input_nodes
         named = node.op == "call_module" and node.target in capture.leaves
-        if named or any(s in from_data and (facts[s].tensor or facts[s].live) for s in sources):
+        if named or any(s in from_data and facts[s].data for s in sources):
             from_data.add(node)
         fed_by_live = any(s in live or s in once for s in _upstream(node, repeated))
         if node.target is copied:

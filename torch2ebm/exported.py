@@ -1,0 +1,514 @@
+"""The second way to a :class:`Trace`: ``torch.export`` from real inputs, where symbolic tracing cannot follow forward.
+
+Export inlines every submodule into operations of ATen. They are turned back into what the rest of the library reads:
+attributes by their path, no writes in place, no guards, no regions of their own.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.nn import functional
+
+from torch2ebm.capture import (
+    TENSOR,
+    Signature,
+    Trace,
+    flatten_arguments,
+    plain_autograd,
+    run_once,
+    settings_of,
+    stopped,
+    untouched,
+)
+from torch2ebm.errors import Torch2EBMError, UntraceableError
+from torch2ebm.partition import attribute
+from torch2ebm.structure import leaves_of
+
+GUARDS = re.compile(r"aten::(_assert_\w+|sym_constrain_range\w*)$")
+
+
+def export(
+    module: nn.Module, signature: Signature, tensors: Sequence[Tensor], leaves: frozenset[str] = frozenset()
+) -> Trace:
+    """Export ``module`` as it runs on ``tensors``. Raises :class:`UntraceableError`; alters nothing."""
+    if leaves:
+        raise _named_submodules(module, leaves)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    with plain_autograd(), untouched(module, device), _custom_functions_refused(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        flat, program = _program(module, signature, [tensor.detach().clone() for tensor in tensors])
+        graph, constants = _Importer(module, program, list(signature.names(module))).graph(flat.seen.leaves)
+        make_functional(graph)
+        graph.eliminate_dead_code()
+        _effects_as_methods(graph)
+    return Trace(graph, constants, frozenset(), settings_of(list(module.modules())), {}, captured_by="export")
+
+
+# Exporting ------------------------------------------------------------------------------------------------------------
+
+
+class _Seen:
+    """The leaves of the last output, TENSOR where export returns one. Export resets attributes of modules."""
+
+    leaves: Sequence[Any] = ()
+
+
+class _Flat(nn.Module):
+    """The module as a function from a flat list of tensors to the leaves of its output that depend on them."""
+
+    def __init__(self, module: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+        self.signature = signature
+        self.seen = _Seen()
+
+    def forward(self, *tensors: Tensor) -> list[Any]:
+        args, kwargs = self.signature.unflatten(tensors)
+        leaves = list(leaves_of(self.module(*args, **kwargs)))
+        computed = [isinstance(leaf, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)) for leaf in leaves]
+        self.seen.leaves = [TENSOR if c else leaf for c, leaf in zip(computed, leaves, strict=True)]
+        return [leaf for c, leaf in zip(computed, leaves, strict=True) if c]
+
+
+def _program(
+    module: nn.Module, signature: Signature, tensors: Sequence[Tensor]
+) -> tuple[_Flat, torch.export.ExportedProgram]:
+    """As many dynamic dimensions as export can follow: all, the first of each input, none."""
+    auto = torch.export.Dim.AUTO
+    attempts: list[Any] = [
+        (tuple(dict.fromkeys(range(tensor.ndim), auto) for tensor in tensors),),
+        (tuple({0: auto} if tensor.ndim else {} for tensor in tensors),),
+        None,
+    ]
+    for i, dimensions in enumerate(attempts):
+        flat = _Flat(module, signature)
+        try:
+            return flat, torch.export.export(flat, tuple(tensors), dynamic_shapes=dimensions, strict=False)
+        except Torch2EBMError:
+            raise
+        except Exception as error:
+            if i == len(attempts) - 1:
+                raise _unexportable(module, error) from error
+    raise AssertionError
+
+
+@contextmanager
+def _custom_functions_refused() -> Iterator[None]:
+    """Export would follow the forward of a custom autograd function, and lose its backward."""
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def refused(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if function.__module__.startswith("torch."):
+            return apply.__func__(function, *args, **kwargs)
+        raise NotImplementedError(f"{function.__name__}.apply: export loses the backward of a custom autograd function")
+
+    torch.autograd.Function.apply = classmethod(refused)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+
+
+# Failures -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One place in the user's code that export cannot follow."""
+
+    scope: str
+    place: str
+    line: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.scope or 'forward'} ({self.place}) `{self.line}`: {self.reason}"
+
+
+def _unexportable(module: nn.Module, error: Exception) -> UntraceableError:
+    return UntraceableError(
+        f"torch2ebm cannot capture {type(module).__name__}",
+        str(problem_of(module, error)),
+        "operations on tensors that do not branch on a tensor's value",
+        "Make the submodule concerned one node with nodes=[...], or rewrite the branch with torch.where.",
+    )
+
+
+def _named_submodules(module: nn.Module, leaves: frozenset[str]) -> UntraceableError:
+    return UntraceableError(
+        f"torch2ebm cannot capture {type(module).__name__}",
+        f"named submodules {sorted(leaves)} in a forward that symbolic tracing cannot follow",
+        "nodes='auto', 'layer', 'preactivation', 'module' or 'op' for torch.export, which keeps no submodule whole",
+        "Take one of these, or name the submodules that symbolic tracing stops at too.",
+    )
+
+
+def failing_parts(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> list[Problem]:
+    """Every innermost submodule that export cannot follow on its own, then the rest of the module."""
+    calls = _calls(module, signature, tensors)
+    found: dict[str, Problem] = {}
+    for name, (args, kwargs) in sorted(calls.items(), key=lambda call: -call[0].count(".") if call[0] else 1):
+        if any(inner.startswith(f"{name}.") for inner in found) or (found and not name):
+            continue  # what is wrong in it may be what is wrong inside of it
+        part = module.get_submodule(name)
+        try:
+            given, part_signature = flatten_arguments(args, kwargs)
+            export(part, part_signature, given)
+        except UntraceableError as error:
+            if isinstance(error.__cause__, Exception):
+                problem = problem_of(part, error.__cause__)
+                found[name] = replace(problem, scope=".".join(filter(None, (name, problem.scope))))
+        except Torch2EBMError:
+            continue  # arguments that are no tensors: the module around it will tell
+    return list(found.values())
+
+
+def _calls(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """The arguments of the first call of every submodule that is not torch's own, in a real run."""
+    calls: dict[str, Any] = {}
+
+    def noting(name: str) -> Callable[..., None]:
+        return lambda part, args, kwargs: calls.setdefault(name, (args, kwargs)) and None
+
+    parts = [(name, part) for name, part in module.named_modules() if not type(part).__module__.startswith("torch.")]
+    handles = [part.register_forward_pre_hook(noting(name), with_kwargs=True) for name, part in parts]
+    try:
+        run_once(module, signature, tensors)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def problem_of(module: nn.Module, error: BaseException) -> Problem:
+    """The innermost place of the user's code on the way to ``error``, and the submodule that it belongs to."""
+    names = {id(each): name for name, each in module.named_modules()}
+    scope, place, line = "", "unknown place", ""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    for (frame, _), summary in zip(frames, traceback.extract_tb(error.__traceback__), strict=True):
+        if re.search(r"[/\\]torch(2ebm)?[/\\]", summary.filename):
+            continue
+        place, line = f"{summary.filename}:{summary.lineno}", summary.line or ""
+        scope = names.get(id(frame.f_locals.get("self")), scope)
+    return Problem(scope, place, line, _reason(error))
+
+
+def _reason(error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "DataDependent" in type(error).__name__ or "data-dependent" in first:
+        return "needs the value of a tensor (a branch on it, an index, .item() or a size made of it)"
+    if "numpy" in first:
+        return f"leaves torch for numpy ({first})"
+    return first
+
+
+# From an exported program to a graph on the module --------------------------------------------------------------------
+
+
+class _Importer:
+    """Copies an exported graph, region by region, with the module's attributes in place of lifted inputs."""
+
+    def __init__(self, module: nn.Module, program: torch.export.ExportedProgram, names: Sequence[str]) -> None:
+        self.module, self.program, self.names = module, program, names
+        self.result = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+
+    def graph(self, marked_leaves: Sequence[Any]) -> tuple[fx.Graph, dict[str, Tensor]]:
+        environment = self._inputs()
+        computed = iter(self._copied(self.program.graph_module, environment, _plain))
+        self.result.output([next(computed) if leaf is TENSOR else leaf for leaf in marked_leaves])
+        return self.result, self.constants
+
+    def _inputs(self) -> dict[fx.Node, Any]:
+        """Placeholders of constants first, as a :class:`Trace` has them, then those of the inputs; attributes last."""
+        signature = self.program.graph_signature
+        targets = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
+        placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        environment: dict[fx.Node, Any] = {}
+        attributes = []
+        for node in placeholders:
+            path = _own_path(targets[node.name]) if node.name in targets else None
+            if path is not None and self._stands_at(path, targets[node.name]):
+                attributes.append((node, path))
+            elif path is not None:
+                environment[node] = self.result.placeholder(node.name)
+                self.constants[node.name] = self.program.constants[targets[node.name]].detach()
+        inputs = [node for node in placeholders if node.name not in targets]
+        for node, name in zip(inputs, self.names, strict=True):
+            environment[node] = self.result.placeholder(name)
+        for node, path in attributes:
+            environment[node] = self.result.get_attr(path)
+        return environment
+
+    def _stands_at(self, path: str, target: str) -> bool:
+        """Whether the module has this tensor as an attribute; a constant that forward itself makes it has not."""
+        try:
+            found = attribute(self.module, path)
+        except AttributeError:
+            return False
+        constant = self.program.constants.get(target)
+        return isinstance(found, Tensor) and (isinstance(found, nn.Parameter) or constant is None or found is constant)
+
+    def _copied(self, region: fx.GraphModule, environment: dict[fx.Node, Any], write: Write) -> Sequence[Any]:
+        """Copy the operations of ``region`` and return what its output is made of."""
+        for node in region.graph.nodes:
+            if node.op == "output":
+                return tuple(fx.map_arg(node.args[0], environment.__getitem__))
+            if node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
+                environment[node] = self._inlined(region, node, environment, write)
+            elif node.target is operator.getitem and isinstance(results := environment[node.args[0]], tuple):
+                environment[node] = results[node.args[1]]
+            elif node.op == "call_function" and not _is_guard(node):
+                environment[node] = self._marked(node, write(self.result, node, environment))
+            elif node.op == "call_module":
+                raise _unknown_operation(self.module, node)
+        return ()
+
+    def _inlined(self, region: fx.GraphModule, node: fx.Node, environment: dict[fx.Node, Any], write: Write) -> Any:
+        """The operations of a region under ``no_grad`` or ``autocast``, each under it on its own."""
+        arguments = list(node.args)
+        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+            enabled, body, inputs = arguments[0], arguments[1], arguments[2:]
+            inner = write if enabled else _under_no_grad(write)
+        elif node.target is torch.ops.higher_order.wrap_with_autocast:
+            settings, body, inputs = tuple(arguments[:4]), arguments[4], arguments[5:]
+            inner = _under_autocast(settings, write)
+        else:
+            raise _unknown_operation(self.module, node)
+        assert isinstance(body, fx.Node)
+        graph_module = getattr(region, str(body.target))
+        placeholders = [each for each in graph_module.graph.nodes if each.op == "placeholder"]
+        given = fx.map_arg(tuple(inputs), environment.__getitem__)
+        return tuple(self._copied(graph_module, dict(zip(placeholders, given, strict=True)), inner))
+
+    def _marked(self, node: fx.Node, copy: fx.Node) -> fx.Node:
+        """Keep the path of the submodule that an operation comes from, as symbolic tracing notes it."""
+        stack = node.meta.get("nn_module_stack") or {}
+        paths = [_own_path(entry[0]) for entry in stack.values() if entry[0].startswith("module")]
+        copy.meta = {"nn_module_stack": dict.fromkeys(paths), "val": node.meta.get("val")}
+        return copy
+
+
+Write = Callable[[fx.Graph, fx.Node, Mapping[fx.Node, Any]], fx.Node]
+
+
+def _plain(graph: fx.Graph, node: fx.Node, environment: Mapping[fx.Node, Any]) -> fx.Node:
+    if node.target is torch.ops.aten.batch_norm.default:  # as the function whose statistics are recorded and frozen
+        batch, weight, bias, mean, variance, *rest = node.args
+        arguments = (batch, mean, variance, weight, bias, *rest[:3])
+        given = fx.map_arg(arguments, environment.__getitem__)
+        return graph.call_function(functional.batch_norm, given)
+    return graph.node_copy(node, environment.__getitem__)
+
+
+def _under_no_grad(write: Write) -> Write:
+    def stopping(graph: fx.Graph, node: fx.Node, environment: Mapping[fx.Node, Any]) -> fx.Node:
+        if _is_write(node):  # what is written is the content alone
+            target = graph.call_function(stopped, (environment[node.args[0]],))  # type: ignore[index]
+            target.meta = {"val": node.args[0].meta.get("val")}  # type: ignore[union-attr]
+            environment = {**environment, node.args[0]: target}  # type: ignore[dict-item]
+        written = write(graph, node, environment)
+        if not isinstance(node.meta.get("val"), Tensor) and not isinstance(node.meta.get("val"), (tuple, list)):
+            return written
+        written.meta = {"val": node.meta.get("val")}
+        return graph.call_function(stopped, (written,))
+
+    return stopping
+
+
+def in_autocast(settings: Any, operation: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """One operation of a region under ``torch.autocast``."""
+    device, dtype, enabled, cached = settings
+    with torch.autocast(device, dtype, enabled, cached):
+        return operation(*args, **kwargs)
+
+
+def _under_autocast(settings: Any, write: Write) -> Write:
+    def casting(graph: fx.Graph, node: fx.Node, environment: Mapping[fx.Node, Any]) -> fx.Node:
+        written = write(graph, node, environment)
+        if isinstance(node.target, OpOverload) and not _is_write(node) and not _is_aliasing(node.target):
+            written.args = (settings, written.target, written.args, written.kwargs)  # type: ignore[assignment]
+            written.target, written.kwargs = in_autocast, {}
+        return written
+
+    return casting
+
+
+def _own_path(path: str) -> str:
+    """A path in the module from one in :class:`_Flat`; export counts the calls of a module with ``@``."""
+    return re.sub(r"@\d+", "", path.removeprefix("module").removeprefix("."))
+
+
+def _is_guard(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and bool(GUARDS.match(node.target._schema.name))
+
+
+def _unknown_operation(module: nn.Module, node: fx.Node) -> UntraceableError:
+    stack = node.meta.get("stack_trace") or ""
+    lines = stack.strip().splitlines()
+    return UntraceableError(
+        f"torch2ebm cannot capture {type(module).__name__}",
+        f"the operation {node.target}" + (f" at {lines[-2].strip()} `{lines[-1].strip()}`" if len(lines) > 1 else ""),
+        "operations without regions of their own",
+        "Make the submodule concerned one node with nodes=[...], or write it with plain operations (torch.where).",
+    )
+
+
+# No writes in place ---------------------------------------------------------------------------------------------------
+
+
+_VIEWS: dict[Any, Callable[..., Any]] = {"getitem": operator.getitem, "stopped": stopped}  # code can write these names
+
+
+def write_through(
+    base: Tensor, views: Sequence[tuple[Any, Any, Any]], operation: Callable[..., Any], args: Any, kwargs: Any
+) -> Tensor:
+    """``base`` after ``operation`` has written a view of it in place, done to a copy."""
+    copy = view = base.clone()
+    for make, rest, keywords in views:
+        view = _VIEWS.get(make, make)(view, *rest, **keywords)
+    operation(view, *args, **kwargs)
+    return copy
+
+
+def make_functional(graph: fx.Graph) -> None:
+    """Let later readers of a tensor, and of views of it, read what a write in place made. Attributes stay written."""
+    _Functional(graph).run()
+
+
+class _Functional:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.position = {node: i for i, node in enumerate(graph.nodes)}
+        self.viewed: dict[fx.Node, fx.Node] = {}  # a view -> what it is taken from
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if _is_view(node):
+                self.viewed[node] = node.args[0]
+            elif _is_write(node):
+                if self._base(node.args[0]).op == "get_attr":
+                    self.viewed[node] = node.args[0]  # an effect, whose result is the attribute itself
+                else:
+                    self._replace(node)
+
+    def _base(self, node: fx.Node) -> fx.Node:
+        while node in self.viewed:
+            node = self.viewed[node]
+        return node
+
+    def _chain(self, node: fx.Node) -> list[fx.Node]:
+        """The views from the base to ``node``."""
+        chain = []
+        while node in self.viewed:
+            chain.append(node)
+            node = self.viewed[node]
+        return chain[::-1]
+
+    def _replace(self, node: fx.Node) -> None:
+        target = node.args[0]
+        assert isinstance(target, fx.Node)
+        base, chain = self._base(target), self._chain(target)
+        with self.graph.inserting_before(node):
+            written = self._written(node, base, chain)
+            copies = {base: written}
+            for view in [v for v in self.viewed if self._base(v) is base]:
+                if view is target or view in chain or self._later(view, node):
+                    self._copied_view(view, copies, node)
+        for old, new in copies.items():
+            for user in self._later(old, node):
+                user.replace_input_with(old, new)
+        node.replace_all_uses_with(copies[target])
+        self.graph.erase_node(node)
+
+    def _later(self, node: fx.Node, write: fx.Node) -> list[fx.Node]:
+        return [user for user in node.users if user is not write and self.position[user] > self.position[write]]
+
+    def _written(self, node: fx.Node, base: fx.Node, chain: Sequence[fx.Node]) -> fx.Node:
+        functional_form = None if chain else _functional_form(node.target)
+        if functional_form is not None:
+            written = self.graph.call_function(functional_form, node.args, node.kwargs)
+        else:
+            names = {function: name for name, function in _VIEWS.items()}
+            views = tuple((names.get(view.target, view.target), view.args[1:], view.kwargs)  # type: ignore[arg-type] for view in chain)
+            arguments = (base, views, node.target, node.args[1:], node.kwargs)
+            written = self.graph.call_function(write_through, arguments)  # type: ignore[arg-type]
+        written.meta = {**node.meta, "val": base.meta.get("val")}
+        self.position[written] = self.position[node]
+        return written
+
+    def _copied_view(self, view: fx.Node, copies: dict[fx.Node, fx.Node], write: fx.Node) -> None:
+        """The view again, of what was written; its own source first."""
+        if view in copies:
+            return
+        source = self.viewed[view]
+        self._copied_view(source, copies, write)
+        copy = copies[view] = self.graph.node_copy(view, lambda n: copies[n] if n is source else n)
+        self.position[copy] = self.position[write]
+        self.viewed[copy] = copies[source]
+
+
+def _functional_form(target: Any) -> Any:
+    """``aten.relu`` for ``aten.relu_``; None for draws, whose functional forms draw otherwise."""
+    namespace, name = target._schema.name.split("::")
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return None
+    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
+    return getattr(packet, target._overloadname, None)
+
+
+def _is_write(node: fx.Node) -> bool:
+    if not isinstance(node.target, OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    alias = node.target._schema.arguments[0].alias_info
+    return alias is not None and bool(alias.is_write)
+
+
+def _is_aliasing(target: OpOverload) -> bool:
+    arguments = target._schema.arguments
+    return bool(arguments) and arguments[0].alias_info is not None and not arguments[0].alias_info.is_write
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.target is stopped or node.target is operator.getitem:
+        return node.target is stopped or _is_view(node.args[0])
+    return (
+        isinstance(node.target, OpOverload)
+        and _is_aliasing(node.target)
+        and _share_memory(node.args[0].meta.get("val"), node.meta.get("val"))
+    )
+
+
+def _share_memory(source: Any, result: Any) -> bool:
+    """Some operations (``reshape``, ``to``) are views or copies, as it comes; the exported values tell which."""
+    first = next((leaf for leaf in leaves_of(result) if isinstance(leaf, Tensor)), None)
+    if first is None or not isinstance(source, Tensor):
+        return True
+    return bool(first.untyped_storage()._cdata == source.untyped_storage()._cdata)
+
+
+def _effects_as_methods(graph: fx.Graph) -> None:
+    """A write to an attribute of the module, in the form in which symbolic tracing gives it."""
+    for node in graph.nodes:
+        if _is_write(node):
+            name = node.target._schema.name.split("::")[1]
+            if hasattr(Tensor, name):
+                node.op, node.target = "call_method", name
