@@ -373,7 +373,7 @@ def _unknown_operation(module: nn.Module, node: fx.Node) -> UntraceableError:
 # No writes in place ---------------------------------------------------------------------------------------------------
 
 
-_VIEWS: dict[Any, Callable[..., Any]] = {"getitem": operator.getitem, "stopped": stopped}  # code can write these names
+_VIEWS: dict[Any, Any] = {"getitem": operator.getitem, "stopped": stopped}  # code can write these names
 
 
 def write_through(
@@ -446,7 +446,7 @@ class _Functional:
             written = self.graph.call_function(functional_form, node.args, node.kwargs)
         else:
             names = {function: name for name, function in _VIEWS.items()}
-            views = tuple((names.get(view.target, view.target), view.args[1:], view.kwargs)  # type: ignore[arg-type] for view in chain)
+            views = tuple((names.get(view.target, view.target), view.args[1:], view.kwargs) for view in chain)
             arguments = (base, views, node.target, node.args[1:], node.kwargs)
             written = self.graph.call_function(write_through, arguments)  # type: ignore[arg-type]
         written.meta = {**node.meta, "val": base.meta.get("val")}
