@@ -64,7 +64,7 @@ class Node:
             result = self.function(*arguments)
         except (torch.OutOfMemoryError, Torch2EBMError):
             raise
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             shapes = ", ".join(
                 f"{n} {_described(a)}" for n, a in zip((*self.reads, *self.constants), arguments, strict=True)
             )
