@@ -1,5 +1,6 @@
 """torch2ebm: train the PyTorch model that you have by energy-based local learning, in the loop that you have."""
 
+from torch2ebm import errors, torch2pc
 from torch2ebm.agreement import Agreement
 from torch2ebm.algorithms import Algorithm, Backprop, FixedPrediction, PredictiveCoding, ZeroDivergence
 from torch2ebm.compare import GradientComparison, compare
@@ -31,4 +32,6 @@ __all__ = [
     "ZeroDivergence",
     "compare",
     "convert",
+    "errors",
+    "torch2pc",
 ]
