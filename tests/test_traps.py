@@ -77,7 +77,7 @@ def fed_forward(make: Callable[[], nn.Module], x: Tensor, nodes: str = "layer") 
     model = torch2ebm.convert(seeded(make), nodes=nodes, example_inputs=x)
     run = Call(model.graph, [x])
     torch.manual_seed(0)
-    run.feedforward(keep_graph=True)
+    run.feedforward(keep_graph=False)  # as for an algorithm that moves values
     return run
 
 

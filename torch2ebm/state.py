@@ -81,7 +81,8 @@ class Call:
             self._clamp(cut)
             for node in self.graph.order:
                 inputs = tuple(self.values[slot] for slot in node.reads)
-                results = self._first_evaluation(node, [*inputs, *[self.environment[name] for name in node.constants]])
+                arguments = [*inputs, *[self.environment[name] for name in node.constants]]
+                results = self._first_evaluation(node, arguments, freeze_statistics=not keep_graph)
                 predictions = tuple(results[: len(node.slots)])
                 self.environment.update(zip(node.exports, _detached(results[len(node.slots) :]), strict=True))
                 for slot, prediction in zip(node.slots, predictions, strict=True):
@@ -99,11 +100,11 @@ class Call:
                 self.clamped_leaves[name] = (value, leaf)
                 self.environment[name] = leaf
 
-    def _first_evaluation(self, node: Node, arguments: Sequence[Any]) -> Sequence[Any]:
-        """Evaluate, and keep what later evaluations have to repeat."""
+    def _first_evaluation(self, node: Node, arguments: Sequence[Any], freeze_statistics: bool) -> Sequence[Any]:
+        """Evaluate, and keep what later evaluations have to repeat; with the graph kept, values do not move."""
         if node.random:
             self._random[node.name] = RandomState(self.device)
-        if not node.batch_statistics:
+        if not node.batch_statistics or not freeze_statistics:
             return node.evaluate(arguments)
         with recording_statistics(self._statistics.setdefault(node.name, [])):
             return node.evaluate(arguments)
