@@ -27,8 +27,8 @@ from zoo import PROBLEMS, Problem, tagged
 
 import torch2ebm
 from torch2ebm.algorithms.zero_divergence import by_levels
-from torch2ebm.inference import Inference
 from torch2ebm.state import Call
+from torch2ebm.value_inference import ValueInference
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 every_granularity = pytest.mark.parametrize("nodes", ["layer", "preactivation", "module", "op", "children"])
@@ -304,7 +304,7 @@ def test_a_small_loss_makes_predictive_coding_backprop() -> None:
 # The wave front -------------------------------------------------------------------------------------------------------
 
 
-class FullSweep(Inference):
+class FullSweep(ValueInference):
     """The same inference without the wave front: every node is evaluated in every sweep."""
 
     def _is_active(self, node: torch2ebm.Node) -> bool:
@@ -319,7 +319,7 @@ def test_the_wave_front_changes_no_bit(problem: Problem, steps: int, monkeypatch
         return local_gradients(model, problem.inputs(3), problem.loss)
 
     waved = run()
-    monkeypatch.setattr("torch2ebm.algorithms.predictive_coding.Inference", FullSweep)
+    monkeypatch.setattr("torch2ebm.solvers.base.ValueInference", FullSweep)
     full = run()
     assert waved.keys() == full.keys()
     for name, g in waved.items():
@@ -329,12 +329,12 @@ def test_the_wave_front_changes_no_bit(problem: Problem, steps: int, monkeypatch
 def test_the_wave_front_evaluates_only_what_the_error_has_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
 
-    class Counted(Inference):
+    class Counted(ValueInference):
         def local_gradients(self):  # the sweeps are over
             counts.append(self.evaluations)
             return super().local_gradients()
 
-    monkeypatch.setattr("torch2ebm.algorithms.predictive_coding.Inference", Counted)
+    monkeypatch.setattr("torch2ebm.solvers.base.ValueInference", Counted)
     depth, steps = 12, 5
     model = attached(tanh_chain(depth), torch2ebm.PredictiveCoding(steps, 0.1), "children")
     local_gradients(model, (batch(),), mean_cross_entropy)

@@ -119,3 +119,11 @@ class DivergenceError(NumericalError):
     def __init__(self, where: str, got: str, expected: str, remedy: str, energy: Sequence[float] = ()) -> None:
         super().__init__(where, got, expected, remedy)
         self.energy = tuple(energy)
+
+
+class LostMinimumError(DivergenceError):
+    """A negative nudge is so large that the minimum it was to move is gone."""
+
+
+class DivergenceWarning(UserWarning):
+    """A relaxation ran away and its batch gives no gradient, as ``on_divergence="warn"`` asked for."""

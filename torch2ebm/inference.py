@@ -1,91 +1,83 @@
-"""The values of one call while they move: the gradient of the energy in them, and the local gradients at the end.
+"""One call's relaxation: what its two forms, moving values and moving errors, have in common.
 
-The sweep visits outputs first, then parents after children, one node at a time. Since a node's own value and those of
-its parents are still the old ones when its turn comes, moving each value as soon as its gradient is complete *is* the
-synchronous update, and only one node's autograd graph exists at a time.
-
-From a feed-forward start all errors are zero until the output's error reaches them, one level a step. A node that has
-not moved, and whose parents have not, has an error of exactly zero: it is not evaluated (the wave front).
+A node is evaluated on leaves, so only one node's autograd graph exists at a time, or one a node, never one across.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from torch2ebm.energies import gaussian_energy_of_batch
+from torch2ebm.energies import Energy, gaussian_energy_of_batch
 from torch2ebm.graph import Node
 from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass, OutputLoss, at_least_single
 
 LOSS = "loss"
+UNIT_GAUSSIAN: Mapping[str, Energy] = MappingProxyType({})  # what nodes without an entry have
 
 
-class Inference:
-    """The moving values of one call, and F's gradient in them.
+class Inference(ABC):
+    """What moves in one call, and F's gradient in it.
 
     Attributes:
-        values: Value of every slot that can move. Kept in at least single precision (algorithms.md, A4).
+        energies: Energy of each node, by name; a node without one has a Gaussian of precision 1.
         history: For every sweep the energy of each active node, and of the loss, as tensors of no dimension.
-        driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep.
-        evaluations: How many node functions the sweeps have run.
+        measuring: Whether the next sweep keeps the largest entries of its gradients.
+        driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep, a sample or in all.
+        evaluations: How many node functions have run.
+        collecting: Where the parameters' share of each sweep goes, for algorithms that learn while values move.
     """
 
-    def __init__(self, call: Call, loss: OutputLoss, retain_call: bool = True) -> None:
-        self.call, self.graph, self.loss = call, call.graph, loss
-        hidden = [(node, slot) for node in self.graph.hidden_nodes for slot in node.slots]
-        self.values = {slot: at_least_single(call.values[slot]) for _, slot in hidden}
-        self._read_as = {slot: call.values[slot].dtype for _, slot in hidden}
-        # fed by clamped inputs only: these predictions cannot change
-        self._fixed = {slot: self.values[slot] for node, slot in hidden if not node.reads}
+    def __init__(
+        self,
+        call: Call,
+        loss: OutputLoss,
+        energies: Mapping[str, Energy] = UNIT_GAUSSIAN,
+        retain_call: bool = True,
+    ) -> None:
+        self.call, self.graph, self.loss, self.energies = call, call.graph, loss, energies
+        hidden = [slot for node in self.graph.hidden_nodes for slot in node.slots]
+        self.values = {slot: at_least_single(call.values[slot]) for slot in hidden}
+        self._read_as = {slot: call.values[slot].dtype for slot in hidden}
         if not retain_call:  # the feed-forward values go as soon as the values have left them
             for slot in self.values:
                 del call.values[slot]
-        self.moved: set[str] = set()
         self.history: list[dict[str, Tensor]] = []
-        self.driving: list[Tensor] = []
         self.measuring = False
+        self.driving: list[Tensor] = []
         self.evaluations = 0
+        self.collecting: GradientSum | None = None
 
-    def move(self, slot: str, direction: Tensor, rate: float) -> None:
-        """``value += rate * direction``; the feed-forward value itself is never written."""
-        if slot in self.moved:
-            self.values[slot].add_(direction, alpha=rate)
-        else:
-            self.values[slot] = torch.add(self.values[slot], direction, alpha=rate)
-            self.moved.add(slot)
+    # the driving term
 
-    def sweep(self) -> Iterator[tuple[str, Tensor]]:
-        """dF/dv of each slot that it is not exactly zero for; the slot may be moved as soon as it is yielded."""
+    def _begin_sweep(self) -> None:
         self.history.append({})
         self.driving = []
-        messages = self._messages_of_outputs()
-        for node in reversed(self.graph.hidden_nodes):
-            errors = self._errors(node, messages)
-            for slot, error in zip(node.slots, errors, strict=True):
-                message = messages.pop(slot, None)
-                if error is not None and message is not None:
-                    gradient = error - message  # dF/dv = e - sum_c J_c^T e_c; not in place: a sum passes e on as it is
-                elif message is not None:
-                    gradient = message.neg()
-                elif error is not None:
-                    gradient = error
-                else:
-                    continue
-                if self.measuring:
-                    self.driving.append(torch.linalg.vector_norm(gradient, ord=torch.inf))
-                yield slot, gradient
+
+    def _measure(self, gradient: Tensor) -> None:
+        if not self.measuring:
+            return
+        if gradient.ndim and gradient.shape[0] == self.call.batch_size:
+            self.driving.append(gradient.reshape(len(gradient), -1).abs().amax(1))
+        else:
+            self.driving.append(torch.linalg.vector_norm(gradient, ord=torch.inf))
 
     def residual(self) -> Tensor:
-        """Largest absolute entry of dF/dv in the last measured sweep."""
-        return torch.stack(self.driving).max() if self.driving else torch.zeros(())
+        """Largest absolute entry of the gradient in the last measured sweep."""
+        return torch.stack([each.max() for each in self.driving]).max() if self.driving else torch.zeros(())
+
+    def residual_of_samples(self) -> Tensor | None:
+        """The same for each sample, shape ``[batch]``; None where a value has no batch dimension."""
+        if not self.driving or any(each.ndim == 0 for each in self.driving):
+            return None
+        return torch.stack(self.driving).amax(0)
 
     # one node
-
-    def _is_active(self, node: Node) -> bool:
-        return not self.moved.isdisjoint(node.slots) or not self.moved.isdisjoint(node.reads)
 
     def _inputs(self, node: Node, requires_grad: bool) -> list[Tensor]:
         """Leaves in the precision that the feed-forward pass read."""
@@ -96,30 +88,34 @@ class Inference:
         with torch.enable_grad():
             return self.call.evaluate(node, self._inputs(node, requires_grad))
 
-    def _errors(self, node: Node, messages: dict[str, Tensor]) -> list[Tensor | None]:
-        """The errors of a node, after sending them to its parents. None is exactly zero."""
-        if not self._is_active(node):
-            return [None] * len(node.slots)
-        if not node.reads:
-            return list(self._record(node, self._subtract(node, [self._fixed[slot] for slot in node.slots])))
-        evaluated = self._evaluate(node, requires_grad=True)
-        errors = self._subtract(node, evaluated.predictions)
-        self._send(evaluated, errors, messages)
-        return list(self._record(node, errors))
+    def _recorded_pulls(
+        self, node: Node, errors: Sequence[Tensor], predictions: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """dphi/dvalue and -dphi/dprediction of each slot; the energy goes to the history."""
+        energy = self.energies.get(node.name)
+        if energy is None:
+            parts = [gaussian_energy_of_batch(error) for error in errors]
+        else:
+            parts = [energy.of_batch(*pair) for pair in _pairs(errors, predictions)]
+        self.history[-1][node.name] = _total(parts)
+        return self._pulls(node, errors, predictions)
 
-    def _subtract(self, node: Node, predictions: Sequence[Tensor]) -> list[Tensor]:
-        return [self.values[s] - prediction.detach() for s, prediction in zip(node.slots, predictions, strict=True)]
+    def _pulls(
+        self, node: Node, errors: Sequence[Tensor], predictions: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        energy = self.energies.get(node.name)
+        if energy is None:
+            return list(errors), list(errors)
+        own, backward = zip(*[energy.gradients(*pair) for pair in _pairs(errors, predictions)], strict=True)
+        return list(own), list(backward)
 
-    def _record(self, node: Node, errors: list[Tensor]) -> list[Tensor]:
-        energy = gaussian_energy_of_batch(errors[0])
-        for error in errors[1:]:
-            energy = energy + gaussian_energy_of_batch(error)
-        self.history[-1][node.name] = energy
-        return errors
-
-    def _send(self, evaluated: NodePass, errors: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
-        """Add J^T e to the message of each parent."""
-        for slot, message in zip(evaluated.node.reads, evaluated.pullback(errors, evaluated.inputs), strict=True):
+    def _send(self, evaluated: NodePass, cotangents: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
+        """Add J^T of the cotangents to the message of each parent."""
+        if self.collecting is None:
+            products = evaluated.pullback(cotangents, evaluated.inputs)
+        else:
+            products = self.collecting.add(self.call, evaluated, cotangents, evaluated.inputs)
+        for slot, message in zip(evaluated.node.reads, products, strict=True):
             if message is not None:
                 message = at_least_single(message)
                 messages[slot] = messages[slot] + message if slot in messages else message
@@ -133,29 +129,13 @@ class Inference:
         self.history[-1][LOSS] = value
         return {slot: gradient.neg() for slot, gradient in gradients.items()}
 
-    def _messages_of_outputs(self) -> dict[str, Tensor]:
-        passes = [self._evaluate(node, requires_grad=True) for node in self.graph.output_nodes]
-        errors = self._output_errors(passes)
-        messages: dict[str, Tensor] = {}
-        for evaluated in passes:
-            self._send(evaluated, [errors.get(slot) for slot in evaluated.node.slots], messages)
-        return messages
-
     # the end
 
     def local_gradients(self) -> LocalGradients:
-        """dF/dtheta at the values as they are now, with errors of these values, in the scale of the user's loss."""
+        """dF/dtheta where the relaxation ended, in the scale of the user's loss."""
         self.history.append({})
-        self._fixed.clear()
-        result = _Result()
-        self._collect_outputs(result)
-        for node in reversed(self.graph.hidden_nodes):
-            if self._is_active(node):
-                self._collect_hidden(node, result)
-            else:
-                result.unreached.insert(0, node.name)
-                result.gradients.add_zeros(self.call, node)
-                result.predictions.update({slot: self.values.pop(slot) for slot in node.slots})
+        result = Collected()
+        self._collect_all(result)
         state = InferenceState(
             self.graph,
             self.call.batch_size,
@@ -163,34 +143,49 @@ class Inference:
             result.errors,
             error_unit=-1 / self.loss.scale if self.loss.scale else 0.0,
             unreached=tuple(result.unreached),
+            energies=self.energies,
         )
         inputs = self.call.input_gradients(result.gradients.clamped)
         return LocalGradients(result.gradients.parameters, inputs, state)
 
-    def _collect_outputs(self, result: _Result) -> None:
-        passes = [self._evaluate(node, requires_grad=False) for node in self.graph.output_nodes]
+    @abstractmethod
+    def _collect_all(self, result: Collected) -> None:
+        """The last pass over all nodes: errors, predictions and gradients of parameters."""
+
+    def _collect_outputs(self, passes: Sequence[NodePass], result: Collected) -> None:
         errors = self._output_errors(passes)
         for evaluated in passes:
-            self._collect(evaluated, [errors.get(slot) for slot in evaluated.node.slots], result)
+            own = [errors.get(slot) for slot in evaluated.node.slots]
+            self._collect(evaluated, own, own, result)
 
-    def _collect_hidden(self, node: Node, result: _Result) -> None:
-        evaluated = self._evaluate(node, requires_grad=False)
-        errors = self._record(node, self._subtract(node, evaluated.predictions))
-        for slot in node.slots:
-            del self.values[slot]  # all its readers are done
-        self._collect(evaluated, errors, result)
-
-    def _collect(self, evaluated: NodePass, errors: Sequence[Tensor | None], result: _Result) -> None:
-        scaled = [None if error is None else error.mul_(-self.loss.scale) for error in errors]  # what .grad is made of
+    def _collect(
+        self,
+        evaluated: NodePass,
+        errors: Sequence[Tensor | None],
+        cotangents: Sequence[Tensor | None],
+        result: Collected,
+    ) -> None:
+        """The gradient of a node's parameters, -J^T of the cotangents, scaled as ``.grad`` is."""
+        scaled = [None if error is None else error.mul_(-self.loss.scale) for error in errors]
         for slot, prediction, error in zip(evaluated.node.slots, evaluated.predictions, scaled, strict=True):
             result.predictions[slot] = prediction.detach()
             if error is not None:
                 result.errors[slot] = error
-        result.gradients.add(self.call, evaluated, scaled)
+        pulled = [
+            own if cotangent is error or cotangent is None else cotangent * -self.loss.scale
+            for own, error, cotangent in zip(scaled, errors, cotangents, strict=True)
+        ]
+        result.gradients.add(self.call, evaluated, pulled)
+
+    def _collect_unreached(self, node: Node, result: Collected) -> None:
+        """No error has reached the node: its gradients are exactly zero, its predictions its values."""
+        result.unreached.insert(0, node.name)
+        result.gradients.add_zeros(self.call, node)
+        result.predictions.update({slot: self.values.pop(slot) for slot in node.slots})
 
 
 @dataclass
-class _Result:
+class Collected:
     """What the last pass over the nodes collects, by slot."""
 
     gradients: GradientSum = field(default_factory=lambda: GradientSum())
@@ -235,6 +230,17 @@ class GradientSum:
             parameter = call.parameters[name]
             if parameter.requires_grad and name not in self.parameters:
                 self.parameters[name] = torch.zeros_like(parameter)
+
+
+def _pairs(errors: Sequence[Tensor], predictions: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(error, mu.detach().to(error.dtype)) for error, mu in zip(errors, predictions, strict=True)]
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def _add(total: dict[str, Tensor], name: str, product: Tensor) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2ebm.energies import gaussian_energy
-from torch2ebm.errors import BatchDimensionError
+from torch2ebm.energies import Energy, gaussian_energy
+from torch2ebm.errors import BatchDimensionError, NoStateError
 from torch2ebm.freezing import RandomState, Statistics, frozen_statistics, recording_statistics
 from torch2ebm.graph import EnergyGraph, Node
 
@@ -172,6 +172,18 @@ class OutputLoss(ABC):
         """lambda times the loss summed over samples, and its gradient in each prediction it depends on."""
 
 
+class NudgedLoss(OutputLoss):
+    """``beta`` times a loss; the scale divides by ``beta`` again (algorithms.md, section 0: lambda)."""
+
+    def __init__(self, loss: OutputLoss, beta: float) -> None:
+        self._loss, self._beta = loss, beta
+        self.delivered, self.scale, self.unit = loss.delivered, loss.scale / beta, loss.unit * beta
+
+    def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        value, gradients = self._loss.gradients(predictions)
+        return value * self._beta, {slot: gradient * self._beta for slot, gradient in gradients.items()}
+
+
 @dataclass(frozen=True)
 class Relaxation:
     """How a relaxation went.
@@ -180,6 +192,9 @@ class Relaxation:
         steps: Inference steps done.
         converged: Whether ``residual`` is at most the solver's ``tol``; None where no ``tol`` was asked for.
         residual: Largest absolute entry of the last step's driving term (dF/dv for values), over nodes and samples.
+        sample_residual: The same for each sample, shape ``[batch]``; None where a value has no batch dimension.
+        tol: What the solver was asked for; 0 for nothing.
+        beta: The nudge of this phase.
         energy: F, summed over samples, at the start of every step and at the end, in units of lambda times the loss.
         node_energy: The share of each node with a value; ``loss`` is the rest.
         loss: lambda times the loss summed over samples.
@@ -191,6 +206,14 @@ class Relaxation:
     energy: tuple[float, ...] = ()
     node_energy: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     loss: tuple[float, ...] = ()
+    sample_residual: Tensor | None = field(default=None, compare=False)
+    tol: float = 0.0
+    beta: float = 1.0
+
+    @property
+    def sample_converged(self) -> Tensor | None:
+        """Which samples met ``tol``, shape ``[batch]``; None where no ``tol`` was asked for."""
+        return None if self.sample_residual is None or not self.tol else self.sample_residual <= self.tol
 
 
 class PerNode(Mapping[str, Any]):
@@ -222,6 +245,7 @@ class InferenceState:
         relaxation: How the relaxation went.
         unreached: Nodes whose error is exactly zero since no error has reached them yet (too few steps):
             the gradients of their parameters are exactly zero.
+        phases: One relaxation a nudged phase; the first of them, whose values these are, is ``relaxation``.
     """
 
     graph: EnergyGraph
@@ -231,6 +255,8 @@ class InferenceState:
     error_unit: float = 1.0
     relaxation: Relaxation = Relaxation()
     unreached: tuple[str, ...] = ()
+    energies: Mapping[str, Energy] = field(default_factory=dict)  # by node; a missing one is Gaussian of precision 1
+    phases: tuple[Relaxation, ...] = ()
 
     @property
     def value(self) -> Mapping[str, Any]:
@@ -249,7 +275,7 @@ class InferenceState:
 
     @property
     def energy(self) -> Mapping[str, Any]:
-        """Half the squared error of each node and sample, shape ``[batch]``.
+        """Energy of each node and sample, shape ``[batch]``: half the squared error unless another energy was given.
 
         For an output, whose energy is the loss itself, this is half the squared loss gradient: the loss of
         a summed half squared error. Raises :class:`BatchDimensionError` for a value without a batch dimension.
@@ -257,6 +283,13 @@ class InferenceState:
         return PerNode(self.graph, self._energy)
 
     def _prediction(self, slot: str) -> Tensor:
+        if slot not in self.predictions:
+            raise NoStateError(
+                f"state of '{self.graph.owner[slot].name}'",
+                "a relaxation that ran away",
+                "one that ended in finite numbers",
+                "Look at state.relaxation.energy, and take a smaller step size.",
+            )
         return self.predictions[slot].detach()
 
     def _error(self, slot: str) -> Tensor:
@@ -273,7 +306,8 @@ class InferenceState:
                 f"a leading batch dimension of {self.batch_size}",
                 "Use state.error, or make it part of a larger node.",
             )
-        return gaussian_energy(error)
+        energy = self.energies.get(self.graph.owner[slot].name)
+        return gaussian_energy(error) if energy is None else energy.of_samples(error, self._prediction(slot).to(error))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,19 @@
 """How values relax: one solver a file."""
 
+from torch2ebm.solvers.adam import Adam
 from torch2ebm.solvers.base import Solver
+from torch2ebm.solvers.error_descent import ErrorDescent
 from torch2ebm.solvers.gradient_descent import GradientDescent
+from torch2ebm.solvers.local_error_descent import LocalErrorDescent
+from torch2ebm.solvers.momentum import Momentum
+from torch2ebm.solvers.sequential_descent import SequentialDescent
 
-__all__ = ["GradientDescent", "Solver"]
+__all__ = [
+    "Adam",
+    "ErrorDescent",
+    "GradientDescent",
+    "LocalErrorDescent",
+    "Momentum",
+    "SequentialDescent",
+    "Solver",
+]

@@ -4,40 +4,73 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
+from torch2ebm.energies import Energy
+from torch2ebm.error_inference import ErrorInference
 from torch2ebm.errors import ConfigurationError, DivergenceError, NonFiniteError
 from torch2ebm.inference import LOSS, Inference, energies
-from torch2ebm.state import LocalGradients, Relaxation
+from torch2ebm.state import Call, LocalGradients, OutputLoss, Relaxation
+from torch2ebm.value_inference import ValueInference
+
+REMEDY = "Take a smaller step size (lr), or fewer steps."
+RISE = 1e3  # an energy that has risen by so many times its start is no overshoot any more
+
+Form = TypeVar("Form", bound=Inference)
 
 
-class Solver(ABC):
+class Solver(ABC, Generic[Form]):
     """How values relax: :meth:`start`, then :meth:`step` until ``steps`` are done or the residual is at most ``tol``.
 
     Attributes:
         steps: Most inference steps to do.
-        tol: Stop once no entry of the driving term (dF/dv for values) exceeds it in any node or sample; 0 never stops.
+        tol: Stop once no entry of the driving term (dF/dv, dF/de) exceeds it in any node or sample; 0 never stops.
+        remedy: What to try where it diverges.
     """
 
     steps: int
     tol: float
+    remedy: ClassVar[str] = REMEDY
 
     @abstractmethod
-    def with_steps(self, steps: int) -> Solver:
+    def inference(self, call: Call, loss: OutputLoss, energies: Mapping[str, Energy], retain_call: bool) -> Form:
+        """What this solver moves: values, or errors."""
+
+    @abstractmethod
+    def with_steps(self, steps: int) -> Solver[Form]:
         """The same solver with another number of steps."""
 
     @abstractmethod
-    def start(self, inference: Inference) -> Any:
+    def start(self, inference: Form) -> Any:
         """The solver's own state for one relaxation."""
 
     @abstractmethod
-    def step(self, inference: Inference, state: Any) -> Any:
-        """Move the values once; returns the next state."""
+    def step(self, inference: Form, state: Any) -> Any:
+        """Move once; returns the next state."""
 
 
-def relax(solver: Solver, inference: Inference) -> LocalGradients:
-    """Relax the values, take the local gradients where they end, and check both.
+class ValueSolver(Solver[ValueInference]):
+    """A solver that moves values."""
+
+    def inference(
+        self, call: Call, loss: OutputLoss, energies: Mapping[str, Energy], retain_call: bool
+    ) -> ValueInference:
+        return ValueInference(call, loss, energies, retain_call)
+
+
+class ErrorSolver(Solver[ErrorInference]):
+    """A solver that moves errors: a value is its prediction plus its error."""
+
+    def inference(
+        self, call: Call, loss: OutputLoss, energies: Mapping[str, Energy], retain_call: bool
+    ) -> ErrorInference:
+        return ErrorInference(call, loss, energies, retain_call)
+
+
+def relax(solver: Solver[Form], inference: Form, beta: float = 1.0) -> LocalGradients:
+    """Relax, take the local gradients where the relaxation ends, and check both.
 
     Raises :class:`NonFiniteError` where the first energy is no number, :class:`DivergenceError` where a later one is.
     """
@@ -52,37 +85,44 @@ def relax(solver: Solver, inference: Inference) -> LocalGradients:
             if residual <= solver.tol:
                 break
     gradients = inference.local_gradients()
-    relaxation = _report(inference, steps, residual, solver.tol)
-    return replace(gradients, state=replace(gradients.state, relaxation=relaxation))
+    relaxation = report(inference, steps, residual, solver.tol, beta, solver.remedy)
+    return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
 
 
-def _report(inference: Inference, steps: int, residual: float, tol: float) -> Relaxation:
+def report(
+    inference: Inference, steps: int, residual: float, tol: float, beta: float = 1.0, remedy: str = REMEDY
+) -> Relaxation:
+    """How the relaxation went. Raises :class:`NonFiniteError` or :class:`DivergenceError` where it went wrong."""
     names = [node.name for node in inference.graph.hidden_nodes]
     table = energies(inference.history, [*names, LOSS])
     loss = table.pop(LOSS)
     total = tuple(sum(column) for column in zip(loss, *table.values(), strict=True))
-    _check(total, table)
+    _check(total, {**table, "the loss": loss}, remedy)
     converged = residual <= tol if tol > 0 else None
-    return Relaxation(steps, converged, residual, total, table, loss)
+    return Relaxation(
+        steps, converged, residual, total, table, loss, inference.residual_of_samples(), tol=tol, beta=beta
+    )
 
 
-def _check(total: tuple[float, ...], table: dict[str, tuple[float, ...]]) -> None:
-    bad = next((step for step, energy in enumerate(total) if not math.isfinite(energy)), None)
+def _check(total: tuple[float, ...], parts: Mapping[str, tuple[float, ...]], remedy: str) -> None:
+    ceiling = total[0] + RISE * abs(total[0]) + 1.0
+    bad = next((step for step, energy in enumerate(total) if not -math.inf < energy <= ceiling), None)
     if bad is None:
         return
-    node = next((name for name, column in table.items() if not math.isfinite(column[bad])), "the loss")
-    if bad == 0:
+    broken = (name for name, column in parts.items() if not math.isfinite(column[bad]))
+    where = next(broken, max(parts, key=lambda name: parts[name][bad]))
+    if not math.isfinite(total[0]):
         raise NonFiniteError(
-            f"{node}, feed-forward pass (inference step 0)",
+            f"{where}, feed-forward pass (inference step 0)",
             f"energy {total[0]}",
             "a finite number",
             "Look for NaN or infinity in the input, the target and the parameters.",
         )
     raise DivergenceError(
-        f"{node}, inference step {bad}",
-        f"energy {total[bad]} after {total[0]:.4g} at the start",
+        f"{where}, inference step {bad}",
+        f"energy {total[bad]:.4g} after {total[0]:.4g} at the start",
         "an energy that falls",
-        "Take a smaller step size (lr), or fewer steps.",
+        remedy,
         total,
     )
 

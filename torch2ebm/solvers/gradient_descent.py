@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch2ebm.inference import Inference
-from torch2ebm.solvers.base import Solver, check_positive, check_steps, check_tolerance
+from torch2ebm.solvers.base import ValueSolver, check_positive, check_steps, check_tolerance
+from torch2ebm.value_inference import ValueInference
 
 
 @dataclass(frozen=True)
-class GradientDescent(Solver):
+class GradientDescent(ValueSolver):
     """``v <- v - lr dF/dv`` for all values at once (Rosenbaum 2022, strict update).
 
     Args:
@@ -38,9 +38,9 @@ class GradientDescent(Solver):
     def with_steps(self, steps: int) -> GradientDescent:
         return replace(self, steps=steps)
 
-    def start(self, inference: Inference) -> None:
+    def start(self, inference: ValueInference) -> None:
         return None
 
-    def step(self, inference: Inference, state: None) -> None:
+    def step(self, inference: ValueInference, state: None) -> None:
         for slot, gradient in inference.sweep():
             inference.move(slot, gradient, -self.lr)
