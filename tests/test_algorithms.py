@@ -307,7 +307,7 @@ def test_a_small_loss_makes_predictive_coding_backprop() -> None:
 class FullSweep(ValueInference):
     """The same inference without the wave front: every node is evaluated in every sweep."""
 
-    def _is_active(self, node: torch2ebm.Node) -> bool:
+    def is_active(self, node: torch2ebm.Node) -> bool:
         return True
 
 

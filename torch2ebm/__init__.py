@@ -13,6 +13,7 @@ from torch2ebm.optimizer import EnergyOptimizer
 from torch2ebm.recorder import EnergyLoss
 from torch2ebm.solvers import (
     Adam,
+    Anderson,
     ErrorDescent,
     GradientDescent,
     LocalErrorDescent,
@@ -26,6 +27,7 @@ __all__ = [
     "Adam",
     "Agreement",
     "Algorithm",
+    "Anderson",
     "Backprop",
     "Categorical",
     "Energy",

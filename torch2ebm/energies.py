@@ -100,7 +100,8 @@ class Categorical(Energy):
     dim: int = -1
 
     def of_samples(self, error: Tensor, prediction: Tensor) -> Tensor:
-        return self._divergence(error, prediction).flatten(1).sum(1)
+        divergence = self._divergence(error, prediction)
+        return divergence.flatten(1).sum(1) if divergence.ndim > 1 else divergence
 
     def of_batch(self, error: Tensor, prediction: Tensor) -> Tensor:
         return self._divergence(error, prediction).sum()

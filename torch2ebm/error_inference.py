@@ -39,10 +39,9 @@ class ErrorInference(Inference):
 
     def move(self, slot: str, direction: Tensor, rate: float) -> None:
         """``error += rate * direction``."""
-        if slot in self.errors:
-            self.errors[slot].add_(direction, alpha=rate)
-        else:
-            self.errors[slot] = direction * rate
+        # never in place: a sum passes an error on as its message, as it is
+        error = self.errors.get(slot)
+        self.errors[slot] = direction * rate if error is None else torch.add(error, direction, alpha=rate)
 
     def total_sweep(self) -> Iterator[tuple[str, Tensor]]:
         """dF/de of each slot: the exact gradient, since a message carries what all descendants say (A5)."""
@@ -53,7 +52,7 @@ class ErrorInference(Inference):
         yield from self._sweep(total=False)
 
     def _sweep(self, total: bool) -> Iterator[tuple[str, Tensor]]:
-        self._begin_sweep()
+        self.begin_sweep()
         passes = self._forward()
         messages = self._messages_of_outputs(passes)
         for node in reversed(self.graph.hidden_nodes):
@@ -61,8 +60,8 @@ class ErrorInference(Inference):
             own, cotangents = self._own(node)
             sent = [_passed_on(*each) for each in zip(own, cotangents, received, strict=True)] if total else cotangents
             if node.reads and any(each is not None for each in sent):
-                evaluated = passes.pop(node.name, None) or self._evaluate(node, requires_grad=True)
-                self._send(evaluated, sent, messages)
+                evaluated = passes.pop(node.name, None) or self.evaluate(node, requires_grad=True)
+                self.send(evaluated, sent, messages)
             for slot, gradient, message in zip(node.slots, own, received, strict=True):
                 difference = _difference(gradient, message)
                 if difference is not None:
@@ -73,7 +72,7 @@ class ErrorInference(Inference):
         """dphi/dvalue and -dphi/dprediction at the errors; None is exactly zero."""
         if all(slot not in self.errors for slot in node.slots):
             return [None] * len(node.slots), [None] * len(node.slots)
-        return self._recorded_pulls(node, self._errors_of(node), [self._predictions[slot] for slot in node.slots])
+        return self.recorded_pulls(node, self._errors_of(node), [self._predictions[slot] for slot in node.slots])
 
     def _errors_of(self, node: Node) -> list[Tensor]:
         return [
@@ -89,7 +88,7 @@ class ErrorInference(Inference):
             if not node.is_output and self._changed.isdisjoint(node.reads):
                 self._set_values(node, [self._predictions[slot] for slot in node.slots])
                 continue
-            evaluated = self._evaluate(node, requires_grad=True)
+            evaluated = self.evaluate(node, requires_grad=True)
             passes[node.name] = evaluated
             if not node.is_output:
                 self._set_values(node, [at_least_single(prediction) for prediction in evaluated.predictions])
@@ -107,10 +106,10 @@ class ErrorInference(Inference):
 
     def _messages_of_outputs(self, passes: dict[str, NodePass]) -> dict[str, Tensor]:
         outputs = [passes.pop(node.name) for node in self.graph.output_nodes]
-        errors = self._output_errors(outputs)
+        errors = self.output_errors(outputs)
         messages: dict[str, Tensor] = {}
         for evaluated in outputs:
-            self._send(evaluated, [errors.get(slot) for slot in evaluated.node.slots], messages)
+            self.send(evaluated, [errors.get(slot) for slot in evaluated.node.slots], messages)
         return messages
 
     # the end
@@ -120,9 +119,9 @@ class ErrorInference(Inference):
         self._collect_outputs([passes.pop(node.name) for node in self.graph.output_nodes], result)
         for node in reversed(self.graph.hidden_nodes):
             if any(slot in self.errors for slot in node.slots):
-                evaluated = passes.pop(node.name, None) or self._evaluate(node, requires_grad=False)
+                evaluated = passes.pop(node.name, None) or self.evaluate(node, requires_grad=False)
                 errors = self._errors_of(node)
-                _, cotangents = self._recorded_pulls(node, errors, [self._predictions[slot] for slot in node.slots])
+                _, cotangents = self.recorded_pulls(node, errors, [self._predictions[slot] for slot in node.slots])
                 self._collect(evaluated, errors, cotangents, result)
             else:
                 self._collect_unreached(node, result)

@@ -55,7 +55,7 @@ class Inference(ABC):
 
     # the driving term
 
-    def _begin_sweep(self) -> None:
+    def begin_sweep(self) -> None:
         self.history.append({})
         self.driving = []
 
@@ -83,12 +83,12 @@ class Inference(ABC):
         """Leaves in the precision that the feed-forward pass read."""
         return [self.values[slot].to(self._read_as[slot]).detach().requires_grad_(requires_grad) for slot in node.reads]
 
-    def _evaluate(self, node: Node, requires_grad: bool) -> NodePass:
+    def evaluate(self, node: Node, requires_grad: bool) -> NodePass:
         self.evaluations += 1
         with torch.enable_grad():
             return self.call.evaluate(node, self._inputs(node, requires_grad))
 
-    def _recorded_pulls(
+    def recorded_pulls(
         self, node: Node, errors: Sequence[Tensor], predictions: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """dphi/dvalue and -dphi/dprediction of each slot; the energy goes to the history."""
@@ -98,9 +98,9 @@ class Inference(ABC):
         else:
             parts = [energy.of_batch(*pair) for pair in _pairs(errors, predictions)]
         self.history[-1][node.name] = _total(parts)
-        return self._pulls(node, errors, predictions)
+        return self.pulls(node, errors, predictions)
 
-    def _pulls(
+    def pulls(
         self, node: Node, errors: Sequence[Tensor], predictions: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         energy = self.energies.get(node.name)
@@ -109,7 +109,7 @@ class Inference(ABC):
         own, backward = zip(*[energy.gradients(*pair) for pair in _pairs(errors, predictions)], strict=True)
         return list(own), list(backward)
 
-    def _send(self, evaluated: NodePass, cotangents: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
+    def send(self, evaluated: NodePass, cotangents: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
         """Add J^T of the cotangents to the message of each parent."""
         if self.collecting is None:
             products = evaluated.pullback(cotangents, evaluated.inputs)
@@ -122,7 +122,7 @@ class Inference(ABC):
 
     # outputs: the loss acts on their predictions (O1)
 
-    def _output_errors(self, passes: Sequence[NodePass]) -> dict[str, Tensor]:
+    def output_errors(self, passes: Sequence[NodePass]) -> dict[str, Tensor]:
         """e_o = -dL/dmu_o of every output slot, L being lambda times the loss summed over samples."""
         predictions = {s: p.detach() for each in passes for s, p in zip(each.node.slots, each.predictions, strict=True)}
         value, gradients = self.loss.gradients(predictions)
@@ -153,7 +153,7 @@ class Inference(ABC):
         """The last pass over all nodes: errors, predictions and gradients of parameters."""
 
     def _collect_outputs(self, passes: Sequence[NodePass], result: Collected) -> None:
-        errors = self._output_errors(passes)
+        errors = self.output_errors(passes)
         for evaluated in passes:
             own = [errors.get(slot) for slot in evaluated.node.slots]
             self._collect(evaluated, own, own, result)

@@ -10,7 +10,7 @@ not moved, and whose parents have not, has an error of exactly zero: it is not e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,27 +57,13 @@ class ValueInference(Inference):
 
     def sweep(self) -> Iterator[tuple[str, Tensor]]:
         """dF/dv of each slot that it is not exactly zero for; the slot may be moved as soon as it is yielded."""
-        self._begin_sweep()
+        self.begin_sweep()
         messages = self._messages_of_outputs()
         for node in reversed(self.graph.hidden_nodes):
             own = self._own_gradients(node, messages)
-            yield from self._completed(node, own, messages)
+            yield from self.completed(node, own, messages)
 
-    def sequential_sweep(self, move: Callable[[str, Tensor], None]) -> None:
-        """Children first; ``move`` is given dF/dv of each slot, and parents hear of the error that it leaves behind."""
-        self._begin_sweep()
-        messages = self._messages_of_outputs()
-        for node in reversed(self.graph.hidden_nodes):
-            if not self._is_active(node) and messages.keys().isdisjoint(node.slots):
-                continue
-            evaluated = self._evaluate(node, requires_grad=True)
-            own, _ = self._recorded_pulls(node, self._subtract(node, evaluated.predictions), evaluated.predictions)
-            for slot, gradient in self._completed(node, own, messages):
-                move(slot, gradient)
-            left = self._subtract(node, evaluated.predictions)
-            self._send(evaluated, self._pulls(node, left, evaluated.predictions)[1], messages)
-
-    def _completed(
+    def completed(
         self, node: Node, own: Sequence[Tensor | None], messages: dict[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
         """dF/dv = dphi/dv - sum_c J_c^T e_c of each slot that it is not exactly zero for."""
@@ -94,49 +80,49 @@ class ValueInference(Inference):
 
     # one node
 
-    def _is_active(self, node: Node) -> bool:
+    def is_active(self, node: Node) -> bool:
         return not self.moved.isdisjoint(node.slots) or not self.moved.isdisjoint(node.reads)
 
     def _own_gradients(self, node: Node, messages: dict[str, Tensor]) -> Sequence[Tensor | None]:
         """dphi/dv of a node, after sending its error to its parents. None is exactly zero."""
-        if not self._is_active(node):
+        if not self.is_active(node):
             if self.collecting is not None:
                 self.collecting.add_zeros(self.call, node)
             return [None] * len(node.slots)
         if not node.reads and node.slots[0] in self._fixed and self.collecting is None:
             predictions: Sequence[Tensor] = [self._fixed[slot] for slot in node.slots]
-            return self._recorded_pulls(node, self._subtract(node, predictions), predictions)[0]
-        evaluated = self._evaluate(node, requires_grad=True)
-        own, cotangents = self._recorded_pulls(node, self._subtract(node, evaluated.predictions), evaluated.predictions)
-        self._send(evaluated, cotangents, messages)
+            return self.recorded_pulls(node, self.subtract(node, predictions), predictions)[0]
+        evaluated = self.evaluate(node, requires_grad=True)
+        own, cotangents = self.recorded_pulls(node, self.subtract(node, evaluated.predictions), evaluated.predictions)
+        self.send(evaluated, cotangents, messages)
         return own
 
-    def _subtract(self, node: Node, predictions: Sequence[Tensor]) -> list[Tensor]:
+    def subtract(self, node: Node, predictions: Sequence[Tensor]) -> list[Tensor]:
         return [self.values[s] - prediction.detach() for s, prediction in zip(node.slots, predictions, strict=True)]
 
     def _messages_of_outputs(self) -> dict[str, Tensor]:
-        passes = [self._evaluate(node, requires_grad=True) for node in self.graph.output_nodes]
-        errors = self._output_errors(passes)
+        passes = [self.evaluate(node, requires_grad=True) for node in self.graph.output_nodes]
+        errors = self.output_errors(passes)
         messages: dict[str, Tensor] = {}
         for evaluated in passes:
-            self._send(evaluated, [errors.get(slot) for slot in evaluated.node.slots], messages)
+            self.send(evaluated, [errors.get(slot) for slot in evaluated.node.slots], messages)
         return messages
 
     # the end
 
     def _collect_all(self, result: Collected) -> None:
         self._fixed.clear()
-        self._collect_outputs([self._evaluate(node, requires_grad=False) for node in self.graph.output_nodes], result)
+        self._collect_outputs([self.evaluate(node, requires_grad=False) for node in self.graph.output_nodes], result)
         for node in reversed(self.graph.hidden_nodes):
-            if self._is_active(node):
+            if self.is_active(node):
                 self._collect_hidden(node, result)
             else:
                 self._collect_unreached(node, result)
 
     def _collect_hidden(self, node: Node, result: Collected) -> None:
-        evaluated = self._evaluate(node, requires_grad=False)
-        errors = self._subtract(node, evaluated.predictions)
-        _, cotangents = self._recorded_pulls(node, errors, evaluated.predictions)
+        evaluated = self.evaluate(node, requires_grad=False)
+        errors = self.subtract(node, evaluated.predictions)
+        _, cotangents = self.recorded_pulls(node, errors, evaluated.predictions)
         for slot in node.slots:
             del self.values[slot]  # all its readers are done
         self._collect(evaluated, errors, cotangents, result)

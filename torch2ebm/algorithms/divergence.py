@@ -42,6 +42,19 @@ def check_phases(phases: Sequence[Relaxation]) -> None:
             raise _lost(phase, positive, _errors(phase) / mirrored if mirrored else float("inf"))
 
 
+def of_phase(error: DivergenceError, beta: float) -> DivergenceError:
+    """The error of a phase that ran away; with a negative nudge the minimum may be gone, whatever the step size."""
+    if beta > 0:
+        return error
+    return LostMinimumError(
+        f"{error.where}, negative nudge {beta:g}",
+        error.got,
+        "an energy that falls to the minimum that a small nudge moves",
+        f"Take a smaller beta, or OneSided(beta), whose nudge keeps the minimum. {error.remedy}",
+        error.energy,
+    )
+
+
 def _errors(phase: Relaxation) -> float:
     """Energy in the prediction errors at the end."""
     return sum(column[-1] for column in phase.node_energy.values())

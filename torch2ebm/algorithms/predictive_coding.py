@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm, check_reduction
-from torch2ebm.algorithms.divergence import check_on_divergence, check_phases, no_gradients
+from torch2ebm.algorithms.divergence import check_on_divergence, check_phases, no_gradients, of_phase
 from torch2ebm.algorithms.node_energies import check_names, node_energies
 from torch2ebm.energies import Energy
 from torch2ebm.errors import ConfigurationError, DivergenceError
@@ -107,7 +107,10 @@ class PredictiveCoding(Algorithm):
 
     def _phase(self, call: Call, loss: OutputLoss, beta: float, retain_call: bool) -> LocalGradients:
         nudged = loss if beta == 1.0 else NudgedLoss(loss, beta)
-        return relax(self.solver, self.solver.inference(call, nudged, self.energies, retain_call), beta)
+        try:
+            return relax(self.solver, self.solver.inference(call, nudged, self.energies, retain_call), beta)
+        except DivergenceError as error:
+            raise of_phase(error, beta) from error
 
 
 def mean_of(phases: list[LocalGradients]) -> LocalGradients:

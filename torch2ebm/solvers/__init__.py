@@ -1,6 +1,7 @@
 """How values relax: one solver a file."""
 
 from torch2ebm.solvers.adam import Adam
+from torch2ebm.solvers.anderson import Anderson
 from torch2ebm.solvers.base import Solver
 from torch2ebm.solvers.error_descent import ErrorDescent
 from torch2ebm.solvers.gradient_descent import GradientDescent
@@ -10,6 +11,7 @@ from torch2ebm.solvers.sequential_descent import SequentialDescent
 
 __all__ = [
     "Adam",
+    "Anderson",
     "ErrorDescent",
     "GradientDescent",
     "LocalErrorDescent",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,18 +14,18 @@ from torch2ebm.value_inference import ValueInference
 
 @dataclass
 class Moments:
-    """Running means of a slot's gradient and of its square."""
+    """Running means of each slot's gradient and of its square; those of a value not yet reached are zero."""
 
-    first: Tensor
-    second: Tensor
-    count: int = 0
+    steps: int = 0
+    first: dict[str, Tensor] = field(default_factory=dict)
+    second: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Adam(ValueSolver):
     """Adam (Kingma and Ba 2015) on all values at once.
 
-    A value's moments begin when the first error reaches it. Not ``torch.optim.Adam``, which moves weights.
+    The same numbers as ``torch.optim.Adam`` on the values, which is the optimizer of weights.
 
     Args:
         steps: Most inference steps.
@@ -58,21 +58,19 @@ class Adam(ValueSolver):
     def with_steps(self, steps: int) -> Adam:
         return replace(self, steps=steps)
 
-    def start(self, inference: ValueInference) -> dict[str, Moments]:
-        return {}
+    def start(self, inference: ValueInference) -> Moments:
+        return Moments()
 
-    def step(self, inference: ValueInference, state: dict[str, Moments]) -> dict[str, Moments]:
+    def step(self, inference: ValueInference, state: Moments) -> Moments:
+        state.steps += 1
         for slot, gradient in inference.sweep():
-            moments = state.get(slot)
-            if moments is None:
-                moments = state[slot] = Moments(torch.zeros_like(gradient), torch.zeros_like(gradient))
-            inference.move(slot, self._direction(moments, gradient), -self.lr)
+            inference.move(slot, self._direction(state, slot, gradient), -self.lr)
         return state
 
-    def _direction(self, moments: Moments, gradient: Tensor) -> Tensor:
-        first, second = self.betas
-        moments.count += 1
-        moments.first.lerp_(gradient, 1 - first)
-        moments.second.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        root = (moments.second / (1 - second**moments.count)).sqrt_().add_(self.eps)
-        return moments.first / (1 - first**moments.count) / root
+    def _direction(self, state: Moments, slot: str, gradient: Tensor) -> Tensor:
+        first_decay, second_decay = self.betas
+        first = state.first.setdefault(slot, torch.zeros_like(gradient)).lerp_(gradient, 1 - first_decay)
+        second = state.second.setdefault(slot, torch.zeros_like(gradient)).mul_(second_decay)
+        second.addcmul_(gradient, gradient, value=1 - second_decay)
+        root = (second / (1 - second_decay**state.steps)).sqrt_().add_(self.eps)
+        return first / (1 - first_decay**state.steps) / root

@@ -17,6 +17,7 @@ from torch2ebm.value_inference import ValueInference
 
 REMEDY = "Take a smaller step size (lr), or fewer steps."
 RISE = 1e3  # an energy that has risen by so many times its start is no overshoot any more
+WATCHED = 100  # steps between two looks at the energy; each waits for the device
 
 Form = TypeVar("Form", bound=Inference)
 
@@ -84,9 +85,21 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0) -> LocalGrad
             residual = float(inference.residual())
             if residual <= solver.tol:
                 break
+        if steps % WATCHED == 0 and _has_run_away(inference):
+            break
     gradients = inference.local_gradients()
     relaxation = report(inference, steps, residual, solver.tol, beta, solver.remedy)
     return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
+
+
+def _has_run_away(inference: Inference) -> bool:
+    """Whether the last energy is past what :func:`report` lets through: the steps that are left would be wasted."""
+    first, last = (float(sum(inference.history[i].values())) for i in (0, -1))
+    return not -math.inf < last <= _ceiling(first)
+
+
+def _ceiling(first: float) -> float:
+    return first + RISE * abs(first) + 1.0
 
 
 def report(
@@ -105,7 +118,7 @@ def report(
 
 
 def _check(total: tuple[float, ...], parts: Mapping[str, tuple[float, ...]], remedy: str) -> None:
-    ceiling = total[0] + RISE * abs(total[0]) + 1.0
+    ceiling = _ceiling(total[0])
     bad = next((step for step, energy in enumerate(total) if not -math.inf < energy <= ceiling), None)
     if bad is None:
         return
@@ -123,7 +136,7 @@ def _check(total: tuple[float, ...], parts: Mapping[str, tuple[float, ...]], rem
         f"energy {total[bad]:.4g} after {total[0]:.4g} at the start",
         "an energy that falls",
         remedy,
-        total,
+        total[: bad + 1],
     )
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from torch2ebm.graph import Node
+from torch2ebm.inference import LOSS
 from torch2ebm.solvers.base import ValueSolver, check_positive, check_steps, check_tolerance
+from torch2ebm.state import NodePass
 from torch2ebm.value_inference import ValueInference
 
 
 @dataclass(frozen=True)
 class SequentialDescent(ValueSolver):
-    """``v <- v - lr / (1 + t) dF/dv`` in reverse order, each node seeing the error that its children have left.
+    """``v <- v - lr / (1 + t) dF/dv`` in reverse order, each node at the values that the moves before have left.
 
     Sequential inference learning (Alonso et al. 2023; algorithms.md D6): a single step carries the error to all
-    nodes, so few steps are enough. The energy of a step is that of the errors left behind.
+    nodes, so few steps are enough. A child of several parents is evaluated again for each that moves.
 
     Args:
         steps: Most inference steps.
@@ -47,10 +51,77 @@ class SequentialDescent(ValueSolver):
         return 0
 
     def step(self, inference: ValueInference, state: int) -> int:
-        rate = -self.lr / (1 + state)
-
-        def move(slot: str, gradient: Tensor) -> None:
-            inference.move(slot, gradient, rate)
-
-        inference.sequential_sweep(move)
+        inference.begin_sweep()
+        sweep = _Sweep(inference)
+        sweep.messages_of_outputs()
+        for node in reversed(inference.graph.hidden_nodes):
+            messages = sweep.messages_to(node)
+            if not messages and not inference.is_active(node):
+                continue
+            for slot, gradient in inference.completed(node, sweep.own_gradients(node), messages):
+                inference.move(slot, gradient, -self.lr / (1 + state))
+            sweep.has_moved(node)
         return state + 1
+
+
+class _Sweep:
+    """What nodes say at the values as they are now; what one said before a parent moved is forgotten."""
+
+    def __init__(self, inference: ValueInference) -> None:
+        self.inference = inference
+        self.passes: dict[str, NodePass] = {}
+        self.sent: dict[str, dict[str, Tensor]] = {}  # by child; outputs, which share a loss, under its name
+
+    def own_gradients(self, node: Node) -> Sequence[Tensor]:
+        """dphi/dv of a node; neither it nor its parents have moved in this sweep."""
+        errors, predictions = self._errors(node)
+        return self.inference.recorded_pulls(node, errors, predictions)[0]
+
+    def messages_to(self, node: Node) -> dict[str, Tensor]:
+        """The sum of what all children send to each slot of the node."""
+        children = [self.inference.graph.nodes[name] for name in node.children]
+        sent = [self._of_child(child) for child in children if not child.is_output]
+        if any(child.is_output for child in children):
+            sent.append(self.messages_of_outputs())
+        total: dict[str, Tensor] = {}
+        for messages in sent:
+            for slot in messages.keys() & set(node.slots):
+                total[slot] = total[slot] + messages[slot] if slot in total else messages[slot]
+        return total
+
+    def has_moved(self, node: Node) -> None:
+        for name in node.children:
+            self.passes.pop(name, None)
+            self.sent.pop(LOSS if self.inference.graph.nodes[name].is_output else name, None)
+
+    def _pass_of(self, node: Node) -> NodePass:
+        if node.name not in self.passes:
+            self.passes[node.name] = self.inference.evaluate(node, requires_grad=True)
+        return self.passes[node.name]
+
+    def _errors(self, node: Node) -> tuple[list[Tensor], Sequence[Tensor]]:
+        predictions = self._pass_of(node).predictions
+        return self.inference.subtract(node, predictions), predictions
+
+    def _of_child(self, child: Node) -> dict[str, Tensor]:
+        if child.name not in self.sent:
+            messages: dict[str, Tensor] = {}
+            if self.inference.is_active(child):
+                cotangents = self.inference.pulls(child, *self._errors(child))[1]
+                self.inference.send(self._pass_of(child), cotangents, messages)
+            self.sent[child.name] = messages
+            self.passes.pop(child.name, None)  # its graph is used up
+        return self.sent[child.name]
+
+    def messages_of_outputs(self) -> dict[str, Tensor]:
+        if LOSS not in self.sent:
+            messages: dict[str, Tensor] = {}
+            passes = [self.inference.evaluate(node, requires_grad=True) for node in self.inference.graph.output_nodes]
+            before = self.inference.history[-1].get(LOSS)
+            errors = self.inference.output_errors(passes)
+            if before is not None:  # the energy of a step is that of its start
+                self.inference.history[-1][LOSS] = before
+            for evaluated in passes:
+                self.inference.send(evaluated, [errors.get(slot) for slot in evaluated.node.slots], messages)
+            self.sent[LOSS] = messages
+        return self.sent[LOSS]

@@ -1,0 +1,86 @@
+"""Error descent, accelerated by what the last steps have shown of the map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from torch2ebm.error_inference import ErrorInference
+from torch2ebm.solvers.base import ErrorSolver, check_positive, check_steps, check_tolerance
+from torch2ebm.solvers.rows import Rows
+
+
+@dataclass
+class Past:
+    """The last errors and gradients, all slots of a sample in one row; the newest last."""
+
+    errors: list[Tensor] = field(default_factory=list)  # [batch, entries]
+    gradients: list[Tensor] = field(default_factory=list)  # [batch, entries]
+
+
+@dataclass(frozen=True)
+class Anderson(ErrorSolver):
+    """Anderson acceleration of error descent (Anderson 1965; Walker and Ni 2011), each sample on its own.
+
+    The next errors are a step from that affine combination of the last ``memory`` iterates whose gradient is
+    smallest. Where values have no batch dimension the batch is one sample.
+
+    Args:
+        steps: Most inference steps.
+        lr: Step size from the combined iterate.
+        memory: How many iterates are combined.
+        tol: Stop when no entry of dF/de exceeds it in any node or sample; 0 does all steps.
+
+    Raises:
+        ConfigurationError: for an illegal step size, number of steps, ``memory`` or ``tol``.
+
+    Example:
+        >>> import torch2ebm
+        >>> torch2ebm.PredictiveCoding(solver=torch2ebm.Anderson(steps=10)).solver.memory
+        5
+    """
+
+    steps: int = 10
+    lr: float = 0.3
+    memory: int = 5
+    tol: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_steps("Anderson", self.steps)
+        check_positive("Anderson", lr=self.lr, memory=self.memory)
+        check_tolerance("Anderson", self.tol)
+
+    def with_steps(self, steps: int) -> Anderson:
+        return replace(self, steps=steps)
+
+    def start(self, inference: ErrorInference) -> Past:
+        return Past()
+
+    def step(self, inference: ErrorInference, state: Past) -> Past:
+        found = dict(inference.total_sweep())
+        rows = Rows(inference.values, tuple(inference.values), inference.call.batch_size)
+        state.errors.append(rows.pack(inference.errors))
+        state.gradients.append(rows.pack(found))
+        del state.errors[: -self.memory - 1], state.gradients[: -self.memory - 1]
+        rows.unpack(self._next(state), inference.errors)
+        return state
+
+    def _next(self, state: Past) -> Tensor:
+        error, gradient = state.errors[-1], state.gradients[-1]
+        if len(state.errors) == 1:
+            return error - self.lr * gradient
+        steps = torch.stack([error - past for past in state.errors[:-1]], 2)  # [batch, entries, memory]
+        changes = torch.stack([gradient - past for past in state.gradients[:-1]], 2)
+        weights = _least_squares(changes, gradient)  # [batch, memory, 1]
+        return (error - (steps @ weights).squeeze(2)) - self.lr * (gradient - (changes @ weights).squeeze(2))
+
+
+def _least_squares(changes: Tensor, gradient: Tensor) -> Tensor:
+    """Weights w with the smallest |gradient - changes w|, by normal equations with a trace of a ridge."""
+    gram = changes.mT @ changes
+    scale = gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
+    ridge = torch.diag_embed((scale * 10 * torch.finfo(gram.dtype).eps).expand(-1, gram.shape[1]))
+    weights: Tensor = torch.linalg.solve(gram + ridge, changes.mT @ gradient.unsqueeze(2))
+    return weights
