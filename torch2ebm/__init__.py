@@ -2,7 +2,14 @@
 
 from torch2ebm import errors, torch2pc
 from torch2ebm.agreement import Agreement
-from torch2ebm.algorithms import Algorithm, Backprop, FixedPrediction, PredictiveCoding, ZeroDivergence
+from torch2ebm.algorithms import (
+    Algorithm,
+    Backprop,
+    FixedPrediction,
+    IncrementalPredictiveCoding,
+    PredictiveCoding,
+    ZeroDivergence,
+)
 from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.energies import Categorical, Energy, Gaussian
 from torch2ebm.errors import Torch2EBMError
@@ -40,6 +47,7 @@ __all__ = [
     "Gaussian",
     "GradientComparison",
     "GradientDescent",
+    "IncrementalPredictiveCoding",
     "InferenceState",
     "LocalErrorDescent",
     "Momentum",

@@ -33,6 +33,7 @@ class OpenForwards:
     def __init__(self) -> None:
         self.histories: deque[BufferHistory] = deque(maxlen=16)  # of forwards that are never answered the latest
         self.opened_since_step = self.answered_since_step = False
+        self.later: deque[Iterator[LocalGradients]] = deque(maxlen=16)  # of algorithms whose weights move with values
 
     @property
     def unanswered(self) -> bool:
@@ -41,6 +42,20 @@ class OpenForwards:
 
     def stepped(self) -> None:
         self.opened_since_step = self.answered_since_step = False
+        self.later.clear()
+
+    def later_gradients(self) -> Iterator[dict[str, Tensor]]:
+        """By name, summed over the backwards since the last step; each once the weights have moved on the one before.
+
+        Raises :class:`NonFiniteError` where one is not finite.
+        """
+        for together in zip(*self.later, strict=False):
+            total: dict[str, Tensor] = {}
+            for gradients in together:
+                check_gradients(gradients.parameters)
+                for name, gradient in gradients.parameters.items():
+                    total[name] = total[name] + gradient if name in total else gradient
+            yield total
 
     def opened(self, history: BufferHistory) -> None:
         self.histories.append(history)
@@ -110,9 +125,20 @@ class OpenCall:
         self._check_inputs(call, gradients)
         self.keep(gradients.state)
         self.forwards.closed(self.history)
+        if gradients.later is not None:
+            self.forwards.later.append(self._later(call, gradients.later))
         if not retain_graph:
             self.call = None
         return gradients
+
+    def _later(self, call: Call, gradients: Iterator[LocalGradients]) -> Iterator[LocalGradients]:
+        while True:
+            with self._as_in_forward(call):
+                found = next(gradients, None)
+            if found is None:
+                return
+            self.keep(found.state)
+            yield found
 
     @contextmanager
     def _as_in_forward(self, call: Call) -> Iterator[None]:
@@ -240,6 +266,7 @@ class RecordedLoss(OutputLoss):
         # a common factor scales gradients; its sign, and the ratios between several scalars, enter the energy
         self.relative = [factor / outer if outer else 0.0 for factor in factors]
         self.multiplier = self._multiplier()
+        self.factor = outer
         self.scale = outer / self.multiplier
         self.unit = self.multiplier / outer if outer else 0.0
 
@@ -360,13 +387,19 @@ def _check_prediction(call: Call) -> None:
 
 
 def _check_gradients(gradients: LocalGradients, loss: OutputLoss) -> None:
-    """One pass over the data; a sum that merely overflows is looked at again, one by one."""
     if _sum_is_finite(gradients.parameters.values()):
         return
     for delivered in loss.delivered.values():
         if not all_finite(delivered):
             raise _non_finite("the loss, backward", delivered)
-    for name, gradient in gradients.parameters.items():
+    check_gradients(gradients.parameters)
+
+
+def check_gradients(gradients: Mapping[str, Tensor]) -> None:
+    """One pass over the data; a sum that merely overflows is looked at again, one by one."""
+    if _sum_is_finite(gradients.values()):
+        return
+    for name, gradient in gradients.items():
         if not all_finite(gradient):
             raise _non_finite(f"gradient of parameter '{name}', backward", gradient)
 

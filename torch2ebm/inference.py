@@ -30,7 +30,6 @@ class Inference(ABC):
         measuring: Whether the next sweep keeps the largest entries of its gradients.
         driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep, a sample or in all.
         evaluations: How many node functions have run.
-        collecting: Where the parameters' share of each sweep goes, for algorithms that learn while values move.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class Inference(ABC):
         self.measuring = False
         self.driving: list[Tensor] = []
         self.evaluations = 0
-        self.collecting: GradientSum | None = None
 
     # the driving term
 
@@ -111,10 +109,9 @@ class Inference(ABC):
 
     def send(self, evaluated: NodePass, cotangents: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
         """Add J^T of the cotangents to the message of each parent."""
-        if self.collecting is None:
-            products = evaluated.pullback(cotangents, evaluated.inputs)
-        else:
-            products = self.collecting.add(self.call, evaluated, cotangents, evaluated.inputs)
+        self.add_messages(evaluated, evaluated.pullback(cotangents, evaluated.inputs), messages)
+
+    def add_messages(self, evaluated: NodePass, products: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
         for slot, message in zip(evaluated.node.reads, products, strict=True):
             if message is not None:
                 message = at_least_single(message)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.errors import AttachmentError, LossIndependentError
+from torch2ebm.errors import AttachmentError, LossIndependentError, NoStateError
 from torch2ebm.model import EnergyModel
+
+Monitor = Callable[[str, float, int], Any]
 
 
 class EnergyOptimizer(Optimizer):
@@ -23,6 +28,8 @@ class EnergyOptimizer(Optimizer):
         optimizer: The optimizer to wrap.
         model: The converted model, or a wrapper of it (``DistributedDataParallel``, ``torch.compile``).
         algorithm: What computes the gradients.
+        monitor: Called in every ``step()``, as ``monitor(name, value, step)``, with the energy of each node, their sum
+            with the loss, and how the relaxation went. ``SummaryWriter.add_scalar`` of TensorBoard fits as it is.
 
     Raises:
         AttachmentError: if the model is not converted, or has an algorithm attached.
@@ -38,11 +45,14 @@ class EnergyOptimizer(Optimizer):
         >>> optimizer.step()
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, algorithm: Algorithm) -> None:
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module, algorithm: Algorithm, *, monitor: Monitor | None = None
+    ) -> None:
         converted = unwrapped(model)
-        _check(optimizer, algorithm)
+        _check(optimizer, algorithm, monitor)
         converted.attach(algorithm)
         self.optimizer, self.model, self.algorithm = optimizer, converted, algorithm
+        self.monitor, self.monitored = monitor, 0
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._share()
 
@@ -54,13 +64,63 @@ class EnergyOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The wrapped optimizer's step; returns what ``closure`` returns.
 
+        Algorithms whose weights move with the values make their further steps here (IncrementalPredictiveCoding).
         Raises :class:`LossIndependentError` if the model ran since the last step and no backward reached it.
         """
         if closure is None:
             self._check_backward()
-        result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        with self._whole():
+            result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+            self._step_on()
+        self._report()
         self.model.forwards.stepped()
         return result
+
+    def _step_on(self) -> None:
+        """The steps that follow the first where weights move with the values; ``.grad`` is left as the first saw it."""
+        if not self.model.forwards.later:
+            return
+        own = dict(self.model.named_parameters())
+        everything = [p for group in self.param_groups for p in group["params"]]
+        first = [(parameter, parameter.grad) for parameter in {*everything, *own.values()}]
+        try:
+            for gradients in self.model.forwards.later_gradients():
+                for parameter, _ in first:
+                    parameter.grad = None  # what is no part of the model has had its step
+                for name, gradient in gradients.items():
+                    own[name].grad = gradient
+                self.optimizer.step()
+        finally:
+            for parameter, gradient in first:
+                parameter.grad = gradient
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Several steps of the optimizer are one: if a later one fails, weights and state are as before the first."""
+        if not self.algorithm.weights_move:
+            yield
+            return
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        before = [parameter.detach().clone() for parameter in parameters]
+        state = copy.deepcopy(self.optimizer.state_dict())
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before, strict=True):
+                    parameter.copy_(value)
+            self.load_state_dict(state)
+            self.model.forwards.stepped()
+            raise
+
+    def _report(self) -> None:
+        """What the last backward left goes to the monitor."""
+        if self.monitor is None:
+            return
+        with suppress(NoStateError):
+            for name, value in self.model.state.scalars().items():
+                self.monitor(name, value, self.monitored)
+        self.monitored += 1
 
     def _check_backward(self) -> None:
         forwards = self.model.forwards
@@ -80,6 +140,7 @@ class EnergyOptimizer(Optimizer):
         return self.optimizer
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        self.model.forwards.later.clear()  # of gradients that are given up
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -96,11 +157,13 @@ class EnergyOptimizer(Optimizer):
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "model": self.model, "algorithm": self.algorithm}
+        """Without the monitor, which belongs to the process."""
+        return {name: getattr(self, name) for name in ("optimizer", "model", "algorithm", "monitored")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer, model, algorithm = state["optimizer"], state["model"], state["algorithm"]
         self.optimizer, self.model, self.algorithm = optimizer, model, algorithm
+        self.monitor, self.monitored = None, state["monitored"]
         if not model.attached:
             model.attach(algorithm)
         super().__init__(optimizer.param_groups, optimizer.defaults)
@@ -127,7 +190,7 @@ def unwrapped(model: nn.Module) -> EnergyModel:
     return inner
 
 
-def _check(optimizer: Optimizer, algorithm: Algorithm) -> None:
+def _check(optimizer: Optimizer, algorithm: Algorithm, monitor: Monitor | None) -> None:
     where = "EnergyOptimizer(optimizer, model, algorithm)"
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, EnergyOptimizer):
         raise AttachmentError(
@@ -142,4 +205,11 @@ def _check(optimizer: Optimizer, algorithm: Algorithm) -> None:
             f"{algorithm!r} as the algorithm",
             "an algorithm object, for example torch2ebm.PredictiveCoding()",
             "Write the parentheses: an object, not the class.",
+        )
+    if monitor is not None and not callable(monitor):
+        raise AttachmentError(
+            where,
+            f"{monitor!r} as the monitor",
+            "a function of (name, value, step)",
+            "For example SummaryWriter().add_scalar.",
         )

@@ -161,11 +161,13 @@ class OutputLoss(ABC):
         delivered: Gradient of the user's scalars with respect to each output slot, as autograd delivered it.
         scale: Factor from dF/dtheta to ``.grad`` (algorithms.md, section 0): the outer factor over lambda B.
         unit: Factor from ``delivered`` to the gradient of the loss summed over samples: B for a mean, 1 for a sum.
+        factor: The outer factor alone (accumulation's, a gradient scaler's).
     """
 
     delivered: Mapping[str, Tensor]
     scale: float
     unit: float
+    factor: float
 
     @abstractmethod
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -177,7 +179,8 @@ class NudgedLoss(OutputLoss):
 
     def __init__(self, loss: OutputLoss, beta: float) -> None:
         self._loss, self._beta = loss, beta
-        self.delivered, self.scale, self.unit = loss.delivered, loss.scale / beta, loss.unit * beta
+        self.delivered, self.factor = loss.delivered, loss.factor
+        self.scale, self.unit = loss.scale / beta, loss.unit * beta
 
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         value, gradients = self._loss.gradients(predictions)
@@ -282,6 +285,21 @@ class InferenceState:
         """
         return PerNode(self.graph, self._energy)
 
+    def scalars(self) -> dict[str, float]:
+        """Numbers to watch, summed over samples: ``energy/<node>``, and from a relaxation also ``energy`` (their sum
+        with the loss), ``loss`` (lambda times it), ``relaxation/steps`` and ``relaxation/residual``.
+        """
+        last = self.relaxation
+        if not last.node_energy:
+            return {f"energy/{name}": float(_sum_of(energy)) for name, energy in self.energy.items()}
+        return {
+            **{f"energy/{name}": column[-1] for name, column in last.node_energy.items()},
+            "energy": last.energy[-1],
+            "loss": last.loss[-1],
+            "relaxation/steps": float(last.steps),
+            "relaxation/residual": last.residual,
+        }
+
     def _prediction(self, slot: str) -> Tensor:
         if slot not in self.predictions:
             raise NoStateError(
@@ -310,6 +328,10 @@ class InferenceState:
         return gaussian_energy(error) if energy is None else energy.of_samples(error, self._prediction(slot).to(error))
 
 
+def _sum_of(energy: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return sum((each.sum() for each in energy), torch.zeros(())) if isinstance(energy, tuple) else energy.sum()
+
+
 @dataclass(frozen=True, eq=False)
 class LocalGradients:
     """What an algorithm hands to autograd, in the scale of the user's loss."""
@@ -317,3 +339,4 @@ class LocalGradients:
     parameters: Mapping[str, Tensor]  # a missing one has no path to an output
     inputs: Sequence[Tensor | None]
     state: InferenceState
+    later: Iterator[LocalGradients] | None = None  # each to be taken once the weights have moved on the one before

@@ -49,12 +49,6 @@ class ValueInference(Inference):
             self.values[slot] = torch.add(self.values[slot], direction, alpha=rate)
             self.moved.add(slot)
 
-    def parameters_have_moved(self) -> None:
-        """No prediction is what it was: every node has to be evaluated from now on."""
-        self.moved.update(self.values)
-        self.values = {slot: value.clone() for slot, value in self.values.items()}
-        self._fixed.clear()
-
     def sweep(self) -> Iterator[tuple[str, Tensor]]:
         """dF/dv of each slot that it is not exactly zero for; the slot may be moved as soon as it is yielded."""
         self.begin_sweep()
@@ -86,10 +80,8 @@ class ValueInference(Inference):
     def _own_gradients(self, node: Node, messages: dict[str, Tensor]) -> Sequence[Tensor | None]:
         """dphi/dv of a node, after sending its error to its parents. None is exactly zero."""
         if not self.is_active(node):
-            if self.collecting is not None:
-                self.collecting.add_zeros(self.call, node)
             return [None] * len(node.slots)
-        if not node.reads and node.slots[0] in self._fixed and self.collecting is None:
+        if not node.reads:
             predictions: Sequence[Tensor] = [self._fixed[slot] for slot in node.slots]
             return self.recorded_pulls(node, self.subtract(node, predictions), predictions)[0]
         evaluated = self.evaluate(node, requires_grad=True)

@@ -3,7 +3,15 @@
 from torch2ebm.algorithms.backprop import Backprop
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.algorithms.fixed_prediction import FixedPrediction
+from torch2ebm.algorithms.incremental_predictive_coding import IncrementalPredictiveCoding
 from torch2ebm.algorithms.predictive_coding import PredictiveCoding
 from torch2ebm.algorithms.zero_divergence import ZeroDivergence
 
-__all__ = ["Algorithm", "Backprop", "FixedPrediction", "PredictiveCoding", "ZeroDivergence"]
+__all__ = [
+    "Algorithm",
+    "Backprop",
+    "FixedPrediction",
+    "IncrementalPredictiveCoding",
+    "PredictiveCoding",
+    "ZeroDivergence",
+]

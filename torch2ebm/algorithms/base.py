@@ -20,6 +20,7 @@ class Algorithm(ABC):
         partition: The granularity that ``nodes="auto"`` takes for it.
         reevaluates_loss: Whether it needs the loss at predictions that have moved. If not, any loss will do.
         has_input_gradients: Whether inputs may require a gradient (a converted tail of a larger net).
+        weights_move: Whether ``optimizer.step()`` makes further steps, on ``LocalGradients.later``.
         loss_reduction: ``"mean"``: the loss is a mean over the batch, and inference uses the sum over samples, so a
             sample relaxes the same alone or in a batch. ``"sum"``: the loss enters the energy as it is written.
             None: taken from the loss as it was recorded.
@@ -28,6 +29,7 @@ class Algorithm(ABC):
     partition: ClassVar[str] = "layer"
     reevaluates_loss: ClassVar[bool] = True
     has_input_gradients: ClassVar[bool] = True
+    weights_move: ClassVar[bool] = False
     loss_reduction: str | None = None
 
     @abstractmethod

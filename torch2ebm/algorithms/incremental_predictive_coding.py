@@ -1,0 +1,177 @@
+"""Incremental predictive coding: the weights move at every inference step, with the values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from torch2ebm.algorithms.base import Algorithm, check_reduction
+from torch2ebm.algorithms.node_energies import check_names, node_energies
+from torch2ebm.energies import Energy
+from torch2ebm.errors import ConfigurationError
+from torch2ebm.graph import Node
+from torch2ebm.inference import GradientSum
+from torch2ebm.solvers.base import check_positive, check_steps, report
+from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass, OutputLoss
+from torch2ebm.value_inference import ValueInference
+
+
+class IncrementalPredictiveCoding(Algorithm):
+    """Values and weights descend the energy together (iPC; Salvatori et al. 2022; algorithms.md G).
+
+    ``loss.backward()`` does the first of ``steps`` inference steps and fills ``.grad`` with the local gradients of
+    that moment. ``optimizer.step()`` then makes the wrapped optimizer's step, and ``steps - 1`` more: each on the
+    gradients of its own inference step, at the values and the weights as they then are. The loop stays as it is; the
+    optimizer counts ``steps`` steps a batch, and ``.grad`` is left as the first one saw it. After several backwards
+    (accumulation) all batches relax side by side and their gradients add up. What is done to ``.grad`` between
+    backward and step, clipping say, is done to the first step's only.
+
+    The first gradient is taken where values still are the feed-forward pass, so ``steps=1`` teaches the output alone;
+    an error reaches one level more at each step. Divide a learning rate that suits backprop by about ``steps``.
+
+    Args:
+        steps: Inference steps, and steps of the optimizer, a batch.
+        lr: Step size of the values.
+        precisions: Node name to precision, a number or a tensor that broadcasts against the node's value; 1 elsewhere.
+        energies: Node name to energy; Gaussian elsewhere.
+        loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
+
+    Raises:
+        ConfigurationError: for an illegal setting; in backward for a loss with an outer factor above 1 (a gradient
+            scaler's), which only the first step would be rid of.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> model = torch2ebm.convert(net)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.01)
+        >>> optimizer = torch2ebm.EnergyOptimizer(sgd, model, torch2ebm.IncrementalPredictiveCoding(steps=5, lr=0.5))
+        >>> torch.nn.functional.cross_entropy(model(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])).backward()
+        >>> optimizer.step()
+        >>> model.state.relaxation.steps
+        5
+    """
+
+    weights_move = True
+
+    def __init__(
+        self,
+        steps: int = 20,
+        lr: float = 0.1,
+        *,
+        precisions: Mapping[str, float | Tensor] | None = None,
+        energies: Mapping[str, Energy] | None = None,
+        loss_reduction: str = "mean",
+    ) -> None:
+        check_steps("IncrementalPredictiveCoding", steps)
+        check_positive("IncrementalPredictiveCoding", lr=lr)
+        check_reduction("IncrementalPredictiveCoding", loss_reduction)
+        self.steps, self.lr = steps, lr
+        self.energies = node_energies("IncrementalPredictiveCoding", precisions or {}, energies or {})
+        self.loss_reduction: str = loss_reduction
+
+    def __repr__(self) -> str:
+        energies = f", energies={dict(self.energies)!r}" if self.energies else ""
+        return (
+            f"IncrementalPredictiveCoding(steps={self.steps}, lr={self.lr}{energies}, "
+            f"loss_reduction={self.loss_reduction!r})"
+        )
+
+    def forward(self, call: Call) -> None:
+        check_names("IncrementalPredictiveCoding", self.energies, call.graph)
+        call.feedforward(keep_graph=False)
+
+    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        _check_factor(loss)
+        inference = ValueInference(call, loss, self.energies, retain_call=retain_graph)
+        steps = self._steps(inference)
+        return replace(next(steps), later=steps)
+
+    def with_steps(self, steps: int) -> IncrementalPredictiveCoding:
+        return IncrementalPredictiveCoding(steps, self.lr, energies=self.energies, loss_reduction=self.loss_reduction)
+
+    def _steps(self, inference: ValueInference) -> Iterator[LocalGradients]:
+        for step in range(1, self.steps + 1):
+            inference.measuring = step == self.steps
+            yield _Step(inference).taken(self.lr, step)
+
+
+class _Step:
+    """One inference step: gradients of values and parameters at the same state, then all values move."""
+
+    def __init__(self, inference: ValueInference) -> None:
+        self.inference, self.call, self.graph = inference, inference.call, inference.graph
+        self.gradients = GradientSum()
+        self.predictions: dict[str, Tensor] = {}
+        self.errors: dict[str, Tensor] = {}
+        self.messages: dict[str, Tensor] = {}
+        self.unreached: list[str] = []
+
+    def taken(self, lr: float, step: int) -> LocalGradients:
+        self.inference.begin_sweep()
+        self._outputs()
+        for node in reversed(self.graph.hidden_nodes):
+            # after the first step any weight may have moved, by momentum or decay, without an error
+            reached = step > 1 or self.inference.is_active(node)
+            own = self._hidden(node) if reached else self._unreached(node)
+            for slot, gradient in self.inference.completed(node, own, self.messages):
+                self.inference.move(slot, gradient, -lr)
+        return self._result(step)
+
+    def _hidden(self, node: Node) -> Sequence[Tensor | None]:
+        evaluated = self.inference.evaluate(node, requires_grad=True)
+        errors = self.inference.subtract(node, evaluated.predictions)
+        own, cotangents = self.inference.recorded_pulls(node, errors, evaluated.predictions)
+        self._send(evaluated, errors, cotangents)
+        return own
+
+    def _unreached(self, node: Node) -> Sequence[Tensor | None]:
+        """Its value is the prediction still: its error is exactly zero."""
+        self.unreached.insert(0, node.name)
+        self.gradients.add_zeros(self.call, node)
+        self.predictions.update({slot: self.inference.values[slot] for slot in node.slots})
+        return [None] * len(node.slots)
+
+    def _outputs(self) -> None:
+        passes = [self.inference.evaluate(node, requires_grad=True) for node in self.graph.output_nodes]
+        errors = self.inference.output_errors(passes)
+        for evaluated in passes:
+            own = [errors.get(slot) for slot in evaluated.node.slots]
+            self._send(evaluated, own, own)
+
+    def _send(self, evaluated: NodePass, errors: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]) -> None:
+        for slot, prediction, error in zip(evaluated.node.slots, evaluated.predictions, errors, strict=True):
+            self.predictions[slot] = prediction.detach()
+            if error is not None:
+                self.errors[slot] = error
+        products = self.gradients.add(self.call, evaluated, cotangents, evaluated.inputs)
+        self.inference.add_messages(evaluated, products, self.messages)
+
+    def _result(self, step: int) -> LocalGradients:
+        scale = -self.inference.loss.scale
+        relaxation = report(self.inference, step, float(self.inference.residual()), tol=0.0)
+        state = InferenceState(
+            self.graph,
+            self.call.batch_size,
+            self.predictions,
+            self.errors,
+            relaxation=relaxation,
+            unreached=tuple(self.unreached),
+            energies=self.inference.energies,
+            phases=(relaxation,),
+        )
+        clamped = {name: gradient * scale for name, gradient in self.gradients.clamped.items()}
+        parameters = {name: gradient * scale for name, gradient in self.gradients.parameters.items()}
+        return LocalGradients(parameters, self.call.input_gradients(clamped), state)
+
+
+def _check_factor(loss: OutputLoss) -> None:
+    if loss.factor > 1.0:
+        raise ConfigurationError(
+            "loss.backward()",
+            f"a loss with an outer factor of {loss.factor:g}",
+            "at most 1 under IncrementalPredictiveCoding",
+            "Use bfloat16 without a gradient scaler, and put a factor into the learning rate.",
+        )
