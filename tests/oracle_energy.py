@@ -3,11 +3,11 @@
 Nothing of the package under test. Values and errors are dictionaries by vertex; the loss is summed over samples.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from oracles import Dag, Gradients, Loss, dag_feedforward
+from oracles import ChainState, Dag, Gradients, Loss, dag_feedforward, output_error
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
@@ -114,3 +114,39 @@ def by_sequential_descent(problem: EnergyProblem, steps: int, lr: float) -> Valu
             slope = gradient(problem.of_values, values)[name]
             values = {**values, name: values[name] - lr / (1 + step) * slope}
     return values
+
+
+def chain_error_descent(
+    layers: Sequence[Callable[[Tensor], Tensor]],
+    parameters: Sequence[Sequence[Tensor]],
+    x: Tensor,
+    loss: Loss,
+    steps: int,
+    lr: float,
+    beta: float,
+) -> ChainState:
+    """Error descent on a chain, autograd through the whole of it; the gradients are over beta."""
+
+    def run(errors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        values, value = [], x
+        for layer, error in zip(layers, [*errors, 0.0], strict=True):
+            value = layer(value) + error
+            values.append(value)
+        return values, sum((0.5 * error.square().sum() for error in errors), beta * loss(value))
+
+    with torch.no_grad():
+        value, errors = x, []
+        for layer in layers[:-1]:
+            value = layer(value)
+            errors.append(torch.zeros_like(value))
+    for _ in range(steps):
+        leaves = [error.detach().requires_grad_() for error in errors]
+        slopes = torch.autograd.grad(run(leaves)[1], leaves)
+        errors = [error - lr * slope for error, slope in zip(errors, slopes, strict=True)]
+    values = [value.detach() for value in run(errors)[0]]
+    errors.append(beta * output_error(values[-1], loss))
+    gradients = []
+    for layer, own, value, error in zip(layers, parameters, [x, *values[:-1]], errors, strict=True):
+        wanted = dict(allow_unused=True, materialize_grads=True)
+        gradients.append(torch.autograd.grad(layer(value), own, -error / beta, **wanted) if own else ())
+    return ChainState(tuple(gradients), tuple(values), tuple(errors))

@@ -301,6 +301,22 @@ def test_a_small_loss_makes_predictive_coding_backprop() -> None:
     assert distances[1] < 0.02 and distances[0] / distances[1] == pytest.approx(10, rel=0.2)
 
 
+@every_granularity
+@pytest.mark.parametrize("problem", tagged(without=("batch_norm", "batch_coupled")), ids=lambda p: p.name)
+def test_one_full_step_of_error_descent_has_the_errors_of_zero_divergence(problem: Problem, nodes: str) -> None:
+    """dF/de at the feed-forward pass is backprop's delta (algorithms.md A5): e = -delta after a step of size 1."""
+    one = torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(1, 1.0))
+    inputs = problem.inputs(4)
+    states = []
+    for algorithm in (one, torch2ebm.ZeroDivergence()):
+        model = attached(problem.build(), algorithm, nodes)
+        local_gradients(model, inputs, problem.loss)
+        states.append(model.state)
+    for node in model.graph.hidden_nodes:
+        ours, exact = (state.error[node.name] for state in states)
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-13)
+
+
 # The wave front -------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import attached, local_gradients, relative_error
+from oracle_energy import chain_error_descent
 from oracles import ChainState, Gradients, backprop, binomial_tail, strict
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
@@ -35,6 +36,9 @@ ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
     "zero_divergence": torch2ebm.ZeroDivergence(),
     "fixed_prediction": torch2ebm.FixedPrediction(steps=4, lr=0.3),
     "predictive_coding": torch2ebm.PredictiveCoding(steps=6, lr=0.2),
+    "error_descent": torch2ebm.PredictiveCoding(
+        solver=torch2ebm.ErrorDescent(steps=3, lr=0.2), nudging=torch2ebm.OneSided(0.7)
+    ),
 }
 CODING = ALGORITHMS["predictive_coding"]
 
@@ -85,10 +89,23 @@ def regression(output: Tensor) -> Tensor:
 
 
 def relaxed(algorithm: torch2ebm.Algorithm, net: nn.Sequential, x: Tensor, loss_sum: Loss) -> ChainState:
+    trainable = [[p for p in layer.parameters() if p.requires_grad] for layer in net]
+    return relaxed_chain(algorithm, list(net), trainable, x, lambda y: loss_sum(y.clone()))
+
+
+def relaxed_chain(
+    algorithm: torch2ebm.Algorithm,
+    layers: list[Callable[[Tensor], Tensor]],
+    trainable: list[list[Tensor]],
+    x: Tensor,
+    loss: Loss,
+) -> ChainState:
     assert isinstance(algorithm, torch2ebm.PredictiveCoding)
     solver = algorithm.solver
-    trainable = [[p for p in layer.parameters() if p.requires_grad] for layer in net]
-    return strict(list(net), trainable, x, lambda y: loss_sum(y.clone()), solver.steps, solver.lr)
+    if isinstance(solver, torch2ebm.ErrorDescent):
+        (beta,) = algorithm.nudging.betas
+        return chain_error_descent(layers, trainable, x, loss, solver.steps, solver.lr, beta)
+    return strict(layers, trainable, x, loss, solver.steps, solver.lr)
 
 
 def by_name(net: nn.Sequential, gradients: tuple[tuple[Tensor, ...], ...], scale: float = 1.0) -> Gradients:
@@ -918,13 +935,12 @@ def test_a_loss_of_several_outputs(algorithm: torch2ebm.Algorithm, named: bool) 
     exact = backprop(net, (x,), one)
     if isinstance(algorithm, torch2ebm.PredictiveCoding):
         heads = [*net.left.parameters(), *net.right.parameters()]
-        state = strict(
+        state = relaxed_chain(
+            algorithm,
             [net.trunk, lambda hidden: torch.cat([net.left(hidden), net.right(hidden)], dim=1)],
             [list(net.trunk.parameters()), heads],
             x,
             lambda output: BATCH * of_both(output),
-            algorithm.solver.steps,
-            algorithm.solver.lr,
         )
         found = [g / BATCH for layer in state.gradients for g in layer]
         assert_equal(ours, dict(zip(dict(net.named_parameters()), found, strict=True)))
@@ -1130,7 +1146,7 @@ def test_a_converted_tail_sends_minus_the_sum_of_its_messages_to_its_input(
     if isinstance(algorithm, torch2ebm.PredictiveCoding):
         state = relaxed(algorithm, net, leaf.detach(), lambda y: len(x) * classification(y))
         (message,) = torch.autograd.grad(net[0](leaf), leaf, state.errors[0])
-        reference = -message / len(x)
+        reference = -message / len(x) / algorithm.nudging.betas[0]
     else:
         (reference,) = torch.autograd.grad(classification(net(leaf)), leaf)
         if isinstance(algorithm, torch2ebm.FixedPrediction):  # e_1 has come along both edges
