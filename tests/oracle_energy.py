@@ -147,6 +147,6 @@ def chain_error_descent(
     errors.append(beta * output_error(values[-1], loss))
     gradients = []
     for layer, own, value, error in zip(layers, parameters, [x, *values[:-1]], errors, strict=True):
-        wanted = dict(allow_unused=True, materialize_grads=True)
+        wanted = {"allow_unused": True, "materialize_grads": True}
         gradients.append(torch.autograd.grad(layer(value), own, -error / beta, **wanted) if own else ())
     return ChainState(tuple(gradients), tuple(values), tuple(errors))
