@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torch2ebm.capture import Capture
 from torch2ebm.errors import PartitionError
 from torch2ebm.graph import EnergyGraph, Node, OutputReference, identity
+from torch2ebm.observing import Capture
 from torch2ebm.partition import Granularity, Group, Partition, Roles, assign_roles, attribute
 from torch2ebm.structure import leaves_of
 

@@ -10,19 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.capture import (
-    Capture,
-    Signature,
-    capture,
-    holds_for,
-    run_once,
-    still_hold,
-    trace,
-)
 from torch2ebm.errors import CaptureMismatchError, Torch2EBMError, UntraceableError
 from torch2ebm.exported import export, failing_parts
 from torch2ebm.graph import EnergyGraph
+from torch2ebm.observing import Capture, capture, holds_for
 from torch2ebm.partition import Granularity
+from torch2ebm.references import run_once
+from torch2ebm.signature import Signature
+from torch2ebm.tracing import still_hold, trace
 from torch2ebm.verification import verified
 
 EXPORTS_KEPT = 8  # of one signature, one for each shape that no other serves

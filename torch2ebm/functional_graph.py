@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from torch2ebm.structure import map_leaves
+
 FactType = TypeVar("FactType")
 
 _OPERATORS = {
@@ -26,6 +28,16 @@ _OPERATORS = {
     operator.ior: operator.or_,
     operator.ixor: operator.xor,
 }
+
+
+def stopped(value: Any) -> Any:
+    """What an operation under ``torch.no_grad`` returns."""
+    return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, value)
+
+
+def copied(value: Any) -> Any:
+    """A copy of a tensor; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:

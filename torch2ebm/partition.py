@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from torch2ebm.capture import Capture, copied
 from torch2ebm.errors import ConfigurationError
+from torch2ebm.functional_graph import copied
+from torch2ebm.observing import Capture
 
 Granularity = str | Sequence[str]
 GRANULARITIES = ("layer", "preactivation", "module", "op", "children")

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from torch2ebm.algorithms import ZeroDivergence
 from torch2ebm.assembly import build_graph
-from torch2ebm.capture import Capture, Reference, plain_autograd, real_run, untouched
 from torch2ebm.errors import CaptureMismatchError
 from torch2ebm.graph import EnergyGraph
+from torch2ebm.observing import Capture
 from torch2ebm.partition import Granularity
+from torch2ebm.references import Reference, plain_autograd, real_run, untouched
 from torch2ebm.state import Call, OutputLoss
 
 
