@@ -181,6 +181,8 @@ class _Assembly:
         operation = group.root or group.tip
         if operation.op == "call_module":
             return str(operation.target)
+        if operation in self.roles.sites:
+            return self.roles.sites[operation].name
         stack = operation.meta.get("nn_module_stack") or {}
         scope = next(iter(reversed(list(stack))), "") if stack else ""
         called = re.sub(r"@\d+", "", scope)  # a second call of a module is traced as module@1

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -36,8 +37,6 @@ def export(
     module: nn.Module, signature: Signature, tensors: Sequence[Tensor], leaves: frozenset[str] = frozenset()
 ) -> Trace:
     """Export ``module`` as it runs on ``tensors``. Raises :class:`UntraceableError`; alters nothing."""
-    if leaves:
-        raise _named_submodules(module, leaves)
     device = tensors[0].device if tensors else torch.device("cpu")
     with plain_autograd(), untouched(module, device), _custom_functions_refused(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -46,7 +45,7 @@ def export(
         make_functional(graph)
         graph.eliminate_dead_code()
         effects_as_methods(graph)
-    return Trace(graph, constants, frozenset(), settings_of(list(module.modules())), {}, captured_by="export")
+    return Trace(graph, constants, leaves, settings_of(list(module.modules())), {}, captured_by="export")
 
 
 # Exporting ------------------------------------------------------------------------------------------------------------
@@ -124,15 +123,6 @@ def _unexportable(module: nn.Module, error: Exception) -> UntraceableError:
     )
 
 
-def _named_submodules(module: nn.Module, leaves: frozenset[str]) -> UntraceableError:
-    return UntraceableError(
-        f"torch2ebm cannot capture {type(module).__name__}",
-        f"named submodules {sorted(leaves)} in a forward that symbolic tracing cannot follow",
-        "nodes='auto', 'layer', 'preactivation', 'module' or 'op' for torch.export, which keeps no submodule whole",
-        "Take one of these, or name the submodules that symbolic tracing stops at too.",
-    )
-
-
 def failing_parts(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> list[Problem]:
     """Every innermost submodule that export cannot follow on its own, then the rest of the module."""
     calls = _calls(module, signature, tensors)
@@ -178,6 +168,7 @@ class _Importer:
 
     def __init__(self, module: nn.Module, program: torch.export.ExportedProgram, names: Sequence[str]) -> None:
         self.module, self.program, self.names = module, program, names
+        self.module_names: dict[int, str] = {id(each): name for name, each in module.named_modules()}
         self.result = fx.Graph()
         self.constants: dict[str, Tensor] = {}
 
@@ -231,7 +222,7 @@ class _Importer:
             elif node.target is operator.getitem and isinstance(results := environment[node.args[0]], tuple):
                 environment[node] = results[node.args[1]]
             elif node.op == "call_function" and not _is_guard(node):
-                environment[node] = self._marked(node, write(self.result, node, environment))
+                environment[node] = self._marked(node, environment, write)
             elif node.op == "call_module":
                 raise _unknown_operation(self.module, node)
         return ()
@@ -253,12 +244,26 @@ class _Importer:
         given = fx.map_arg(tuple(inputs), environment.__getitem__)
         return tuple(self._copied(graph_module, dict(zip(placeholders, given, strict=True)), inner))
 
-    def _marked(self, node: fx.Node, copy: fx.Node) -> fx.Node:
-        """Keep the path of the submodule that an operation comes from, as symbolic tracing notes it."""
-        stack = node.meta.get("nn_module_stack") or {}
-        paths = [_own_path(entry[0]) for entry in stack.values() if entry[0].startswith("module")]
-        copy.meta = {"nn_module_stack": dict.fromkeys(paths), "val": node.meta.get("val")}
+    def _marked(self, node: fx.Node, environment: dict[fx.Node, Any], write: Write) -> fx.Node:
+        """Copy an operation, and note on all that this writes the submodules' calls that it comes from."""
+        before = len(self.result.nodes)
+        copy = write(self.result, node, environment)
+        copy.meta["val"] = node.meta.get("val")
+        calls = self._calls(node)
+        for written in islice(reversed(self.result.nodes), len(self.result.nodes) - before):
+            stack = dict.fromkeys(calls.values())
+            written.meta = {"nn_module_stack": stack, "calls": calls, "val": written.meta.get("val")}
         return copy
+
+    def _calls(self, node: fx.Node) -> dict[str, str]:
+        """From each call of a submodule around an operation to the submodule's path, the outermost first."""
+        stack = node.meta.get("nn_module_stack") or {}
+        return {call: self._path(entry[0]) for call, entry in stack.items() if entry[0].startswith("module.")}
+
+    def _path(self, path: str) -> str:
+        """Export has the path by which a module was called; one that stands in two places has one name."""
+        found = self.module.get_submodule(_own_path(path))
+        return self.module_names.get(id(found), _own_path(path))
 
 
 Write = Callable[[fx.Graph, fx.Node, Mapping[fx.Node, Any]], fx.Node]
@@ -307,7 +312,7 @@ def _under_autocast(settings: Any, write: Write) -> Write:
 
 
 def _own_path(path: str) -> str:
-    """A path in the module from one in :class:`_Flat`; export counts the calls of a module with ``@``."""
+    """A path in the module from one in :class:`_Flat`; some versions count the calls of a module with ``@``."""
     return re.sub(r"@\d+", "", path.removeprefix("module").removeprefix("."))
 
 

@@ -100,6 +100,7 @@ class _Functional:
         source = self.viewed[view]
         self._copied_view(source, copies, write)
         copy = copies[view] = self.graph.node_copy(view, lambda n: copies[n] if n is source else n)
+        copy.meta = {**write.meta, "val": view.meta.get("val")}  # it belongs to where it is taken
         self.position[copy] = self.position[write]
         self.viewed[copy] = copies[source]
 

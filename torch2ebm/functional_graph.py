@@ -148,6 +148,9 @@ def expand_tuples(
         if not _has_tensors(value):
             continue
         for user in list(node.users):
+            if user.target is getattr and isinstance(value, dict) and user.args[1] not in value:
+                _read_by_all(graph, user, getattr(value, str(user.args[1])))  # a field that an output class left empty
+                continue
             if user.target is getattr and user.args[0] is node:
                 user.target, user.args = operator.getitem, (node, _place(value, str(user.args[1])))
             if not (user.target is operator.getitem and user.args[0] is node):
@@ -155,6 +158,14 @@ def expand_tuples(
                     parts = _parts(graph, node, value, facts, fact_of)
                 user.args = _replaced(user.args, node, parts)
                 user.kwargs = _replaced(user.kwargs, node, parts)
+
+
+def _read_by_all(graph: fx.Graph, node: fx.Node, literal: Any) -> None:
+    """Let readers of ``node`` have a value that is no result of an operation."""
+    for user in list(node.users):
+        user.args = _replaced(user.args, node, literal)
+        user.kwargs = _replaced(user.kwargs, node, literal)
+    graph.erase_node(node)
 
 
 def _place(value: Any, name: str) -> Any:
