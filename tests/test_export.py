@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -554,6 +555,88 @@ def test_one_error_lists_all_problems() -> None:
         assert part in text, text
     named = torch2ebm.convert(module, nodes=["pool", "trim"], example_inputs=torch.randn(3, 4))
     assert named.captured_by == "fx"
+
+
+class Tangled(nn.Module):
+    """Five problems in one forward, and one in a part that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.pool = nn.Linear(4, 4), Pooling()
+
+    def forward(this, x: Tensor) -> Tensor:  # noqa: N805
+        hidden = this.pool(this.first(x))
+        if hidden.sum() > 1e3:
+            hidden = hidden[: int(hidden.min())]
+        scale = hidden.abs().max().item()
+        hidden = hidden * scale if scale > 0 else hidden
+        hidden = this.pool(hidden + torch.from_numpy(np.tanh(hidden.detach().numpy())))
+        for value in hidden[0].tolist():
+            hidden = hidden + value
+        assert not torch.allclose(hidden, x)
+        return hidden[:, : int(hidden.abs().max() * 0) + 3]
+
+
+TANGLED = (
+    ("around", "if hidden.sum() > 1e3", "branches on a tensor's value"),
+    ("around", "scale = hidden.abs().max().item()", "calls .item()"),
+    ("around", "np.tanh(hidden.detach().numpy())", "leaves torch for numpy"),
+    ("around", "for value in hidden[0].tolist()", "calls .tolist()"),
+    ("around", "assert not torch.allclose(hidden, x)", "branches on tensors' values (allclose)"),
+    ("around", "int(hidden.abs().max() * 0) + 3", "turns a tensor's value into a Python number"),
+    ("around.pool", "if x.sum() > 0", "branches on a tensor's value"),
+)
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.around, self.read = inner, nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(torch.tanh(self.around(x)))
+
+
+def problems_listed(caught: Any) -> list[str]:
+    return [line for line in str(caught.value).splitlines() if line.startswith("  ") and "stopped at" not in line]
+
+
+def test_one_error_lists_all_problems_of_one_forward_too() -> None:
+    module, x = Around(Tangled()), torch.randn(3, 4)
+    with pytest.raises(errors.UntraceableError) as caught:
+        torch2ebm.convert(module, example_inputs=x)
+    listed = problems_listed(caught)
+    assert len(listed) == len(TANGLED), listed
+    for scope, line, reason in TANGLED:
+        assert any(f"  {scope} (" in text and line in text and text.endswith(reason) for text in listed), (line, listed)
+    assert "hidden.min()" not in str(caught.value)  # of a branch the other side is not seen, and the message says so
+    assert all(part in str(caught.value) for part in ("only the side", "nodes=['around']", "leave that"))
+    assert torch2ebm.convert(module, nodes=["around"], example_inputs=x).captured_by == "fx"
+
+
+def test_problems_inside_of_a_submodule_that_is_named_are_none() -> None:
+    module = nn.Sequential(Around(Tangled()), Pooling())
+    with pytest.raises(errors.UntraceableError) as caught:
+        torch2ebm.convert(module, nodes=["0.around"], example_inputs=torch.randn(3, 4))
+    assert [text.split()[0] for text in problems_listed(caught)] == ["1"]
+    assert "nodes=['0.around', '1']" in str(caught.value)
+
+
+class Opaque:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class OpaqueOutput(Pooling):
+    def forward(self, x: Tensor) -> Any:
+        return Opaque(super().forward(x))
+
+
+def test_an_output_that_shows_no_tensors_is_in_the_list() -> None:
+    with pytest.raises(errors.UntraceableError) as caught:
+        torch2ebm.convert(OpaqueOutput(), example_inputs=torch.randn(3, 4))
+    branch, output = problems_listed(caught)
+    assert "if x.sum() > 0" in branch and "def forward(self, x: Tensor) -> Any:" in output and "Opaque" in output
 
 
 class Straight(torch.autograd.Function):

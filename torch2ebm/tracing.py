@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from torch2ebm.errors import Torch2EBMError, UnknownNodeError, UntraceableError
 from torch2ebm.functional_graph import copied, make_functional, stopped, writes_in_place
+from torch2ebm.problems import is_users
 from torch2ebm.references import attributes_restored, first_line
 from torch2ebm.signature import Signature
 from torch2ebm.structure import leaves_of
@@ -246,9 +246,7 @@ def _check_names(module: nn.Module, leaves: frozenset[str]) -> None:
 
 
 def untraceable(module: nn.Module, scope: str, error: Exception) -> UntraceableError:
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if not re.search(r"[/\\]torch(2ebm)?[/\\]", f.filename)
-    ]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"
     line = f" `{frames[-1].line}`" if frames else ""
     named = (
@@ -262,7 +260,7 @@ def untraceable(module: nn.Module, scope: str, error: Exception) -> UntraceableE
         f"{scope or 'forward'} ({place}){line}: {reason}",
         "operations on tensors that do not branch on a tensor's value",
         f"Options: {named}, rewrite the branch with torch.where, or pass example_inputs: an argument that is no tensor "
-        "is then known, and torch.export is tried where symbolic tracing fails.",
+        "is then known, torch.export is tried where symbolic tracing fails, and an error lists all problems.",
     )
 
 
