@@ -361,6 +361,37 @@ def test_a_batch_size_that_became_constant_is_captured_again() -> None:
             assert (model.graph is graph) == (batch == 4)
 
 
+class StoppedForLargeBatches(LengthOfBatch):
+    """The same outputs for every batch size, and no gradient through the first layer for large ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if len(x) > 3:
+            hidden = hidden.detach()
+        return self.second(torch.tanh(hidden).reshape(-1, 2, 2))
+
+
+@pytest.mark.parametrize("sizes", [(4, 3, 6), (3, 4, 2)])
+def test_a_graph_whose_gradients_differ_at_another_shape_does_not_serve_it(sizes: tuple[int, ...]) -> None:
+    module = StoppedForLargeBatches().double()
+    twin, x = copy.deepcopy(module), torch.randn(6, 6, dtype=torch.float64)
+    model = torch2ebm.convert(module, example_inputs=x[: sizes[0]])
+    graphs = {}
+    with training_with(model, torch2ebm.ZeroDivergence()):
+        for size in sizes:
+            model.zero_grad(), twin.zero_grad()
+            output = model(x[:size])
+            assert model.captured_by == "export" and torch.equal(output, twin(x[:size]))
+            output.square().mean().backward(), twin(x[:size]).square().mean().backward()
+            graphs[size] = model.graph
+            assert (twin.first.weight.grad is None) == (size > 3)
+            for ours, real in zip(module.parameters(), twin.parameters(), strict=True):
+                found = torch.zeros_like(ours) if ours.grad is None else ours.grad
+                reference = torch.zeros_like(ours) if real.grad is None else real.grad
+                torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-12)
+    assert graphs[sizes[0]] is graphs[sizes[2]] is not graphs[sizes[1]]
+
+
 def test_parts_of_an_input_are_data() -> None:
     model = torch2ebm.convert(Chunks().double(), example_inputs=torch.randn(4, 6, dtype=torch.float64))
     assert list(model.nodes) == ["parts.0", "read"]

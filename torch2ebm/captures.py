@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch2ebm.errors import CaptureMismatchError, Torch2EBMError, UntraceableError
 from torch2ebm.exported import export, failing_parts
 from torch2ebm.graph import EnergyGraph
-from torch2ebm.observing import Capture, capture, holds_for
+from torch2ebm.observing import Capture, capture
 from torch2ebm.partition import Granularity
 from torch2ebm.problems import Problem, problems_in_a_run
 from torch2ebm.references import run_once
 from torch2ebm.signature import Signature
 from torch2ebm.tracing import still_hold, trace
-from torch2ebm.verification import verified
+from torch2ebm.verification import holds_for, verified
 
 EXPORTS_KEPT = 8  # of one signature, one for each shape that no other serves
 
@@ -84,7 +84,7 @@ class Captures:
             if entry.capture.captured_by == "fx" or specialised in entry.served:
                 return entry
             same_kind = any(_without_shapes(served) == _without_shapes(specialised) for served in entry.served)
-            if same_kind and holds_for(entry.capture, tensors):
+            if same_kind and holds_for(entry.capture, entry.graphs[0][1], tensors):
                 entry.served.append(specialised)
                 return entry
         return None

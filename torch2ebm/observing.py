@@ -18,7 +18,6 @@ from torch2ebm.references import (
     is_live,
     plain_autograd,
     real_run,
-    run_once,
     untouched,
 )
 from torch2ebm.signature import Signature
@@ -159,21 +158,6 @@ def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Seq
         traced.settings,
         traced.captured_by,
     )
-
-
-def holds_for(captured: Capture, tensors: Sequence[Tensor]) -> bool:
-    """Whether the graph gives the module's own outputs and buffers for inputs of other shapes, too."""
-    module, tensors = captured.module, [tensor.detach().clone() for tensor in tensors]
-    reference = run_once(module, captured.signature, tensors)
-    device = tensors[0].device if tensors else torch.device("cpu")
-    constants = [constant.to(device) for constant in captured.constants.values()]
-    with plain_autograd(), untouched(module, device):
-        try:
-            outputs = fx.Interpreter(module, graph=captured.graph).run(*constants, *tensors)
-            reference.check(module, list(leaves_of(outputs)))
-        except (CaptureMismatchError, RuntimeError, ValueError, IndexError, TypeError):
-            return False
-    return bool(reference.structure == captured.reference.structure)
 
 
 def _check_settings(settings: Settings) -> None:
