@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torch2ebm.errors import CaptureMismatchError, UntraceableError
+from torch2ebm.errors import CaptureMismatchError, StaleAttributeWarning, UntraceableError
 from torch2ebm.freezing import RandomState, Statistics, recording_statistics
 from torch2ebm.functional_graph import copied, expand_tuples
 from torch2ebm.references import (
@@ -138,6 +139,7 @@ def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Seq
         tensors = [tensor.detach().clone() for tensor in tensors]
         reference = real_run(module, signature, tensors)
         _check_settings(traced.settings)
+    _warn_of_kept(module, reference.kept, traced.leaves)
     with plain_autograd(), untouched(module, device):
         observer = _Observer(module, traced, device)
         with all_parameters_trainable(module):
@@ -158,6 +160,19 @@ def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Seq
         traced.settings,
         traced.captured_by,
     )
+
+
+def _warn_of_kept(module: nn.Module, kept: frozenset[str], whole: frozenset[str]) -> None:
+    """An attribute is no output, and nobody could give it a gradient; a submodule kept whole assigns it itself."""
+    stale = sorted(path for path in kept if not any(path.startswith(f"{name}.") for name in whole))
+    if stale:
+        warnings.warn(
+            f"{type(module).__name__}.forward leaves tensors in its attributes {stale}. Under an algorithm a graph "
+            "runs in the place of forward, and they keep what the last plain forward left in them. Return them from "
+            "forward, or make each a buffer (register_buffer).",
+            StaleAttributeWarning,
+            stacklevel=2,
+        )
 
 
 def _check_settings(settings: Settings) -> None:

@@ -26,6 +26,7 @@ class Reference:
     changed_buffers: Mapping[str, Tensor]  # name -> contents after the run
     cotangents: Sequence[Tensor | None] = ()  # one an output: an arbitrary gradient of those that have one
     gradients: Mapping[str, Tensor] | None = None  # of the parameters for these; None where the module has no backward
+    kept: frozenset[str] = frozenset()  # plain attributes, by path, in which forward left tensors
 
     def check(self, module: nn.Module, outputs: Sequence[Any]) -> None:
         """Raise :class:`CaptureMismatchError` where ``outputs`` or the module's buffers now differ."""
@@ -74,7 +75,7 @@ def run_once(module: nn.Module, signature: Signature, tensors: Sequence[Tensor])
 
 
 def real_run(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> Reference:
-    before = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    before, held = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}, _tensors_held(module)
     args, kwargs = signature.unflatten([tensor.clone() for tensor in tensors])
     try:
         output = module(*args, **kwargs)
@@ -85,6 +86,9 @@ def real_run(module: nn.Module, signature: Signature, tensors: Sequence[Tensor])
             "inputs that the module takes",
             f"The module said: {first_line(error)}. Check shape, dtype and device of the input.",
         ) from error
+    kept = frozenset(
+        path for path, now in _tensors_held(module).items() if list(map(id, now)) != list(map(id, held.get(path, ())))
+    )
     leaves = list(leaves_of(output))
     cotangents, gradients = _real_backward(module, leaves)
     outputs = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -93,7 +97,7 @@ def real_run(module: nn.Module, signature: Signature, tensors: Sequence[Tensor])
         for name, buffer in module.named_buffers()
         if name in before and not _identical(buffer, before[name])
     }
-    return Reference(tuple(tensors), outputs, template_of(output), changed, cotangents, gradients)
+    return Reference(tuple(tensors), outputs, template_of(output), changed, cotangents, gradients, kept)
 
 
 def _real_backward(module: nn.Module, leaves: Sequence[Any]) -> tuple[list[Tensor | None], dict[str, Tensor] | None]:
@@ -149,23 +153,40 @@ def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def attributes_restored(module: nn.Module) -> Iterator[None]:
-    """Tracing runs forward with proxies, and forward may assign them to attributes and buffers."""
-    registries = ("_parameters", "_buffers", "_modules")
-    before = [(m, dict(m.__dict__), [dict(m.__dict__[r]) for r in registries]) for m in module.modules()]
+    """Tracing runs forward with proxies, and forward may put them in attributes, buffers, lists and dicts."""
+    before = [(m, dict(m.__dict__), _contents(m)) for m in module.modules()]
     try:
         yield
     finally:
         for m, attributes, contents in before:
             m.__dict__.clear()
             m.__dict__.update(attributes)
-            for registry, content in zip(registries, contents, strict=True):
-                if _identities(m.__dict__[registry]) != _identities(content):
-                    m.__dict__[registry].clear()
-                    m.__dict__[registry].update(content)
+            for collection, content in contents:
+                _restore(collection, content)
 
 
-def _identities(registry: Mapping[str, Any]) -> list[tuple[str, int]]:
-    return [(name, id(value)) for name, value in registry.items()]
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The lists and dicts among the attributes, the module's registries included, each with a copy."""
+    return [(value, value.copy()) for value in module.__dict__.values() if isinstance(value, (list, dict))]
+
+
+def _restore(collection: Any, content: Any) -> None:
+    if isinstance(collection, list):
+        collection[:] = content
+    elif [(key, id(value)) for key, value in collection.items()] != [(k, id(value)) for k, value in content.items()]:
+        collection.clear()
+        collection.update(content)
+
+
+def _tensors_held(module: nn.Module) -> dict[str, list[Tensor]]:
+    """Path of each plain attribute that holds tensors to these. Holding them keeps an address from being used again."""
+    held = {
+        f"{prefix}.{name}".removeprefix("."): [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
+        for prefix, each in module.named_modules()
+        for name, value in each.__dict__.items()
+        if name not in ("_parameters", "_buffers", "_modules")
+    }
+    return {path: tensors for path, tensors in held.items() if tensors}
 
 
 @contextmanager
