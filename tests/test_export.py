@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import torch2ebm
 from torch2ebm import errors
+from torch2ebm.drawing import layout
 from torch2ebm.exported import export
 from torch2ebm.observing import capture
 from torch2ebm.signature import flatten_arguments
@@ -280,6 +281,17 @@ def test_nodes_have_the_paths_of_submodules() -> None:
         "bert.pooler.dense",
         "classifier",
     } <= set(model.nodes)
+
+
+def test_nodes_say_what_they_do_and_which_inputs_they_read() -> None:
+    problem = Problem("gpt2", labels=True)
+    model = torch2ebm.convert(problem.module(), example_inputs=problem.inputs())
+    assert model.nodes["transformer.h.0.attn.c_attn"].description == "addmm > scaled_dot_product_attention"
+    assert layout(model.graph).items["transformer.ln_f"].description == "layer_norm"
+    boxes = [item.name for item in layout(model.graph).items.values() if item.kind == "input"]
+    assert boxes == ["input_ids", "labels"]
+    named = torch2ebm.convert(problem.module(), nodes=BLOCKS["gpt2"], example_inputs=problem.inputs())
+    assert named.nodes["transformer.h.1"].description == "GPT2Block"
 
 
 def test_tied_weights_are_one_parameter() -> None:
