@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 
 from torch2ebm.errors import PartitionError
 from torch2ebm.exported_writes import is_aliasing
+from torch2ebm.functional_graph import attribute
 from torch2ebm.graph import EnergyGraph, Node, OutputReference, identity
 from torch2ebm.observing import Capture
-from torch2ebm.partition import Granularity, Group, Partition, Roles, assign_roles, attribute
+from torch2ebm.partition import Granularity, Group, Partition, Roles, assign_roles
 from torch2ebm.structure import leaves_of
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.errors import CaptureMismatchError, Torch2EBMError, UntraceableError
+from torch2ebm.errors import CaptureMismatchError, NodeEvaluationError, Torch2EBMError, UntraceableError
 from torch2ebm.exported import export, failing_parts
 from torch2ebm.graph import EnergyGraph
 from torch2ebm.observing import Capture, capture
@@ -108,7 +108,7 @@ class Captures:
                 entry.graph(granularity)
                 return entry
             failure: Torch2EBMError | None = None
-        except (UntraceableError, CaptureMismatchError) as error:
+        except (UntraceableError, CaptureMismatchError, NodeEvaluationError) as error:
             failure = error
         run_once(module, signature, tensors)  # an input that the module itself refuses is no failure of export
         try:

@@ -22,8 +22,7 @@ from torch.nn import functional
 
 from torch2ebm.errors import Torch2EBMError, UntraceableError
 from torch2ebm.exported_writes import effects_as_methods, is_aliasing, is_write, make_functional
-from torch2ebm.functional_graph import stopped
-from torch2ebm.partition import attribute
+from torch2ebm.functional_graph import attribute, stopped
 from torch2ebm.problems import Problem, problem_of
 from torch2ebm.references import plain_autograd, run_once, untouched
 from torch2ebm.signature import TENSOR, Signature, flatten_arguments

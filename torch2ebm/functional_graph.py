@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from torch2ebm.structure import map_leaves
@@ -38,6 +38,14 @@ def stopped(value: Any) -> Any:
 def copied(value: Any) -> Any:
     """A copy of a tensor; anything else as it is."""
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def attribute(module: nn.Module, path: str) -> object:
+    """The attribute of ``module`` at a dotted path."""
+    found: object = module
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:

@@ -48,7 +48,12 @@ def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any 
     Raises:
         UntraceableError: if forward cannot be turned into a graph, with place and remedy.
         UnknownNodeError: if a name in ``nodes`` is no submodule that forward calls.
+        PartitionError: if a name in ``nodes`` computes nothing that depends on a parameter.
         CaptureMismatchError: if the graph does not compute what the module computes.
+
+    Warns:
+        StaleAttributeWarning: if forward leaves tensors in plain attributes: while an algorithm runs, they stay as
+            the last plain forward left them.
 
     Example:
         >>> import torch, torch2ebm

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from torch2ebm.call_sites import CallSite, call_sites, check_called, check_learnable, check_order, interleaved
 from torch2ebm.errors import ConfigurationError
-from torch2ebm.functional_graph import copied
+from torch2ebm.functional_graph import attribute, copied
 from torch2ebm.observing import Capture
 
 Granularity = str | Sequence[str]
@@ -343,11 +343,3 @@ class Partition:
             for needed in needs[group.tip]:
                 draws[needed] = min(draws[needed], draws[group.tip])
         return {tip: (draw, self.position[tip]) for tip, draw in draws.items()}
-
-
-def attribute(module: nn.Module, path: str) -> object:
-    """The attribute of ``module`` at a dotted path."""
-    found: object = module
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
