@@ -960,6 +960,21 @@ class GPT2(nn.Module):
         return self.lm_head(self.ln_f(x))
 
 
+def t5(layers: int) -> nn.Module:
+    """Hugging Face's own: position biases of the first blocks are read by all, one embedding for both halves."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_heads": 2, "vocab_size": WORDS}
+    buckets = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 16}
+    return T5ForConditionalGeneration(
+        T5Config(**sizes, **buckets, num_layers=layers, use_cache=False, decoder_start_token_id=0)
+    )
+
+
+def _translation(decoder: str) -> Callable[[int], Inputs]:
+    return lambda batch: {"input_ids": _integers(WORDS, batch, STEPS), decoder: _integers(WORDS, batch, 4, seed=3)}
+
+
 # ---- graphs and constructs
 
 
@@ -1087,14 +1102,19 @@ class MixtureOfExperts(nn.Module):
 
 
 def _family(
-    name: str, make: Callable[[], nn.Module], inputs: Callable[[int], Inputs], special: str, tags: str = ""
+    name: str,
+    make: Callable[[], nn.Module],
+    inputs: Callable[[int], Inputs],
+    special: str,
+    tags: str = "",
+    loss: Callable[[Any], Tensor] = loss_of,
 ) -> tuple[Problem, str]:
     def build() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return make().double().train()
 
-    return Problem(name, build, inputs, loss_of, frozenset(tags.split())), special
+    return Problem(name, build, inputs, loss, frozenset(tags.split())), special
 
 
 _LISTED = (
@@ -1123,6 +1143,10 @@ _LISTED = (
     _family("MultiheadAttention", Attention, _pair_of_sequences, "attention weights are an output", "multi_output"),
     _family("BERT", Bert, _padded_tokens, "padding mask; a dataclass as output", "multi_output"),
     _family("GPT-2", GPT2, _tokens, "causal mask; head and embedding are one parameter", "shared"),
+    _family("T5", lambda: t5(2), _translation("decoder_input_ids"),
+            "Hugging Face; encoder and decoder, position biases that all blocks read", "shared multi_output"),
+    _family("T5 with labels", lambda: t5(1), _translation("labels"),
+            "Hugging Face; the loss is the model's own", "shared multi_output", lambda output: output.loss),
     _family("Graph convolution", GCN, _graph, "messages by index_add; the batch are the vertices"),
     _family("Mixture of experts", MixtureOfExperts, _vectors, "top-k and scatter"),
     _family("einsum", EinsumAttention, _sequences, "parameters read without a module"),

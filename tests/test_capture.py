@@ -15,7 +15,7 @@ from helpers import attached, relative_error
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.errors import CaptureMismatchError, ModuleChangedError, UntraceableError
+from torch2ebm.errors import CaptureMismatchError, ModuleChangedError, StaleAttributeWarning, UntraceableError
 
 WIDTH = 6
 
@@ -518,6 +518,50 @@ def test_a_parametrised_layer_is_captured_right() -> None:
     model, twin = attached(build(), torch2ebm.ZeroDivergence()), build()
     assert_is_the_module(model, twin, normal(5, WIDTH))
     assert_is_the_module(model.eval(), twin.eval(), normal(5, WIDTH))
+
+
+# ---- attributes
+
+KEPT = {
+    "an attribute": "self.seen = h; h = h + 1",
+    "a list of them": "self.seen = [h, x]; h = h + 1",
+    "appended": "self.log.append(h); h = h + 1",
+    "under a key": "self.table['h'] = h.detach(); h = h + 1",
+    "beside a branch on a shape": "self.seen = h; h = h + 1 if x.dim() == 2 else h",
+}
+
+
+def keeping(source: str) -> Wired:
+    module = wired(source)
+    module.seen, module.log, module.table = None, [], {}
+    return module
+
+
+@statements_of(KEPT)
+def test_a_tensor_that_forward_leaves_in_an_attribute_is_warned_about_and_the_rest_is_exact(source: str) -> None:
+    name = next(name for name in ("seen", "log", "table") if name in source)
+    module, twin = keeping(source), keeping(source)
+    with pytest.warns(StaleAttributeWarning, match=rf"Wired.forward leaves .*\['{name}'\].*register_buffer"):
+        model = torch2ebm.convert(module, example_inputs=normal(5, WIDTH))
+    assert (module.seen, module.log, module.table) == (None, [], {})  # no proxy, no tensor of the check
+    model.attach(torch2ebm.ZeroDivergence())
+    assert_is_the_module(model, twin, normal(5, WIDTH))
+    assert (module.seen, module.log, module.table) == (None, [], {})
+    model.detach()
+    model(normal(5, WIDTH))
+    assert any(True for _ in tensors_in([module.seen, module.log, module.table]))
+
+
+def test_the_ways_out_of_a_stale_attribute_warn_of_nothing() -> None:
+    buffer = wired("self.last_seen = h.detach().sum(0); h = h + 1")
+    returned = wired("return {'out': self.last(h), 'seen': h}")
+    for module in (buffer, returned):
+        torch2ebm.convert(module, example_inputs=normal(5, WIDTH))
+    inner = deep(keeping(KEPT["an attribute"]))
+    model = torch2ebm.convert(inner, nodes=["0"], example_inputs=normal(5, WIDTH))
+    model.attach(torch2ebm.ZeroDivergence())
+    model(normal(5, WIDTH))
+    assert isinstance(inner[0].seen, Tensor)  # a submodule that is a node runs itself
 
 
 # ---- arguments and results

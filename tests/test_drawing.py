@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from zoo import PROBLEMS, Problem
 
 import torch2ebm
@@ -90,9 +90,28 @@ def test_the_boxes_between_the_ends_of_a_residual_connection_are_in_line() -> No
 
 def test_inputs_and_outputs_are_marked() -> None:
     drawing, _ = placed(next(p for p in DRAWN if p.name == "siamese"), "layer")
-    kinds = [item.kind for item in drawing.items.values()]
-    assert kinds.count("input") == 2
+    (read,) = [key for key, item in drawing.items.items() if item.kind == "input"]
+    assert drawing.items[read].name == "x"  # of which both branches read a part
+    assert len([end for start, end in drawing.lines if start == read]) == 2
     assert drawing.items["head"].kind == "output"
+
+
+class Positions(nn.Module):
+    """Reads the contents of one input, the shape of another, and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, like: Tensor) -> Tensor:
+        scale = torch.arange(4) * like.shape[1]
+        return self.second(torch.tanh(self.first(2 * x)) * scale)
+
+
+def test_only_what_is_made_of_an_input_s_contents_is_drawn_as_an_input() -> None:
+    model = torch2ebm.convert(Positions(), example_inputs=(torch.ones(2, 3), torch.ones(2, 5)))
+    boxes = [item.name for item in layout(model.graph).items.values() if item.kind == "input"]
+    assert boxes == ["x"]
 
 
 def ink(path: Path) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torch2ebm.capture import Capture
 from torch2ebm.errors import PartitionError
+from torch2ebm.exported_writes import is_aliasing
+from torch2ebm.functional_graph import attribute
 from torch2ebm.graph import EnergyGraph, Node, OutputReference, identity
-from torch2ebm.partition import Granularity, Group, Partition, Roles, assign_roles, attribute
+from torch2ebm.observing import Capture
+from torch2ebm.partition import Granularity, Group, Partition, Roles, assign_roles
 from torch2ebm.structure import leaves_of
 
 
@@ -113,7 +116,20 @@ class _Assembly:
         buffers = tuple(self.capture.reference.changed_buffers)
         shapes = {operation.name: self.capture.facts[operation].shape for slots in self.slots for operation in slots}
         shapes |= {slot: shapes[operation.name] for operation, slot in output_slot.items()}
-        return EnergyGraph(self.capture.module, nodes, self._clamp(), outputs, structure, buffers, shapes)
+        return EnergyGraph(
+            self.capture.module, nodes, self._clamp(), outputs, structure, buffers, shapes, self._inputs()
+        )
+
+    def _inputs(self) -> dict[str, tuple[str, ...]]:
+        """What is made of the input tensors' contents, not of their shapes alone, and of which."""
+        found: dict[fx.Node, tuple[str, ...]] = {}
+        for node in self.capture.graph.nodes:
+            fact = self.capture.facts.get(node)
+            if node.op == "placeholder":
+                found[node] = () if node.target in self.capture.constants else (node.name,)
+            elif node not in self.roles.live and fact is not None and (fact.tensor or fact.data):
+                found[node] = tuple(dict.fromkeys(n for s in node.all_input_nodes for n in found.get(s, ())))
+        return {node.name: names for node, names in found.items() if names}
 
     def _node(self, i: int, name: str) -> Node:
         body = self._sorted(self.body[i])
@@ -140,7 +156,7 @@ class _Assembly:
             exports=tuple(fixed[node] for node in self.exports[i]),
             random=any(facts[node].random for node in body),
             batch_statistics=any(facts[node].batch_statistics for node in body),
-            description=" > ".join(self._operation(node) for node in self._sorted(self.groups[i].members)),
+            description=" > ".join(self._operations(self.groups[i])),
         )
 
     def _compiled(
@@ -181,6 +197,8 @@ class _Assembly:
         operation = group.root or group.tip
         if operation.op == "call_module":
             return str(operation.target)
+        if operation in self.roles.sites:
+            return self.roles.sites[operation].name
         stack = operation.meta.get("nn_module_stack") or {}
         scope = next(iter(reversed(list(stack))), "") if stack else ""
         called = re.sub(r"@\d+", "", scope)  # a second call of a module is traced as module@1
@@ -194,6 +212,17 @@ class _Assembly:
         read = [attribute(self.capture.module, str(s.target)) for s in operation.all_input_nodes if s.op == "get_attr"]
         own = list(module.parameters())
         return bool(own) and all(any(each is parameter for each in read) for parameter in own)
+
+    def _operations(self, group: Group) -> Iterator[str]:
+        """What a node does: a named submodule by its class; of exported operations not the mere views."""
+        nodes = self._sorted(group.members)
+        site = None
+        for node in [n for n in nodes if not _only_looks(n)] or nodes:
+            before, site = site, self.roles.sites.get(node)
+            if site is None:
+                yield self._operation(node)
+            elif site != before:
+                yield type(self.capture.module.get_submodule(site.name)).__name__
 
     def _operation(self, node: fx.Node) -> str:
         if node.op == "call_module":
@@ -247,6 +276,13 @@ class _Assembly:
             else:
                 references.append(OutputReference(literal=leaf))
         return tuple(references), self.capture.reference.structure
+
+
+def _only_looks(node: fx.Node) -> bool:
+    """Whether an exported operation gives what it reads in another shape, or a part of it."""
+    if node.target is operator.getitem:
+        return isinstance(node.args[0], fx.Node) and _only_looks(node.args[0])
+    return isinstance(node.target, torch._ops.OpOverload) and is_aliasing(node.target)
 
 
 def _add(results: list[list[fx.Node]], index: int, node: fx.Node) -> None:

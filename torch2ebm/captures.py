@@ -10,20 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.capture import (
-    Capture,
-    Signature,
-    capture,
-    holds_for,
-    run_once,
-    still_hold,
-    trace,
-)
-from torch2ebm.errors import CaptureMismatchError, Torch2EBMError, UntraceableError
+from torch2ebm.errors import CaptureMismatchError, NodeEvaluationError, Torch2EBMError, UntraceableError
 from torch2ebm.exported import export, failing_parts
 from torch2ebm.graph import EnergyGraph
+from torch2ebm.observing import Capture, capture
 from torch2ebm.partition import Granularity
-from torch2ebm.verification import verified
+from torch2ebm.problems import Problem, problems_in_a_run
+from torch2ebm.references import run_once
+from torch2ebm.signature import Signature
+from torch2ebm.tracing import still_hold, trace
+from torch2ebm.verification import holds_for, verified
 
 EXPORTS_KEPT = 8  # of one signature, one for each shape that no other serves
 
@@ -88,7 +84,7 @@ class Captures:
             if entry.capture.captured_by == "fx" or specialised in entry.served:
                 return entry
             same_kind = any(_without_shapes(served) == _without_shapes(specialised) for served in entry.served)
-            if same_kind and holds_for(entry.capture, tensors):
+            if same_kind and holds_for(entry.capture, entry.graphs[0][1], tensors):
                 entry.served.append(specialised)
                 return entry
         return None
@@ -112,7 +108,7 @@ class Captures:
                 entry.graph(granularity)
                 return entry
             failure: Torch2EBMError | None = None
-        except (UntraceableError, CaptureMismatchError) as error:
+        except (UntraceableError, CaptureMismatchError, NodeEvaluationError) as error:
             failure = error
         run_once(module, signature, tensors)  # an input that the module itself refuses is no failure of export
         try:
@@ -121,7 +117,7 @@ class Captures:
             )
             entry.graph(granularity)
         except (UntraceableError, CaptureMismatchError) as error:
-            raise _both(module, signature, tensors, failure, error) from (failure or error)
+            raise _both(module, signature, tensors, leaves, failure, error) from (failure or error)
         self._make_room(exports)
         return entry
 
@@ -152,20 +148,38 @@ def _both(
     module: nn.Module,
     signature: Signature,
     tensors: Sequence[Tensor],
+    leaves: frozenset[str],
     symbolic: Torch2EBMError | None,
     exported: Torch2EBMError,
 ) -> Torch2EBMError:
     """One error for the two ways that failed, with every problem that could be found."""
     if symbolic is None or isinstance(symbolic, CaptureMismatchError):
         return symbolic or exported
-    problems = {str(problem): problem.scope for problem in failing_parts(module, signature, tensors)}
-    listed = list(problems) or [exported.got]
-    scopes = sorted({scope for scope in problems.values() if scope})
+    problems = _problems(module, signature, tensors, leaves)
+    listed = [str(problem) for problem in problems] or [exported.got]
+    scopes = sorted({*leaves, *(problem.scope for problem in problems if problem.scope)})
+    scopes = [scope for scope in scopes if not _inside(scope, scopes)]
     named = f"make one node of each with nodes={scopes}" if scopes else "make the submodule concerned one node"
     return UntraceableError(
         f"torch2ebm cannot capture {type(module).__name__}",
         "\n  ".join(["", *listed, f"(symbolic tracing stopped at {symbolic.got})"]),
         "operations on tensors that do not need a tensor's value while the graph is made",
         f"Three ways out: {named}; rewrite a branch with torch.where, and .item() or numpy with operations of torch; "
-        "or leave that part out of the converted module and convert what comes before or after it.",
+        "or leave that part out of the converted module and convert what comes before or after it. "
+        "Of a branch only the side that this input takes was looked at.",
     )
+
+
+def _problems(
+    module: nn.Module, signature: Signature, tensors: Sequence[Tensor], leaves: frozenset[str]
+) -> list[Problem]:
+    """All that a real run shows, then what export finds in a submodule at another place."""
+    seen = problems_in_a_run(module, signature, tensors, leaves)
+    known = {(problem.scope, problem.place) for problem in seen}
+    more = failing_parts(module, signature, tensors)
+    return [*seen, *(p for p in more if (p.scope, p.place) not in known and not _inside(p.scope, leaves, itself=True))]
+
+
+def _inside(name: str, others: Iterable[str], itself: bool = False) -> bool:
+    """Whether a submodule is part of one of the others."""
+    return any(name.startswith(f"{other}.") or (itself and name == other) for other in others)

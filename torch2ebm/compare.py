@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from torch2ebm.agreement import Agreement, agreement
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.capture import untouched
 from torch2ebm.errors import ConfigurationError, PartitionError
 from torch2ebm.model import EnergyModel, convert
 from torch2ebm.plots import plot_comparison
+from torch2ebm.references import untouched
 from torch2ebm.summary import aligned
 
 Gradients = Mapping[str, Tensor]

@@ -118,9 +118,12 @@ def _items(graph: EnergyGraph) -> tuple[dict[str, Item], list[tuple[str, str]]]:
 
 
 def _inputs(graph: EnergyGraph) -> dict[str, tuple[str, ...]]:
-    """Node to the names of what it reads that depends on the inputs alone."""
+    """Node to the names of the inputs that it reads, as they are or as what is made of them alone."""
     computed = {name for node in graph.order for name in node.exports}
-    return {name: tuple(c for c in node.constants if c not in computed) for name, node in graph.nodes.items()}
+    return {
+        name: tuple(dict.fromkeys(i for c in node.constants if c not in computed for i in graph.inputs.get(c, ())))
+        for name, node in graph.nodes.items()
+    }
 
 
 def _connect(parent: str, children: Iterable[str], items: dict[str, Item], lines: list[tuple[str, str]]) -> None:

@@ -59,6 +59,10 @@ class ModuleChangedError(ConfigurationError):
     """Layers or parameters of the module were replaced after ``convert``."""
 
 
+class StaleAttributeWarning(UserWarning):
+    """Forward leaves tensors in attributes of the module, which a graph in its place does not change."""
+
+
 # The training loop ----------------------------------------------------------------------------------------------------
 
 

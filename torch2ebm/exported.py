@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import operator
 import re
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,20 +20,14 @@ from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.nn import functional
 
-from torch2ebm.capture import (
-    TENSOR,
-    Signature,
-    Trace,
-    flatten_arguments,
-    plain_autograd,
-    run_once,
-    settings_of,
-    stopped,
-    untouched,
-)
 from torch2ebm.errors import Torch2EBMError, UntraceableError
-from torch2ebm.partition import attribute
+from torch2ebm.exported_writes import effects_as_methods, is_aliasing, is_write, make_functional
+from torch2ebm.functional_graph import attribute, stopped
+from torch2ebm.problems import Problem, problem_of
+from torch2ebm.references import plain_autograd, run_once, untouched
+from torch2ebm.signature import TENSOR, Signature, flatten_arguments
 from torch2ebm.structure import leaves_of
+from torch2ebm.tracing import Trace, settings_of
 
 GUARDS = re.compile(r"aten::(_assert_\w+|sym_constrain_range\w*)$")
 
@@ -42,8 +36,6 @@ def export(
     module: nn.Module, signature: Signature, tensors: Sequence[Tensor], leaves: frozenset[str] = frozenset()
 ) -> Trace:
     """Export ``module`` as it runs on ``tensors``. Raises :class:`UntraceableError`; alters nothing."""
-    if leaves:
-        raise _named_submodules(module, leaves)
     device = tensors[0].device if tensors else torch.device("cpu")
     with plain_autograd(), untouched(module, device), _custom_functions_refused(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -51,8 +43,8 @@ def export(
         graph, constants = _Importer(module, program, list(signature.names(module))).graph(flat.seen.leaves)
         make_functional(graph)
         graph.eliminate_dead_code()
-        _effects_as_methods(graph)
-    return Trace(graph, constants, frozenset(), settings_of(list(module.modules())), {}, captured_by="export")
+        effects_as_methods(graph)
+    return Trace(graph, constants, leaves, settings_of(list(module.modules())), {}, captured_by="export")
 
 
 # Exporting ------------------------------------------------------------------------------------------------------------
@@ -121,37 +113,12 @@ def _custom_functions_refused() -> Iterator[None]:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
-# Failures -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One place in the user's code that export cannot follow."""
-
-    scope: str
-    place: str
-    line: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.scope or 'forward'} ({self.place}) `{self.line}`: {self.reason}"
-
-
 def _unexportable(module: nn.Module, error: Exception) -> UntraceableError:
     return UntraceableError(
         f"torch2ebm cannot capture {type(module).__name__}",
         str(problem_of(module, error)),
         "operations on tensors that do not branch on a tensor's value",
         "Make the submodule concerned one node with nodes=[...], or rewrite the branch with torch.where.",
-    )
-
-
-def _named_submodules(module: nn.Module, leaves: frozenset[str]) -> UntraceableError:
-    return UntraceableError(
-        f"torch2ebm cannot capture {type(module).__name__}",
-        f"named submodules {sorted(leaves)} in a forward that symbolic tracing cannot follow",
-        "nodes='auto', 'layer', 'preactivation', 'module' or 'op' for torch.export, which keeps no submodule whole",
-        "Take one of these, or name the submodules that symbolic tracing stops at too.",
     )
 
 
@@ -192,28 +159,6 @@ def _calls(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -
     return calls
 
 
-def problem_of(module: nn.Module, error: BaseException) -> Problem:
-    """The innermost place of the user's code on the way to ``error``, and the submodule that it belongs to."""
-    names = {id(each): name for name, each in module.named_modules()}
-    scope, place, line = "", "unknown place", ""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    for (frame, _), summary in zip(frames, traceback.extract_tb(error.__traceback__), strict=True):
-        if re.search(r"[/\\]torch(2ebm)?[/\\]", summary.filename):
-            continue
-        place, line = f"{summary.filename}:{summary.lineno}", summary.line or ""
-        scope = names.get(id(frame.f_locals.get("self")), scope)
-    return Problem(scope, place, line, _reason(error))
-
-
-def _reason(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if "DataDependent" in type(error).__name__ or "data-dependent" in first:
-        return "needs the value of a tensor (a branch on it, an index, .item() or a size made of it)"
-    if "numpy" in first:
-        return f"leaves torch for numpy ({first})"
-    return first
-
-
 # From an exported program to a graph on the module --------------------------------------------------------------------
 
 
@@ -222,6 +167,7 @@ class _Importer:
 
     def __init__(self, module: nn.Module, program: torch.export.ExportedProgram, names: Sequence[str]) -> None:
         self.module, self.program, self.names = module, program, names
+        self.module_names: dict[int, str] = {id(each): name for name, each in module.named_modules()}
         self.result = fx.Graph()
         self.constants: dict[str, Tensor] = {}
 
@@ -275,7 +221,7 @@ class _Importer:
             elif node.target is operator.getitem and isinstance(results := environment[node.args[0]], tuple):
                 environment[node] = results[node.args[1]]
             elif node.op == "call_function" and not _is_guard(node):
-                environment[node] = self._marked(node, write(self.result, node, environment))
+                environment[node] = self._marked(node, environment, write)
             elif node.op == "call_module":
                 raise _unknown_operation(self.module, node)
         return ()
@@ -297,12 +243,26 @@ class _Importer:
         given = fx.map_arg(tuple(inputs), environment.__getitem__)
         return tuple(self._copied(graph_module, dict(zip(placeholders, given, strict=True)), inner))
 
-    def _marked(self, node: fx.Node, copy: fx.Node) -> fx.Node:
-        """Keep the path of the submodule that an operation comes from, as symbolic tracing notes it."""
-        stack = node.meta.get("nn_module_stack") or {}
-        paths = [_own_path(entry[0]) for entry in stack.values() if entry[0].startswith("module")]
-        copy.meta = {"nn_module_stack": dict.fromkeys(paths), "val": node.meta.get("val")}
+    def _marked(self, node: fx.Node, environment: dict[fx.Node, Any], write: Write) -> fx.Node:
+        """Copy an operation, and note on all that this writes the submodules' calls that it comes from."""
+        before = len(self.result.nodes)
+        copy = write(self.result, node, environment)
+        copy.meta["val"] = node.meta.get("val")
+        calls = self._calls(node)
+        for written in islice(reversed(self.result.nodes), len(self.result.nodes) - before):
+            stack = dict.fromkeys(calls.values())
+            written.meta = {"nn_module_stack": stack, "calls": calls, "val": written.meta.get("val")}
         return copy
+
+    def _calls(self, node: fx.Node) -> dict[str, str]:
+        """From each call of a submodule around an operation to the submodule's path, the outermost first."""
+        stack = node.meta.get("nn_module_stack") or {}
+        return {call: self._path(entry[0]) for call, entry in stack.items() if entry[0].startswith("module.")}
+
+    def _path(self, path: str) -> str:
+        """Export has the path by which a module was called; one that stands in two places has one name."""
+        found = self.module.get_submodule(_own_path(path))
+        return self.module_names.get(id(found), _own_path(path))
 
 
 Write = Callable[[fx.Graph, fx.Node, Mapping[fx.Node, Any]], fx.Node]
@@ -319,7 +279,7 @@ def _plain(graph: fx.Graph, node: fx.Node, environment: Mapping[fx.Node, Any]) -
 
 def _under_no_grad(write: Write) -> Write:
     def stopping(graph: fx.Graph, node: fx.Node, environment: Mapping[fx.Node, Any]) -> fx.Node:
-        if _is_write(node):  # what is written is the content alone
+        if is_write(node):  # what is written is the content alone
             target = graph.call_function(stopped, (environment[node.args[0]],))  # type: ignore[index]
             target.meta = {"val": node.args[0].meta.get("val")}  # type: ignore[union-attr]
             environment = {**environment, node.args[0]: target}  # type: ignore[dict-item]
@@ -342,7 +302,7 @@ def in_autocast(settings: Any, operation: Callable[..., Any], args: Any, kwargs:
 def _under_autocast(settings: Any, write: Write) -> Write:
     def casting(graph: fx.Graph, node: fx.Node, environment: Mapping[fx.Node, Any]) -> fx.Node:
         written = write(graph, node, environment)
-        if isinstance(node.target, OpOverload) and not _is_write(node) and not _is_aliasing(node.target):
+        if isinstance(node.target, OpOverload) and not is_write(node) and not is_aliasing(node.target):
             written.args = (settings, written.target, written.args, written.kwargs)  # type: ignore[assignment]
             written.target, written.kwargs = in_autocast, {}
         return written
@@ -351,7 +311,7 @@ def _under_autocast(settings: Any, write: Write) -> Write:
 
 
 def _own_path(path: str) -> str:
-    """A path in the module from one in :class:`_Flat`; export counts the calls of a module with ``@``."""
+    """A path in the module from one in :class:`_Flat`; some versions count the calls of a module with ``@``."""
     return re.sub(r"@\d+", "", path.removeprefix("module").removeprefix("."))
 
 
@@ -368,147 +328,3 @@ def _unknown_operation(module: nn.Module, node: fx.Node) -> UntraceableError:
         "operations without regions of their own",
         "Make the submodule concerned one node with nodes=[...], or write it with plain operations (torch.where).",
     )
-
-
-# No writes in place ---------------------------------------------------------------------------------------------------
-
-
-_VIEWS: dict[Any, Any] = {"getitem": operator.getitem, "stopped": stopped}  # code can write these names
-
-
-def write_through(
-    base: Tensor, views: Sequence[tuple[Any, Any, Any]], operation: Callable[..., Any], args: Any, kwargs: Any
-) -> Tensor:
-    """``base`` after ``operation`` has written a view of it in place, done to a copy."""
-    copy = view = base.clone()
-    for make, rest, keywords in views:
-        view = _VIEWS.get(make, make)(view, *rest, **keywords)
-    operation(view, *args, **kwargs)
-    return copy
-
-
-def make_functional(graph: fx.Graph) -> None:
-    """Let later readers of a tensor, and of views of it, read what a write in place made. Attributes stay written."""
-    _Functional(graph).run()
-
-
-class _Functional:
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-        self.position = {node: i for i, node in enumerate(graph.nodes)}
-        self.viewed: dict[fx.Node, fx.Node] = {}  # a view -> what it is taken from
-
-    def run(self) -> None:
-        for node in list(self.graph.nodes):
-            if _is_view(node):
-                self.viewed[node] = node.args[0]
-            elif _is_write(node):
-                if self._base(node.args[0]).op == "get_attr":
-                    self.viewed[node] = node.args[0]  # an effect, whose result is the attribute itself
-                else:
-                    self._replace(node)
-
-    def _base(self, node: fx.Node) -> fx.Node:
-        while node in self.viewed:
-            node = self.viewed[node]
-        return node
-
-    def _chain(self, node: fx.Node) -> list[fx.Node]:
-        """The views from the base to ``node``."""
-        chain = []
-        while node in self.viewed:
-            chain.append(node)
-            node = self.viewed[node]
-        return chain[::-1]
-
-    def _replace(self, node: fx.Node) -> None:
-        target = node.args[0]
-        assert isinstance(target, fx.Node)
-        base, chain = self._base(target), self._chain(target)
-        with self.graph.inserting_before(node):
-            written = self._written(node, base, chain)
-            copies = {base: written}
-            for view in [v for v in self.viewed if self._base(v) is base]:
-                if view is target or view in chain or self._later(view, node):
-                    self._copied_view(view, copies, node)
-        for old, new in copies.items():
-            for user in self._later(old, node):
-                user.replace_input_with(old, new)
-        node.replace_all_uses_with(copies[target])
-        self.graph.erase_node(node)
-
-    def _later(self, node: fx.Node, write: fx.Node) -> list[fx.Node]:
-        return [user for user in node.users if user is not write and self.position[user] > self.position[write]]
-
-    def _written(self, node: fx.Node, base: fx.Node, chain: Sequence[fx.Node]) -> fx.Node:
-        functional_form = None if chain else _functional_form(node.target)
-        if functional_form is not None:
-            written = self.graph.call_function(functional_form, node.args, node.kwargs)
-        else:
-            names = {function: name for name, function in _VIEWS.items()}
-            views = tuple((names.get(view.target, view.target), view.args[1:], view.kwargs) for view in chain)
-            arguments = (base, views, node.target, node.args[1:], node.kwargs)
-            written = self.graph.call_function(write_through, arguments)  # type: ignore[arg-type]
-        written.meta = {**node.meta, "val": base.meta.get("val")}
-        self.position[written] = self.position[node]
-        return written
-
-    def _copied_view(self, view: fx.Node, copies: dict[fx.Node, fx.Node], write: fx.Node) -> None:
-        """The view again, of what was written; its own source first."""
-        if view in copies:
-            return
-        source = self.viewed[view]
-        self._copied_view(source, copies, write)
-        copy = copies[view] = self.graph.node_copy(view, lambda n: copies[n] if n is source else n)
-        self.position[copy] = self.position[write]
-        self.viewed[copy] = copies[source]
-
-
-def _functional_form(target: Any) -> Any:
-    """``aten.relu`` for ``aten.relu_``; None for draws, whose functional forms draw otherwise."""
-    namespace, name = target._schema.name.split("::")
-    if torch.Tag.nondeterministic_seeded in target.tags:
-        return None
-    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    return getattr(packet, target._overloadname, None)
-
-
-def _is_write(node: fx.Node) -> bool:
-    if not isinstance(node.target, OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
-        return False
-    alias = node.target._schema.arguments[0].alias_info
-    return alias is not None and bool(alias.is_write)
-
-
-def _is_aliasing(target: OpOverload) -> bool:
-    arguments = target._schema.arguments
-    return bool(arguments) and arguments[0].alias_info is not None and not arguments[0].alias_info.is_write
-
-
-def _is_view(node: fx.Node) -> bool:
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
-        return False
-    if node.target is stopped or node.target is operator.getitem:
-        return node.target is stopped or _is_view(node.args[0])
-    return (
-        isinstance(node.target, OpOverload)
-        and _is_aliasing(node.target)
-        and _share_memory(node.args[0].meta.get("val"), node.meta.get("val"))
-    )
-
-
-def _share_memory(source: Any, result: Any) -> bool:
-    """Some operations (``reshape``, ``to``) are views or copies, as it comes; the exported values tell which."""
-    first = next((leaf for leaf in leaves_of(result) if isinstance(leaf, Tensor)), None)
-    if first is None or not isinstance(source, Tensor):
-        return True
-    return bool(first.untyped_storage()._cdata == source.untyped_storage()._cdata)
-
-
-def _effects_as_methods(graph: fx.Graph) -> None:
-    """A write to an attribute of the module, in the form in which symbolic tracing gives it."""
-    for node in graph.nodes:
-        if _is_write(node):
-            name = node.target._schema.name.split("::")[1]
-            if hasattr(Tensor, name):
-                node.op, node.target = "call_method", name

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional
+
+from torch2ebm.structure import map_leaves
 
 FactType = TypeVar("FactType")
 
@@ -26,6 +28,24 @@ _OPERATORS = {
     operator.ior: operator.or_,
     operator.ixor: operator.xor,
 }
+
+
+def stopped(value: Any) -> Any:
+    """What an operation under ``torch.no_grad`` returns."""
+    return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, value)
+
+
+def copied(value: Any) -> Any:
+    """A copy of a tensor; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def attribute(module: nn.Module, path: str) -> object:
+    """The attribute of ``module`` at a dotted path."""
+    found: object = module
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
@@ -136,6 +156,9 @@ def expand_tuples(
         if not _has_tensors(value):
             continue
         for user in list(node.users):
+            if user.target is getattr and isinstance(value, dict) and user.args[1] not in value:
+                _read_by_all(graph, user, getattr(value, str(user.args[1])))  # a field that an output class left empty
+                continue
             if user.target is getattr and user.args[0] is node:
                 user.target, user.args = operator.getitem, (node, _place(value, str(user.args[1])))
             if not (user.target is operator.getitem and user.args[0] is node):
@@ -143,6 +166,14 @@ def expand_tuples(
                     parts = _parts(graph, node, value, facts, fact_of)
                 user.args = _replaced(user.args, node, parts)
                 user.kwargs = _replaced(user.kwargs, node, parts)
+
+
+def _read_by_all(graph: fx.Graph, node: fx.Node, literal: Any) -> None:
+    """Let readers of ``node`` have a value that is no result of an operation."""
+    for user in list(node.users):
+        user.args = _replaced(user.args, node, literal)
+        user.kwargs = _replaced(user.kwargs, node, literal)
+    graph.erase_node(node)
 
 
 def _place(value: Any, name: str) -> Any:

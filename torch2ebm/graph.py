@@ -105,6 +105,7 @@ class EnergyGraph:
         changing_buffers: Buffers that a forward pass changes (running statistics).
         parameters: Those that some output depends on, by qualified name, each once, in the module's order.
         clamp: From the input tensors to everything that depends on them alone, by name.
+        inputs: Name of each tensor that ``clamp`` makes of input tensors to the names of these.
     """
 
     def __init__(
@@ -116,7 +117,9 @@ class EnergyGraph:
         structure: Any,
         changing_buffers: tuple[str, ...] = (),
         shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        inputs: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     ) -> None:
+        self.inputs = inputs
         self.module, self.changing_buffers, self.shapes = module, changing_buffers, shapes
         self.clamp, self.outputs, self.structure = clamp, outputs, structure
         self.order, self.nodes = _linked(tuple(order), {o.slot for o in outputs if o.slot is not None})
@@ -157,7 +160,9 @@ class EnergyGraph:
                     read = link
                 reads.append(read)
             order.append(replace(node, reads=tuple(reads)))
-        return EnergyGraph(self.module, order, self.clamp, self.outputs, self.structure, self.changing_buffers)
+        return EnergyGraph(
+            self.module, order, self.clamp, self.outputs, self.structure, self.changing_buffers, inputs=self.inputs
+        )
 
 
 def _linked(order: tuple[Node, ...], returned: set[str]) -> tuple[tuple[Node, ...], Mapping[str, Node]]:

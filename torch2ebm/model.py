@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards, all_finite, check_standing, count_bad
-from torch2ebm.capture import assumed_signature, flatten_arguments, trace
+from torch2ebm.arguments import as_arguments, check_arguments, check_inputs, takes_any_arguments
+from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards, check_standing
 from torch2ebm.captures import Captures
 from torch2ebm.drawing import draw_graph
 from torch2ebm.errors import (
     AttachmentError,
     ConfigurationError,
     ModuleChangedError,
-    NodeEvaluationError,
-    NonFiniteError,
     NoStateError,
     NotCapturedError,
 )
+from torch2ebm.fingerprint import Fingerprint, changes, inside_functional_call
 from torch2ebm.freezing import tensors_in_place
 from torch2ebm.graph import EnergyGraph, Node
 from torch2ebm.partition import Granularity, named_leaves
 from torch2ebm.recorder import start
+from torch2ebm.signature import assumed_signature, flatten_arguments
 from torch2ebm.state import Call, InferenceState
 from torch2ebm.structure import fill
 from torch2ebm.summary import node_table
+from torch2ebm.tracing import trace
 
 
 def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None) -> EnergyModel:
@@ -49,7 +48,12 @@ def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any 
     Raises:
         UntraceableError: if forward cannot be turned into a graph, with place and remedy.
         UnknownNodeError: if a name in ``nodes`` is no submodule that forward calls.
+        PartitionError: if a name in ``nodes`` computes nothing that depends on a parameter.
         CaptureMismatchError: if the graph does not compute what the module computes.
+
+    Warns:
+        StaleAttributeWarning: if forward leaves tensors in plain attributes: while an algorithm runs, they stay as
+            the last plain forward left them.
 
     Example:
         >>> import torch, torch2ebm
@@ -68,31 +72,6 @@ def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any 
     return EnergyModel(module, nodes, example_inputs)
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """The objects a module consists of, and its modes. Holding them keeps an address from being used again."""
-
-    modules: tuple[nn.Module, ...]
-    parameters: tuple[nn.Parameter | None, ...]
-    modes: tuple[bool, ...]
-
-    @staticmethod
-    def of(module: nn.Module) -> Fingerprint:
-        modules = [module]
-        for each in modules:  # grows while it is walked; a shared submodule may come twice
-            modules += [child for child in each._modules.values() if child is not None]
-        parameters = [p for each in modules for p in each._parameters.values()]
-        return Fingerprint(tuple(modules), tuple(parameters), tuple(each.training for each in modules))
-
-    def same_objects(self, other: Fingerprint) -> bool:
-        return (
-            len(self.modules) == len(other.modules)
-            and len(self.parameters) == len(other.parameters)
-            and all(map(operator.is_, self.modules, other.modules))
-            and all(map(operator.is_, self.parameters, other.parameters))
-        )
-
-
 class EnergyModel(nn.Module):
     """A module with value nodes. Made by :func:`convert`; called, moved, saved and switched as the module it came from.
 
@@ -107,10 +86,10 @@ class EnergyModel(nn.Module):
         self._share(module)
         leaves = named_leaves(module, nodes)
         self._granularity: Granularity = nodes if isinstance(nodes, str) else tuple(nodes)
-        if example_inputs is None and not _takes_any_arguments(module):
+        if example_inputs is None and not takes_any_arguments(module):
             trace(module, assumed_signature(module), leaves, all_called=nodes != "children")
         elif example_inputs is not None:
-            args, kwargs = _as_arguments(example_inputs)
+            args, kwargs = as_arguments(example_inputs)
             self._graph_for(args, kwargs)
 
     def _share(self, module: nn.Module) -> None:
@@ -160,7 +139,7 @@ class EnergyModel(nn.Module):
     ) -> Any:
         """The output whose backward is that of ``algorithm``, attached or not; ``keep`` gets the resulting state."""
         tensors, graph, swapped = self._tensors_and_graph(args, kwargs, algorithm)
-        _check_inputs(tensors)
+        check_inputs(tensors)
         changed = {name: self._original.get_buffer(name) for name in graph.changing_buffers}
         call = Call(graph, tensors, swapped)
         open_call = OpenCall(call, algorithm, changed, self._standing_buffers(), forwards or OpenForwards(), keep)
@@ -275,8 +254,8 @@ class EnergyModel(nn.Module):
         found = self._captures.known(key, granularity, tensors)
         if found is None:
             with tensors_in_place(self._original, {name: self._own[name] for name in swapped}):
-                _check_arguments(self._original, args, kwargs)
-                _check_inputs(tensors)  # what a capture shows of each operation must not come from bad numbers
+                check_arguments(self._original, args, kwargs)
+                check_inputs(tensors)  # what a capture shows of each operation must not come from bad numbers
                 check_standing({**self._own, **self._standing_buffers()})
                 leaves = named_leaves(self._original, self._granularity)
                 all_called = self._granularity != "children"
@@ -295,10 +274,10 @@ class EnergyModel(nn.Module):
         same_layers = len(before.modules) == len(fingerprint.modules) and all(
             map(operator.is_, before.modules, fingerprint.modules)
         )
-        if not same_layers or len(before.parameters) != len(fingerprint.parameters) or not _inside_functional_call():
+        if not same_layers or len(before.parameters) != len(fingerprint.parameters) or not inside_functional_call():
             raise ModuleChangedError(
                 f"EnergyModel({type(self._original).__name__})",
-                _changes(before, fingerprint),
+                changes(before, fingerprint),
                 "the layers and parameters that torch2ebm.convert saw",
                 "Convert the changed module again; change parameters in place (copy_, data) to keep the model.",
             )
@@ -352,66 +331,3 @@ class EnergyModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._share(state["module"])
         self._granularity, self._algorithm = state["granularity"], state["algorithm"]
-
-
-def _as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return (tuple(example_inputs) if isinstance(example_inputs, tuple) else (example_inputs,)), {}
-
-
-def _inside_functional_call() -> bool:
-    """Whether ``torch.func.functional_call`` is on the stack: only it may put other tensors in a module's place."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "functional_call" and frame.f_globals["__name__"].startswith("torch."):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _takes_any_arguments(module: nn.Module) -> bool:
-    kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
-    return inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.VAR_KEYWORD in kinds
-
-
-def _check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    try:
-        inspect.signature(module.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise ConfigurationError(
-            f"model(...), {type(module).__name__}.forward",
-            f"{len(args)} positional arguments and {sorted(kwargs) or 'no keywords'}",
-            f"the arguments {inspect.signature(module.forward)}",
-            f"Python says: {error}.",
-        ) from error
-
-
-def _check_inputs(tensors: Sequence[Tensor]) -> None:
-    for i, tensor in enumerate(tensors):
-        if tensor.is_meta:
-            raise NodeEvaluationError(
-                f"model(...), input {i}",
-                "a tensor on the meta device",
-                "a tensor with data",
-                "Move it: tensor.to(...).",
-            )
-        if tensor.is_floating_point() and not all_finite(tensor):
-            raise NonFiniteError(
-                f"model(...), input {i}", count_bad(tensor), "finite numbers", "Check how the batch was made."
-            )
-        if tensor.ndim and tensor.shape[0] == 0:
-            raise ConfigurationError(f"model(...), input {i}", "a batch of 0", "at least one sample", "Skip the batch.")
-
-
-def _changes(before: Fingerprint, now: Fingerprint) -> str:
-    known = set(map(id, (*before.modules, *before.parameters)))
-    modules = [type(m).__name__ for m in now.modules if id(m) not in known]
-    parameters = [str(tuple(p.shape)) for p in now.parameters if p is not None and id(p) not in known]
-    found = [f"new layers {', '.join(modules)}"] * bool(modules) + [f"new parameters {', '.join(parameters)}"] * bool(
-        parameters
-    )
-    return (
-        " and ".join(found)
-        or f"{len(now.modules)} layers and {len(now.parameters)} parameters, in another order or number"
-    )

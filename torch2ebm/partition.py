@@ -7,13 +7,15 @@ An operation joins the node of its consumers if they agree on one, else it becom
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
 
-from torch2ebm.capture import Capture, copied
+from torch2ebm.call_sites import CallSite, call_sites, check_called, check_learnable, check_order, interleaved
 from torch2ebm.errors import ConfigurationError
+from torch2ebm.functional_graph import attribute, copied
+from torch2ebm.observing import Capture
 
 Granularity = str | Sequence[str]
 GRANULARITIES = ("layer", "preactivation", "module", "op", "children")
@@ -59,6 +61,7 @@ class Roles:
     repeated: frozenset[fx.Node]  # fed by parameters alone, or not differentiable: computed again in each reader
     once: tuple[fx.Node, ...]  # shapes, and random draws fed by live tensors: fixed by the feed-forward pass
     static: tuple[fx.Node, ...]  # fed by no live tensor: computed before all nodes
+    sites: Mapping[fx.Node, CallSite]  # of an exported graph, the named submodules' calls that operations are part of
 
 
 def assign_roles(capture: Capture) -> Roles:
@@ -66,13 +69,15 @@ def assign_roles(capture: Capture) -> Roles:
     operations = [node for node in capture.graph.nodes if node.op.startswith("call")]
     returned = set(_output(capture.graph).all_input_nodes)
     from_data = {node for node in capture.graph.nodes if node.op == "placeholder"}
+    sites = call_sites(capture)
+    producer_of: dict[CallSite, fx.Node] = {}
     live: dict[fx.Node, fx.Node] = {}
     repeated: set[fx.Node] = set()
     once: list[fx.Node] = []
     static: list[fx.Node] = []
     for node in operations:
         sources = node.all_input_nodes
-        named = node.op == "call_module" and node.target in capture.leaves
+        named = node in sites or (node.op == "call_module" and node.target in capture.leaves)
         if named or any(s in from_data and facts[s].data for s in sources):
             from_data.add(node)
         fed_by_live = any(s in live or s in once for s in _upstream(node, repeated))
@@ -80,7 +85,8 @@ def assign_roles(capture: Capture) -> Roles:
             repeated.add(node)  # what its reader writes in place has to be new at every evaluation
         elif facts[node].live and (node in from_data or fed_by_live or facts[node].random or node in returned):
             from_data.add(node)
-            live[node] = live[sources[0]] if _is_part(node, live, capture) else node
+            whole = producer_of.setdefault(sites[node], node) if node in sites else node
+            live[node] = live[sources[0]] if _is_part(node, live, capture) else whole
         elif facts[node].live:
             repeated.add(node)
         elif not fed_by_live and not any(s in repeated for s in sources):
@@ -92,7 +98,7 @@ def assign_roles(capture: Capture) -> Roles:
                 once.append(node)
             else:
                 repeated.add(node)
-    return Roles(live, frozenset(repeated), tuple(once), tuple(static))
+    return Roles(live, frozenset(repeated), tuple(once), tuple(static), sites)
 
 
 def _upstream(node: fx.Node, repeated: set[fx.Node]) -> Iterator[fx.Node]:
@@ -147,13 +153,16 @@ class Partition:
             self.parts.setdefault(producer, []).append(node)
         self.producers = list(self.parts)
         self.readers = {producer: self._readers(producer) for producer in self.producers}
+        self._check_names()
         self.roots = {producer for producer in self.producers if self._is_root(producer)}
         self.before_a_root = self._before_a_root()
 
     def groups(self) -> list[Group]:
         tips = self._tips()
         # minus infinity in a mask is no place for a value to move from, so such an operation joins its reader
-        tips = {tip for tip in tips if self.capture.facts[tip].finite or not self.readers[tip]}
+        tips = {
+            tip for tip in tips if self.capture.facts[tip].finite or not self.readers[tip] or tip in self.roles.sites
+        }
         while True:
             owner = self._owners(tips)
             groups = self._grouped(owner)
@@ -161,7 +170,10 @@ class Partition:
             if not stuck:
                 return ordered
             # a shape is read across nodes in both directions: what it is the shape of becomes a value of its own
-            tips |= {self.roles.live[node] for group in stuck for node in self._read_once(group)}
+            found = {self.roles.live[node] for group in stuck for node in self._read_once(group)}
+            if found <= tips:
+                raise interleaved(self.roles.sites[group.tip].name for group in stuck if group.tip in self.roles.sites)
+            tips |= found
 
     # which operations end a node
 
@@ -240,7 +252,16 @@ class Partition:
                 pending += user.users
         return list(readers)
 
+    def _check_names(self) -> None:
+        sites = self.roles.sites
+        if not isinstance(self.granularity, str) and self.capture.captured_by == "export":
+            check_called(self.capture.module, self.capture.leaves, sites)
+            check_learnable(self.capture.leaves, sites, self.producers)
+        check_order(self.producers, self.readers, sites)
+
     def _is_root(self, producer: fx.Node) -> bool:
+        if producer in self.roles.sites:
+            return True
         if producer.op == "call_module":
             module = self.capture.module.get_submodule(str(producer.target))
             return self.granularity == "module" or self._is_named(producer) or any(True for _ in module.parameters())
@@ -253,6 +274,8 @@ class Partition:
         return node.op == "get_attr" and isinstance(attribute(self.capture.module, str(node.target)), nn.Parameter)
 
     def _is_named(self, producer: fx.Node) -> bool:
+        if producer in self.roles.sites:
+            return True
         return producer.op == "call_module" and producer.target in self.capture.leaves
 
     def _is_returned(self, producer: fx.Node) -> bool:
@@ -320,11 +343,3 @@ class Partition:
             for needed in needs[group.tip]:
                 draws[needed] = min(draws[needed], draws[group.tip])
         return {tip: (draw, self.position[tip]) for tip, draw in draws.items()}
-
-
-def attribute(module: nn.Module, path: str) -> object:
-    """The attribute of ``module`` at a dotted path."""
-    found: object = module
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from torch2ebm.algorithms import ZeroDivergence
 from torch2ebm.assembly import build_graph
-from torch2ebm.capture import Capture, Reference, plain_autograd, real_run, untouched
-from torch2ebm.errors import CaptureMismatchError
+from torch2ebm.errors import CaptureMismatchError, NodeEvaluationError, UnsupportedError
 from torch2ebm.graph import EnergyGraph
+from torch2ebm.observing import Capture
 from torch2ebm.partition import Granularity
+from torch2ebm.references import Reference, plain_autograd, run_once, untouched
 from torch2ebm.state import Call, OutputLoss
 
 
@@ -24,15 +25,30 @@ def verified(captured: Capture, granularity: Granularity) -> EnergyGraph:
     """
     graph = build_graph(captured, granularity)
     tensors = captured.reference.tensors
-    device = tensors[0].device if tensors else torch.device("cpu")
-    with plain_autograd(), untouched(captured.module, device):
-        reference = real_run(captured.module, captured.signature, tensors)
-    with plain_autograd(), untouched(captured.module, device):
-        call = Call(graph, tensors)
-        call.feedforward(keep_graph=True)
-        reference.check(captured.module, call.output())
-        _check_gradients(graph, call, reference)
+    _check(graph, tensors, run_once(captured.module, captured.signature, tensors))
     return graph
+
+
+def holds_for(captured: Capture, graph: EnergyGraph, tensors: Sequence[Tensor]) -> bool:
+    """Whether a graph gives the module's own outputs, buffers and gradients for inputs of other shapes, too."""
+    reference = run_once(captured.module, captured.signature, tensors)
+    if reference.structure != captured.reference.structure:
+        return False
+    try:
+        _check(graph, tensors, reference)
+    except (UnsupportedError, NodeEvaluationError, RuntimeError, ValueError, LookupError, TypeError):
+        return False
+    return True
+
+
+def _check(graph: EnergyGraph, tensors: Sequence[Tensor], reference: Reference) -> None:
+    """Raise :class:`CaptureMismatchError` where the composition of the nodes differs from a real run."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    with plain_autograd(), untouched(graph.module, device):
+        call = Call(graph, [tensor.detach().clone() for tensor in tensors])
+        call.feedforward(keep_graph=True)
+        reference.check(graph.module, call.output())
+        _check_gradients(graph, call, reference)
 
 
 class _Cotangents(OutputLoss):
@@ -56,7 +72,8 @@ def _check_gradients(graph: EnergyGraph, call: Call, reference: Reference) -> No
             seen = delivered.get(output.slot)
             delivered[output.slot] = cotangent if seen is None else seen + cotangent
     ours = ZeroDivergence().backward(call, _Cotangents(delivered), retain_graph=False).parameters
-    if wrong := _differing(ours, reference.gradients):
+    trainable = {name: g for name, g in ours.items() if graph.parameters[name].requires_grad}
+    if wrong := _differing(trainable, reference.gradients):
         raise CaptureMismatchError(
             f"torch2ebm cannot capture {type(graph.module).__name__}",
             f"another gradient of {', '.join(wrong)}, though the outputs agree",
@@ -67,13 +84,21 @@ def _check_gradients(graph: EnergyGraph, call: Call, reference: Reference) -> No
 
 
 def _differing(ours: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> Sequence[str]:
-    """Names of the parameters whose gradients differ by more than rounding, relative to the largest gradient."""
-    if not real:
-        return ()
-    largest = max(float(gradient.abs().max()) for gradient in real.values() if gradient.numel())
-    tolerance = largest * max(torch.finfo(gradient.dtype).eps for gradient in real.values()) ** 0.5
-    return [
-        name
-        for name, gradient in real.items()
-        if gradient.numel() and float((ours.get(name, torch.zeros_like(gradient)) - gradient).abs().max()) > tolerance
-    ]
+    """Names of the parameters whose gradients differ by more than rounding, relative to the largest gradient.
+
+    One that only one side has is zero on the other: a detach that tracing has lost gives a gradient too many.
+    """
+    pairs = {
+        name: (ours.get(name), real.get(name))
+        for name in {**real, **ours}
+        if any(g is not None and g.numel() for g in (ours.get(name), real.get(name)))
+    }
+    sizes = [float(g.abs().max()) for pair in pairs.values() for g in pair if g is not None]
+    precisions = [torch.finfo(g.dtype).eps for pair in pairs.values() for g in pair if g is not None]
+    tolerance = max(sizes, default=0.0) * max(precisions, default=0.0) ** 0.5
+    return [name for name, (a, b) in pairs.items() if float(_distance(a, b)) > tolerance]
+
+
+def _distance(a: Tensor | None, b: Tensor | None) -> Tensor:
+    present = [gradient for gradient in (a, b) if gradient is not None]
+    return (present[0] - present[1] if len(present) == 2 else present[0]).abs().max()
