@@ -328,6 +328,7 @@ def test_convert_leaves_no_trace(example: Tensor | None) -> None:
         torch2ebm.convert(net, example_inputs=example)
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.StaleAttributeWarning")  # it has a test of its own
 @pytest.mark.parametrize("example", [X, None], ids=["with an example", "without"])
 @pytest.mark.parametrize("fails", [False, True], ids=["traceable", "fails half-way"])
 def test_convert_leaves_what_forward_writes_as_it_was(fails: bool, example: Tensor | None) -> None:
@@ -346,6 +347,7 @@ def _or_refused() -> suppress:
     return suppress(CaptureMismatchError)
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.StaleAttributeWarning")  # it has a test of its own
 def test_a_buffer_that_forward_assigns_moves_as_the_modules_own_or_is_refused() -> None:
     net, twin = seeded(lambda: Remembering(False)), seeded(lambda: Remembering(False))
     with _or_refused():
