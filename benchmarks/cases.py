@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,47 @@ CASES = (
     Case("b", "MLP of 8 layers, width 512, relu, batch 128", lambda: mlp((784, *[512] * 7, 10), nn.ReLU), (128, 784)),
     Case("c", "5 convolutions 32-64-64-128-128, 3x32x32, batch 32", five_convolutions, (32, 3, 32, 32)),
 )
+
+
+class Residual(nn.Module):
+    """The blocks of ResNet-18 and -34 (two 3x3) and of ResNet-50 and deeper (a bottleneck)."""
+
+    def __init__(self, channels: int, width: int, stride: int, bottleneck: bool) -> None:
+        super().__init__()
+        outputs = 4 * width if bottleneck else width
+        last = nn.Conv2d(width, outputs, 1 if bottleneck else 3, padding=0 if bottleneck else 1, bias=False)
+        first = nn.Conv2d(channels, width, 1, bias=False) if bottleneck else _three(channels, width, stride)
+        middle = [nn.BatchNorm2d(width), nn.ReLU(), _three(width, width, stride)] if bottleneck else []
+        self.body = nn.Sequential(first, *middle, nn.BatchNorm2d(width), nn.ReLU(), last, nn.BatchNorm2d(outputs))
+        same = stride == 1 and channels == outputs
+        shortcut = [nn.Conv2d(channels, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)]
+        self.shortcut = nn.Identity() if same else nn.Sequential(*shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = F.relu(self.body(x) + self.shortcut(x))
+        return out
+
+
+def _three(channels: int, outputs: int, stride: int) -> nn.Module:
+    return nn.Conv2d(channels, outputs, 3, stride, 1, bias=False)
+
+
+def resnet(depths: Sequence[int], bottleneck: bool) -> nn.Module:
+    """The published architecture (He et al. 2016) with 10 classes: (2, 2, 2, 2) is ResNet-18."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    layers.append(nn.MaxPool2d(3, 2, 1))
+    channels = 64
+    for stage, depth in enumerate(depths):
+        width = 64 * 2**stage
+        for i in range(depth):
+            layers.append(Residual(channels, width, 2 if stage and not i else 1, bottleneck))
+            channels = 4 * width if bottleneck else width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def resnet18() -> nn.Module:
+    return resnet((2, 2, 2, 2), bottleneck=False)
+
+
+def resnet50() -> nn.Module:
+    return resnet((3, 4, 6, 3), bottleneck=True)

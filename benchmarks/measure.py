@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,8 +26,13 @@ class Timing:
     high: float
 
 
-def interleaved(programs: Mapping[str, Program], reference: str, rounds: int) -> dict[str, Timing]:
-    """Every round runs every program once, so that a slow moment of the machine touches all of them."""
+def interleaved(
+    programs: Mapping[str, Program], reference: str, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
+    """Every round runs every program once, so that a slow moment of the machine touches all of them.
+
+    With ``clock=time.process_time``, and one thread, what other processes do counts little.
+    """
     order = list(programs)
     shuffle = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in order}
@@ -34,9 +42,9 @@ def interleaved(programs: Mapping[str, Program], reference: str, rounds: int) ->
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
-            start = time.perf_counter()
+            start = clock()
             programs[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: _timing(times, seconds[reference]) for name, times in seconds.items()}
 
 
@@ -58,3 +66,24 @@ def peak_bytes(program: Program) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+def page_faults(program: Program, repetitions: int = 9) -> int:
+    """Pages that the system has to hand out anew in one run (median), since the allocator gave them back before."""
+    counts = []
+    for _ in range(repetitions):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        program()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return int(statistics.median(counts))
+
+
+def keep_the_heap() -> None:
+    """Start this script again with an allocator (glibc's) that gives no memory back, for all programs alike.
+
+    By default glibc returns the top of the heap to the system whenever more is free than twice the largest block that
+    it has seen. Whether a program crosses that line depends on its sizes, and on what else ran in the process.
+    """
+    settings = dict.fromkeys(("MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**30))
+    if any(os.environ.get(name) != value for name, value in settings.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})

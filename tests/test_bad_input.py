@@ -618,7 +618,7 @@ def test_a_relaxation_that_runs_away_reports_its_energy() -> None:
     with untouched(scene), pytest.raises(errors.DivergenceError) as caught:
         good(scene)
     energy = torch.tensor(caught.value.energy)
-    assert len(energy) > 1 and torch.isfinite(energy[0]) and not torch.isfinite(energy).all()
+    assert len(energy) > 1 and torch.isfinite(energy[0]) and not energy[-1] <= 1e3 * energy[0]
     assert all(part in str(caught.value) for part in ("inference step", "lr", "energy"))
     on(scene)
     scene.optimizer = torch2ebm.EnergyOptimizer(scene.adam, scene.model, ALGORITHMS["PredictiveCoding"])

@@ -1053,7 +1053,7 @@ def test_a_large_step_size_is_no_error_until_it_diverges_and_then_nothing_has_ch
     loss = F.mse_loss(model(X), torch.ones(BATCH, CLASSES, dtype=torch.float64))
     with pytest.raises(DivergenceError, match="step size") as caught:
         loss.backward()
-    assert len(caught.value.energy) > 2 and caught.value.energy[1] > caught.value.energy[0]
+    assert len(caught.value.energy) > 1 and caught.value.energy[1] > caught.value.energy[0]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert gradients_of(net) == {} and not optimizer.state
     with pytest.raises(NoStateError):

@@ -140,7 +140,7 @@ class EnergyModel(nn.Module):
         """The output whose backward is that of ``algorithm``, attached or not; ``keep`` gets the resulting state."""
         tensors, graph, swapped = self._tensors_and_graph(args, kwargs, algorithm)
         check_inputs(tensors)
-        changed = {name: self._original.get_buffer(name) for name in graph.changing_buffers}
+        changed = self._present(graph.changing_buffers)
         call = Call(graph, tensors, swapped)
         open_call = OpenCall(call, algorithm, changed, self._standing_buffers(), forwards or OpenForwards(), keep)
         outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
@@ -152,7 +152,12 @@ class EnergyModel(nn.Module):
 
     def _standing_buffers(self) -> dict[str, Tensor]:
         """Buffers in which NaN or infinity would be new."""
-        return {name: self._original.get_buffer(name) for name in self._finite_buffers}
+        return self._present(self._finite_buffers)
+
+    def _present(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """The buffers of these names as they are now. One walk over the module: ``get_buffer`` takes one a name."""
+        buffers = dict(self._original.named_buffers(remove_duplicate=False)) if names else {}
+        return {name: buffers[name] for name in names}
 
     def _keep(self, state: InferenceState) -> None:
         self._state = state

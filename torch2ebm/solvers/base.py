@@ -95,7 +95,7 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0) -> LocalGrad
 def _has_run_away(inference: Inference) -> bool:
     """Whether the last energy is past what :func:`report` lets through: the steps that are left would be wasted."""
     first, last = (float(sum(inference.history[i].values())) for i in (0, -1))
-    return not -math.inf < last <= _ceiling(first)
+    return not (math.isfinite(last) and last <= _ceiling(first))
 
 
 def _ceiling(first: float) -> float:
@@ -119,7 +119,7 @@ def report(
 
 def _check(total: tuple[float, ...], parts: Mapping[str, tuple[float, ...]], remedy: str) -> None:
     ceiling = _ceiling(total[0])
-    bad = next((step for step, energy in enumerate(total) if not -math.inf < energy <= ceiling), None)
+    bad = next((step for step, energy in enumerate(total) if not (math.isfinite(energy) and energy <= ceiling)), None)
     if bad is None:
         return
     broken = (name for name, column in parts.items() if not math.isfinite(column[bad]))
