@@ -22,6 +22,8 @@ ALGORITHMS = {
     "PredictiveCoding": torch2ebm.PredictiveCoding(steps=4),
     "FixedPrediction": torch2ebm.FixedPrediction(steps=4),
     "ZeroDivergence": torch2ebm.ZeroDivergence(),
+    "ErrorDescent": torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(3), nudging=torch2ebm.Symmetric(0.05)),
+    "Incremental": torch2ebm.IncrementalPredictiveCoding(steps=3),
 }
 HERE = "test_bad_input.py:"
 
@@ -122,7 +124,7 @@ class Bad:
     algorithms: tuple[str, ...] = tuple(ALGORITHMS)
 
 
-PC = ("PredictiveCoding",)
+PC = ("PredictiveCoding", "ErrorDescent")
 
 
 def assert_refused(bad: Bad, algorithm: torch2ebm.Algorithm) -> None:

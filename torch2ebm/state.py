@@ -199,7 +199,8 @@ class Relaxation:
     Attributes:
         steps: Inference steps done.
         converged: Whether ``residual`` is at most the solver's ``tol``; None where no ``tol`` was asked for.
-        residual: Largest absolute entry of the last step's driving term (dF/dv for values), over nodes and samples.
+        residual: Largest absolute entry of the last step's driving term (dF/dv for values), over nodes and samples;
+            NaN where no step was made one by one.
         sample_residual: The same for each sample, shape ``[batch]``; None where a value has no batch dimension.
         tol: What the solver was asked for; 0 for nothing.
         beta: The nudge of this phase.

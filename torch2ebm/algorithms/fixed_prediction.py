@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch2ebm.algorithms.base import Algorithm, check_choice, check_reduction
 from torch2ebm.inference import GradientSum
 from torch2ebm.solvers.base import check_positive, check_steps
-from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss, at_least_single
+from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss, Relaxation, at_least_single
 
 METHODS = ("closed_form", "sweep")
 
@@ -141,7 +142,10 @@ class FixedPrediction(Algorithm):
         self, call: Call, loss: OutputLoss, gradients: GradientSum, deltas: dict[str, Tensor]
     ) -> LocalGradients:
         unreached = tuple(node.name for node in call.graph.hidden_nodes if not any(s in deltas for s in node.slots))
-        state = InferenceState(call.graph, call.batch_size, call.values, deltas, -loss.unit, unreached=unreached)
+        relaxation = Relaxation(steps=self.steps, residual=math.nan)  # in closed form no step shows a residual
+        state = InferenceState(
+            call.graph, call.batch_size, call.values, deltas, -loss.unit, relaxation, unreached, phases=(relaxation,)
+        )
         return LocalGradients(gradients.parameters, call.input_gradients(gradients.clamped), state)
 
 
