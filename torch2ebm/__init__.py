@@ -7,12 +7,14 @@ from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph import EnergyGraph, Node
 from torch2ebm.model import EnergyModel, convert
+from torch2ebm.mq import MQ
 from torch2ebm.optimizer import EnergyOptimizer
 from torch2ebm.recorder import EnergyLoss
 from torch2ebm.solvers import GradientDescent, Solver
 from torch2ebm.state import InferenceState, Relaxation
 
 __all__ = [
+    "MQ",
     "Agreement",
     "Algorithm",
     "Backprop",
