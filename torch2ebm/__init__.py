@@ -2,7 +2,14 @@
 
 from torch2ebm import errors, torch2pc
 from torch2ebm.agreement import Agreement
-from torch2ebm.algorithms import Algorithm, Backprop, FixedPrediction, PredictiveCoding, ZeroDivergence
+from torch2ebm.algorithms import (
+    Algorithm,
+    Backprop,
+    FixedPrediction,
+    PredictiveCoding,
+    ProximalInferenceLearning,
+    ZeroDivergence,
+)
 from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph import EnergyGraph, Node
@@ -28,6 +35,7 @@ __all__ = [
     "InferenceState",
     "Node",
     "PredictiveCoding",
+    "ProximalInferenceLearning",
     "Relaxation",
     "Solver",
     "Torch2EBMError",
