@@ -5,7 +5,8 @@ python benchmarks/papers_d.py --mnist [--data ../shared/mnist_10k.npz] [--rules 
 
 One sample a step, eps 0, ReLU, torch's default initial weights, float32, images in [0, 1] as they are, each training
 image at most once and in a shuffled order. A run that ends in torch2ebm's NonFiniteError or DivergenceError has
-diverged; an accuracy of about .10 is chance: the units have died. IL-SGD is ``PredictiveCoding(25, 0.02)``; docs/inference_learning.md says how near the paper's that is.
+diverged; an accuracy of about .10 is chance: the units have died. IL-SGD is ``PredictiveCoding(25, 0.02)``;
+docs/inference_learning.md says how near it is to the paper's. Runs that the JSON file holds stay in the table.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -342,6 +343,63 @@ def test_a_frozen_layer_takes_part_in_inference_and_keeps_its_weights() -> None:
     net[2].requires_grad_(False)
     ours = local_gradients(attached(net, IL(**STRONG)), (x_of(4),), cross_entropy)
     assert relative_error(ours, {name: g for name, g in whole.items() if not name.startswith("2.")}) <= EXACT
+
+
+def test_dropout_keeps_its_mask_while_values_move() -> None:
+    net = chain()
+    net = nn.Sequential(*net[:4], nn.Dropout(0.5), net[4])
+    ours = local_gradients(attached(net, IL(**STRONG)), (x_of(4),), cross_entropy, seed=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mask = F.dropout(torch.ones(4, WIDTHS[2], dtype=torch.float64), 0.5)
+    masked: Pair = tuple(  # type: ignore[assignment]
+        (lambda h, f=f: f(h) * mask if h.shape == mask.shape else f(h)) for f in TANH
+    )
+    expected = Proximal(layers_of(net), masked, cross_entropy_gradient(labels(4)), **STRONG).run(x_of(4))
+    assert relative_error(ours, gradients_of(net, expected)) <= EXACT
+
+
+def test_a_scaler_unscales_to_the_same_step() -> None:
+    net = chain()
+    reference = local_gradients(attached(copy.deepcopy(net), IL(**STRONG)), (x_of(4),), cross_entropy)
+    before = copy.deepcopy(net.state_dict())
+    model = torch2ebm.convert(net)
+    optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=1.0), model, IL(**STRONG))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(cross_entropy(model(x_of(4)))).backward()
+    scaler.step(optimizer)
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] - reference[name], rtol=EXACT, atol=1e-14)
+
+
+def test_accumulated_micro_batches_are_the_mean_of_their_steps() -> None:
+    """Each has its own normaliser; the whole batch has another, and is another step."""
+    net = chain()
+    halves = [cross_entropy_gradient(labels(4)[:2]), cross_entropy_gradient(labels(4)[2:])]
+    steps = [
+        gradients_of(net, Proximal(layers_of(net), TANH, gradient, **STRONG).run(x))
+        for gradient, x in zip(halves, x_of(4).split(2), strict=True)
+    ]
+    model = attached(net, IL(**STRONG))
+    for x, y in zip(x_of(4).split(2), labels(4).split(2), strict=True):
+        (F.cross_entropy(model(x), y) / 2).backward()
+    ours = {name: p.grad for name, p in net.named_parameters()}
+    assert relative_error(ours, {name: (steps[0][name] + steps[1][name]) / 2 for name in ours}) <= EXACT
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_of_model_and_optimizer_trains_on_the_same_way(duplicate: Callable[[tuple], tuple]) -> None:
+    net = chain()
+    model = torch2ebm.convert(net)
+    optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=1.0), model, IL(**STRONG))
+    pairs = [(model, optimizer), duplicate((model, optimizer))]
+    for each, stepping in pairs:
+        for _ in range(2):
+            stepping.zero_grad()
+            cross_entropy(each(x_of(4))).backward()
+            stepping.step()
+    for ours, theirs in zip(pairs[0][0].parameters(), pairs[1][0].parameters(), strict=True):
+        assert ours is not theirs and torch.equal(ours, theirs)
 
 
 def test_a_second_backward_through_a_retained_call_is_the_same() -> None:
