@@ -587,6 +587,53 @@ def test_a_residual_sum_is_a_value_without_weights() -> None:
     assert relative_error(ours, expected) <= EXACT
 
 
+class _TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.left = nn.Linear(FEATURES, 5), nn.Linear(5, CLASSES)
+        self.right = nn.Linear(5, CLASSES, bias=False)
+        self.double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.trunk(x)
+        return self.left(torch.tanh(h)), self.right(torch.relu(h))
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_every_output_has_a_normaliser_of_its_own(both: bool) -> None:
+    """Two heads with other inputs, one without a bias; a head that the loss leaves out sends nothing and stays."""
+    net, x, alpha, eps = _TwoHeads(), x_of(4), 0.7, 0.25
+    model = attached(net, IL(alpha, 4, 0.3, 0.2, eps))
+    left, right = model(x)
+    (cross_entropy(left) + (0.5 * cross_entropy(right) if both else 0.0)).backward()
+    W = {name: p.detach() for name, p in net.named_parameters()}
+    p1 = x @ W["trunk.weight"].T + W["trunk.bias"]
+    h, gradient = p1, cross_entropy_gradient(labels(4))
+    for step in range(5):
+        a, b = torch.tanh(h), torch.relu(h)
+        norm_a, norm_b = (a**2).sum(1).mean() + 1 + eps, (b**2).sum(1).mean() + eps
+        e1 = h - p1
+        ea = -(alpha * norm_a / (1 + alpha * norm_a)) * gradient(a @ W["left.weight"].T + W["left.bias"])
+        eb = -(alpha * norm_b / (1 + alpha * norm_b)) * (0.5 * both) * gradient(b @ W["right.weight"].T)
+        if step < 4:
+            message = (ea @ W["left.weight"]) * (1 - a**2) + (eb @ W["right.weight"]) * (h > 0)
+            h = h - 0.2 * e1 + 0.3 * message
+    norm = (x**2).sum(1).mean() + 1 + eps
+    expected = {
+        "trunk.weight": -e1.T @ x / 4 / norm,
+        "trunk.bias": -e1.mean(0) / norm,
+        "left.weight": -ea.T @ a / 4 / norm_a,
+        "left.bias": -ea.mean(0) / norm_a,
+        "right.weight": -eb.T @ b / 4 / norm_b,
+    }
+    ours = {name: p.grad for name, p in net.named_parameters()}
+    if not both:
+        assert not ours.pop("right.weight").any() and not expected.pop("right.weight").any()
+        assert model.state.unreached == ("right",)
+    assert relative_error(ours, expected) <= EXACT
+
+
 def test_inputs_that_want_a_gradient_are_refused() -> None:
     x = x_of(4).requires_grad_()
     with pytest.raises(InputGradientError):

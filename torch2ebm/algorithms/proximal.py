@@ -298,7 +298,7 @@ class _ProximalInference:
             if sent <= moved:
                 break
             moved |= sent
-            active |= {n.name for n in self.graph.nodes.values() if not moved.isdisjoint((*n.slots, *n.reads))}
+            active |= {n.name for n in self.graph.hidden_nodes if not moved.isdisjoint((*n.slots, *n.reads))}
         return active
 
 
