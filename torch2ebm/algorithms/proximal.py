@@ -44,7 +44,7 @@ class ProximalInferenceLearning(Algorithm):
     where it is less: ``q = p_L + e_L`` cannot overshoot the loss's minimum, for any ``alpha``. That holds for the mean
     over the batch of cross-entropies (Hessian at most 1/2), of half squared errors (1) and of squared errors averaged
     over two or more features (2 over their number). A loss that is more curved would make ``alpha nm -> infinity`` a
-    gradient step that is too long; it is refused, after :data:`POWER_STEPS` power iterations by differences of its
+    gradient step that is too long; it is refused, after two power iterations by differences of its
     gradient where inference starts. An outer factor of the loss scales ``.grad``, not this.
 
     ``state.value`` of an output is ``p_L + e_L``. In ``state.relaxation`` the energy is the sum over all nodes,
