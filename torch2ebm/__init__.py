@@ -8,6 +8,7 @@ from torch2ebm.algorithms import (
     FixedPrediction,
     IncrementalPredictiveCoding,
     PredictiveCoding,
+    ProximalInferenceLearning,
     ZeroDivergence,
 )
 from torch2ebm.compare import GradientComparison, compare
@@ -15,6 +16,7 @@ from torch2ebm.energies import Categorical, Energy, Gaussian
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph import EnergyGraph, Node
 from torch2ebm.model import EnergyModel, convert
+from torch2ebm.mq import MQ
 from torch2ebm.nudging import OneSided, Symmetric
 from torch2ebm.optimizer import EnergyOptimizer
 from torch2ebm.recorder import EnergyLoss
@@ -31,6 +33,7 @@ from torch2ebm.solvers import (
 from torch2ebm.state import InferenceState, Relaxation
 
 __all__ = [
+    "MQ",
     "Adam",
     "Agreement",
     "Algorithm",
@@ -54,6 +57,7 @@ __all__ = [
     "Node",
     "OneSided",
     "PredictiveCoding",
+    "ProximalInferenceLearning",
     "Relaxation",
     "SequentialDescent",
     "Solver",

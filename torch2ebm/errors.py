@@ -51,6 +51,10 @@ class PartitionError(ConfigurationError):
     """The model cannot be cut in value nodes as asked for."""
 
 
+class DenseLayerError(UnsupportedError):
+    """A node is not one dense layer with parameters of its own, which the algorithm's theory asks for."""
+
+
 class NotCapturedError(ConfigurationError):
     """The graph was asked for before any example input was seen."""
 
@@ -88,6 +92,10 @@ class LossIndependentError(ConfigurationError):
 
 class LossReductionError(ConfigurationError):
     """A summed loss meets an algorithm that takes the loss for a mean over the batch."""
+
+
+class LossCurvatureError(UnsupportedError):
+    """The loss is more curved in the prediction than the algorithm's step at the output allows."""
 
 
 class HigherOrderGradientError(UnsupportedError):

@@ -5,6 +5,7 @@ from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.algorithms.fixed_prediction import FixedPrediction
 from torch2ebm.algorithms.incremental_predictive_coding import IncrementalPredictiveCoding
 from torch2ebm.algorithms.predictive_coding import PredictiveCoding
+from torch2ebm.algorithms.proximal import ProximalInferenceLearning
 from torch2ebm.algorithms.zero_divergence import ZeroDivergence
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "FixedPrediction",
     "IncrementalPredictiveCoding",
     "PredictiveCoding",
+    "ProximalInferenceLearning",
     "ZeroDivergence",
 ]
