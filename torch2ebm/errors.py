@@ -51,6 +51,10 @@ class PartitionError(ConfigurationError):
     """The model cannot be cut in value nodes as asked for."""
 
 
+class DenseLayerError(UnsupportedError):
+    """A node is not one dense layer with parameters of its own, which the algorithm's theory asks for."""
+
+
 class NotCapturedError(ConfigurationError):
     """The graph was asked for before any example input was seen."""
 
