@@ -2,7 +2,7 @@
 
 from torch2ebm import errors, torch2pc
 from torch2ebm.agreement import Agreement
-from torch2ebm.algorithms import Algorithm, Backprop, FixedPrediction, PredictiveCoding, ZeroDivergence
+from torch2ebm.algorithms import Algorithm, Backprop, FixedPrediction, ImplicitSGD, PredictiveCoding, ZeroDivergence
 from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph import EnergyGraph, Node
@@ -23,6 +23,7 @@ __all__ = [
     "FixedPrediction",
     "GradientComparison",
     "GradientDescent",
+    "ImplicitSGD",
     "InferenceState",
     "Node",
     "PredictiveCoding",

@@ -154,6 +154,21 @@ def _detached(results: Sequence[Any]) -> list[Any]:
     return [result.detach() if isinstance(result, Tensor) else result for result in results]
 
 
+@dataclass(frozen=True, eq=False)
+class LossExpansion:
+    """A loss around some predictions, to second order.
+
+    Attributes:
+        value: The loss there, of no dimension.
+        gradients: By output slot; a missing one is zero.
+        hessian_product: From a direction in these slots (a missing one is zero) to the Hessian's product with it.
+    """
+
+    value: Tensor
+    gradients: Mapping[str, Tensor]
+    hessian_product: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
 class OutputLoss(ABC):
     """The loss of one call as a function of the predictions of the outputs.
 
@@ -170,6 +185,10 @@ class OutputLoss(ABC):
     @abstractmethod
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """lambda times the loss summed over samples, and its gradient in each prediction it depends on."""
+
+    @abstractmethod
+    def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
+        """The same with the second derivative."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from torch2ebm.algorithms.backprop import Backprop
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.algorithms.fixed_prediction import FixedPrediction
+from torch2ebm.algorithms.implicit_sgd import ImplicitSGD
 from torch2ebm.algorithms.predictive_coding import PredictiveCoding
 from torch2ebm.algorithms.zero_divergence import ZeroDivergence
 
-__all__ = ["Algorithm", "Backprop", "FixedPrediction", "PredictiveCoding", "ZeroDivergence"]
+__all__ = ["Algorithm", "Backprop", "FixedPrediction", "ImplicitSGD", "PredictiveCoding", "ZeroDivergence"]
