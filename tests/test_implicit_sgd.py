@@ -171,7 +171,7 @@ def test_large_steps_end_in_a_minimum_below_every_explicit_step(batch: int, alph
     assert relaxation.energy[-1] < explicit
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ["tanh", "softplus"])
 @pytest.mark.parametrize("steps", [1, 2, 50])
 def test_the_residual_is_the_proximal_gradient_at_the_parameters_after_the_step(steps: int, activation: str) -> None:
     """Wherever the relaxation stops, converged or not."""
@@ -195,6 +195,56 @@ def test_explicit_and_implicit_steps_differ_by_the_square_of_the_step_size() -> 
         distances.append(torch.cat([(g - alpha * explicit[n]).reshape(-1) for n, g in ours.items()]).norm())
     slopes = torch.stack(distances).log().diff() / alphas.log().diff()
     assert ((slopes - 2).abs() <= 0.1).all()
+
+
+# Kinks ----------------------------------------------------------------------------------------------------------------
+
+on_kinks = pytest.mark.parametrize(
+    ("batch", "alpha", "loss", "bias"),
+    [
+        (1, 0.1, squared, True),
+        (1, 0.5, squared, True),
+        (1, 0.1, entropy, False),
+        (1, 0.5, entropy, False),
+        (4, 0.5, squared, False),
+        (6, 0.5, squared, True),
+    ],
+)
+
+
+@on_kinks
+def test_a_minimum_on_a_kink_is_one_in_every_direction(batch: int, alpha: float, loss, bias: bool) -> None:
+    case = Case("relu", bias, batch, loss)
+    ours, model = step_of(case, alpha, tol=1e-11)
+    relaxation = model.state.relaxation
+    assert relaxation.converged
+    objective = proximal_objective(case.loss_of, case.parameters, alpha)
+    after = flat({name: parameter - ours[name] for name, parameter in case.parameters.items()})
+    value = float(objective(after))
+    assert relaxation.energy[-1] == pytest.approx(value, rel=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-2, 1e-4, 1e-6):
+        for _ in range(100):
+            direction = torch.randn(after.shape, generator=generator, dtype=after.dtype)
+            assert float(objective(after + size * direction / direction.norm())) >= value - 1e-14 * abs(value)
+    # Newton's method on the parameters knows no kinks: it stops on one, and no lower
+    assert value <= case.oracle(alpha).objective * (1 + 1e-12)
+
+
+def test_some_of_these_minima_lie_on_kinks() -> None:
+    held = 0
+    for batch, alpha, loss, bias in on_kinks.args[1]:
+        _, model = step_of(Case("relu", bias, batch, loss), alpha)
+        held += sum(int((model.state.value[name] == 0).sum()) for name in LAYERS)
+    assert held >= 3
+
+
+def test_without_holding_values_on_the_kink_the_relaxation_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch2ebm.proximal.ProximalObjective._has_kink", lambda self, slot: False)
+    _, model = step_of(Case("relu", True, 1, squared), 0.1)
+    relaxation = model.state.relaxation
+    assert relaxation.converged is False and relaxation.residual > 1e-4
+    assert relaxation.energy[-1] < relaxation.energy[0]
 
 
 # The values -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,10 @@ Half the squared size of that change over alpha is the node's energy, ``tr(e^T K
 The coordinates here are ``s = K^-1 e / alpha``, one row a sample: ``e = alpha K s``, ``dW = alpha s^T A``, the energy
 is ``alpha/2 tr(s^T K s)``. Nothing is inverted, so the batch may be larger than the fan-in; at the minimum ``s`` is
 minus the gradient of the loss in ``h``, whatever the alpha, so no digits are lost where alpha is small.
+
+Rectifiers have a kink where ``h`` is 0, and minima lie on it as a rule: below 0 a value has no gradient that would keep
+it there. So every such ``h`` has a *side*, +1 or -1, and a value that would cross 0 is held there (side 0): its ``s``
+follows from ``h = 0``, and it is at rest as long as the one-sided derivatives both lead up.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from torch2ebm.affine import DenseLayer
 from torch2ebm.errors import UnsupportedError
 from torch2ebm.graph import Node
 from torch2ebm.inference import LOSS
-from torch2ebm.solvers.newton import Point, Vector
+from torch2ebm.solvers.newton import Point, Vector, moved
 from torch2ebm.state import Call, OutputLoss, at_least_single
 
 
@@ -35,36 +39,79 @@ class ProximalObjective:
     def __init__(self, call: Call, loss: OutputLoss, layers: Mapping[str, DenseLayer], alpha: float) -> None:
         self.call, self.loss, self.layers, self.alpha = call, loss, layers, alpha
 
-    def start(self) -> Vector:
+    def start(self) -> ProximalPoint:
         """The feed-forward pass: no error anywhere. Shapes ``[batch, fan_out]``, by node."""
-        return {name: self._zeros(layer) for name, layer in self.layers.items()}
+        values = {name: self._zeros(layer) for name, layer in self.layers.items()}
+        kinked = [name for name, layer in self.layers.items() if self._has_kink(layer.node.slots[0])]
+        of_slot = {name: self.call.values[self.layers[name].node.slots[0]] for name in kinked}
+        sides = {name: torch.where(of_slot[name] > 0, 1.0, -1.0).reshape(values[name].shape) for name in kinked}
+        return ProximalPoint(self, values, sides, holds=True)
+
+    def _has_kink(self, slot: str) -> bool:
+        """Whether derivatives of the readers jump where this value passes 0."""
+        readers = [node for node in self.call.graph.nodes.values() if slot in node.reads]
+        return any(not torch.equal(self._derivative(r, slot, 1.0), self._derivative(r, slot, -1.0)) for r in readers)
+
+    def _derivative(self, node: Node, slot: str, side: float) -> Tensor:
+        """Of the node's predictions, in some direction, where the value at ``slot`` is 0 but for its sign."""
+        value = self.call.values[slot].detach()
+        tiny = torch.full_like(value, side * torch.finfo(value.dtype).tiny).requires_grad_()
+        inputs = [tiny if read == slot else self.call.values[read].detach() for read in node.reads]
+        with torch.enable_grad():
+            predictions = self.call.evaluate(node, inputs, freeze_statistics=False).predictions
+        numbers = [torch.arange(1.0, p.numel() + 1, device=p.device).mul(1.7).sin() for p in predictions]
+        directions = [n.to(p.dtype).reshape(p.shape) for n, p in zip(numbers, predictions, strict=True)]
+        (found,) = _pulled(predictions, directions, [tiny])
+        return torch.zeros_like(value) if found is None else found
 
     def _zeros(self, layer: DenseLayer) -> Tensor:
         value = at_least_single(self.call.values[layer.node.slots[0]])
         return torch.zeros_like(value).reshape(self.call.batch_size, layer.fan_out)
 
-    def at(self, values: Vector) -> ProximalPoint:
-        return ProximalPoint(self, values)
-
 
 class ProximalPoint(Point):
-    """G around one ``s``. Autograd graphs end at the borders of nodes; what crosses them are sweeps."""
+    """G around one ``s``. Autograd graphs end at the borders of nodes; what crosses them are sweeps.
 
-    def __init__(self, objective: ProximalObjective, values: Vector) -> None:
-        self.call, self.values = objective.call, values
+    Attributes:
+        sides: For each dense layer whose readers have a kink at 0, and each entry of its value: +1, -1, or 0 for held.
+    """
+
+    def __init__(self, objective: ProximalObjective, values: Vector, sides: Mapping[str, Tensor], holds: bool) -> None:
+        self.objective, self.call, self.values = objective, objective.call, values
         self.terms: list[LocalTerm] = []
         of_slot: dict[str, Tensor] = {}
         for node in self.call.graph.nodes.values():
-            inputs = [of_slot[slot].to(self.call.values[slot].dtype).requires_grad_() for slot in node.reads]
-            term = LocalTerm(objective, node, inputs, values.get(node.name))
+            inputs = self._leaves(node, of_slot)
+            term = LocalTerm(objective, node, inputs, values.get(node.name), sides.get(node.name), holds)
             self.terms.append(term)
             of_slot.update({s: value.detach() for s, value in zip(node.slots, term.values, strict=True)})
+        self.sides = {term.node.name: term.sides for term in self._dense() if term.sides is not None}
+        self._of_slot = of_slot
         self.expansion = objective.loss.expanded(
             {slot: of_slot[slot].to(self.call.values[slot].dtype) for slot in self.call.graph.output_slots}
         )
         energies = [self.expansion.value, *[t.energy.detach() for t in self._dense()]]
         names = [LOSS, *[term.node.name for term in self._dense()]]
         self.parts = dict(zip(names, torch.stack([e.double() for e in energies]).tolist(), strict=True))
+
+    def _leaves(self, node: Node, of_slot: Mapping[str, Tensor]) -> list[Tensor]:
+        return [of_slot[slot].to(self.call.values[slot].dtype).detach().requires_grad_() for slot in node.reads]
+
+    def moved(self, direction: Vector, length: float) -> ProximalPoint:
+        return ProximalPoint(self.objective, moved(self.values, direction, length), self.sides, holds=True)
+
+    def freed(self) -> ProximalPoint:
+        """Held entries leave to the side where G falls, if that is not slight beside what else drives the values."""
+        largest = max((float(z.abs().max()) for z in self._driving.values()), default=0.0)
+        sides = dict(self.sides)
+        for name, side in self.sides.items():
+            z = self._driving[name]
+            leaving = (side == 0) & (z.abs() > 0.1 * largest)
+            sides[name] = torch.where(leaving, -z.sign().to(side.dtype), side)
+        if all(torch.equal(sides[name], side) for name, side in self.sides.items()):
+            return self
+        values = {term.node.name: term.full.detach() for term in self._dense()}
+        return ProximalPoint(self.objective, values, sides, holds=False)
 
     def _dense(self) -> Iterator[LocalTerm]:
         return (term for term in self.terms if term.own is not None)
@@ -103,26 +150,50 @@ class ProximalPoint(Point):
 
     def precondition(self, gradient: Vector) -> Vector:
         """By the layers' own energies alone, whose Hessian is ``alpha K``."""
-        return {name: self._inverses[name] @ of_node for name, of_node in gradient.items()}
-
-    @cached_property
-    def _inverses(self) -> dict[str, Tensor]:
-        return {term.node.name: term.inverse() for term in self._dense()}
+        return {term.node.name: term.conditioned(gradient[term.node.name]) for term in self._dense()}
 
     @cached_property
     def residual(self) -> float:
         """Largest entry of the proximal objective's gradient in the parameters, at the parameters of the step.
 
-        That is ``grad L(theta+) + (theta+ - theta) / alpha``, by a sweep through the layers as they will be.
+        That is ``grad L(theta+) + (theta+ - theta) / alpha``; of the gradients on both sides of a kink the nearest to
+        zero between them.
         """
-        messages = {slot: at_least_single(gradient) for slot, gradient in self.expansion.gradients.items()}
         largest = [torch.zeros((), device=self.call.device)]
-        for term in reversed(self.terms):
-            cotangents = [messages.get(slot) for slot in term.node.slots]
-            if term.own is not None:
-                largest += [part.abs().max() for part in term.parameter_gradients(cotangents[0])]
-            _deliver(messages, term.node, term.pulled_after_the_step(cotangents))
+        for term in self._dense():
+            largest += [part.abs().max() for part in term.parameter_gradients(self._driving[term.node.name])]
         return float(torch.stack([entry.double() for entry in largest]).max())
+
+    @cached_property
+    def _driving(self) -> dict[str, Tensor]:
+        """``s + dL/dh`` by node, the loss's gradient taken through the layers as they will be."""
+        left = {slot: at_least_single(gradient) for slot, gradient in self.expansion.gradients.items()}
+        right: dict[str, Tensor] = {}  # where some entry is held: the gradient with these on the upper side
+        found: dict[str, Tensor] = {}
+        for term in reversed(self.terms):
+            cotangents: list[Tensor | None] = [left.get(slot) for slot in term.node.slots]
+            if term.own is not None:
+                slot = term.node.slots[0]
+                found[term.node.name], cotangents[0] = term.driving(left.get(slot), right.get(slot))
+            _deliver(left, term.node, term.pulled_after_the_step(cotangents))
+            if any(self._is_held(slot) for slot in term.node.reads):
+                _deliver(right, term.node, self._above(term).pulled_after_the_step(cotangents))
+        return found
+
+    def _is_held(self, slot: str) -> bool:
+        sides = self.sides.get(self.call.graph.owner[slot].name)
+        return sides is not None and bool((sides == 0).any())
+
+    def _above(self, term: LocalTerm) -> LocalTerm:
+        """The same node where all held values that it reads are just above 0."""
+        of_slot = {slot: self._of_slot[slot] for slot in term.node.reads}
+        for slot in term.node.reads:
+            if self._is_held(slot):
+                value = of_slot[slot]
+                held = (self.sides[self.call.graph.owner[slot].name] == 0).reshape(value.shape)
+                of_slot[slot] = value.masked_fill(held, torch.finfo(self.call.values[slot].dtype).tiny)
+        inputs = self._leaves(term.node, of_slot)
+        return LocalTerm(self.objective, term.node, inputs, self.values.get(term.node.name), term.sides, holds=False)
 
 
 class LocalTerm:
@@ -131,27 +202,62 @@ class LocalTerm:
     A node without trainable parameters has no energy, and its prediction for a value.
     """
 
-    def __init__(self, objective: ProximalObjective, node: Node, inputs: list[Tensor], own: Tensor | None) -> None:
-        self.node, self.inputs, self.alpha = node, inputs, objective.alpha
+    def __init__(
+        self,
+        objective: ProximalObjective,
+        node: Node,
+        inputs: list[Tensor],
+        own: Tensor | None,
+        sides: Tensor | None,
+        holds: bool,
+    ) -> None:
+        self.node, self.inputs, self.alpha, self.sides = node, inputs, objective.alpha, sides
         self.own = None if own is None else own.detach().requires_grad_()
         if self.own is None:
             with torch.enable_grad():
                 evaluated = objective.call.evaluate(node, inputs, freeze_statistics=False)
                 self.predictions = self.values = tuple(map(_widened, evaluated.predictions))
-        else:
-            self._displace(objective.call, objective.layers[node.name], self.own)
-
-    def _displace(self, call: Call, layer: DenseLayer, own: Tensor) -> None:
-        """Values from predictions: ``h = p + alpha K s``."""
-        found = layer.evaluate(call, self.inputs, freeze_statistics=False)
+            return
+        found = objective.layers[node.name].evaluate(objective.call, inputs, freeze_statistics=False)
+        self.has_bias = objective.layers[node.name].has_bias
         with torch.enable_grad():
             self.predictions = tuple(map(_widened, found.evaluated.predictions))
-            self.rows, self.has_bias = found.rows.to(own.dtype), layer.has_bias
-            self.gram = self.rows @ self.rows.t() + float(layer.has_bias)  # [batch, batch]
-            pulled = self.gram @ own  # [batch, fan_out]
-            self.energy = 0.5 * self.alpha * (own * pulled).sum()
-            self.error = self.alpha * pulled
-            self.values = (self.predictions[0] + self.error.reshape(self.predictions[0].shape),)
+            self.rows = found.rows.to(self.own.dtype)
+            self.gram = self.rows @ self.rows.t() + float(self.has_bias)  # [batch, batch]
+            self._displace(self.own, self.predictions[0].reshape(self.own.shape), holds)
+
+    def _displace(self, own: Tensor, prediction: Tensor, holds: bool) -> None:
+        """Values from predictions: ``h = p + alpha K s``; with ``holds``, those that crossed 0 are held there."""
+        value = self._valued(own, prediction)
+        if self.sides is not None and holds:
+            crossed = (value.detach() * self.sides < 0) & (self.gram.detach().diagonal() > 0).unsqueeze(1)
+            if crossed.any():
+                self.sides = self.sides.masked_fill(crossed, 0.0)
+                value = self._valued(own, prediction)
+        elif self.sides is not None:  # just freed: on its side, by as little as there is
+            fresh = (value.detach() * self.sides <= 0) & (self.sides != 0)
+            value = torch.where(fresh, value - value.detach() + self.sides * torch.finfo(value.dtype).tiny, value)
+        self.values = (value.reshape(self.predictions[0].shape),)
+
+    def _valued(self, own: Tensor, prediction: Tensor) -> Tensor:
+        held = None if self.sides is None else self.sides == 0
+        self.held = held if held is not None and held.any() else None
+        self.full = own if self.held is None else self._completed(own, prediction, self.held)
+        pulled = self.gram @ self.full  # [batch, fan_out]
+        self.error = self.alpha * pulled
+        self.energy = 0.5 * self.alpha * (self.full * pulled).sum()
+        value = prediction + self.error
+        return value if self.held is None else value.masked_fill(self.held, 0.0)
+
+    def _completed(self, own: Tensor, prediction: Tensor, held: Tensor) -> Tensor:
+        """``s`` with the entries that hold ``h`` at 0, where ``alpha K s = -p``; the free ones as given."""
+        wanted = torch.where(held, -prediction / self.alpha, own)
+        if len(own) == 1:
+            return torch.where(held, wanted / self.gram, own)
+        unit = torch.eye(len(own), dtype=own.dtype, device=own.device)
+        systems = torch.where(held.t().unsqueeze(2), self.gram, unit)  # [fan_out, batch, batch]
+        solved: Tensor = torch.linalg.solve_ex(systems, wanted.t())[0]
+        return solved.t()
 
     def _wrt(self) -> list[Tensor]:
         return self.inputs if self.own is None else [self.own, *self.inputs]
@@ -208,19 +314,33 @@ class LocalTerm:
             moved = self.predictions[0] + (self.rows @ change.t()).reshape(self.predictions[0].shape)
         return _pulled([moved], cotangents, self.inputs)
 
-    def parameter_gradients(self, cotangent: Tensor | None) -> tuple[Tensor, Tensor]:
+    def driving(self, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``s + dL/dh``, and the ``dL/dh`` in it; for a held entry the one that comes nearest to zero."""
+        own = self.full.detach()
+        below = own if left is None else own + left.reshape(own.shape)
+        if self.held is None:
+            return below, (below - own).reshape(self.predictions[0].shape)
+        above = own if right is None else own + right.reshape(own.shape)
+        # at rest: below 0 G falls towards it (below <= 0), above 0 too (above >= 0)
+        at_kink = torch.where(below > 0, below, above.clamp_max(0.0))
+        total = torch.where(self.held, at_kink, below)
+        return total, (total - own).reshape(self.predictions[0].shape)
+
+    def parameter_gradients(self, driving: Tensor) -> tuple[Tensor, Tensor]:
         """``grad L + (theta+ - theta) / alpha`` of weight and bias, shapes ``[fan_out, fan_in]`` and ``[fan_out]``."""
-        assert self.own is not None
-        total = self.own.detach() if cotangent is None else self.own.detach() + cotangent.reshape(self.own.shape)
-        return total.t() @ self.rows.detach(), total.sum(0) * float(self.has_bias)
+        return driving.t() @ self.rows.detach(), driving.sum(0) * float(self.has_bias)
 
     def step(self) -> tuple[Tensor, Tensor]:
         """The change of weight and bias: ``alpha s^T A`` and ``alpha`` times the sum of ``s`` over samples."""
-        assert self.own is not None
-        own = self.own.detach()
-        return self.alpha * own.t() @ self.rows.detach(), self.alpha * own.sum(0)
+        full = self.full.detach()
+        return self.alpha * full.t() @ self.rows.detach(), self.alpha * full.sum(0)
 
-    def inverse(self) -> Tensor:
+    def conditioned(self, gradient: Tensor) -> Tensor:
+        found = self._inverse @ gradient
+        return found if self.held is None else found.masked_fill(self.held, 0.0)
+
+    @cached_property
+    def _inverse(self) -> Tensor:
         gram = self.gram.detach()
         if len(gram) == 1:
             return (self.alpha * gram).reciprocal().where(gram > 0, torch.zeros_like(gram))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,14 @@ class Point(ABC):
     def residual(self) -> float:
         """What is compared with ``tol``."""
 
+    @abstractmethod
+    def moved(self, direction: Vector, length: float) -> Point:
+        """The point at ``values + length * direction``; where that is across a kink, the kink may hold it."""
+
+    @abstractmethod
+    def freed(self) -> Point:
+        """The same place, without the kinks that the objective falls off from; itself where there is none."""
+
 
 @dataclass(frozen=True, eq=False)
 class Minimum:
@@ -70,7 +78,7 @@ class Minimum:
     history: tuple[Mapping[str, float], ...]
 
 
-def minimise(at: Callable[[Vector], Point], start: Vector, tol: float, steps: int, products: int = 200) -> Minimum:
+def minimise(start: Point, tol: float, steps: int, products: int = 200) -> Minimum:
     """A stationary point reached by descent from ``start`` (Nocedal and Wright, algorithm 7.1: line-search Newton-CG).
 
     Every step lowers the objective, up to rounding, so the end is in the basin of the start as far as steps along
@@ -78,25 +86,29 @@ def minimise(at: Callable[[Vector], Point], start: Vector, tol: float, steps: in
     direction leads down any more (rounding, or a kink).
 
     Args:
-        at: The objective expanded at given values.
         start: Where to begin.
         tol: Residual to reach.
         steps: Most Newton steps.
         products: Most Hessian products in one step.
     """
-    point = at(start)
+    point = start
     history, used, done = [point.parts], 0, 0
-    first = norm = _norm(point)
-    while point.residual > tol and done < steps and norm > 0:
+    first = 0.0
+    while point.residual > tol and done < steps:
+        point = point.freed()
+        norm = _norm(point)
+        first = max(first, norm)
+        if not norm > 0:
+            break
         direction, spent, curved = _conjugate_gradients(point, min(0.1, norm / first) * norm, products)
         used += spent
-        following = _searched(at, point, direction, curved) or _searched(at, point, _descent(point), False)
+        following = _searched(point, direction, curved) or _searched(point, _descent(point), False)
         if following is None:
             break
         fell = point.value - following.value > _noise(point)
         if not fell and following.residual >= point.residual:
             break  # rounding is all that is left
-        point, norm, done = following, _norm(following), done + 1
+        point, done = following, done + 1
         history.append(point.parts)
     return Minimum(point, done, used, point.residual <= tol, tuple(history))
 
@@ -122,32 +134,32 @@ def _conjugate_gradients(point: Point, enough: float, products: int) -> tuple[Ve
         if not curvature > 0:
             return (step if spent == 1 else solution), spent, spent == 1
         rate = squared / curvature
-        solution = _moved(solution, step, rate)
-        residual = dict(_moved(residual, product, rate))
+        solution = moved(solution, step, rate)
+        residual = dict(moved(residual, product, rate))
         conditioned = point.precondition(residual)
         previous, squared = squared, _dot(residual, conditioned)
         if not math.sqrt(max(squared, 0.0)) > enough:
             break
-        step = _moved(_scaled(conditioned, -1.0), step, squared / previous)
+        step = moved(_scaled(conditioned, -1.0), step, squared / previous)
     return solution, spent, False
 
 
-def _searched(at: Callable[[Vector], Point], point: Point, direction: Vector, expand: bool) -> Point | None:
+def _searched(point: Point, direction: Vector, expand: bool) -> Point | None:
     """The first of 1, 1/2, 1/4, ... of ``direction`` that lowers the objective enough; None if there is none."""
     slope = _dot(point.gradient, direction)
     if not slope < 0:
         return None
     for halvings in range(HALVINGS):
         length = 0.5**halvings
-        found = at(_moved(point.values, direction, length))
+        found = point.moved(direction, length)
         if found.value <= point.value + SUFFICIENT * length * slope + _noise(point):
-            return _lengthened(at, point, direction, found) if expand and halvings == 0 else found
+            return _lengthened(point, direction, found) if expand and halvings == 0 else found
     return None
 
 
-def _lengthened(at: Callable[[Vector], Point], point: Point, direction: Vector, found: Point) -> Point:
+def _lengthened(point: Point, direction: Vector, found: Point) -> Point:
     for doublings in range(1, DOUBLINGS + 1):
-        longer = at(_moved(point.values, direction, 2.0**doublings))
+        longer = point.moved(direction, 2.0**doublings)
         if not longer.value < found.value:
             break
         found = longer
@@ -168,5 +180,5 @@ def _scaled(vector: Vector, factor: float) -> dict[str, Tensor]:
     return {name: tensor * factor for name, tensor in vector.items()}
 
 
-def _moved(vector: Vector, direction: Vector, length: float) -> dict[str, Tensor]:
+def moved(vector: Vector, direction: Vector, length: float) -> dict[str, Tensor]:
     return {name: torch.add(tensor, direction[name], alpha=length) for name, tensor in vector.items()}
