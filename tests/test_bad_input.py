@@ -680,6 +680,9 @@ SETTINGS = [
     *((torch2ebm.FixedPrediction, {"method": value}) for value in ("sweeps", None)),
     *((torch2ebm.FixedPrediction, {"loss_reduction": value}) for value in ("none", None)),
     *((torch2ebm.PredictiveCoding, {"loss_reduction": value}) for value in ("none", None)),
+    *((torch2ebm.ImplicitSGD, {"alpha": value}) for value in NOT_POSITIVE),
+    *((torch2ebm.ImplicitSGD, {"tol": value}) for value in (-1e-9, float("nan"), float("inf"), "a")),
+    *((torch2ebm.ImplicitSGD, {"max_steps": value}) for value in NO_COUNT),
     *((torch2ebm.PredictiveCoding, {"solver": value}) for value in ("gradient", torch2ebm.GradientDescent)),
 ]
 

@@ -24,7 +24,7 @@ from torch2ebm.errors import (
 )
 from torch2ebm.freezing import BufferHistory, BufferSnapshot, hooks_suspended, tensors_in_place
 from torch2ebm.recorder import Scalar, Tape
-from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss
+from torch2ebm.state import Call, InferenceState, LocalGradients, LossExpansion, OutputLoss
 
 
 class OpenForwards:
@@ -277,16 +277,33 @@ class RecordedLoss(OutputLoss):
         return self.call.batch_size if reduction == "mean" else 1
 
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        total, leaves = self._replayed(predictions)
+        return total.detach(), _present(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True))
+
+    def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
+        total, leaves = self._replayed(predictions)
+        found = torch.autograd.grad(total, list(leaves.values()), create_graph=True, allow_unused=True)
+        curved = _present(leaves, found)
+
+        def hessian_product(direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            pairs = [(g, direction[slot]) for slot, g in curved.items() if g.requires_grad and slot in direction]
+            if not pairs:
+                return {}
+            gradients, along = zip(*pairs, strict=True)
+            wrt = list(leaves.values())
+            return _present(leaves, torch.autograd.grad(gradients, wrt, along, retain_graph=True, allow_unused=True))
+
+        return LossExpansion(total.detach(), {slot: g.detach() for slot, g in curved.items()}, hessian_product)
+
+    def _replayed(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss at other predictions, and the leaves that its gradient is wanted for, by slot."""
         slots = self.call.graph.output_slots
         leaves = [predictions[slot].detach().requires_grad_(slot in self.delivered) for slot in slots]
         with torch.enable_grad():
             values = self.tape.replay(leaves, [scalar.index for scalar in self.scalars])
             total = self.multiplier * sum(f * value for f, value in zip(self.relative, values, strict=True))
             assert isinstance(total, Tensor)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
-        pairs = [(slot, next(found)) for slot, leaf in zip(slots, leaves, strict=True) if leaf.requires_grad]
-        return total.detach(), {slot: gradient for slot, gradient in pairs if gradient is not None}
+        return total, {slot: leaf for slot, leaf in zip(slots, leaves, strict=True) if leaf.requires_grad}
 
     def check(self) -> None:
         """Raise unless the recorded loss, at the feed-forward prediction, has the gradient that autograd delivered."""
@@ -328,6 +345,10 @@ class RecordedLoss(OutputLoss):
             "The loss uses the model's output through something that was not recorded, or draws random numbers; "
             "wrap the loss function: torch2ebm.EnergyLoss(loss_fn).",
         )
+
+
+def _present(slots: Iterable[str], found: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    return {slot: gradient for slot, gradient in zip(slots, found, strict=True) if gradient is not None}
 
 
 def _sum(factors: Iterable[Tensor]) -> float:

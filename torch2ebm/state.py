@@ -159,6 +159,21 @@ def _detached(results: Sequence[Any]) -> list[Any]:
     return [result.detach() if isinstance(result, Tensor) else result for result in results]
 
 
+@dataclass(frozen=True, eq=False)
+class LossExpansion:
+    """A loss around some predictions, to second order.
+
+    Attributes:
+        value: The loss there, of no dimension.
+        gradients: By output slot; a missing one is zero.
+        hessian_product: From a direction in these slots (a missing one is zero) to the Hessian's product with it.
+    """
+
+    value: Tensor
+    gradients: Mapping[str, Tensor]
+    hessian_product: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
 class OutputLoss(ABC):
     """The loss of one call as a function of the predictions of the outputs.
 
@@ -178,6 +193,10 @@ class OutputLoss(ABC):
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """lambda times the loss summed over samples, and its gradient in each prediction it depends on."""
 
+    @abstractmethod
+    def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
+        """The same with the second derivative."""
+
 
 class NudgedLoss(OutputLoss):
     """``beta`` times a loss; the scale divides by ``beta`` again (algorithms.md, section 0: lambda)."""
@@ -189,7 +208,18 @@ class NudgedLoss(OutputLoss):
 
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         value, gradients = self._loss.gradients(predictions)
-        return value * self._beta, {slot: gradient * self._beta for slot, gradient in gradients.items()}
+        return value * self._beta, self._nudged(gradients)
+
+    def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
+        found = self._loss.expanded(predictions)
+        return LossExpansion(
+            found.value * self._beta,
+            self._nudged(found.gradients),
+            lambda direction: self._nudged(found.hessian_product(direction)),
+        )
+
+    def _nudged(self, by_slot: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {slot: tensor * self._beta for slot, tensor in by_slot.items()}
 
 
 @dataclass(frozen=True)

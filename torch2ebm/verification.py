@@ -14,7 +14,7 @@ from torch2ebm.graph import EnergyGraph
 from torch2ebm.observing import Capture
 from torch2ebm.partition import Granularity
 from torch2ebm.references import Reference, plain_autograd, run_once, untouched
-from torch2ebm.state import Call, OutputLoss
+from torch2ebm.state import Call, LossExpansion, OutputLoss
 
 
 def verified(captured: Capture, granularity: Granularity) -> EnergyGraph:
@@ -61,6 +61,9 @@ class _Cotangents(OutputLoss):
 
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         raise AssertionError("the reverse sweep needs the loss at the feed-forward prediction only")
+
+    def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
+        raise AssertionError("the reverse sweep needs no second derivative")
 
 
 def _check_gradients(graph: EnergyGraph, call: Call, reference: Reference) -> None:

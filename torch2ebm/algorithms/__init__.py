@@ -3,6 +3,7 @@
 from torch2ebm.algorithms.backprop import Backprop
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.algorithms.fixed_prediction import FixedPrediction
+from torch2ebm.algorithms.implicit_sgd import ImplicitSGD
 from torch2ebm.algorithms.incremental_predictive_coding import IncrementalPredictiveCoding
 from torch2ebm.algorithms.predictive_coding import PredictiveCoding
 from torch2ebm.algorithms.proximal import ProximalInferenceLearning
@@ -12,6 +13,7 @@ __all__ = [
     "Algorithm",
     "Backprop",
     "FixedPrediction",
+    "ImplicitSGD",
     "IncrementalPredictiveCoding",
     "PredictiveCoding",
     "ProximalInferenceLearning",

@@ -1,0 +1,145 @@
+"""Implicit SGD by inference: relax the values on the proximal objective, then reach them by the smallest step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torch2ebm.affine import DenseLayer, dense_layers
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.errors import ConfigurationError, NonFiniteError
+from torch2ebm.inference import LOSS
+from torch2ebm.proximal_objective import LocalTerm, ProximalObjective, ProximalPoint
+from torch2ebm.solvers.base import check_positive, check_tolerance
+from torch2ebm.solvers.newton import Minimum, minimise
+from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss, Relaxation
+
+TOLERANCES = {torch.float64: 1e-10}  # by the precision that values are kept in
+COARSE = 1e-5  # in single precision rounding leaves about a tenth of this of a gradient of order one
+
+
+class ImplicitSGD(Algorithm):
+    """The exact step of implicit SGD, found by inference (Alonso et al. 2022, theorem on the proximal operator).
+
+    ``theta+ = argmin L(theta') + |theta' - theta|^2 / (2 alpha)``, that is ``theta - alpha grad L(theta+)``. The values
+    of the dense layers relax on L plus, for each layer, what it would cost its parameters to produce its value; the
+    output's value is free too. Then the layers take that smallest step, and a feed-forward pass reproduces the values.
+
+    ``.grad`` is ``-(theta+ - theta)``: use it with ``torch.optim.SGD(params, lr=1.0)``, without momentum. The step
+    size is ``alpha``. A factor outside the loss (accumulation, a gradient scaler) scales ``.grad`` and nothing else.
+    The loss is taken as it is written: L of a batch is one function, whether a mean or a sum over samples.
+
+    Every trainable parameter has to be the weight or bias of a dense layer (``nn.Linear``) that one node reads, with
+    one row of inputs a sample. Between such layers anything goes that can be differentiated twice. Values may come to
+    rest on a kink at 0 (ReLU and its like); the residual is then that of the best subgradient. Where ``alpha`` is
+    large the objective has several minima, and the end is one that descent from the feed-forward pass leads to.
+    Rounding, a kink elsewhere, or kinks in a batch larger than a layer's fan-in can stop it before:
+    ``state.relaxation`` says which residual is left.
+
+    Args:
+        alpha: Step size of implicit SGD.
+        tol: Largest entry of ``grad L(theta+) + (theta+ - theta) / alpha`` to reach. None: 1e-10 in double and 1e-5
+            in single precision. A ``tol`` that is not met gives ``relaxation.converged = False``.
+        max_steps: Most Newton steps.
+
+    Raises:
+        ConfigurationError: for an ``alpha`` that is not positive and finite, a negative ``tol``, fewer than one step.
+        DenseLayerError: during backward, naming the nodes that are no dense layer.
+        UnsupportedError: during backward, for an operation without a second derivative.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> model = torch2ebm.convert(net)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=1.0)
+        >>> optimizer = torch2ebm.EnergyOptimizer(sgd, model, torch2ebm.ImplicitSGD(alpha=0.5))
+        >>> torch.nn.functional.cross_entropy(model(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])).backward()
+        >>> optimizer.step()
+        >>> model.state.relaxation.converged
+        True
+    """
+
+    partition = "preactivation"
+    has_input_gradients = False
+    loss_reduction = "sum"
+
+    def __init__(self, alpha: float = 0.1, tol: float | None = None, *, max_steps: int = 100) -> None:
+        check_positive("ImplicitSGD", alpha=alpha)
+        if tol is not None:
+            check_tolerance("ImplicitSGD", tol)
+        if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
+            raise ConfigurationError(
+                "ImplicitSGD(max_steps=...)", repr(max_steps), "a whole number, 1 or more", "Choose another."
+            )
+        self.alpha, self.tol, self.max_steps = alpha, tol, max_steps
+
+    def __repr__(self) -> str:
+        return f"ImplicitSGD(alpha={self.alpha!r}, tol={self.tol!r}, max_steps={self.max_steps!r})"
+
+    def forward(self, call: Call) -> None:
+        call.feedforward(keep_graph=False)
+
+    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        layers = dense_layers(call, freeze_statistics=False)
+        objective = ProximalObjective(call, loss, layers, self.alpha)
+        start = objective.start()
+        tol = self._tolerance(start.values.values())
+        minimum = minimise(start, tol, self.max_steps)
+        assert isinstance(minimum.point, ProximalPoint)
+        return _local_gradients(call, loss.scale, layers, minimum.point.terms, _report(minimum, tol))
+
+    def with_steps(self, steps: int) -> ImplicitSGD:
+        return ImplicitSGD(self.alpha, self.tol, max_steps=steps)
+
+    def _tolerance(self, values: Iterable[Tensor]) -> float:
+        if self.tol is not None:
+            return self.tol
+        return max((TOLERANCES.get(value.dtype, COARSE) for value in values), default=COARSE)
+
+
+def _local_gradients(
+    call: Call, scale: float, layers: Mapping[str, DenseLayer], terms: Sequence[LocalTerm], relaxation: Relaxation
+) -> LocalGradients:
+    gradients: dict[str, Tensor] = {}
+    predictions: dict[str, Tensor] = {}
+    errors: dict[str, Tensor] = {}
+    for term in terms:
+        predictions.update({s: p.detach() for s, p in zip(term.node.slots, term.predictions, strict=True)})
+        if term.own is not None:
+            slot = term.node.slots[0]
+            errors[slot] = term.error.detach().reshape(predictions[slot].shape)
+            step = layers[term.node.name].gradients(*term.step())
+            gradients.update(
+                {name: _as_gradient(change, scale, call.parameters[name]) for name, change in step.items()}
+            )
+    state = InferenceState(call.graph, call.batch_size, predictions, errors, relaxation=relaxation)
+    return LocalGradients(gradients, [None] * len(call.tensors), state)
+
+
+def _as_gradient(change: Tensor, scale: float, parameter: Tensor) -> Tensor:
+    return (-scale * change).to(parameter.dtype)
+
+
+def _report(minimum: Minimum, tol: float) -> Relaxation:
+    """Raises :class:`NonFiniteError` where the loss at the feed-forward pass is no number."""
+    energy = tuple(sum(parts.values()) for parts in minimum.history)
+    if not math.isfinite(energy[0]):
+        raise NonFiniteError(
+            "the loss, feed-forward pass (inference step 0)",
+            f"energy {energy[0]}",
+            "a finite number",
+            "Look for NaN or infinity in the input, the target and the parameters.",
+        )
+    names = [name for name in minimum.history[0] if name != LOSS]
+    return Relaxation(
+        minimum.steps,
+        minimum.converged if tol > 0 else None,
+        minimum.point.residual,
+        energy,
+        {name: tuple(parts[name] for parts in minimum.history) for name in names},
+        tuple(parts[LOSS] for parts in minimum.history),
+    )
