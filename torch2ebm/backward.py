@@ -269,6 +269,7 @@ class RecordedLoss(OutputLoss):
         self.factor = outer
         self.scale = outer / self.multiplier
         self.unit = self.multiplier / outer if outer else 0.0
+        self._weights: list[Tensor] | None = None
 
     def _multiplier(self) -> int:
         reduction = self.algorithm.loss_reduction
@@ -277,11 +278,18 @@ class RecordedLoss(OutputLoss):
         return self.call.batch_size if reduction == "mean" else 1
 
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        total, leaves = self._replayed(predictions)
-        return total.detach(), _present(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True))
+        values, leaves = self._replayed(predictions)
+        if self._weights is None:
+            self._weights = [
+                torch.full_like(v, self.multiplier * f) for f, v in zip(self.relative, values, strict=True)
+            ]
+        found = torch.autograd.grad(values, list(leaves.values()), self._weights, allow_unused=True)
+        return self._total([value.detach() for value in values]), _present(leaves, found)
 
     def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
-        total, leaves = self._replayed(predictions)
+        values, leaves = self._replayed(predictions)
+        with torch.enable_grad():
+            total = self._total(values)
         found = torch.autograd.grad(total, list(leaves.values()), create_graph=True, allow_unused=True)
         curved = _present(leaves, found)
 
@@ -295,15 +303,17 @@ class RecordedLoss(OutputLoss):
 
         return LossExpansion(total.detach(), {slot: g.detach() for slot, g in curved.items()}, hessian_product)
 
-    def _replayed(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss at other predictions, and the leaves that its gradient is wanted for, by slot."""
+    def _total(self, values: Sequence[Tensor]) -> Tensor:
+        parts = [value * (self.multiplier * factor) for factor, value in zip(self.relative, values, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.stack([part.reshape(()) for part in parts]).sum()
+
+    def _replayed(self, predictions: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The scalars at other predictions, and the leaves that a gradient is wanted for, by slot."""
         slots = self.call.graph.output_slots
         leaves = [predictions[slot].detach().requires_grad_(slot in self.delivered) for slot in slots]
         with torch.enable_grad():
             values = self.tape.replay(leaves, [scalar.index for scalar in self.scalars])
-            total = self.multiplier * sum(f * value for f, value in zip(self.relative, values, strict=True))
-            assert isinstance(total, Tensor)
-        return total, {slot: leaf for slot, leaf in zip(slots, leaves, strict=True) if leaf.requires_grad}
+        return values, {slot: leaf for slot, leaf in zip(slots, leaves, strict=True) if leaf.requires_grad}
 
     def check(self) -> None:
         """Raise unless the recorded loss, at the feed-forward prediction, has the gradient that autograd delivered."""

@@ -17,16 +17,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.errors import LossIndependentError, LossNotRecordedError
-from torch2ebm.structure import leaves_of, map_leaves
-
-
-class Reference:
-    """Stands in a recorded operation for what an earlier one returned."""
-
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
+from torch2ebm.structure import Reference, leaves_of, map_leaves
 
 
 @dataclass(frozen=True)
@@ -82,6 +73,7 @@ class Tape:
         self.refused = refused
         self.device = device.type
         self.operations: list[Operation] = []
+        self._programs: dict[tuple[tuple[int, ...], int], tuple[list[Operation], bool]] = {}
         self.scalars: list[Scalar] = []
         self.obstacle = ""
 
@@ -109,15 +101,23 @@ class Tape:
     def replay(self, outputs: Sequence[Tensor], wanted: Sequence[int]) -> list[Tensor]:
         """The tensors at ``wanted`` for other outputs. What was written in place is written to copies."""
         found: dict[int, Any] = dict(enumerate(outputs))
-        operations = self._needed(wanted)
-        if any(operation.writes for operation in operations):
+        operations, writes = self._program(tuple(wanted))
+        if writes:
             found = {index: output.clone() for index, output in found.items()}
         for operation in operations:
             args = _resolved(operation.args, found)
-            kwargs = _resolved(operation.kwargs, found)
+            kwargs = _resolved(operation.kwargs, found) if operation.kwargs else {}
             result = operation.context.run(self.device, operation.function, args, kwargs)
             found.update(zip(operation.results, leaves_of(result), strict=True))
         return [found[index] for index in wanted]
+
+    def _program(self, wanted: tuple[int, ...]) -> tuple[list[Operation], bool]:
+        """The operations to run, and whether one of them writes in place; found once, replayed at every step."""
+        key = (wanted, len(self.operations))
+        if key not in self._programs:
+            operations = self._needed(wanted)
+            self._programs[key] = operations, any(operation.writes for operation in operations)
+        return self._programs[key]
 
     def _needed(self, wanted: Sequence[int]) -> list[Operation]:
         if any(operation.writes for operation in self.operations):

@@ -12,7 +12,18 @@ from typing import Any
 
 import torch
 
-_ATOMS = frozenset([torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)])  # most leaves, known at once
+
+class Reference:
+    """Stands in a recorded operation for what an earlier one returned."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+# most leaves, known at once
+_ATOMS = frozenset([torch.Tensor, torch.nn.Parameter, Reference, int, float, bool, str, type(None)])
 
 
 def leaves_of(structure: Any) -> Iterator[Any]:
