@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import torch2ebm
-from torch2ebm.algorithms import predictive_coding
 from torch2ebm.graph import EnergyGraph
+from torch2ebm.solvers import base as solvers
 from torch2ebm.state import Call
 from torch2ebm.structure import fill
 
@@ -690,15 +690,15 @@ class Checked:
 
     def predictive_coding(self, steps: int = 3, lr: float = 0.02) -> None:
         waved = self.learn(torch2ebm.PredictiveCoding(steps, lr), self.inputs)
-        original = predictive_coding.Inference
-        predictive_coding.Inference = FullSweep
+        original = solvers.ValueInference
+        solvers.ValueInference = FullSweep
         try:
             self.module.load_state_dict(self.start)
             self.model.attach(torch2ebm.PredictiveCoding(steps, lr))
             full = local_gradients(self.model, self.inputs_copy(self.inputs), loss_of)
             relaxation = self.model.state.relaxation
         finally:
-            predictive_coding.Inference = original
+            solvers.ValueInference = original
             self.model.detach()
         for name, curve in relaxation.node_energy.items():
             exact = not self.model.nodes[name].batch_statistics
