@@ -15,14 +15,11 @@ from torch2ebm.curvature import largest_curvature
 from torch2ebm.errors import (
     ConfigurationError,
     DenseLayerError,
-    DivergenceError,
     LossCurvatureError,
-    NonFiniteError,
-    NumericalError,
 )
 from torch2ebm.graph import EnergyGraph, Node
 from torch2ebm.inference import GradientSum, energies
-from torch2ebm.solvers.base import check_positive, check_steps
+from torch2ebm.solvers.base import check_energies, check_positive, check_steps
 from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass, OutputLoss, Relaxation, at_least_single
 
 LOSS = "loss"
@@ -313,28 +310,10 @@ def _report(graph: EnergyGraph, history: Sequence[Mapping[str, Tensor]], steps: 
         for node in graph.nodes.values()
     }
     total = tuple(sum(column) for column in zip(*table.values(), strict=True))
-    for step, (energy, cost) in enumerate(zip(total, loss, strict=True)):
-        if not math.isfinite(energy + cost):
-            raise _not_finite(table, step, total)
+    with_loss = tuple(energy + cost for energy, cost in zip(total, loss, strict=True))
+    remedy = "Take a smaller feedback_rate and error_rate, or fewer steps."
+    check_energies(with_loss, {**table, "the loss": loss}, remedy)
     return Relaxation(steps, None, residual, total, table, loss)
-
-
-def _not_finite(table: Mapping[str, Sequence[float]], step: int, total: Sequence[float]) -> NumericalError:
-    where = next((name for name, column in table.items() if not math.isfinite(column[step])), "the loss")
-    if step == 0:
-        return NonFiniteError(
-            f"{where}, feed-forward pass (inference step 0)",
-            f"energy {total[0]}",
-            "a finite number",
-            "Look for NaN or infinity in the input, the target and the parameters.",
-        )
-    return DivergenceError(
-        f"{where}, inference step {step}",
-        f"energy {total[step]} after {total[0]:.4g} at the start",
-        "finite values",
-        "Take a smaller feedback_rate and error_rate, or fewer steps.",
-        total,
-    )
 
 
 def _layers_of(call: Call) -> dict[str, DenseLayer]:

@@ -110,14 +110,15 @@ def report(
     table = energies(inference.history, [*names, LOSS])
     loss = table.pop(LOSS)
     total = tuple(sum(column) for column in zip(loss, *table.values(), strict=True))
-    _check(total, {**table, "the loss": loss}, remedy)
+    check_energies(total, {**table, "the loss": loss}, remedy)
     converged = residual <= tol if tol > 0 else None
     return Relaxation(
         steps, converged, residual, total, table, loss, inference.residual_of_samples(), tol=tol, beta=beta
     )
 
 
-def _check(total: tuple[float, ...], parts: Mapping[str, tuple[float, ...]], remedy: str) -> None:
+def check_energies(total: tuple[float, ...], parts: Mapping[str, tuple[float, ...]], remedy: str = REMEDY) -> None:
+    """Raise :class:`NonFiniteError` for a start, :class:`DivergenceError` for a later energy, that went wrong."""
     ceiling = _ceiling(total[0])
     bad = next((step for step, energy in enumerate(total) if not (math.isfinite(energy) and energy <= ceiling)), None)
     if bad is None:
