@@ -648,7 +648,7 @@ def test_a_relaxation_that_runs_away_is_an_error_with_its_curve() -> None:
     model = attached(net, IL(1.0, 400, 1e6, 1e6))
     with pytest.raises(DivergenceError, match="inference step") as caught:
         cross_entropy(model(x_of(4))).backward()
-    assert math.isfinite(caught.value.energy[0]) and not math.isfinite(caught.value.energy[-1])
+    assert math.isfinite(caught.value.energy[0]) and not caught.value.energy[-1] <= 1e3 * caught.value.energy[0]
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
