@@ -402,6 +402,7 @@ for name, (accuracies, angles) in runs.items():
 # %%
 figure = Figure(figsize=(8.5, 6), layout="constrained")
 panels = figure.subplots(2, 2).flatten()
+figure.suptitle("PredictiveCoding with two solvers and two nudges, and Backprop", fontsize=11)
 for (name, (accuracies, angles)), colour, line, marker in zip(
     runs.items(), (BLACK, BLUE, GREEN, ORANGE), (":", "-", "--", "-."), "xosD", strict=True
 ):
