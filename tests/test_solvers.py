@@ -283,6 +283,18 @@ def test_anderson_needs_fewer_steps_than_error_descent() -> None:
     assert steps(torch2ebm.Anderson(200, 0.3, tol=tol)) < 0.6 * steps(torch2ebm.ErrorDescent(2000, 0.3, tol=tol))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", [torch2ebm.Anderson(150, 0.3), torch2ebm.ErrorDescent(150, 0.3)])
+def test_steps_beyond_the_equilibrium_stay_there(solver: torch2ebm.Solver, dtype: torch.dtype) -> None:
+    """Without a tol there are steps left when nothing changes any more, to the last bit."""
+    for net in (deep(4).to(dtype), nn.Sequential(nn.Linear(16, 1, bias=False), nn.Linear(1, 5, bias=False)).to(dtype)):
+        model = attached(net, torch2ebm.PredictiveCoding(solver=solver), "children")
+        local_gradients(model, (inputs().to(dtype),), mean_cross_entropy)
+        relaxation = model.state.relaxation
+        assert relaxation.residual <= 100 * torch.finfo(dtype).eps
+        assert relaxation.energy[-1] == pytest.approx(min(relaxation.energy), rel=1e-5)
+
+
 # Precision of the numbers ---------------------------------------------------------------------------------------------
 
 

@@ -66,7 +66,7 @@ def _lost(phase: Relaxation, positive: Relaxation, ratio: float) -> LostMinimumE
     return LostMinimumError(
         f"{node}, negative nudge {phase.beta:g}, inference step {phase.steps}",
         f"{ratio:.3g} times the prediction error of the positive nudge",
-        "phases that mirror each other: the negative nudge has lost the minimum",
+        "phases that mirror each other: the negative nudge has lost the minimum, or is about to",
         "Take a smaller beta, or OneSided(beta), whose nudge keeps the minimum.",
         phase.energy,
     )

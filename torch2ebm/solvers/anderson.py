@@ -78,9 +78,13 @@ class Anderson(ErrorSolver):
 
 
 def _least_squares(changes: Tensor, gradient: Tensor) -> Tensor:
-    """Weights w with the smallest |gradient - changes w|, by normal equations with a trace of a ridge."""
+    """Weights w with the smallest |gradient - changes w|, by normal equations with a trace of a ridge.
+
+    Each sample is scaled by its largest change; one whose gradient no longer changes has weights of zero.
+    """
     gram = changes.mT @ changes
-    scale = gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
-    ridge = torch.diag_embed((scale * 10 * torch.finfo(gram.dtype).eps).expand(-1, gram.shape[1]))
-    weights: Tensor = torch.linalg.solve(gram + ridge, changes.mT @ gradient.unsqueeze(2))
+    largest = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
+    scale = torch.where(largest > 0, largest, 1.0)
+    ridge = 10 * torch.finfo(gram.dtype).eps * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    weights: Tensor = torch.linalg.solve(gram / scale + ridge, changes.mT @ gradient.unsqueeze(2) / scale)
     return weights
