@@ -24,7 +24,7 @@ from torch2ebm.errors import (
 )
 from torch2ebm.freezing import BufferHistory, BufferSnapshot, hooks_suspended, tensors_in_place
 from torch2ebm.recorder import Scalar, Tape
-from torch2ebm.state import Call, InferenceState, LocalGradients, LossExpansion, OutputLoss
+from torch2ebm.state import Call, InferenceState, LocalGradients, LossExpansion, OutputLoss, pull_back
 
 
 class OpenForwards:
@@ -283,7 +283,7 @@ class RecordedLoss(OutputLoss):
             self._weights = [
                 torch.full_like(v, self.multiplier * f) for f, v in zip(self.relative, values, strict=True)
             ]
-        found = torch.autograd.grad(values, list(leaves.values()), self._weights, allow_unused=True)
+        found = pull_back(values, self._weights, list(leaves.values()))
         return self._total([value.detach() for value in values]), _present(leaves, found)
 
     def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:

@@ -20,6 +20,22 @@ from torch2ebm.graph import EnergyGraph, Node
 _ENGINE = torch.autograd.Variable._execution_engine  # what torch.autograd.grad calls; its checks cost 20 us a node
 
 
+def pull_back(
+    outputs: Sequence[Tensor], directions: Sequence[Tensor], wrt: Sequence[Tensor], retain_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """J^T of the outputs with respect to ``wrt``, applied to one direction an output, of its shape and dtype."""
+    found: tuple[Tensor | None, ...] = _ENGINE.run_backward(
+        tuple(outputs),
+        tuple(directions),
+        retain_graph,
+        False,
+        tuple(wrt),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class NodePass:
     """One evaluation of a node whose inputs are leaves: the autograd graph of this node, and of no other."""
@@ -40,10 +56,7 @@ class NodePass:
         if not pairs or not wrt:
             return (None,) * len(wrt)
         predictions, directions = zip(*pairs, strict=True)
-        found: tuple[Tensor | None, ...] = _ENGINE.run_backward(
-            predictions, directions, retain_graph, False, tuple(wrt), allow_unreachable=True, accumulate_grad=False
-        )
-        return found
+        return pull_back(predictions, directions, wrt, retain_graph)
 
 
 class Call:
