@@ -5,6 +5,7 @@ each network gives its pre-activations as a function of all states, and autograd
 summed over the samples.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -56,6 +57,7 @@ class Network:
         if not self.symmetric:
             before = self.preactivations(states, self.parameters if parameters is None else parameters)
             cost = torch.autograd.grad(self.loss(states[self.output]), states[self.output])[0]
+            before = dict(before.items())
             return {**before, self.output: before[self.output] - beta * cost}
         parts = torch.autograd.grad(total, list(states.values()), create_graph=create_graph)
         return {name: part / self.weight(name) for name, part in zip(states, parts, strict=True)}
@@ -303,7 +305,7 @@ def mlp(activation: nn.Module | None = None, widths: Sequence[int] = (5, 7, 6, 3
     torch.manual_seed(0)
     activation = nn.Tanh() if activation is None else activation
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), activation]
     module = _scaled(nn.Sequential(*layers[:-1]).double(), gain)
     count = len(widths) - 1

@@ -5,6 +5,7 @@ from torch2ebm.agreement import Agreement
 from torch2ebm.algorithms import (
     Algorithm,
     Backprop,
+    EquilibriumPropagation,
     FixedPrediction,
     IncrementalPredictiveCoding,
     PredictiveCoding,
@@ -15,7 +16,7 @@ from torch2ebm.energies import Categorical, Energy, Gaussian
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph import EnergyGraph, Node
 from torch2ebm.model import EnergyModel, convert
-from torch2ebm.nudging import OneSided, Symmetric
+from torch2ebm.nudging import OneSided, RandomSign, Symmetric
 from torch2ebm.optimizer import EnergyOptimizer
 from torch2ebm.recorder import EnergyLoss
 from torch2ebm.solvers import (
@@ -42,6 +43,7 @@ __all__ = [
     "EnergyLoss",
     "EnergyModel",
     "EnergyOptimizer",
+    "EquilibriumPropagation",
     "ErrorDescent",
     "FixedPrediction",
     "Gaussian",
@@ -54,6 +56,7 @@ __all__ = [
     "Node",
     "OneSided",
     "PredictiveCoding",
+    "RandomSign",
     "Relaxation",
     "SequentialDescent",
     "Solver",

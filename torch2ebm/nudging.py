@@ -6,6 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
+
 from torch2ebm.errors import ConfigurationError
 
 
@@ -70,6 +72,33 @@ class Symmetric(Nudging):
     @property
     def betas(self) -> tuple[float, ...]:
         return (self.beta, -self.beta)
+
+
+@dataclass(frozen=True)
+class RandomSign(Nudging):
+    """One phase at ``beta`` or ``-beta``, drawn anew for each backward (Scellier and Bengio 2017): an error of first
+    order in each, of second order on average. Draws from torch's generator.
+
+    Args:
+        beta: Factor of the loss in the energy.
+
+    Raises:
+        ConfigurationError: for a ``beta`` that is not positive and finite.
+
+    Example:
+        >>> import torch2ebm
+        >>> abs(torch2ebm.RandomSign(beta=0.1).betas[0])
+        0.1
+    """
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        check_beta("RandomSign", self.beta)
+
+    @property
+    def betas(self) -> tuple[float, ...]:
+        return (self.beta if bool(torch.rand(()) < 0.5) else -self.beta,)
 
 
 def check_beta(where: str, beta: object) -> None:

@@ -2,6 +2,7 @@
 
 from torch2ebm.algorithms.backprop import Backprop
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.algorithms.equilibrium_propagation import EquilibriumPropagation
 from torch2ebm.algorithms.fixed_prediction import FixedPrediction
 from torch2ebm.algorithms.incremental_predictive_coding import IncrementalPredictiveCoding
 from torch2ebm.algorithms.predictive_coding import PredictiveCoding
@@ -10,6 +11,7 @@ from torch2ebm.algorithms.zero_divergence import ZeroDivergence
 __all__ = [
     "Algorithm",
     "Backprop",
+    "EquilibriumPropagation",
     "FixedPrediction",
     "IncrementalPredictiveCoding",
     "PredictiveCoding",
