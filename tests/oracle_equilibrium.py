@@ -269,7 +269,7 @@ def process(
 
 
 def half_squared(target: Tensor) -> Loss:
-    return lambda output: 0.5 * (output - target).square().sum()
+    return lambda output: (0.5 * (output - target).square()).sum()
 
 
 def cross_entropy(target: Tensor) -> Loss:

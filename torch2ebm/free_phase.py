@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torch2ebm.equilibrium import Equilibrium, Influence
+from torch2ebm.equilibrium import Equilibrium, Influence, States
 from torch2ebm.errors import ConfigurationError, DivergenceError, NotSettledWarning
 from torch2ebm.hopfield import HopfieldGraph
 from torch2ebm.settling import Damped, Sequential, Settled, Synchronous, Update, settle
@@ -34,32 +34,34 @@ class Free:
     update: Update
     feedforward_distance: Tensor
 
-    def report(self, first: Settled, nudged: Sequence[Settled]) -> InferenceState:
-        """Prediction: the free equilibrium. Error: what the first nudged phase changed. Both also of what the
-        activations were last applied to."""
-        call, hopfield = self.equilibrium.call, self.equilibrium.hopfield
-        predictions, errors = dict(self.equilibrium.outputs(self.settled.states)), {}
-        for slot, state in hopfield.states.items():
-            for place, free, moved in (
-                (state.source, self.settled.drives, first.drives),
-                (slot, self.settled.states, first.states),
-            ):
-                predictions[place], errors[place] = _real(free[slot]), _real(moved[slot] - free[slot])
-        for slot, source in hopfield.outputs.items():
-            errors[slot] = errors[source]
-        phases = (self.settled.relaxation, *[each.relaxation for each in nudged])
+    def report_of(self, nudged: Sequence[Settled]) -> InferenceState:
+        """Prediction: the free equilibrium. Error: what the first nudged phase changed, of states and drives."""
+        first, free = nudged[0], self.settled
+        errors = {slot: real(first.states[slot] - value) for slot, value in free.states.items()}
+        of_drives = {slot: real(first.drives[slot] - value) for slot, value in free.drives.items()}
+        state = self.report(errors, of_drives, first.relaxation)
+        return replace(state, phases=(free.relaxation, *[each.relaxation for each in nudged]))
+
+    def report(self, errors: States, of_drives: States, relaxation: Relaxation) -> InferenceState:
+        """Free values of states, and of the pre-activations that they were made of, each with its error."""
+        equilibrium, by_slot = self.equilibrium, dict[str, Tensor]()
+        predictions = dict(equilibrium.outputs(self.settled.states))
+        for slot, state in equilibrium.hopfield.states.items():
+            predictions[state.source], by_slot[state.source] = self.settled.drives[slot], of_drives[slot]
+            predictions[slot], by_slot[slot] = self.settled.states[slot], errors[slot]
+        for slot, source in equilibrium.hopfield.outputs.items():
+            by_slot[slot] = errors[source]
         return InferenceState(
-            call.graph,
-            call.batch_size,
+            equilibrium.call.graph,
+            equilibrium.call.batch_size,
             predictions,
-            errors,
-            relaxation=first.relaxation,
-            phases=phases,
+            by_slot,
+            relaxation=relaxation,
             feedforward_distance=float(self.feedforward_distance),
         )
 
 
-def _real(tensor: Tensor) -> Tensor:
+def real(tensor: Tensor) -> Tensor:
     return tensor.real if tensor.is_complex() else tensor
 
 
@@ -88,8 +90,13 @@ class FreePhase:
         _check_between(where, "feedback", self.feedback, 0 < self.feedback <= 1 if _number(self.feedback) else False)
         _check_between(where, "damping", self.damping, 0 <= self.damping < 1 if _number(self.damping) else False)
 
-    def with_steps(self, steps: int) -> FreePhase:
-        return replace(self, steps=steps)
+    def settings(self) -> str:
+        """Those that are not the default, as they stand in an algorithm's ``repr``."""
+        parts = [f"free_steps={self.steps}"]
+        parts += [f"feedback={self.feedback:g}"] * (self.feedback != 1)
+        parts += [f"damping={self.damping:g}"] * (self.damping != 0)
+        parts += [f"tol={self.tol:g}"] * (self.tol != 0) + ["readout=True"] * self.readout
+        return ", ".join(parts)
 
     def run(self, call: Call) -> Free:
         """Feed-forward, then relax; the call's values become the equilibrium's.
@@ -141,8 +148,8 @@ def _check(equilibrium: Equilibrium, settled: Settled, tried: int) -> None:
         warnings.warn(
             NotSettledWarning(
                 f"The free phase has not settled: after {settled.relaxation.steps} {settled.relaxation.update} steps "
-                f"the states of '{name}' still move by {settled.relaxation.residual:.3g}, with values up to "
-                f"{settled.size:.3g}.{reason} {REMEDY}"
+                f"the states of '{name}' still move by {settled.relaxation.residual:.0e}, with values up to "
+                f"{settled.size:.0e}.{reason} {REMEDY}"
             ),
             stacklevel=2,
         )

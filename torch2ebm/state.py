@@ -160,9 +160,9 @@ class Call:
         return [next(found) if tensor.requires_grad else None for tensor in self.tensors]
 
 
-def at_least_single(tensor: Tensor) -> Tensor:
+def at_least_single(tensor: Tensor, detach: bool = True) -> Tensor:
     """Detached, and in single precision where it was in half: small updates are lost there (algorithms.md, A4)."""
-    tensor = tensor.detach()
+    tensor = tensor.detach() if detach else tensor
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 

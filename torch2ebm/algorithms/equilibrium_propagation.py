@@ -87,11 +87,7 @@ class EquilibriumPropagation(Algorithm):
         self.loss_reduction: str = loss_reduction
 
     def __repr__(self) -> str:
-        free = self.free_phase
-        parts = [f"{self.nudging!r}", f"free_steps={free.steps}", f"nudged_steps={self.nudged_steps}"]
-        parts += [f"feedback={free.feedback:g}"] * (free.feedback != 1)
-        parts += [f"damping={free.damping:g}"] * (free.damping != 0) + [f"tol={free.tol:g}"] * (free.tol != 0)
-        parts += ["readout=True"] * free.readout
+        parts = [f"{self.nudging!r}", f"nudged_steps={self.nudged_steps}", self.free_phase.settings()]
         parts += [f"loss_reduction={self.loss_reduction!r}"] * (self.loss_reduction != "mean")
         return f"EquilibriumPropagation({', '.join(parts)})"
 
@@ -115,7 +111,7 @@ class EquilibriumPropagation(Algorithm):
             for phase in phases:
                 cost_gradients(equilibrium, phase.states, loss, result, loss.scale / len(phases))
         inputs = call.input_gradients(result.clamped)
-        return LocalGradients(result.parameters, inputs, free.report(phases[0], phases))
+        return LocalGradients(result.parameters, inputs, free.report_of(phases))
 
     def with_steps(self, steps: int) -> EquilibriumPropagation:
         """The same with other numbers of steps, of the free phase and of the nudged ones."""
@@ -152,7 +148,7 @@ def check_drift(free: Free, phases: Sequence[Settled]) -> None:
     if drift <= DRIFTING * moved:
         return
     name = free.equilibrium.hopfield.states[free.settled.moving_most()].name
-    got = f"a free phase that still moves by {free.settled.relaxation.residual:.3g} a step"
+    got = f"a free phase that still moves by {free.settled.relaxation.residual:.0e} a step"
     remedy = "Take more free_steps, damping, Symmetric(beta), in which the drift cancels, or a larger beta."
     if drift > moved:
         raise NotSettledError(
@@ -161,7 +157,7 @@ def check_drift(free: Free, phases: Sequence[Settled]) -> None:
             "a free equilibrium from which the nudge alone moves the states",
             remedy,
         )
-    message = f"One-sided nudge, {name}: got {got}: up to {drift / moved:.0%} of what the nudge moved. {remedy}"
+    message = f"One-sided nudge, {name}: got {got}: over a tenth of what the nudge moved. {remedy}"
     warnings.warn(NotSettledWarning(message), stacklevel=2)
 
 
