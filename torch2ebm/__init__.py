@@ -19,7 +19,7 @@ from torch2ebm.energies import Categorical, Energy, Gaussian
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph import EnergyGraph, Node
 from torch2ebm.model import EnergyModel, convert
-from torch2ebm.nudging import OneSided, RandomSign, Symmetric
+from torch2ebm.nudging import Holomorphic, OneSided, RandomSign, Symmetric
 from torch2ebm.optimizer import EnergyOptimizer
 from torch2ebm.recorder import EnergyLoss
 from torch2ebm.solvers import (
@@ -59,6 +59,7 @@ __all__ = [
     "Gaussian",
     "GradientComparison",
     "GradientDescent",
+    "Holomorphic",
     "IncrementalPredictiveCoding",
     "InferenceState",
     "LocalErrorDescent",

@@ -283,8 +283,12 @@ class RecordedLoss(OutputLoss):
             values = self.tape.replay(leaves, [scalar.index for scalar in self.scalars])
             total = self.multiplier * sum(f * value for f, value in zip(self.relative, values, strict=True))
             assert isinstance(total, Tensor)
+            objective = total.real if total.is_complex() else total
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
+        parts = torch.autograd.grad(objective, wanted, allow_unused=True)
+        if total.is_complex():  # torch gives the conjugate of a holomorphic function's derivative
+            parts = tuple(None if part is None else part.conj() for part in parts)
+        found = iter(parts)
         pairs = [(slot, next(found)) for slot, leaf in zip(slots, leaves, strict=True) if leaf.requires_grad]
         return total.detach(), {slot: gradient for slot, gradient in pairs if gradient is not None}
 

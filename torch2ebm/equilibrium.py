@@ -83,15 +83,16 @@ class Equilibrium:
         ]
         predictions = [prediction for _, evaluated in passes for prediction in evaluated.predictions]
         cotangents = [self._weighted(slot, states[slot]) for term, _ in passes for slot in term.states]
+        cotangents = [match(each, a) for each, a in zip(cotangents, predictions, strict=True)]
         messages: dict[str, Tensor] = {}
         products = pull_back(predictions, cotangents, [leaf for _, leaf in sources])
         for (slot, _), message in zip(sources, products, strict=True):
             if message is not None:
-                message = at_least_single(message)
+                message = at_least_single(message.conj() if message.is_complex() else message)
                 messages[slot] = messages[slot] + message if slot in messages else message
         return messages
 
-    def _weighted(self, slot: str, state: Tensor, factor: float = 1.0) -> Tensor:
+    def _weighted(self, slot: str, state: Tensor, factor: complex = 1.0) -> Tensor:
         factor = factor * self.weight[slot]
         return state if factor == 1.0 else state * factor
 
@@ -121,26 +122,38 @@ class Equilibrium:
 
     # gradients of Phi in the parameters
 
-    def contrast(self, phases: Sequence[tuple[States, float]], result: GradientSum) -> None:
-        """Add sum_k w_k dPhi/dtheta(s_k) over pairs of states and weight."""
+    def contrast(self, phases: Sequence[tuple[States, complex]], result: GradientSum) -> None:
+        """Add the real part of sum_k w_k dPhi/dtheta(s_k) over pairs of states and weight."""
         for term in self.hopfield.terms:
             if not self._is_learning(term):
                 continue
             for states, factor in phases:
                 with torch.enable_grad():
                     evaluated = self.evaluate(term, states, leaves=False)
-                result.add(self.call, evaluated, [self._weighted(slot, states[slot], factor) for slot in term.states])
+                weighted = [self._weighted(slot, states[slot], factor) for slot in term.states]
+                self._add(evaluated, weighted, result)
         for term in self.hopfield.fixed:
             if self._is_learning(term):  # linear in the states: differences first, then one product
                 with torch.enable_grad():
                     evaluated = self.evaluate(term, {})
                 sums = [sum_of([states[slot] * factor for states, factor in phases]) for slot in term.states]
                 weighted = [self._weighted(slot, each) for slot, each in zip(term.states, sums, strict=True)]
-                result.add(self.call, evaluated, weighted)
+                self._add(evaluated, weighted, result)
+
+    def _add(self, evaluated: NodePass, weighted: Sequence[Tensor], result: GradientSum) -> None:
+        pairs = zip(weighted, evaluated.predictions, strict=True)
+        result.add(self.call, evaluated, [match(each, a) for each, a in pairs])
 
     def _is_learning(self, term: Term) -> bool:
         own = any(self.call.parameters[name].requires_grad for name in term.node.parameters)
         return own or bool(self.call.clamped_inputs(term.node))
+
+
+def match(cotangent: Tensor, prediction: Tensor) -> Tensor:
+    """What autograd takes for the factor of a prediction: torch differentiates real parts, by conjugates."""
+    if not cotangent.is_complex():
+        return cotangent
+    return cotangent.conj() if prediction.is_complex() else cotangent.real
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -168,7 +181,7 @@ class Influence:
     """
 
     loss: OutputLoss | None = None
-    beta: float = 0.0
+    beta: complex = 0.0
     held: States = field(default_factory=dict)
 
     def nudge(self, equilibrium: Equilibrium, states: States, drives: dict[str, Tensor]) -> None:
@@ -210,14 +223,17 @@ def pulled_through(
     """From dC/dprediction of read-outs to dC/ds of what they read."""
     found: dict[str, Tensor] = {}
     for each in passes:
-        cotangents = [gradients.get(slot) for slot in each.node.slots]
+        given = [gradients.get(slot) for slot in each.node.slots]
+        pairs = zip(given, each.predictions, strict=True)
+        cotangents = [None if gradient is None else match(gradient, a) for gradient, a in pairs]
         products = each.pullback(cotangents, each.inputs, retain_graph=collected is not None)
         if collected is not None:
             scaled = [None if cotangent is None else cotangent * scale for cotangent in cotangents]
             collected.add(equilibrium.call, each, scaled)
         for slot, product in zip(each.node.reads, products, strict=True):
             if product is not None:
-                found[slot] = found[slot] + product if slot in found else at_least_single(product)
+                product = at_least_single(product.conj() if product.is_complex() else product)
+                found[slot] = found[slot] + product if slot in found else product
     return found
 
 

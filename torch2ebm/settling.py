@@ -123,6 +123,7 @@ def settle(
     influence: Influence,
     tol: float = 0.0,
     beta: float = 0.0,
+    angle: float = 0.0,
 ) -> Settled:
     """Repeat the step, and say how far from a fixed point it ended. Never raises: look at ``residual``."""
     states, drives, done = start, start, 0
@@ -143,6 +144,7 @@ def settle(
         sample_residual=_by_sample(changes, update.share, equilibrium.call.batch_size),
         tol=tol,
         beta=beta,
+        angle=angle,
         update=update.name,
     )
     cycling = done > 1 and sizes[1] < RETURNING * sizes[0]
@@ -160,4 +162,5 @@ def _largest(tensors: Mapping[str, Tensor]) -> Tensor:
 def _by_sample(changes: States, share: float, batch_size: int) -> Tensor | None:
     if any(each.ndim == 0 or each.shape[0] != batch_size for each in changes.values()):
         return None
-    return torch.stack([each.abs().reshape(batch_size, -1).amax(1) for each in changes.values()]).amax(0) / share
+    rows = [each.reshape(batch_size, -1) for each in changes.values()]
+    return torch.stack([torch.linalg.vector_norm(row, ord=torch.inf, dim=1) for row in rows]).amax(0) / share

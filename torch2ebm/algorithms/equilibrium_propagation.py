@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import cmath
 import warnings
 from collections.abc import Sequence
 
-from torch import Tensor, linalg
+import torch
+from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm, check_reduction
 from torch2ebm.algorithms.divergence import of_phase
-from torch2ebm.equilibrium import Influence, cost_gradients
+from torch2ebm.equilibrium import Influence, States, cost_gradients
 from torch2ebm.errors import ConfigurationError, DivergenceError, NotSettledError, NotSettledWarning
 from torch2ebm.free_phase import Free, FreePhase, check_finite
+from torch2ebm.holomorphic import HolomorphicOperations, check_holomorphic
 from torch2ebm.inference import GradientSum
-from torch2ebm.nudging import Nudging, Symmetric
+from torch2ebm.nudging import Holomorphic, Nudging, Symmetric
 from torch2ebm.settling import Settled, settle
 from torch2ebm.solvers.base import check_steps
 from torch2ebm.state import Call, LocalGradients, OutputLoss
@@ -65,7 +68,7 @@ class EquilibriumPropagation(Algorithm):
 
     def __init__(
         self,
-        nudging: Nudging | None = None,
+        nudging: Nudging | Holomorphic | None = None,
         free_steps: int = 20,
         nudged_steps: int = 10,
         *,
@@ -77,10 +80,10 @@ class EquilibriumPropagation(Algorithm):
     ) -> None:
         check_reduction("EquilibriumPropagation", loss_reduction)
         check_steps("EquilibriumPropagation", nudged_steps)
-        if nudging is not None and not isinstance(nudging, Nudging):
+        if nudging is not None and not isinstance(nudging, (Nudging, Holomorphic)):
             got, remedy = repr(nudging), "For example Symmetric(beta=0.5)."
             raise ConfigurationError("EquilibriumPropagation(nudging=...)", got, "a nudging object", remedy)
-        self.nudging = Symmetric(0.5) if nudging is None else nudging
+        self.nudging: Nudging | Holomorphic = Symmetric(0.5) if nudging is None else nudging
         self.free_phase = FreePhase(free_steps, feedback, damping, tol, readout)
         self.free_phase.check("EquilibriumPropagation")
         self.nudged_steps = nudged_steps
@@ -92,26 +95,56 @@ class EquilibriumPropagation(Algorithm):
         return f"EquilibriumPropagation({', '.join(parts)})"
 
     def forward(self, call: Call) -> None:
-        self.free_phase.run(call)
+        free = self.free_phase.run(call)
+        if isinstance(self.nudging, Holomorphic):
+            check_holomorphic(free.equilibrium.hopfield)
 
     def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         free: Free = call.equilibrium
+        if isinstance(self.nudging, Holomorphic):
+            with HolomorphicOperations():
+                return self._estimate(call, free, loss, self._circle(free, loss, self.nudging), self.nudging.weights)
         betas = self.nudging.betas
         phases = [self._phase(free, loss, beta) for beta in betas]
-        factors = [1 / (len(betas) * beta) for beta in betas]
-        pairs = list(zip([phase.states for phase in phases], factors, strict=True))
-        rest = -sum(factors)
-        if abs(rest) > 1e-9 * abs(factors[0]):
+        return self._estimate(call, free, loss, phases, [1 / (len(betas) * beta) for beta in betas])
+
+    def _estimate(
+        self, call: Call, free: Free, loss: OutputLoss, phases: Sequence[Settled], weights: Sequence[complex]
+    ) -> LocalGradients:
+        """-sum_k w_k [dPhi/dtheta(s_k) - dPhi/dtheta(s_0)] / c_o; s_0 cancels where the weights sum to 0."""
+        equilibrium, result = free.equilibrium, GradientSum()
+        pairs = list(zip([phase.states for phase in phases], weights, strict=True))
+        rest = -sum(weight.real for weight in weights)
+        if abs(rest) > 1e-9 * abs(weights[0]):
             check_drift(free, phases)
             pairs.append((free.settled.states, rest))
-        equilibrium, result = free.equilibrium, GradientSum()
         scale = -loss.scale / equilibrium.output_weight
-        equilibrium.contrast([(states, factor * scale) for states, factor in pairs], result)
+        equilibrium.contrast([(states, weight * scale) for states, weight in pairs], result)
         if equilibrium.hopfield.readouts:
-            for phase in phases:
-                cost_gradients(equilibrium, phase.states, loss, result, loss.scale / len(phases))
+            for phase, weight in zip(phases, weights, strict=True):
+                share = (weight * cmath.rect(phase.relaxation.beta, phase.relaxation.angle)).real
+                cost_gradients(equilibrium, phase.states, loss, result, share * loss.scale)
         inputs = call.input_gradients(result.clamped)
         return LocalGradients(result.parameters, inputs, free.report_of(phases))
+
+    def _circle(self, free: Free, loss: OutputLoss, nudging: Holomorphic) -> list[Settled]:
+        start = {slot: torch.complex(s, torch.zeros_like(s)) for slot, s in free.settled.states.items()}
+        return [
+            self._settled(free, start, Influence(loss, beta), nudging.beta, angle)
+            for beta, angle in zip(nudging.betas, nudging.angles, strict=True)
+        ]
+
+    def _phase(self, free: Free, loss: OutputLoss, beta: float) -> Settled:
+        return self._settled(free, free.settled.states, Influence(loss, beta), beta)
+
+    def _settled(self, free: Free, start: States, influence: Influence, beta: float, angle: float = 0.0) -> Settled:
+        tol = self.free_phase.tol
+        phase = settle(free.equilibrium, start, self.nudged_steps, free.update, influence, tol, beta, angle)
+        try:
+            check_finite(free.equilibrium, phase, f"nudged phase {beta:g}")
+        except DivergenceError as error:
+            raise of_phase(error, beta) from error
+        return phase
 
     def with_steps(self, steps: int) -> EquilibriumPropagation:
         """The same with other numbers of steps, of the free phase and of the nudged ones."""
@@ -126,15 +159,6 @@ class EquilibriumPropagation(Algorithm):
             readout=free.readout,
             loss_reduction=self.loss_reduction,
         )
-
-    def _phase(self, free: Free, loss: OutputLoss, beta: float) -> Settled:
-        tol, start = self.free_phase.tol, free.settled.states
-        phase = settle(free.equilibrium, start, self.nudged_steps, free.update, Influence(loss, beta), tol, beta)
-        try:
-            check_finite(free.equilibrium, phase, f"nudged phase {beta:g}")
-        except DivergenceError as error:
-            raise of_phase(error, beta) from error
-        return phase
 
 
 def check_drift(free: Free, phases: Sequence[Settled]) -> None:
@@ -163,6 +187,7 @@ def check_drift(free: Free, phases: Sequence[Settled]) -> None:
 
 def _movement(phase: Settled, free: Free) -> float:
     sizes: list[Tensor] = [
-        linalg.vector_norm(phase.states[slot] - value, ord=float("inf")) for slot, value in free.settled.states.items()
+        torch.linalg.vector_norm(phase.states[slot] - value, ord=float("inf"))
+        for slot, value in free.settled.states.items()
     ]
     return max(map(float, sizes))
