@@ -5,11 +5,15 @@ from torch2ebm.agreement import Agreement
 from torch2ebm.algorithms import (
     Algorithm,
     Backprop,
+    ContrastiveHebbian,
+    CoupledLearning,
+    EquilibriumPropagation,
     FixedPrediction,
     ImplicitSGD,
     IncrementalPredictiveCoding,
     PredictiveCoding,
     ProximalInferenceLearning,
+    RecurrentBackprop,
     ZeroDivergence,
 )
 from torch2ebm.compare import GradientComparison, compare
@@ -18,16 +22,19 @@ from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph import EnergyGraph, Node
 from torch2ebm.model import EnergyModel, convert
 from torch2ebm.mq import MQ
-from torch2ebm.nudging import OneSided, Symmetric
+from torch2ebm.nudging import Holomorphic, OneSided, RandomSign, Symmetric
 from torch2ebm.optimizer import EnergyOptimizer
 from torch2ebm.recorder import EnergyLoss
 from torch2ebm.solvers import (
     Adam,
     Anderson,
+    ConjugateGradient,
     ErrorDescent,
+    FixedPointSolve,
     GradientDescent,
     LocalErrorDescent,
     Momentum,
+    Neumann,
     SequentialDescent,
     Solver,
 )
@@ -41,25 +48,34 @@ __all__ = [
     "Anderson",
     "Backprop",
     "Categorical",
+    "ConjugateGradient",
+    "ContrastiveHebbian",
+    "CoupledLearning",
     "Energy",
     "EnergyGraph",
     "EnergyLoss",
     "EnergyModel",
     "EnergyOptimizer",
+    "EquilibriumPropagation",
     "ErrorDescent",
+    "FixedPointSolve",
     "FixedPrediction",
     "Gaussian",
     "GradientComparison",
     "GradientDescent",
+    "Holomorphic",
     "ImplicitSGD",
     "IncrementalPredictiveCoding",
     "InferenceState",
     "LocalErrorDescent",
     "Momentum",
+    "Neumann",
     "Node",
     "OneSided",
     "PredictiveCoding",
     "ProximalInferenceLearning",
+    "RandomSign",
+    "RecurrentBackprop",
     "Relaxation",
     "SequentialDescent",
     "Solver",

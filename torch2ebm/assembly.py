@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch2ebm.errors import PartitionError
 from torch2ebm.exported_writes import is_aliasing
 from torch2ebm.functional_graph import attribute
-from torch2ebm.graph import EnergyGraph, Node, OutputReference, identity
+from torch2ebm.graph import EnergyGraph, Node, Operation, OutputReference, identity
 from torch2ebm.observing import Capture
 from torch2ebm.partition import Granularity, Group, Partition, Roles, assign_roles
 from torch2ebm.structure import leaves_of
@@ -157,7 +157,13 @@ class _Assembly:
             random=any(facts[node].random for node in body),
             batch_statistics=any(facts[node].batch_statistics for node in body),
             description=" > ".join(self._operations(self.groups[i])),
+            operations=tuple(self._called(node) for node in body),
         )
+
+    def _called(self, node: fx.Node) -> Operation:
+        if node.op == "call_module":
+            return Operation(str(node.target), self.capture.module.get_submodule(str(node.target)))
+        return Operation(node.name, node.target)
 
     def _compiled(
         self, name: str, arguments: Sequence[fx.Node], body: Sequence[fx.Node], results: Sequence[fx.Node]

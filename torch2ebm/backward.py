@@ -284,6 +284,8 @@ class RecordedLoss(OutputLoss):
                 torch.full_like(v, self.multiplier * f) for f, v in zip(self.relative, values, strict=True)
             ]
         found = pull_back(values, self._weights, list(leaves.values()))
+        if any(value.is_complex() for value in values):  # torch gives the conjugate of a holomorphic derivative
+            found = [None if each is None else each.conj() for each in found]
         return self._total([value.detach() for value in values]), _present(leaves, found)
 
     def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:

@@ -59,6 +59,10 @@ class NotCapturedError(ConfigurationError):
     """The graph was asked for before any example input was seen."""
 
 
+class NoEquilibriumError(UnsupportedError):
+    """The module has a part for which there is no energy whose equilibrium a relaxation would find."""
+
+
 class ModuleChangedError(ConfigurationError):
     """Layers or parameters of the module were replaced after ``convert``."""
 
@@ -135,6 +139,14 @@ class DivergenceError(NumericalError):
 
 class LostMinimumError(DivergenceError):
     """A negative nudge is so large that the minimum it was to move is gone."""
+
+
+class NotSettledError(NumericalError):
+    """The values still move so much that an estimate of the gradient would show that, and not the loss."""
+
+
+class NotSettledWarning(UserWarning):
+    """The values still move, or cycle, where an equilibrium was expected."""
 
 
 class DivergenceWarning(UserWarning):

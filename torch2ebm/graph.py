@@ -18,6 +18,14 @@ def identity(value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Operation:
+    """One operation of a node: a submodule and its path, or a function (of a tensor method the name)."""
+
+    name: str
+    target: Any
+
+
+@dataclass(frozen=True, eq=False)
 class Node:
     """One value node: its prediction is ``function(*values read, *constants)``.
 
@@ -38,6 +46,7 @@ class Node:
         exports: Names of what else its function returns for others to read as constants.
         random: Whether it draws random numbers.
         batch_statistics: Whether it normalises with the statistics of the batch.
+        operations: What its function is made of, in order.
     """
 
     name: str
@@ -53,6 +62,7 @@ class Node:
     random: bool = False
     batch_statistics: bool = False
     description: str = ""
+    operations: tuple[Operation, ...] = ()
 
     @property
     def is_output(self) -> bool:

@@ -28,7 +28,7 @@ from torch2ebm.partition import Granularity, named_leaves
 from torch2ebm.recorder import start
 from torch2ebm.signature import assumed_signature, flatten_arguments
 from torch2ebm.state import Call, InferenceState
-from torch2ebm.structure import fill
+from torch2ebm.structure import fill, map_leaves
 from torch2ebm.summary import node_table
 from torch2ebm.tracing import trace
 
@@ -40,8 +40,9 @@ def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any 
         module: Any module whose forward can be traced. It is left as it is and shares everything with the result.
         nodes: What becomes a value node. ``"auto"``: what the attached algorithm asks for, ``"layer"`` until one is;
             ``"layer"``: a parameterised operation with the activations that follow; ``"preactivation"``: cut before
-            the activations; ``"module"``: every leaf module; ``"op"``: every operation; ``"children"``: each
-            top-level child, as Torch2PC; or a list of submodule names that each become one node.
+            the activations; ``"activation"``: cut before and after them; ``"module"``: every leaf module; ``"op"``:
+            every operation; ``"children"``: each top-level child, as Torch2PC; or a list of submodule names that
+            each become one node.
         example_inputs: A tuple is positional, a dict is keywords, a tensor is one positional. Without it the graph
             is cut and verified at the first call.
 
@@ -119,11 +120,24 @@ class EnergyModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._state = None
+        if self._algorithm is not None and self._algorithm.defines_output and not torch.is_grad_enabled():
+            return self._output_alone(self._algorithm, args, kwargs)
         if self._algorithm is None or not torch.is_grad_enabled():
             if self._latest is None:
                 self._graph_for(args, kwargs)
             return self._original(*args, **kwargs)
         return self.run(self._algorithm, args, kwargs, self._keep, self.forwards)
+
+    def _output_alone(self, algorithm: Algorithm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The output that the algorithm defines, where no backward will follow."""
+        with torch.inference_mode(False), torch.no_grad():  # a relaxation differentiates, which inference mode forbids
+            args, kwargs = map_leaves(_ordinary, (args, dict(kwargs)))
+            tensors, graph, swapped = self._tensors_and_graph(args, kwargs, algorithm)
+            check_inputs(tensors)
+            call = Call(graph, [tensor.detach() for tensor in tensors], swapped)
+            with tensors_in_place(self._original, swapped):
+                algorithm.forward(call)
+            return fill(graph.structure, graph.output(call.values, call.environment))
 
     def feedforward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain module's output, whatever algorithm is attached, with ordinary autograd."""
@@ -336,3 +350,7 @@ class EnergyModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._share(state["module"])
         self._granularity, self._algorithm = state["granularity"], state["algorithm"]
+
+
+def _ordinary(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf

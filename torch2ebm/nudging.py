@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+
+import torch
 
 from torch2ebm.errors import ConfigurationError
 
@@ -70,6 +73,81 @@ class Symmetric(Nudging):
     @property
     def betas(self) -> tuple[float, ...]:
         return (self.beta, -self.beta)
+
+
+@dataclass(frozen=True)
+class RandomSign(Nudging):
+    """One phase at ``beta`` or ``-beta``, drawn anew for each backward (Scellier and Bengio 2017): an error of first
+    order in each, of second order on average. Draws from torch's generator.
+
+    Args:
+        beta: Factor of the loss in the energy.
+
+    Raises:
+        ConfigurationError: for a ``beta`` that is not positive and finite.
+
+    Example:
+        >>> import torch2ebm
+        >>> abs(torch2ebm.RandomSign(beta=0.1).betas[0])
+        0.1
+    """
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        check_beta("RandomSign", self.beta)
+
+    @property
+    def betas(self) -> tuple[float, ...]:
+        return (self.beta if bool(torch.rand(()) < 0.5) else -self.beta,)
+
+
+@dataclass(frozen=True)
+class Holomorphic:
+    """Nudges on a circle of complex numbers (Laborieux and Zenke 2022; algorithms.md E6), for
+    :class:`EquilibriumPropagation` alone: the error falls geometrically in ``points``, for a beta that is not small.
+
+    Needs holomorphic activations: tanh, sigmoid, softplus, SiLU, identity. ``points=2`` is ``Symmetric(beta)``. States
+    at conjugate nudges are conjugate, so that half of the points are relaxed.
+
+    Args:
+        beta: Size of the nudges.
+        points: How many stand on the circle, 2 or more.
+
+    Raises:
+        ConfigurationError: for a ``beta`` that is not positive and finite, or fewer than 2 points.
+
+    Example:
+        >>> import torch2ebm
+        >>> [complex(round(b.real, 3), round(b.imag, 3)) for b in torch2ebm.Holomorphic(0.1, points=4).betas]
+        [(0.1+0j), 0.1j, (-0.1+0j)]
+    """
+
+    beta: float
+    points: int = 4
+
+    def __post_init__(self) -> None:
+        check_beta("Holomorphic", self.beta)
+        if not isinstance(self.points, int) or isinstance(self.points, bool) or self.points < 2:
+            got = repr(self.points)
+            raise ConfigurationError("Holomorphic(points=...)", got, "a whole number, 2 or more", "Choose another.")
+
+    @property
+    def angles(self) -> tuple[float, ...]:
+        """Angles of the nudges from 0 to pi; those between stand for their conjugates, too."""
+        return tuple(2 * math.pi * k / self.points for k in range(self.points // 2 + 1))
+
+    @property
+    def betas(self) -> tuple[complex, ...]:
+        """One nudge for each of :attr:`angles`."""
+        return tuple(cmath.rect(self.beta, angle) for angle in self.angles)
+
+    @property
+    def weights(self) -> tuple[complex, ...]:
+        """w_k such that the estimate is the real part of the sum of w_k dF/dtheta at the k-th nudge."""
+        last = len(self.angles) - 1
+        alone = [k == 0 or (k == last and self.points % 2 == 0) for k in range(last + 1)]
+        return tuple((1 if one else 2) / (self.points * b) for one, b in zip(alone, self.betas, strict=True))
 
 
 def check_beta(where: str, beta: object) -> None:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from torch2ebm.activations import activation_kind
 from torch2ebm.call_sites import CallSite, call_sites, check_called, check_learnable, check_order, interleaved
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.functional_graph import attribute, copied
 from torch2ebm.observing import Capture
 
 Granularity = str | Sequence[str]
-GRANULARITIES = ("layer", "preactivation", "module", "op", "children")
+GRANULARITIES = ("layer", "preactivation", "activation", "module", "op", "children")
 
 
 def named_leaves(module: nn.Module, granularity: Granularity) -> frozenset[str]:
@@ -182,8 +183,23 @@ class Partition:
             return set(self.producers)
         if self.granularity == "preactivation":
             return set(self.roots)
+        if self.granularity == "activation":
+            return self._around_activations()
         dominator = self._post_dominators()
         return {root if self._is_named(root) else self._extended(root, dominator) for root in self.roots}
+
+    def _around_activations(self) -> set[fx.Node]:
+        """Activations and what they read: pre-activation and activation are nodes of their own."""
+        found = {producer for producer in self.producers if self._is_activation(producer)}
+        return found | {self.roles.live[source] for node in found for source in node.all_input_nodes}
+
+    def _is_activation(self, producer: fx.Node) -> bool:
+        sources, target = producer.all_input_nodes, producer.target
+        if len(sources) != 1 or sources[0] not in self.roles.live:
+            return False
+        if producer.op == "call_module":
+            target = self.capture.module.get_submodule(str(target))
+        return activation_kind(target) is not None
 
     def _extended(self, root: fx.Node, dominator: dict[fx.Node, fx.Node | None]) -> fx.Node:
         """The last operation that every path from ``root`` passes before another root begins."""

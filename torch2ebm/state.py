@@ -20,22 +20,6 @@ from torch2ebm.graph import EnergyGraph, Node
 _ENGINE = torch.autograd.Variable._execution_engine  # what torch.autograd.grad calls; its checks cost 20 us a node
 
 
-def pull_back(
-    outputs: Sequence[Tensor], directions: Sequence[Tensor], wrt: Sequence[Tensor], retain_graph: bool = False
-) -> tuple[Tensor | None, ...]:
-    """J^T of the outputs with respect to ``wrt``, applied to one direction an output, of its shape and dtype."""
-    found: tuple[Tensor | None, ...] = _ENGINE.run_backward(
-        tuple(outputs),
-        tuple(directions),
-        retain_graph,
-        False,
-        tuple(wrt),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
-    return found
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class NodePass:
     """One evaluation of a node whose inputs are leaves: the autograd graph of this node, and of no other."""
@@ -48,15 +32,28 @@ class NodePass:
         self, cotangents: Sequence[Tensor | None], wrt: Sequence[Tensor], retain_graph: bool = False
     ) -> Sequence[Tensor | None]:
         """J^T of the predictions with respect to ``wrt``, applied to one cotangent a slot (None: zero)."""
-        pairs = [
-            (prediction, cotangent.to(prediction.dtype))
-            for prediction, cotangent in zip(self.predictions, cotangents, strict=True)
-            if cotangent is not None and prediction.requires_grad
-        ]
-        if not pairs or not wrt:
-            return (None,) * len(wrt)
-        predictions, directions = zip(*pairs, strict=True)
-        return pull_back(predictions, directions, wrt, retain_graph)
+        return pull_back(self.predictions, cotangents, wrt, retain_graph)
+
+
+def pull_back(
+    predictions: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    wrt: Sequence[Tensor],
+    retain_graph: bool = False,
+) -> Sequence[Tensor | None]:
+    """J^T of the predictions, of one node or of several, applied to one cotangent each (None: zero)."""
+    pairs = [
+        (prediction, cotangent.to(prediction.dtype))
+        for prediction, cotangent in zip(predictions, cotangents, strict=True)
+        if cotangent is not None and prediction.requires_grad
+    ]
+    if not pairs or not wrt:
+        return (None,) * len(wrt)
+    outputs, directions = zip(*pairs, strict=True)
+    found: tuple[Tensor | None, ...] = _ENGINE.run_backward(
+        outputs, directions, retain_graph, False, tuple(wrt), allow_unreachable=True, accumulate_grad=False
+    )
+    return found
 
 
 class Call:
@@ -85,6 +82,7 @@ class Call:
         self.passes: dict[str, NodePass] = {}
         self.environment: dict[str, Any] = {}
         self.clamped_leaves: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (as computed from inputs, leaf)
+        self.equilibrium: Any = None  # of an algorithm that defines the output: what its forward relaxed to
         self._random: dict[str, RandomState] = {}
         self._statistics: dict[str, Statistics] = {}
 
@@ -162,9 +160,9 @@ class Call:
         return [next(found) if tensor.requires_grad else None for tensor in self.tensors]
 
 
-def at_least_single(tensor: Tensor) -> Tensor:
+def at_least_single(tensor: Tensor, detach: bool = True) -> Tensor:
     """Detached, and in single precision where it was in half: small updates are lost there (algorithms.md, A4)."""
-    tensor = tensor.detach()
+    tensor = tensor.detach() if detach else tensor
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -247,6 +245,8 @@ class Relaxation:
         sample_residual: The same for each sample, shape ``[batch]``; None where a value has no batch dimension.
         tol: What the solver was asked for; 0 for nothing.
         beta: The nudge of this phase.
+        angle: Its angle in the complex plane, in radians, where ``beta`` is its size (Holomorphic).
+        update: How an equilibrium algorithm moved the values: ``"synchronous"``, ``"damped"`` or ``"sequential"``.
         energy: F, summed over samples, at the start of every step and at the end, in units of lambda times the loss.
         node_energy: The share of each node with a value; ``loss`` is the rest.
         loss: lambda times the loss summed over samples.
@@ -261,6 +261,8 @@ class Relaxation:
     sample_residual: Tensor | None = field(default=None, compare=False)
     tol: float = 0.0
     beta: float = 1.0
+    angle: float = 0.0
+    update: str = ""
 
     @property
     def sample_converged(self) -> Tensor | None:
@@ -309,6 +311,7 @@ class InferenceState:
     unreached: tuple[str, ...] = ()
     energies: Mapping[str, Energy] = field(default_factory=dict)  # by node; a missing one is Gaussian of precision 1
     phases: tuple[Relaxation, ...] = ()
+    feedforward_distance: float | None = None  # |equilibrium - feed-forward| / |feed-forward|, of the outputs
 
     @property
     def value(self) -> Mapping[str, Any]:
@@ -339,6 +342,9 @@ class InferenceState:
         with the loss), ``loss`` (lambda times it), ``relaxation/steps`` and ``relaxation/residual``.
         """
         last = self.relaxation
+        if self.feedforward_distance is not None:
+            steps = {"relaxation/steps": float(last.steps), "relaxation/residual": last.residual}
+            return {**steps, "feedforward_distance": self.feedforward_distance}
         if not last.node_energy:
             return {f"energy/{name}": float(_sum_of(energy)) for name, energy in self.energy.items()}
         return {

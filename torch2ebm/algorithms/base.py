@@ -19,6 +19,8 @@ class Algorithm(ABC):
     Attributes:
         partition: The granularity that ``nodes="auto"`` takes for it.
         reevaluates_loss: Whether it needs the loss at predictions that have moved. If not, any loss will do.
+        defines_output: Whether ``model(x)`` is what ``forward`` relaxes to, under ``no_grad`` too, and not the
+            module's own output.
         has_input_gradients: Whether inputs may require a gradient (a converted tail of a larger net).
         weights_move: Whether ``optimizer.step()`` makes further steps, on ``LocalGradients.later``.
         loss_reduction: ``"mean"``: the loss is a mean over the batch, and inference uses the sum over samples, so a
@@ -28,6 +30,7 @@ class Algorithm(ABC):
 
     partition: ClassVar[str] = "layer"
     reevaluates_loss: ClassVar[bool] = True
+    defines_output: ClassVar[bool] = False
     has_input_gradients: ClassVar[bool] = True
     weights_move: ClassVar[bool] = False
     loss_reduction: str | None = None

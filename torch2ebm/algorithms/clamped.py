@@ -1,0 +1,35 @@
+"""What contrastive Hebbian and coupled learning share: a phase with the output held, against the free one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from torch2ebm.equilibrium import Influence, by_state
+from torch2ebm.free_phase import Free, check_finite
+from torch2ebm.inference import GradientSum
+from torch2ebm.settling import Settled, settle
+from torch2ebm.state import Call, LocalGradients, OutputLoss
+
+
+def contrast_with_clamped(
+    call: Call, free: Free, loss: OutputLoss, amount: float, steps: int, tol: float
+) -> LocalGradients:
+    """-[dPhi/dtheta(clamped) - dPhi/dtheta(free)] / (amount c_o), the outputs held at s_o - amount dC/ds_o (E7)."""
+    phase = _clamped_phase(free, loss, amount, steps, tol)
+    result, scale = GradientSum(), loss.scale / (amount * free.equilibrium.output_weight)
+    free.equilibrium.contrast([(phase.states, -scale), (free.settled.states, scale)], result)
+    inputs = call.input_gradients(result.clamped)
+    return LocalGradients(result.parameters, inputs, free.report_of([phase]))
+
+
+def _clamped_phase(free: Free, loss: OutputLoss, amount: float, steps: int, tol: float) -> Settled:
+    equilibrium, states = free.equilibrium, free.settled.states
+    gradients = {slot: each * loss.unit for slot, each in loss.delivered.items()}
+    held: dict[str, Tensor] = {}
+    for slot, gradient in by_state(equilibrium.hopfield, gradients).items():
+        # outputs of other depths than the deepest: the part of c_o that their own weight is
+        held[slot] = states[slot].sub(gradient, alpha=amount * equilibrium.output_weight / equilibrium.weight[slot])
+    start = {**states, **held}
+    phase = settle(equilibrium, start, steps, free.update, Influence(held=held), tol, amount)
+    check_finite(equilibrium, phase, "clamped phase")
+    return phase

@@ -1,0 +1,106 @@
+"""Contrastive Hebbian learning: a free phase, a clamped phase, and weak feedback."""
+
+from __future__ import annotations
+
+import torch
+
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.algorithms.clamped import contrast_with_clamped
+from torch2ebm.errors import ConfigurationError, PartitionError
+from torch2ebm.free_phase import Free, FreePhase
+from torch2ebm.solvers.base import check_steps
+from torch2ebm.state import Call, LocalGradients, OutputLoss
+
+FLOOR = 1e3  # times the precision: below it rounding is more than about a hundredth of the signal
+
+
+class ContrastiveHebbian(Algorithm):
+    """Contrastive Hebbian learning (Xie and Seung 2003; algorithms.md A3) on any graph and loss.
+
+    The output is held at its free value less the gradient of the loss, which for half a squared error is the target.
+    The difference of the two phases, weighted by feedback^(depth n - depth of the output), tends to backprop's gradient
+    with an error of first order in ``feedback``. ``model(x)`` is the output at the free equilibrium.
+
+    Args:
+        feedback: gamma, the strength of the feedback per depth.
+        free_steps: Steps of the free phase.
+        clamped_steps: Steps of the clamped phase.
+        damping: Part of each step that is taken back.
+        tol: Largest change of a state at which a phase ends early; 0 takes all steps.
+
+    Raises:
+        ConfigurationError: for an illegal setting, and at the first call where gamma^depth, the signal that reaches
+            the first states, is near the precision of the numbers.
+        PartitionError: at the first call, where an output ends in an activation.
+        NoEquilibriumError: at the first call, for a module with layer norm, batch statistics, dropout or recurrence.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Sigmoid(), torch.nn.Linear(8, 3))
+        >>> model = torch2ebm.convert(net)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> optimizer = torch2ebm.EnergyOptimizer(sgd, model, torch2ebm.ContrastiveHebbian(feedback=0.05))
+        >>> torch.nn.functional.cross_entropy(model(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])).backward()
+        >>> len(model.state.phases)
+        2
+    """
+
+    partition = "activation"
+    defines_output = True
+    reevaluates_loss = False
+
+    def __init__(
+        self,
+        feedback: float = 0.1,
+        free_steps: int = 20,
+        clamped_steps: int = 20,
+        *,
+        damping: float = 0.0,
+        tol: float = 0.0,
+    ) -> None:
+        check_steps("ContrastiveHebbian", clamped_steps)
+        self.free_phase = FreePhase(free_steps, feedback, damping, tol)
+        self.free_phase.check("ContrastiveHebbian")
+        self.clamped_steps = clamped_steps
+
+    def __repr__(self) -> str:
+        return f"ContrastiveHebbian({self.free_phase.settings()}, clamped_steps={self.clamped_steps})"
+
+    def forward(self, call: Call) -> None:
+        free = self.free_phase.run(call)
+        _check_outputs(free)
+        _check_floor(free)
+
+    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        return contrast_with_clamped(call, call.equilibrium, loss, 1.0, self.clamped_steps, self.free_phase.tol)
+
+    def with_steps(self, steps: int) -> ContrastiveHebbian:
+        """The same with another number of steps in both phases."""
+        free = self.free_phase
+        return ContrastiveHebbian(free.feedback, steps, steps, damping=free.damping, tol=free.tol)
+
+
+def _check_outputs(free: Free) -> None:
+    for slot in free.equilibrium.nudged:
+        state = free.equilibrium.hopfield.states[slot]
+        if state.activation is not None:
+            raise PartitionError(
+                f"ContrastiveHebbian, output '{state.name}'",
+                f"an output that ends in an activation ({state.kind})",
+                "a linear output, which is held at its value less the gradient of the loss",
+                "Leave the last activation to the loss (cross_entropy, binary_cross_entropy_with_logits).",
+            )
+
+
+def _check_floor(free: Free) -> None:
+    """The signal at the first states is gamma^depth of that at the output; rounding must not reach it."""
+    equilibrium = free.equilibrium
+    precision = max(torch.finfo(value.dtype).eps for value in free.settled.states.values())
+    if equilibrium.output_weight < FLOOR * precision:
+        depth = equilibrium.hopfield.output_depth
+        raise ConfigurationError(
+            f"ContrastiveHebbian(feedback={equilibrium.feedback:g})",
+            f"a signal of feedback^{depth} = {equilibrium.output_weight:.2g} at the first states",
+            f"at least {FLOOR * precision:.2g} in numbers of precision {precision:.2g}",
+            "Take a larger feedback, model.double(), or EquilibriumPropagation.",
+        )

@@ -1,0 +1,75 @@
+"""Coupled learning: the output held a little on the better side of its free value."""
+
+from __future__ import annotations
+
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.algorithms.clamped import contrast_with_clamped
+from torch2ebm.free_phase import FreePhase
+from torch2ebm.nudging import check_beta
+from torch2ebm.solvers.base import check_steps
+from torch2ebm.state import Call, LocalGradients, OutputLoss
+
+
+class CoupledLearning(Algorithm):
+    """Coupled learning (Stern et al. 2021; Scellier et al. 2023; algorithms.md E7) on any graph and loss.
+
+    The output is held at s_o - beta dL/ds_o, and the gradient is the difference of dE/dtheta between that phase and the
+    free one, over beta. It is no estimate of the loss's gradient, even as ``beta`` goes to 0: a direction that lowers
+    the loss. With ``beta=1`` it is contrastive learning.
+
+    Args:
+        beta: How far the output is moved, in gradients of the loss summed over samples.
+        free_steps: Steps of the free phase.
+        clamped_steps: Steps of the clamped phase.
+        feedback: Strength of the feedback per depth; towards 0 this becomes contrastive Hebbian learning.
+        damping: Part of each step that is taken back.
+        tol: Largest change of a state at which a phase ends early; 0 takes all steps.
+
+    Raises:
+        ConfigurationError: for an illegal setting.
+        NoEquilibriumError: at the first call, for a module with layer norm, batch statistics, dropout or recurrence.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Hardsigmoid(), torch.nn.Linear(8, 3))
+        >>> model = torch2ebm.convert(net)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> optimizer = torch2ebm.EnergyOptimizer(sgd, model, torch2ebm.CoupledLearning(beta=0.25))
+        >>> torch.nn.functional.cross_entropy(model(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])).backward()
+        >>> model.state.relaxation.beta
+        0.25
+    """
+
+    partition = "activation"
+    defines_output = True
+    reevaluates_loss = False
+
+    def __init__(
+        self,
+        beta: float = 0.25,
+        free_steps: int = 20,
+        clamped_steps: int = 10,
+        *,
+        feedback: float = 1.0,
+        damping: float = 0.0,
+        tol: float = 0.0,
+    ) -> None:
+        check_beta("CoupledLearning", beta)
+        check_steps("CoupledLearning", clamped_steps)
+        self.free_phase = FreePhase(free_steps, feedback, damping, tol)
+        self.free_phase.check("CoupledLearning")
+        self.beta, self.clamped_steps = beta, clamped_steps
+
+    def __repr__(self) -> str:
+        return f"CoupledLearning({self.beta:g}, {self.free_phase.settings()}, clamped_steps={self.clamped_steps})"
+
+    def forward(self, call: Call) -> None:
+        self.free_phase.run(call)
+
+    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        return contrast_with_clamped(call, call.equilibrium, loss, self.beta, self.clamped_steps, self.free_phase.tol)
+
+    def with_steps(self, steps: int) -> CoupledLearning:
+        """The same with another number of steps in both phases."""
+        free = self.free_phase
+        return CoupledLearning(self.beta, steps, steps, feedback=free.feedback, damping=free.damping, tol=free.tol)

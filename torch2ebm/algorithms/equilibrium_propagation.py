@@ -1,0 +1,193 @@
+"""Equilibrium propagation: two equilibria of one energy, one of them nudged, and a local difference."""
+
+from __future__ import annotations
+
+import cmath
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torch2ebm.algorithms.base import Algorithm, check_reduction
+from torch2ebm.algorithms.divergence import of_phase
+from torch2ebm.equilibrium import Influence, States, cost_gradients
+from torch2ebm.errors import ConfigurationError, DivergenceError, NotSettledError, NotSettledWarning
+from torch2ebm.free_phase import Free, FreePhase, check_finite
+from torch2ebm.holomorphic import HolomorphicOperations, check_holomorphic
+from torch2ebm.inference import GradientSum
+from torch2ebm.nudging import Holomorphic, Nudging, Symmetric
+from torch2ebm.settling import Settled, settle
+from torch2ebm.solvers.base import check_steps
+from torch2ebm.state import Call, LocalGradients, OutputLoss
+
+DRIFTING = 0.1  # of what a one-sided nudge has moved
+
+
+class EquilibriumPropagation(Algorithm):
+    """Equilibrium propagation (Scellier and Bengio 2017; symmetric: Laborieux et al. 2021) on any graph and loss.
+
+    The states are the module's activations. They settle on the Hopfield-type energy that shares the module's weights,
+    ``model(x)`` being the output at that free equilibrium, in evaluation too (``model.feedforward(x)`` is the plain
+    output). Backward nudges them by ``beta`` times the loss. The gradient of a parameter is the difference, over beta,
+    of the energy's derivative at the nudged and the free equilibrium: it tends to that of the loss at the free
+    equilibrium as ``beta`` goes to 0 (algorithms.md E1), and to backprop's of the module as ``feedback`` does.
+
+    ``state.prediction`` is the free equilibrium, ``state.error`` what the first nudge changed, ``state.phases[0]`` the
+    free phase, and ``state.feedforward_distance`` how far the equilibrium's output is from the feed-forward one.
+
+    Args:
+        nudging: ``Symmetric(beta)``, ``OneSided(beta)``, ``RandomSign(beta)`` or ``Holomorphic(beta, points)``.
+        free_steps: Steps of the free phase, each one pass and one vector-Jacobian product of all nodes.
+        nudged_steps: Steps of each nudged phase.
+        feedback: Strength of the feedback per depth: below 1 deep nets settle, towards 0 it becomes backprop.
+        damping: Part of each step that is taken back. Where the states cycle, damping of one half is tried, then a
+            sequential update; ``state.relaxation.update`` says which one was used.
+        tol: Largest change of a state at which a phase ends early; 0 takes all steps.
+        readout: The outputs are read out of the states and have none, as suits cross-entropy (Laborieux et al. 2021).
+        loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
+
+    Raises:
+        ConfigurationError: for an illegal setting.
+        NoEquilibriumError: at the first call, for a module with layer norm, batch statistics, dropout or recurrence.
+        NotSettledError: where a one-sided nudge would measure that the free phase still moves, and not the loss.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Hardsigmoid(), torch.nn.Linear(8, 3))
+        >>> model = torch2ebm.convert(net)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> optimizer = torch2ebm.EnergyOptimizer(sgd, model, torch2ebm.EquilibriumPropagation())
+        >>> torch.nn.functional.cross_entropy(model(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])).backward()
+        >>> [phase.beta for phase in model.state.phases]
+        [0.0, 0.5, -0.5]
+    """
+
+    partition = "activation"
+    defines_output = True
+
+    def __init__(
+        self,
+        nudging: Nudging | Holomorphic | None = None,
+        free_steps: int = 20,
+        nudged_steps: int = 10,
+        *,
+        feedback: float = 1.0,
+        damping: float = 0.0,
+        tol: float = 0.0,
+        readout: bool = False,
+        loss_reduction: str = "mean",
+    ) -> None:
+        check_reduction("EquilibriumPropagation", loss_reduction)
+        check_steps("EquilibriumPropagation", nudged_steps)
+        if nudging is not None and not isinstance(nudging, (Nudging, Holomorphic)):
+            got, remedy = repr(nudging), "For example Symmetric(beta=0.5)."
+            raise ConfigurationError("EquilibriumPropagation(nudging=...)", got, "a nudging object", remedy)
+        self.nudging: Nudging | Holomorphic = Symmetric(0.5) if nudging is None else nudging
+        self.free_phase = FreePhase(free_steps, feedback, damping, tol, readout)
+        self.free_phase.check("EquilibriumPropagation")
+        self.nudged_steps = nudged_steps
+        self.loss_reduction: str = loss_reduction
+
+    def __repr__(self) -> str:
+        parts = [f"{self.nudging!r}", f"nudged_steps={self.nudged_steps}", self.free_phase.settings()]
+        parts += [f"loss_reduction={self.loss_reduction!r}"] * (self.loss_reduction != "mean")
+        return f"EquilibriumPropagation({', '.join(parts)})"
+
+    def forward(self, call: Call) -> None:
+        free = self.free_phase.run(call)
+        if isinstance(self.nudging, Holomorphic):
+            check_holomorphic(free.equilibrium.hopfield)
+
+    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        free: Free = call.equilibrium
+        if isinstance(self.nudging, Holomorphic):
+            with HolomorphicOperations():
+                return self._estimate(call, free, loss, self._circle(free, loss, self.nudging), self.nudging.weights)
+        betas = self.nudging.betas
+        phases = [self._phase(free, loss, beta) for beta in betas]
+        return self._estimate(call, free, loss, phases, [1 / (len(betas) * beta) for beta in betas])
+
+    def _estimate(
+        self, call: Call, free: Free, loss: OutputLoss, phases: Sequence[Settled], weights: Sequence[complex]
+    ) -> LocalGradients:
+        """-sum_k w_k [dPhi/dtheta(s_k) - dPhi/dtheta(s_0)] / c_o; s_0 cancels where the weights sum to 0."""
+        equilibrium, result = free.equilibrium, GradientSum()
+        pairs = list(zip([phase.states for phase in phases], weights, strict=True))
+        rest = -sum(weight.real for weight in weights)
+        if abs(rest) > 1e-9 * abs(weights[0]):
+            check_drift(free, phases)
+            pairs.append((free.settled.states, rest))
+        scale = -loss.scale / equilibrium.output_weight
+        equilibrium.contrast([(states, weight * scale) for states, weight in pairs], result)
+        if equilibrium.hopfield.readouts:
+            for phase, weight in zip(phases, weights, strict=True):
+                share = (weight * cmath.rect(phase.relaxation.beta, phase.relaxation.angle)).real
+                cost_gradients(equilibrium, phase.states, loss, result, share * loss.scale)
+        inputs = call.input_gradients(result.clamped)
+        return LocalGradients(result.parameters, inputs, free.report_of(phases))
+
+    def _circle(self, free: Free, loss: OutputLoss, nudging: Holomorphic) -> list[Settled]:
+        start = {slot: torch.complex(s, torch.zeros_like(s)) for slot, s in free.settled.states.items()}
+        return [
+            self._settled(free, start, Influence(loss, beta), nudging.beta, angle)
+            for beta, angle in zip(nudging.betas, nudging.angles, strict=True)
+        ]
+
+    def _phase(self, free: Free, loss: OutputLoss, beta: float) -> Settled:
+        return self._settled(free, free.settled.states, Influence(loss, beta), beta)
+
+    def _settled(self, free: Free, start: States, influence: Influence, beta: float, angle: float = 0.0) -> Settled:
+        tol = self.free_phase.tol
+        phase = settle(free.equilibrium, start, self.nudged_steps, free.update, influence, tol, beta, angle)
+        try:
+            check_finite(free.equilibrium, phase, f"nudged phase {beta:g}")
+        except DivergenceError as error:
+            raise of_phase(error, beta) from error
+        return phase
+
+    def with_steps(self, steps: int) -> EquilibriumPropagation:
+        """The same with other numbers of steps, of the free phase and of the nudged ones."""
+        free = self.free_phase
+        return EquilibriumPropagation(
+            self.nudging,
+            steps,
+            steps,
+            feedback=free.feedback,
+            damping=free.damping,
+            tol=free.tol,
+            readout=free.readout,
+            loss_reduction=self.loss_reduction,
+        )
+
+
+def check_drift(free: Free, phases: Sequence[Settled]) -> None:
+    """A difference to the free state shows what the nudge moved, and what would have moved anyway.
+
+    Raises :class:`NotSettledError` where the second may be all of it, and warns where it may be a tenth.
+    """
+    moved = max(_movement(phase, free) for phase in phases)
+    steps = max(phase.relaxation.steps for phase in phases)
+    drift = free.settled.relaxation.residual * steps
+    if drift <= DRIFTING * moved:
+        return
+    name = free.equilibrium.hopfield.states[free.settled.moving_most()].name
+    got = f"a free phase that still moves by {free.settled.relaxation.residual:.0e} a step"
+    remedy = "Take more free_steps, damping, Symmetric(beta), in which the drift cancels, or a larger beta."
+    if drift > moved:
+        raise NotSettledError(
+            f"{name}, one-sided nudge",
+            f"{got}, where {steps} nudged steps moved {moved:.3g} in all",
+            "a free equilibrium from which the nudge alone moves the states",
+            remedy,
+        )
+    message = f"One-sided nudge, {name}: got {got}: over a tenth of what the nudge moved. {remedy}"
+    warnings.warn(NotSettledWarning(message), stacklevel=2)
+
+
+def _movement(phase: Settled, free: Free) -> float:
+    sizes: list[Tensor] = [
+        torch.linalg.vector_norm(phase.states[slot] - value, ord=float("inf"))
+        for slot, value in free.settled.states.items()
+    ]
+    return max(map(float, sizes))

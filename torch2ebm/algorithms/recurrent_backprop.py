@@ -1,0 +1,112 @@
+"""Recurrent backpropagation: the gradient at the free equilibrium by the implicit function theorem."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.equilibrium import by_state, pulled_through
+from torch2ebm.errors import ConfigurationError
+from torch2ebm.free_phase import Free, FreePhase
+from torch2ebm.hopfield import Term
+from torch2ebm.inference import GradientSum
+from torch2ebm.linearised import LinearisedStep
+from torch2ebm.solvers.linear import LinearSolver, Neumann, Solution, Vector
+from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss, Relaxation
+
+
+class RecurrentBackprop(Algorithm):
+    """Recurrent backpropagation (Almeida 1987; Pineda 1987) at the equilibrium of the energy that
+    :class:`EquilibriumPropagation` uses, whose estimate tends to this gradient (Scellier and Bengio 2019).
+
+    dL/dtheta = (df/dtheta)^T z with (I - J^T) z = dL/ds, f the step and J its Jacobian at the free equilibrium
+    (algorithms.md E4). ``state.error`` is -z, ``state.phases`` the free phase and the solution of the system.
+
+    Args:
+        solver: ``Neumann(terms)``, ``FixedPointSolve()`` or ``ConjugateGradient()``.
+        free_steps: Steps of the free phase.
+        tol: Largest change of a state at which the free phase ends early; 0 takes all steps.
+        feedback: Strength of the feedback per depth.
+        damping: Part of each step that is taken back.
+        readout: The outputs are read out of the states and have none.
+
+    Raises:
+        ConfigurationError: for an illegal setting.
+        NoEquilibriumError: at the first call, for a module with layer norm, batch statistics, dropout or recurrence.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Hardsigmoid(), torch.nn.Linear(8, 3))
+        >>> model = torch2ebm.convert(net)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> algorithm = torch2ebm.RecurrentBackprop(torch2ebm.Neumann(terms=10))
+        >>> optimizer = torch2ebm.EnergyOptimizer(sgd, model, algorithm)
+        >>> torch.nn.functional.cross_entropy(model(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])).backward()
+        >>> model.state.relaxation.steps
+        10
+    """
+
+    partition = "activation"
+    defines_output = True
+    reevaluates_loss = False
+
+    def __init__(
+        self,
+        solver: LinearSolver | None = None,
+        free_steps: int = 20,
+        tol: float = 0.0,
+        *,
+        feedback: float = 1.0,
+        damping: float = 0.0,
+        readout: bool = False,
+    ) -> None:
+        if solver is not None and not isinstance(solver, LinearSolver):
+            expected, remedy = "Neumann, FixedPointSolve or ConjugateGradient", "For example Neumann(terms=20)."
+            raise ConfigurationError("RecurrentBackprop(solver=...)", repr(solver), expected, remedy)
+        self.solver = Neumann() if solver is None else solver
+        self.free_phase = FreePhase(free_steps, feedback, damping, tol, readout)
+        self.free_phase.check("RecurrentBackprop")
+
+    def __repr__(self) -> str:
+        return f"RecurrentBackprop({self.solver!r}, {self.free_phase.settings()})"
+
+    def forward(self, call: Call) -> None:
+        self.free_phase.run(call)
+
+    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        free: Free = call.equilibrium
+        step, result = LinearisedStep(free.equilibrium, free.settled.states), GradientSum()
+        cost = _cost(free, loss, result)
+        b = {slot: cost.get(slot, torch.zeros_like(value)) for slot, value in free.settled.states.items()}
+        solution = self.solver.solve(step, b)
+        step.collect(solution.z, loss.scale, result)
+        state = self._report(free, step, solution)
+        return LocalGradients(result.parameters, call.input_gradients(result.clamped), state)
+
+    def _report(self, free: Free, step: LinearisedStep, solution: Solution) -> InferenceState:
+        errors = {slot: -each for slot, each in solution.z.items()}
+        tol = self.solver.tol
+        converged = solution.residual <= tol if tol > 0 else None
+        relaxation = Relaxation(solution.steps, converged, solution.residual, tol=tol, beta=0.0)
+        state = free.report(errors, step.at_drives(errors), relaxation)
+        return replace(state, phases=(free.settled.relaxation, relaxation))
+
+    def with_steps(self, steps: int) -> RecurrentBackprop:
+        """The same with another number of free steps."""
+        free = self.free_phase
+        settings = {"feedback": free.feedback, "damping": free.damping, "readout": free.readout}
+        return RecurrentBackprop(self.solver, steps, free.tol, **settings)  # type: ignore[arg-type]
+
+
+def _cost(free: Free, loss: OutputLoss, result: GradientSum) -> Vector:
+    """dL/ds of the loss summed over samples, from what autograd delivered; read-outs add their parameters' share."""
+    equilibrium = free.equilibrium
+    gradients: dict[str, Tensor] = {slot: each * loss.unit for slot, each in loss.delivered.items()}
+    if not equilibrium.hopfield.readouts:
+        return by_state(equilibrium.hopfield, gradients)
+    with torch.enable_grad():
+        passes = [equilibrium.evaluate(Term(node, ()), free.settled.states) for node in equilibrium.hopfield.readouts]
+    return pulled_through(equilibrium, passes, gradients, result, loss.scale)

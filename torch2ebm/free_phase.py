@@ -1,0 +1,184 @@
+"""The free phase of equilibrium algorithms: what ``model(x)`` is, and what is done where it does not settle."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from torch2ebm.equilibrium import Equilibrium, Influence, States
+from torch2ebm.errors import ConfigurationError, DivergenceError, NotSettledWarning
+from torch2ebm.hopfield import HopfieldGraph
+from torch2ebm.settling import Damped, Sequential, Settled, Synchronous, Update, settle
+from torch2ebm.solvers.base import check_steps, check_tolerance
+from torch2ebm.state import Call, InferenceState, Relaxation
+
+REMEDY = "Take a lower feedback (feedback=0.5), some damping (damping=0.5), more free_steps, or bounded activations."
+
+
+@dataclass(frozen=True, eq=False)
+class Free:
+    """The free equilibrium of one call.
+
+    Attributes:
+        update: The update that settled, which nudged phases then use too.
+        feedforward_distance: |equilibrium - feed-forward| / |feed-forward| over all outputs, no dimension.
+    """
+
+    equilibrium: Equilibrium
+    settled: Settled
+    update: Update
+    feedforward_distance: Tensor
+
+    def report_of(self, nudged: Sequence[Settled]) -> InferenceState:
+        """Prediction: the free equilibrium. Error: what the first nudged phase changed, of states and drives."""
+        first, free = nudged[0], self.settled
+        errors = {slot: real(first.states[slot] - value) for slot, value in free.states.items()}
+        of_drives = {slot: real(first.drives[slot] - value) for slot, value in free.drives.items()}
+        state = self.report(errors, of_drives, first.relaxation)
+        return replace(state, phases=(free.relaxation, *[each.relaxation for each in nudged]))
+
+    def report(self, errors: States, of_drives: States, relaxation: Relaxation) -> InferenceState:
+        """Free values of states, and of the pre-activations that they were made of, each with its error."""
+        equilibrium, by_slot = self.equilibrium, dict[str, Tensor]()
+        predictions = dict(equilibrium.outputs(self.settled.states))
+        for slot, state in equilibrium.hopfield.states.items():
+            predictions[state.source], by_slot[state.source] = self.settled.drives[slot], of_drives[slot]
+            predictions[slot], by_slot[slot] = self.settled.states[slot], errors[slot]
+        for slot, source in equilibrium.hopfield.outputs.items():
+            by_slot[slot] = errors[source]
+        return InferenceState(
+            equilibrium.call.graph,
+            equilibrium.call.batch_size,
+            predictions,
+            by_slot,
+            relaxation=relaxation,
+            feedforward_distance=float(self.feedforward_distance),
+        )
+
+
+def real(tensor: Tensor) -> Tensor:
+    return tensor.real if tensor.is_complex() else tensor
+
+
+@dataclass(frozen=True)
+class FreePhase:
+    """How an algorithm relaxes without a loss; the settings that all equilibrium algorithms share.
+
+    Args:
+        steps: Steps of all states.
+        feedback: Strength of the feedback per depth.
+        damping: The part of a step that is taken back.
+        tol: Largest change at which the phase ends early; 0 takes all steps.
+        readout: Whether the outputs are read out of the states, and have none.
+    """
+
+    steps: int
+    feedback: float = 1.0
+    damping: float = 0.0
+    tol: float = 0.0
+    readout: bool = False
+
+    def check(self, where: str) -> None:
+        """Raise :class:`ConfigurationError` for an illegal setting of the algorithm ``where``."""
+        check_steps(where, self.steps)
+        check_tolerance(where, self.tol)
+        _check_between(where, "feedback", self.feedback, 0 < self.feedback <= 1 if _number(self.feedback) else False)
+        _check_between(where, "damping", self.damping, 0 <= self.damping < 1 if _number(self.damping) else False)
+
+    def settings(self) -> str:
+        """Those that are not the default, as they stand in an algorithm's ``repr``."""
+        parts = [f"free_steps={self.steps}"]
+        parts += [f"feedback={self.feedback:g}"] * (self.feedback != 1)
+        parts += [f"damping={self.damping:g}"] * (self.damping != 0)
+        parts += [f"tol={self.tol:g}"] * (self.tol != 0) + ["readout=True"] * self.readout
+        return ", ".join(parts)
+
+    def run(self, call: Call) -> Free:
+        """Feed-forward, then relax; the call's values become the equilibrium's.
+
+        Raises :class:`DivergenceError` where the states run away, :class:`NoEquilibriumError` and
+        :class:`PartitionError` where the graph has no energy.
+        """
+        hopfield = HopfieldGraph(call.graph, self.readout)
+        call.feedforward(keep_graph=False)
+        equilibrium = Equilibrium(call, hopfield, self.feedback)
+        feedforward = [call.values[slot].detach() for slot in call.graph.output_slots]
+        update, settled = self._settled(equilibrium)
+        outputs = equilibrium.outputs(settled.states)
+        for slot, value in outputs.items():
+            outputs[slot] = value.to(call.values[slot].dtype)
+        call.values.update(outputs)
+        free = Free(equilibrium, settled, update, _distance(list(outputs.values()), feedforward))
+        call.equilibrium = free
+        return free
+
+    def _settled(self, equilibrium: Equilibrium) -> tuple[Update, Settled]:
+        """The synchronous update, or the next stronger one where states cycle or run away."""
+        tried: list[tuple[Update, Settled]] = []
+        for update in self._updates(equilibrium):
+            settled = settle(equilibrium, equilibrium.states, self.steps, update, Influence(), self.tol)
+            tried.append((update, settled))
+            finite = math.isfinite(settled.relaxation.residual)
+            if finite and not (settled.unsettled and settled.cycling):
+                break
+        best = min(tried, key=lambda pair: _badness(pair[1].relaxation))
+        _check(equilibrium, best[1], len(tried))
+        return best
+
+    def _updates(self, equilibrium: Equilibrium) -> Sequence[Update]:
+        first = Damped(self.damping) if self.damping else Synchronous()
+        return (first, Damped(max(self.damping, 0.5)), Sequential(tuple(equilibrium.hopfield.colours())))
+
+
+def _badness(relaxation: Relaxation) -> float:
+    return relaxation.residual if math.isfinite(relaxation.residual) else math.inf
+
+
+def _check(equilibrium: Equilibrium, settled: Settled, tried: int) -> None:
+    check_finite(equilibrium, settled, "free phase")
+    watched = equilibrium.hopfield.watched
+    if settled.unsettled and (tried == 3 or watched):
+        name = equilibrium.hopfield.states[settled.moving_most()].name
+        reason = f" It has {', '.join(sorted(watched.values()))} in the loop, which may not settle." if watched else ""
+        warnings.warn(
+            NotSettledWarning(
+                f"The free phase has not settled: after {settled.relaxation.steps} {settled.relaxation.update} steps "
+                f"the states of '{name}' still move by {settled.relaxation.residual:.0e}, with values up to "
+                f"{settled.size:.0e}.{reason} {REMEDY}"
+            ),
+            stacklevel=2,
+        )
+
+
+def check_finite(equilibrium: Equilibrium, settled: Settled, phase: str) -> None:
+    """Raise :class:`DivergenceError` where a phase ended in numbers that are none."""
+    if math.isfinite(settled.relaxation.residual):
+        return
+    name = equilibrium.hopfield.states[settled.moving_most()].name
+    raise DivergenceError(
+        f"{name}, {phase}, within {settled.relaxation.steps} steps",
+        "states that are NaN or infinite",
+        "states that settle",
+        REMEDY,
+    )
+
+
+def _distance(outputs: Sequence[Tensor], feedforward: Sequence[Tensor]) -> Tensor:
+    difference = torch.stack([(a - b).square().sum() for a, b in zip(outputs, feedforward, strict=True)]).sum()
+    size = torch.stack([b.square().sum() for b in feedforward]).sum()
+    return (difference / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_between(where: str, name: str, value: object, legal: bool) -> None:
+    if not legal:
+        expected = "a number above 0, at most 1" if name == "feedback" else "a number from 0 to below 1"
+        raise ConfigurationError(f"{where}({name}=...)", repr(value), expected, "Choose another.")
