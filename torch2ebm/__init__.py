@@ -7,6 +7,7 @@ from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.energies import Categorical, Energy, Gaussian
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph import EnergyGraph, Node
+from torch2ebm.idx import load_mnist, read_idx
 from torch2ebm.model import EnergyModel, convert
 from torch2ebm.nudging import OneSided, Symmetric
 from torch2ebm.optimizer import EnergyOptimizer
@@ -55,5 +56,7 @@ __all__ = [
     "compare",
     "convert",
     "errors",
+    "load_mnist",
+    "read_idx",
     "torch2pc",
 ]
