@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch2ebm
+from torch2ebm.agreement import agreement
 from torch2ebm.extras import MARKERS, PALETTE, new_figure, save
 
 if TYPE_CHECKING:
@@ -53,10 +55,16 @@ ALGORITHMS: dict[str, torch2ebm.Algorithm | None] = {
     f"FixedPrediction({LAYERS}, 1)": torch2ebm.FixedPrediction(LAYERS, 1.0),
     "Strict": torch2ebm.PredictiveCoding(20, 0.1),
     "Strict, literal mean": torch2ebm.PredictiveCoding(20, 0.1, loss_reduction="sum"),  # what Torch2PC computes
-    "ErrorDescent": torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(10, 0.3)),
     "ErrorDescent, literal mean": torch2ebm.PredictiveCoding(
         solver=torch2ebm.ErrorDescent(10, 0.3), loss_reduction="sum"
     ),
+}
+# Only compared with autograd, on one batch; None is Torch2PC's own call.
+DIRECTED: dict[str, torch2ebm.Algorithm | None] = {
+    name: algorithm for name, algorithm in ALGORITHMS.items() if isinstance(algorithm, torch2ebm.Algorithm)
+} | {
+    "PCInfer Strict": None,
+    "Strict, literal mean, 400 steps": torch2ebm.PredictiveCoding(400, 0.1, loss_reduction="sum"),
 }
 # Only timed: what the closed form saves, and Torch2PC's own call.
 SWEPT = {
@@ -122,6 +130,15 @@ class Cost:
     paper: float | None
 
 
+@dataclass(frozen=True)
+class Direction:
+    """Against autograd, for the weights of each layer."""
+
+    algorithm: str
+    cosine: tuple[float, ...]
+    norm_ratio: tuple[float, ...]
+
+
 def attach(net: nn.Module, algorithm: torch2ebm.Algorithm | None) -> tuple[nn.Module, torch.optim.Optimizer]:
     adam = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
     if algorithm is None:
@@ -137,21 +154,45 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def train(name: str, data: Data, seed: int, epochs: int) -> Run:
-    """The same seed is the same initialisation and the same batches, whatever the algorithm."""
     torch.manual_seed(seed)
     net = network()
-    model, optimizer = attach(net, ALGORITHMS[name])
+    run = Run(name, seed, tuple(fit(net, ALGORITHMS[name], data, seed, epochs)))
+    print(f"  {name}, seed {seed}: {run.accuracy[-1]:.2f} %", flush=True)
+    return run
+
+
+def fit(net: nn.Module, algorithm: torch2ebm.Algorithm | None, data: Data, seed: int, epochs: int) -> Iterator[float]:
+    """Test accuracy after each epoch; the same seed is the same batches, whatever the algorithm."""
+    model, optimizer = attach(net, algorithm)
     order = torch.Generator().manual_seed(seed)
     x, y = data.train
-    reached = []
     for _ in range(epochs):
         for batch in torch.randperm(len(x), generator=order).split(BATCH):
             optimizer.zero_grad()
             F.cross_entropy(model(x[batch]), y[batch]).backward()
             optimizer.step()
-        reached.append(accuracy(net, *data.test))
-    print(f"  {name}, seed {seed}: {reached[-1]:.2f} %", flush=True)
-    return Run(name, seed, tuple(reached))
+        yield accuracy(net, *data.test)
+
+
+def directions(data: Data) -> list[Direction]:
+    """Gradients of one batch against autograd's, on a network that backprop has trained for three epochs."""
+    torch.manual_seed(0)
+    net = network()
+    list(fit(net, None, data, 0, 3))
+    x, y = (part[:BATCH] for part in data.train)
+    reference = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+    results = []
+    for name, algorithm in DIRECTED.items():
+        if algorithm is None:
+            torch2ebm.torch2pc.PCInfer(net, F.cross_entropy, x, y, "Strict", 0.1, 20)
+        else:
+            model, optimizer = attach(net, algorithm)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+        pairs = [(p.grad, g) for p, g in zip(net.parameters(), reference, strict=True) if p.ndim > 1]
+        found = [agreement(ours, theirs) for ours, theirs in pairs if ours is not None]
+        results.append(Direction(name, tuple(a.cosine for a in found), tuple(a.norm_ratio for a in found)))
+    return results
 
 
 def earlier(path: Path, epochs: int) -> list[Run]:
@@ -227,6 +268,14 @@ def cost_table(results: list[Cost]) -> str:
     return table(["one update", "ms", "multiple of backprop", "quartiles", "Torch2PC, its GPU"], rows)
 
 
+def direction_table(results: list[Direction]) -> str:
+    layers = range(1, LAYERS + 1)
+    header = ["gradient of one batch", *(f"cosine {i}" for i in layers), *(f"norm ratio {i}" for i in layers)]
+    return table(
+        header, [(r.algorithm, *(f"{c:.4f}" for c in r.cosine), *(f"{n:.3f}" for n in r.norm_ratio)) for r in results]
+    )
+
+
 def draw(runs: list[Run], results: list[Cost], path: Path) -> None:
     """Accuracy along the epochs, and what an update costs."""
     figure = new_figure(9.5, 3.8)
@@ -289,10 +338,11 @@ def main() -> None:
                 save_json(path, runs=runs)
     results, timings = reached(runs), costs(data.train[0][:BATCH], data.train[1][:BATCH], arguments.rounds)
     print(f"{this_machine()}; {arguments.epochs} epochs, batch {BATCH}, seeds {sorted({run.seed for run in runs})}")
-    print(accuracy_table(results), cost_table(timings), sep="\n\n")
+    found = directions(data)
+    print(accuracy_table(results), direction_table(found), cost_table(timings), sep="\n\n")
     minutes = (time.perf_counter() - start) / 60
     print(f"{minutes:.1f} minutes, {time.process_time() / 60:.1f} of processor time")
-    save_json(path, minutes=minutes, accuracy=results, costs=timings, runs=runs)
+    save_json(path, minutes=minutes, accuracy=results, directions=found, costs=timings, runs=runs)
     draw(runs, timings, arguments.out / "papers_c.png")
 
 
