@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 
 PARTS = {"a": "papers_a", "c": "papers_c", "d": "papers_d"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("part", choices=[part for part, module in PARTS.items() if find_spec(module)])
     arguments = parser.parse_args(sys.argv[1:2])
     sys.argv = [f"{sys.argv[0]} {arguments.part}", *sys.argv[2:]]
     import_module(PARTS[arguments.part]).main()

@@ -46,6 +46,8 @@ def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the picture")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.quick:
+        arguments.out /= "quick"  # beside what was measured in earnest
     arguments.out.mkdir(parents=True, exist_ok=True)
     return arguments
 
