@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench clean
+.PHONY: help install demo test test-all bench papers clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,12 @@ test test-all: $(STAMP)
 
 bench: $(STAMP) ## measure speed and memory against backpropagation
 	$(VENV)/bin/python benchmarks/speed.py
+	$(VENV)/bin/python benchmarks/solvers.py
+
+papers: DATA := ../shared/mnist_10k.npz
+papers: $(STAMP) ## run the experiments of the papers on MNIST (DATA=folder of its IDX files, or an npz)
+	$(VENV)/bin/python benchmarks/papers.py a --data $(DATA)
+	$(VENV)/bin/python benchmarks/papers.py c --data $(DATA)
 
 clean: ## remove what builds and tools leave behind; the environment stays
 	rm -rf build dist site demo_output tutorial_output htmlcov .coverage .coverage.* *.egg-info

@@ -46,6 +46,9 @@ class Cost(OutputLoss):
             value = self.loss(leaf)
         return value.detach(), {slot: torch.autograd.grad(value, leaf)[0]}
 
+    def expanded(self, predictions):
+        raise AssertionError("no phase asks for second derivatives")
+
 
 def settled_call(example: Example) -> tuple[Equilibrium, dict[str, Tensor]]:
     """The package's own free equilibrium, to rounding."""

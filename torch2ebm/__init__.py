@@ -20,6 +20,7 @@ from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.energies import Categorical, Energy, Gaussian
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph import EnergyGraph, Node
+from torch2ebm.idx import load_mnist, read_idx
 from torch2ebm.model import EnergyModel, convert
 from torch2ebm.mq import MQ
 from torch2ebm.nudging import Holomorphic, OneSided, RandomSign, Symmetric
@@ -85,5 +86,7 @@ __all__ = [
     "compare",
     "convert",
     "errors",
+    "load_mnist",
+    "read_idx",
     "torch2pc",
 ]
