@@ -36,6 +36,7 @@ papers: DATA := ../shared/mnist_10k.npz
 papers: $(STAMP) ## run the experiments of the papers on MNIST (DATA=folder of its IDX files, or an npz)
 	$(VENV)/bin/python benchmarks/papers.py a --data $(DATA)
 	$(VENV)/bin/python benchmarks/papers.py c --data $(DATA)
+	$(VENV)/bin/python benchmarks/papers.py d --mnist --data $(DATA)
 
 clean: ## remove what builds and tools leave behind; the environment stays
 	rm -rf build dist site demo_output tutorial_output htmlcov .coverage .coverage.* *.egg-info

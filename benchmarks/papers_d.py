@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -192,6 +193,30 @@ def table(runs: Sequence[Run], reference: dict[str, dict[float, str]]) -> str:
     return "\n".join(lines)
 
 
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Accuracy at the last mark against the learning rate, the range over seeds as a band; diverged runs at 0."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for rule, colour, marker in zip(RULES, ("#0072B2", "#D55E00", "#009E73"), ("s", "^", "o"), strict=True):
+        by_rate: dict[float, list[float]] = {}
+        for run in runs:
+            if run.rule == rule:
+                last = run.accuracies[-1]
+                by_rate.setdefault(run.lr, []).append(0.0 if isinstance(last, str) else last)
+        rates = sorted(by_rate)
+        middle = [sorted(by_rate[rate])[len(by_rate[rate]) // 2] for rate in rates]
+        axes.plot(rates, middle, marker=marker, color=colour, label=rule)
+        lowest, highest = [min(by_rate[r]) for r in rates], [max(by_rate[r]) for r in rates]
+        axes.fill_between(rates, lowest, highest, color=colour, alpha=0.2)
+    axes.axhline(0.1, color="grey", linestyle=":", label="chance")
+    axes.set(
+        xscale="log", xlabel="learning rate (alpha for IL-prox)", ylabel="test accuracy (diverged: 0)", ylim=(-0.02, 1)
+    )
+    axes.set_title(f"One sample a step, {max(run.marks[-1] for run in runs):,} samples at most")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
@@ -214,6 +239,7 @@ def main() -> None:
     path = arguments.json or RESULTS / f"papers_d_{name}.json"
     runs = stability(arguments.rules, rates, arguments.seeds or seeds, task_of, path)
     print(table(runs, reference))
+    draw(runs, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
