@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm, check_reduction
 from torch2ebm.algorithms.divergence import of_phase
@@ -186,8 +185,4 @@ def check_drift(free: Free, phases: Sequence[Settled]) -> None:
 
 
 def _movement(phase: Settled, free: Free) -> float:
-    sizes: list[Tensor] = [
-        torch.linalg.vector_norm(phase.states[slot] - value, ord=float("inf"))
-        for slot, value in free.settled.states.items()
-    ]
-    return max(map(float, sizes))
+    return max(float((phase.states[slot] - value).abs().max()) for slot, value in free.settled.states.items())
