@@ -22,8 +22,6 @@ ALGORITHMS = {
     "PredictiveCoding": torch2ebm.PredictiveCoding(steps=4),
     "FixedPrediction": torch2ebm.FixedPrediction(steps=4),
     "ZeroDivergence": torch2ebm.ZeroDivergence(),
-    "EquilibriumPropagation": torch2ebm.EquilibriumPropagation(free_steps=4, nudged_steps=3, feedback=0.3),
-    "RecurrentBackprop": torch2ebm.RecurrentBackprop(free_steps=4, feedback=0.3),
 }
 HERE = "test_bad_input.py:"
 

@@ -15,6 +15,7 @@ from torch2ebm.errors import (
     DivergenceError,
     LossReductionError,
     NoEquilibriumError,
+    NonFiniteError,
     NotSettledError,
     NotSettledWarning,
     PartitionError,
@@ -291,6 +292,25 @@ def test_states_that_run_away_are_refused_and_nothing_moves() -> None:
     with pytest.raises(DivergenceError, match=r"free phase.*feedback"):
         model(torch.randn(5, 4))
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("place", ["2.weight", "0.bias", "input", "target"])
+def test_bad_numbers_are_named_and_change_nothing(place: str, algorithm) -> None:
+    x, target = torch.randn(5, 4), torch.randn(5, 3)
+    module = nn.Sequential(nn.Linear(4, 6), nn.Hardtanh(), nn.Linear(6, 3))
+    model = attached(module, algorithm)
+    F.mse_loss(model(x), target).backward()
+    model.zero_grad()
+    bad = {**dict(module.named_parameters()), "input": x, "target": target}[place]
+    with torch.no_grad():
+        bad.view(-1)[0] = torch.nan
+    before = [p.detach().clone() for p in module.parameters()]
+    named = {"input": "input", "target": "loss"}.get(place, place)
+    with pytest.raises(NonFiniteError, match=named):
+        F.mse_loss(model(x), target).backward()
+    after = zip(module.parameters(), before, strict=True)
+    assert all(torch.equal(p.nan_to_num(7.0), q.nan_to_num(7.0)) and p.grad is None for p, q in after)
 
 
 # One-sided nudges -----------------------------------------------------------------------------------------------------

@@ -35,5 +35,5 @@ def _clamped_phase(free: Free, loss: OutputLoss, amount: float, steps: int, tol:
         held[slot] = states[slot].sub(gradient, alpha=amount * equilibrium.output_weight / equilibrium.weight[slot])
     start = {**states, **held}
     phase = settle(equilibrium, start, steps, free.update, Influence(held=held), tol, amount)
-    check_finite(equilibrium, phase, "clamped phase")
+    check_finite(equilibrium, phase, "clamped phase", loss.delivered)
     return phase
