@@ -472,3 +472,26 @@ def gated() -> Example:
     return Example(
         module, x, Network(parameters_of(module), preactivations, activations, depths, cross_entropy(target))
     )
+
+
+def chain_of_blocks(net: nn.Sequential, x: Tensor, loss: Loss, feedback: float) -> Network:
+    """Blocks of a parameterised layer, an activation and what follows it; the last one is the layer alone."""
+    blocks = [list(block) if isinstance(block, nn.Sequential) else [block] for block in net]
+    prefixes = [f"{k}.0." if isinstance(block, nn.Sequential) else f"{k}." for k, block in enumerate(net)]
+    names = [f"s{k}" for k in range(len(blocks))]
+
+    def before(k: int, s: States, p: Mapping[str, Tensor]) -> Tensor:
+        value = x
+        if k:
+            value = s[names[k - 1]]
+            for layer in blocks[k - 1][2:]:
+                value = layer(value)
+        own = {name.removeprefix(prefixes[k]): each for name, each in p.items() if name.startswith(prefixes[k])}
+        return torch.func.functional_call(blocks[k][0], own, (value,))
+
+    def preactivations(s: States, p: Mapping[str, Tensor]) -> States:
+        return Lazy({name: lambda k=k: before(k, s, p) for k, name in enumerate(names)})
+
+    activations = {n: block[1] if len(block) > 1 else lambda a: a for n, block in zip(names, blocks, strict=True)}
+    depths = {name: k for k, name in enumerate(names)}
+    return Network(parameters_of(net), preactivations, activations, depths, loss, feedback)

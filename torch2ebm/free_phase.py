@@ -151,8 +151,10 @@ class FreePhase:
         for update in self._updates(equilibrium):
             settled = settle(equilibrium, equilibrium.states, self.steps, update, Influence(), self.tol)
             tried.append((update, settled))
-            finite = math.isfinite(settled.relaxation.residual)
-            if finite and not (settled.unsettled and settled.cycling):
+            if math.isfinite(settled.relaxation.residual):
+                if not (settled.unsettled and settled.cycling):
+                    break
+            elif not _are_finite(equilibrium.states):  # bad numbers came in: who checks these says which
                 break
         best = min(tried, key=lambda pair: _badness(pair[1].relaxation))
         _check(equilibrium, best[1], len(tried))
@@ -163,12 +165,16 @@ class FreePhase:
         return (first, Damped(max(self.damping, 0.5)), Sequential(tuple(equilibrium.hopfield.colours())))
 
 
+def _are_finite(states: States) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in states.values())
+
+
 def _badness(relaxation: Relaxation) -> float:
     return relaxation.residual if math.isfinite(relaxation.residual) else math.inf
 
 
 def _check(equilibrium: Equilibrium, settled: Settled, tried: int) -> None:
-    check_finite(equilibrium, settled, "free phase")
+    check_finite(equilibrium, settled, "free phase", equilibrium.states)
     watched = equilibrium.hopfield.watched
     if settled.unsettled and (tried == 3 or watched):
         name = equilibrium.hopfield.states[settled.moving_most()].name
@@ -183,9 +189,9 @@ def _check(equilibrium: Equilibrium, settled: Settled, tried: int) -> None:
         )
 
 
-def check_finite(equilibrium: Equilibrium, settled: Settled, phase: str) -> None:
-    """Raise :class:`DivergenceError` where a phase ended in numbers that are none."""
-    if math.isfinite(settled.relaxation.residual):
+def check_finite(equilibrium: Equilibrium, settled: Settled, phase: str, given: States) -> None:
+    """Raise :class:`DivergenceError` where a phase ended in numbers that are none, though the ``given`` ones are."""
+    if math.isfinite(settled.relaxation.residual) or not _are_finite(given):
         return
     name = equilibrium.hopfield.states[settled.moving_most()].name
     raise DivergenceError(

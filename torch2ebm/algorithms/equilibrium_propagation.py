@@ -137,10 +137,10 @@ class EquilibriumPropagation(Algorithm):
         return self._settled(free, free.settled.states, Influence(loss, beta), beta)
 
     def _settled(self, free: Free, start: States, influence: Influence, beta: float, angle: float = 0.0) -> Settled:
-        tol = self.free_phase.tol
+        tol, given = self.free_phase.tol, influence.loss.delivered if influence.loss is not None else {}
         phase = settle(free.equilibrium, start, self.nudged_steps, free.update, influence, tol, beta, angle)
         try:
-            check_finite(free.equilibrium, phase, f"nudged phase {beta:g}")
+            check_finite(free.equilibrium, phase, f"nudged phase {beta:g}", given)
         except DivergenceError as error:
             raise of_phase(error, beta) from error
         return phase
