@@ -34,7 +34,7 @@ import math
 import os
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -466,26 +466,27 @@ assert cosines[0.01]["IL-prox, settled"] < 0.9
 
 # %% [markdown]
 # Nor does *exact* mean *better*. An implicit step does all it can for the image at hand, and cheaply. All these images
-# have much in common, so the cheapest way to a label is a change that gives it to every image. Below, twelve steps of
-# one image each; after each, the share of the test images that the net takes for the digit just learned. About one in
-# ten of them are that digit. Subtract the mean image from all, and the short cut is gone.
+# have much in common, so the cheapest way to a label is a change that gives it to every image. Below, forty steps of
+# one image each; after each of the last twenty, the share of the test images that the net takes for the digit just
+# learned. About one in ten of them are that digit. After exact steps it is all of them: the net knows nothing but its
+# last image. Subtract the mean image from all, and the short cut is gone.
 
 
 # %%
 def share_of_last_label(algorithm, lr, shift):
-    """Median over 12 single images: the part of the test images that the net now takes for the same digit."""
+    """Mean over the last 20 of 40 single images: the part of the test images now taken for the same digit."""
     net = new_net(64, 128, 128, 10)
     model = torch2ebm.convert(net)
     optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=lr), model, algorithm)
     shares = []
-    for image in torch.arange(12).split(1):
+    for image in torch.arange(40).split(1):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(train_x[image] - shift), train_y[image])
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             shares.append((net(test_x - shift).argmax(1) == train_y[image]).double().mean().item())
-    return median(shares)
+    return mean(shares[20:])
 
 
 mean_image = train_x.mean(0)
@@ -498,8 +499,8 @@ for name, algorithm, lr in (
 ):
     shares[name] = [share_of_last_label(algorithm, lr, shift) for shift in (0.0, mean_image)]
     print(f"{name:22}  images as they are {shares[name][0]:.2f},  mean image subtracted {shares[name][1]:.2f}")
-assert shares["implicit SGD, alpha .1"][0] > 0.9
-assert shares["implicit SGD, alpha .1"][1] < 0.3
+assert shares["implicit SGD, alpha .1"][0] > 0.95
+assert max(shares["implicit SGD, alpha .1"][1], *shares["SGD, rate .1"]) < 0.4
 
 # %% [markdown]
 # ## 5. Recipes for the loop that you have
