@@ -135,13 +135,13 @@ class FreePhase:
         hopfield = HopfieldGraph(call.graph, self.readout)
         call.feedforward(keep_graph=False)
         equilibrium = Equilibrium(call, hopfield, self.feedback)
-        feedforward = [call.values[slot].detach() for slot in call.graph.output_slots]
+        feedforward = {slot: call.values[slot].detach() for slot in call.graph.output_slots}
         update, settled = self._settled(equilibrium)
         outputs = equilibrium.outputs(settled.states)
         for slot, value in outputs.items():
             outputs[slot] = value.to(call.values[slot].dtype)
         call.values.update(outputs)
-        free = Free(equilibrium, settled, update, _distance(list(outputs.values()), feedforward))
+        free = Free(equilibrium, settled, update, _distance(outputs, feedforward))
         call.equilibrium = free
         return free
 
@@ -202,9 +202,9 @@ def check_finite(equilibrium: Equilibrium, settled: Settled, phase: str, given: 
     )
 
 
-def _distance(outputs: Sequence[Tensor], feedforward: Sequence[Tensor]) -> Tensor:
-    difference = torch.stack([(a - b).square().sum() for a, b in zip(outputs, feedforward, strict=True)]).sum()
-    size = torch.stack([b.square().sum() for b in feedforward]).sum()
+def _distance(outputs: States, feedforward: States) -> Tensor:
+    difference = torch.stack([(outputs[slot] - value).square().sum() for slot, value in feedforward.items()]).sum()
+    size = torch.stack([value.square().sum() for value in feedforward.values()]).sum()
     return (difference / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
 
 
