@@ -189,6 +189,24 @@ def _check(equilibrium: Equilibrium, settled: Settled, tried: int) -> None:
         )
 
 
+def check_signal(where: str, free: Free, amount: float, margin: float) -> None:
+    """What reaches the first states is amount * feedback^depth of the output's nudge; rounding must not reach it.
+
+    Raises :class:`ConfigurationError` where it is below ``margin`` times the precision of the states.
+    """
+    equilibrium = free.equilibrium
+    precision = max(torch.finfo(value.dtype).eps for value in free.settled.states.values())
+    signal = amount * equilibrium.output_weight
+    if signal < margin * precision:
+        part = "" if amount == 1 else f"{amount:g} * "
+        raise ConfigurationError(
+            where,
+            f"a signal of {part}{equilibrium.feedback:g}^{equilibrium.hopfield.output_depth} = {signal:.2g}",
+            f"at least {margin * precision:.2g} in numbers of precision {precision:.2g}",
+            "Take a larger feedback or nudge, model.double(), or RecurrentBackprop, which takes no difference.",
+        )
+
+
 def check_finite(equilibrium: Equilibrium, settled: Settled, phase: str, given: States) -> None:
     """Raise :class:`DivergenceError` where a phase ended in numbers that are none, though the ``given`` ones are."""
     if math.isfinite(settled.relaxation.residual) or not _are_finite(given):
