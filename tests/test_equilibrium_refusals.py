@@ -228,7 +228,7 @@ def test_activations_are_states_as_modules_methods_and_functions() -> None:
             return a[8](x)
 
     model = torch2ebm.convert(Mixed())
-    algorithm = torch2ebm.EquilibriumPropagation(feedback=0.1, free_steps=5)
+    algorithm = torch2ebm.EquilibriumPropagation(feedback=0.3, free_steps=5)
     torch2ebm.EnergyOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, algorithm)
     F.cross_entropy(model(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])).backward()
     kinds = [node.description for node in model.nodes.values() if not node.parameters and len(node.operations) == 1]
