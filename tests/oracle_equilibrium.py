@@ -177,6 +177,35 @@ def bptt_increments(network: Network, free: States, steps: int) -> list[tuple[Te
     return found
 
 
+def read_out(network: Network, steps: tuple[int, int], beta: float) -> dict[str, Tensor]:
+    """Symmetric nudging where the last of the names is no state but what the loss reads (E5); beta c_last CE(W_o s)."""
+    *names, output = network.names
+    last = network.weight(names[-1])
+
+    def total(states: States, parameters: Mapping[str, Tensor], signed: float) -> Tensor:
+        before = network.preactivations(states, parameters)
+        phi = sum(network.weight(name) * (states[name] * before[name]).sum() for name in names)
+        return phi - signed * last * network.loss(before[output])
+
+    def relax(states: States, count: int, signed: float) -> States:
+        for _ in range(count):
+            leaves = {name: value.detach().requires_grad_() for name, value in states.items()}
+            parts = torch.autograd.grad(total(leaves, network.parameters, signed), list(leaves.values()))
+            drives = {n: part / network.weight(n) for n, part in zip(leaves, parts, strict=True)}
+            states = {name: network.activations[name](drives[name]).detach() for name in names}
+        return states
+
+    def derivative(states: States, signed: float) -> list[Tensor]:
+        leaves = {name: value.detach().requires_grad_() for name, value in network.parameters.items()}
+        return list(torch.autograd.grad(total(states, leaves, signed), list(leaves.values())))
+
+    start = network.feedforward()
+    free = relax({name: start[name] for name in names}, steps[0], 0.0)
+    pair = [derivative(relax(free, steps[1], signed), signed) for signed in (beta, -beta)]
+    found = [-(up - down) / (2 * beta * last) for up, down in zip(*pair, strict=True)]
+    return dict(zip(network.parameters, found, strict=True))
+
+
 @dataclass(frozen=True)
 class Linearised:
     """One step s -> f(s) at a state, as dense matrices over all states of all samples."""
@@ -410,3 +439,59 @@ def skip() -> Example:
     return Example(
         module, x, Network(parameters_of(module), preactivations, activations, depths, cross_entropy(target))
     )
+
+
+class GatedNet(nn.Module):
+    """Linear units that multiply: s <- dPhi/ds is a true gradient, and yet no linear map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.readout = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 3)
+        self.unit = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.readout(self.unit(self.left(x)) * self.unit(self.right(x)))
+
+
+def gated() -> Example:
+    torch.manual_seed(3)
+    module = _scaled(GatedNet().double(), 0.7)
+    x, target = torch.randn(4, 4).double(), torch.tensor([0, 2, 1, 0])
+
+    def preactivations(s: States, p: Mapping[str, Tensor]) -> States:
+        return Lazy(
+            {
+                "s1": lambda: F.linear(x, p["left.weight"], p["left.bias"]),
+                "s2": lambda: F.linear(x, p["right.weight"], p["right.bias"]),
+                "s3": lambda: F.linear(s["s1"] * s["s2"], p["readout.weight"], p["readout.bias"]),
+            }
+        )
+
+    activations = {name: lambda a: a for name in ("s1", "s2", "s3")}
+    depths = {"s1": 0, "s2": 0, "s3": 1}
+    return Example(
+        module, x, Network(parameters_of(module), preactivations, activations, depths, cross_entropy(target))
+    )
+
+
+def chain_of_blocks(net: nn.Sequential, x: Tensor, loss: Loss, feedback: float) -> Network:
+    """Blocks of a parameterised layer, an activation and what follows it; the last one is the layer alone."""
+    blocks = [list(block) if isinstance(block, nn.Sequential) else [block] for block in net]
+    prefixes = [f"{k}.0." if isinstance(block, nn.Sequential) else f"{k}." for k, block in enumerate(net)]
+    names = [f"s{k}" for k in range(len(blocks))]
+
+    def before(k: int, s: States, p: Mapping[str, Tensor]) -> Tensor:
+        value = x
+        if k:
+            value = s[names[k - 1]]
+            for layer in blocks[k - 1][2:]:
+                value = layer(value)
+        own = {name.removeprefix(prefixes[k]): each for name, each in p.items() if name.startswith(prefixes[k])}
+        return torch.func.functional_call(blocks[k][0], own, (value,))
+
+    def preactivations(s: States, p: Mapping[str, Tensor]) -> States:
+        return Lazy({name: lambda k=k: before(k, s, p) for k, name in enumerate(names)})
+
+    activations = {n: block[1] if len(block) > 1 else lambda a: a for n, block in zip(names, blocks, strict=True)}
+    depths = {name: k for k, name in enumerate(names)}
+    return Network(parameters_of(net), preactivations, activations, depths, loss, feedback)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import attached, local_gradients, relative_error
 from oracle_energy import chain_error_descent
+from oracle_equilibrium import chain_of_blocks, symmetric
 from oracles import ChainState, Gradients, backprop, binomial_tail, strict
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
@@ -39,6 +40,7 @@ ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
     "error_descent": torch2ebm.PredictiveCoding(
         solver=torch2ebm.ErrorDescent(steps=3, lr=0.2), nudging=torch2ebm.OneSided(0.7)
     ),
+    "equilibrium": torch2ebm.EquilibriumPropagation(torch2ebm.Symmetric(0.7), 6, 4, feedback=0.8),
 }
 CODING = ALGORITHMS["predictive_coding"]
 
@@ -122,11 +124,22 @@ def expected(algorithm: torch2ebm.Algorithm, net: nn.Sequential, x: Tensor, loss
     if isinstance(algorithm, torch2ebm.PredictiveCoding):
         state = relaxed(algorithm, net, x, lambda output: len(x) * loss(output))
         return by_name(net, state.gradients, 1 / len(x))
+    if isinstance(algorithm, torch2ebm.EquilibriumPropagation):
+        return nudged(algorithm, net, x, loss)
     exact = backprop(net, (x,), loss)
     if isinstance(algorithm, torch2ebm.FixedPrediction):
         distance = {name: len(net) - 1 - int(name[0]) for name in exact}
         return {n: binomial_tail(algorithm.steps, algorithm.lr, distance[n]) * g for n, g in exact.items()}
     return exact
+
+
+def nudged(algorithm: torch2ebm.EquilibriumPropagation, net: nn.Sequential, x: Tensor, loss: Loss) -> Gradients:
+    """Equilibrium propagation on the chain written out, for the trainable parameters."""
+    free = algorithm.free_phase
+    network = chain_of_blocks(net, x, lambda output: len(x) * loss(output.clone()), free.feedback)
+    start = network.relax(network.feedforward(), free.steps)
+    found = symmetric(network, start, algorithm.nudged_steps, algorithm.nudging.betas[0])
+    return {name: found[name] / len(x) for name, p in net.named_parameters() if p.requires_grad}
 
 
 def total(*parts: tuple[float, Gradients]) -> Gradients:
@@ -143,6 +156,9 @@ def assert_equal(ours: Gradients, reference: Gradients) -> None:
 
 every_net = pytest.mark.parametrize("make", [mlp, cnn], ids=lambda make: make.__name__)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+# of these model(x) is the module's own output, and what no loss reads has no part in it
+FEEDFORWARD = {name: algorithm for name, algorithm in ALGORITHMS.items() if not algorithm.defines_output}
+every_feedforward_algorithm = pytest.mark.parametrize("algorithm", FEEDFORWARD.values(), ids=FEEDFORWARD)
 
 
 def test_the_algorithms_are_told_apart_by_these_nets() -> None:
@@ -352,7 +368,7 @@ def test_one_loss_computed_sample_by_sample_is_the_mean(algorithm: torch2ebm.Alg
     assert_equal(local_gradients(attached(net, algorithm), (x,), loss), expected(algorithm, net, x))
 
 
-@every_algorithm
+@every_feedforward_algorithm
 def test_a_head_outside_the_model_gets_its_own_autograd_gradient(algorithm: torch2ebm.Algorithm) -> None:
     net, head = built(mlp), nn.Linear(CLASSES, CLASSES).double()
     x = batch_for(net)
@@ -362,7 +378,7 @@ def test_a_head_outside_the_model_gets_its_own_autograd_gradient(algorithm: torc
     assert_equal(gradients_of(head), backprop(head, (net(x).tanh().detach(),), classification))
 
 
-@every_algorithm
+@every_feedforward_algorithm
 def test_the_output_reads_as_an_ordinary_tensor(algorithm: torch2ebm.Algorithm) -> None:
     net = built(mlp)
     x = batch_for(net)
@@ -711,7 +727,7 @@ def test_the_first_adam_step_written_out(algorithm: torch2ebm.Algorithm) -> None
         assert (net.get_parameter(name) - stepped).abs().max() <= 1e-9  # |g| may be as small as Adam's epsilon
 
 
-@every_algorithm
+@every_feedforward_algorithm
 def test_a_closure_is_evaluated_and_its_loss_returned(algorithm: torch2ebm.Algorithm) -> None:
     net, twin = built(mlp), built(mlp)
     x = batch_for(net)
@@ -794,7 +810,7 @@ def test_a_checkpointed_model_has_the_same_gradients(
 
 
 @every_net
-@every_algorithm
+@every_feedforward_algorithm
 def test_functional_call_differentiates_the_parameters_that_it_is_given(
     make: Callable[[], nn.Sequential], algorithm: torch2ebm.Algorithm
 ) -> None:
@@ -918,7 +934,7 @@ class TwoHeads(nn.Module):
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["tuple", "dict"])
-@every_algorithm
+@every_feedforward_algorithm
 def test_a_loss_of_several_outputs(algorithm: torch2ebm.Algorithm, named: bool) -> None:
     torch.manual_seed(0)
     net = TwoHeads(named).double()
@@ -952,7 +968,7 @@ def test_a_loss_of_several_outputs(algorithm: torch2ebm.Algorithm, named: bool) 
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["tuple", "dict"])
-@every_algorithm
+@every_feedforward_algorithm
 def test_an_output_that_no_loss_reads_learns_nothing(algorithm: torch2ebm.Algorithm, named: bool) -> None:
     torch.manual_seed(0)
     net = TwoHeads(named).double()
@@ -1134,7 +1150,7 @@ def test_the_state_holds_what_strict_predictive_coding_ends_with(make: Callable[
 
 
 @every_net
-@every_algorithm
+@every_feedforward_algorithm
 def test_a_converted_tail_sends_minus_the_sum_of_its_messages_to_its_input(
     make: Callable[[], nn.Sequential], algorithm: torch2ebm.Algorithm
 ) -> None:
@@ -1165,7 +1181,7 @@ def test_a_front_before_the_model_learns_by_autograd(name: str) -> None:
     assert_equal(gradients_of(net), {n[2:]: g for n, g in whole.items() if n.startswith("2.")})
 
 
-@every_algorithm
+@every_feedforward_algorithm
 def test_a_parameter_without_a_path_to_the_loss_is_the_same_tensor_after_a_step(
     algorithm: torch2ebm.Algorithm,
 ) -> None:

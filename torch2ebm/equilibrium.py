@@ -203,12 +203,11 @@ def cost_gradients(
 ) -> dict[str, Tensor]:
     """dC/ds of every state that the loss acts on; with ``collected``, scale * dC/dtheta of read-outs is added to it."""
     hopfield = equilibrium.hopfield
-    if not hopfield.readouts:
-        _, gradients = loss.gradients({slot: states[state] for slot, state in hopfield.outputs.items()})
-        return by_state(hopfield, gradients)
     with torch.enable_grad():
         passes = [equilibrium.evaluate(Term(node, ()), states) for node in hopfield.readouts]
-    predictions = {s: p.detach() for each in passes for s, p in zip(each.node.slots, each.predictions, strict=True)}
+    predictions = {slot: states[state] for slot, state in hopfield.outputs.items()}
+    for each in passes:
+        predictions.update(zip(each.node.slots, [p.detach() for p in each.predictions], strict=True))
     _, gradients = loss.gradients(predictions)
     return pulled_through(equilibrium, passes, gradients, collected, scale)
 
@@ -220,8 +219,8 @@ def pulled_through(
     collected: GradientSum | None,
     scale: float,
 ) -> dict[str, Tensor]:
-    """From dC/dprediction of read-outs to dC/ds of what they read."""
-    found: dict[str, Tensor] = {}
+    """From dC/doutput to dC/ds: of outputs that are states, and of what read-outs read."""
+    found = by_state(equilibrium.hopfield, gradients)
     for each in passes:
         given = [gradients.get(slot) for slot in each.node.slots]
         pairs = zip(given, each.predictions, strict=True)
@@ -240,7 +239,9 @@ def pulled_through(
 def by_state(hopfield: HopfieldGraph, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gradients by output slot, summed by the state that several of them may be."""
     found: dict[str, Tensor] = {}
-    for slot, gradient in gradients.items():
-        state = hopfield.outputs[slot]
+    for slot, state in hopfield.outputs.items():
+        gradient = gradients.get(slot)
+        if gradient is None:
+            continue
         found[state] = found[state] + gradient if state in found else at_least_single(gradient)
     return found

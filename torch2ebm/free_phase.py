@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,32 +37,60 @@ class Free:
     def report_of(self, nudged: Sequence[Settled]) -> InferenceState:
         """Prediction: the free equilibrium. Error: what the first nudged phase changed, of states and drives."""
         first, free = nudged[0], self.settled
-        errors = {slot: real(first.states[slot] - value) for slot, value in free.states.items()}
-        of_drives = {slot: real(first.drives[slot] - value) for slot, value in free.drives.items()}
+        errors, of_drives = Difference(first.states, free.states), Difference(first.drives, free.drives)
         state = self.report(errors, of_drives, first.relaxation)
         return replace(state, phases=(free.relaxation, *[each.relaxation for each in nudged]))
 
     def report(self, errors: States, of_drives: States, relaxation: Relaxation) -> InferenceState:
         """Free values of states, and of the pre-activations that they were made of, each with its error."""
-        equilibrium, by_slot = self.equilibrium, dict[str, Tensor]()
-        predictions = dict(equilibrium.outputs(self.settled.states))
+        equilibrium, free = self.equilibrium, self.settled
+        predictions = dict(equilibrium.outputs(free.states))
+        place = {slot: (errors, state) for slot, state in equilibrium.hopfield.outputs.items()}
         for slot, state in equilibrium.hopfield.states.items():
-            predictions[state.source], by_slot[state.source] = self.settled.drives[slot], of_drives[slot]
-            predictions[slot], by_slot[slot] = self.settled.states[slot], errors[slot]
-        for slot, source in equilibrium.hopfield.outputs.items():
-            by_slot[slot] = errors[source]
+            predictions[state.source], place[state.source] = free.drives[slot], (of_drives, slot)
+            predictions[slot], place[slot] = free.states[slot], (errors, slot)
         return InferenceState(
             equilibrium.call.graph,
             equilibrium.call.batch_size,
             predictions,
-            by_slot,
+            Placed(place),
             relaxation=relaxation,
             feedforward_distance=float(self.feedforward_distance),
         )
 
 
-def real(tensor: Tensor) -> Tensor:
-    return tensor.real if tensor.is_complex() else tensor
+class Difference(Mapping[str, Tensor]):
+    """a - b, of complex numbers the real part, computed when it is asked for."""
+
+    def __init__(self, a: States, b: States) -> None:
+        self._a, self._b = a, b
+
+    def __getitem__(self, slot: str) -> Tensor:
+        difference = self._a[slot] - self._b[slot]
+        return difference.real if difference.is_complex() else difference
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._b)
+
+    def __len__(self) -> int:
+        return len(self._b)
+
+
+class Placed(Mapping[str, Tensor]):
+    """To each slot what stands in one of several mappings, under a name of its own."""
+
+    def __init__(self, places: Mapping[str, tuple[States, str]]) -> None:
+        self._places = places
+
+    def __getitem__(self, slot: str) -> Tensor:
+        mapping, name = self._places[slot]
+        return mapping[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 @dataclass(frozen=True)
@@ -123,8 +151,10 @@ class FreePhase:
         for update in self._updates(equilibrium):
             settled = settle(equilibrium, equilibrium.states, self.steps, update, Influence(), self.tol)
             tried.append((update, settled))
-            finite = math.isfinite(settled.relaxation.residual)
-            if finite and not (settled.unsettled and settled.cycling):
+            if math.isfinite(settled.relaxation.residual):
+                if not (settled.unsettled and settled.cycling):
+                    break
+            elif not _are_finite(equilibrium.states):  # bad numbers came in: who checks these says which
                 break
         best = min(tried, key=lambda pair: _badness(pair[1].relaxation))
         _check(equilibrium, best[1], len(tried))
@@ -135,12 +165,16 @@ class FreePhase:
         return (first, Damped(max(self.damping, 0.5)), Sequential(tuple(equilibrium.hopfield.colours())))
 
 
+def _are_finite(states: States) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in states.values())
+
+
 def _badness(relaxation: Relaxation) -> float:
     return relaxation.residual if math.isfinite(relaxation.residual) else math.inf
 
 
 def _check(equilibrium: Equilibrium, settled: Settled, tried: int) -> None:
-    check_finite(equilibrium, settled, "free phase")
+    check_finite(equilibrium, settled, "free phase", equilibrium.states)
     watched = equilibrium.hopfield.watched
     if settled.unsettled and (tried == 3 or watched):
         name = equilibrium.hopfield.states[settled.moving_most()].name
@@ -155,9 +189,9 @@ def _check(equilibrium: Equilibrium, settled: Settled, tried: int) -> None:
         )
 
 
-def check_finite(equilibrium: Equilibrium, settled: Settled, phase: str) -> None:
-    """Raise :class:`DivergenceError` where a phase ended in numbers that are none."""
-    if math.isfinite(settled.relaxation.residual):
+def check_finite(equilibrium: Equilibrium, settled: Settled, phase: str, given: States) -> None:
+    """Raise :class:`DivergenceError` where a phase ended in numbers that are none, though the ``given`` ones are."""
+    if math.isfinite(settled.relaxation.residual) or not _are_finite(given):
         return
     name = equilibrium.hopfield.states[settled.moving_most()].name
     raise DivergenceError(

@@ -130,8 +130,22 @@ def _cross_entropy(
     if target.is_floating_point():
         losses = -(logarithms * target).sum(dimension)
         return _reduced(losses, reduction)
-    kept = target != ignore_index
-    chosen = logarithms.gather(dimension, target.where(kept, 0).unsqueeze(dimension)).squeeze(dimension)
+    return _nll_loss(logarithms, target, None, None, ignore_index, None, reduction)
+
+
+def _nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if weight is not None:
+        raise _no_continuation(functional.nll_loss, "class weights are not written out")
+    dimension, kept = 1 if input.ndim > 1 else 0, target != ignore_index
+    chosen = input.gather(dimension, target.where(kept, 0).unsqueeze(dimension)).squeeze(dimension)
     return _reduced(-chosen * kept, reduction, int(kept.sum()))
 
 
@@ -148,6 +162,7 @@ _CONTINUED: Mapping[Operation, Operation] = {
     functional.silu: _silu,
     functional.mse_loss: _mse_loss,
     functional.cross_entropy: _cross_entropy,
+    functional.nll_loss: _nll_loss,
     functional.log_softmax: _log_softmax,
     functional.softmax: _softmax,
     torch.log_softmax: _log_softmax,

@@ -61,7 +61,8 @@ class HopfieldGraph:
         terms: Those that depend on states.
         fixed: Those whose pre-activations depend on clamped inputs alone.
         outputs: Slot of the model's output -> slot of the state that it is.
-        readouts: Nodes whose prediction the loss reads and that have no state, if the read-out is outside of it.
+        readouts: Nodes whose prediction the loss reads and that have no state: outputs without parameters (a softmax or
+            a loss after the last layer), and all outputs if the read-out is to be outside of the states.
         output_depth: Depth of c_o, which multiplies the loss.
 
     Raises:
@@ -76,13 +77,13 @@ class HopfieldGraph:
         aliases = {n.name: n for n in graph.output_nodes if n.function is identity and not n.operations}
         self.nodes = [node for node in graph.nodes.values() if node.name not in aliases]
         self.fused = self._fused(aliases)
-        self._read_out = {slot for node in graph.output_nodes for slot in node.slots} if readout else set()
-        self.readouts = self._readouts(aliases) if readout else ()
+        self.readouts = self._checked(aliases) if readout else self._without_parameters(aliases)
+        self._read_out = {slot for node in self.readouts for slot in node.slots}
         self.states: dict[str, State] = {}
         terms = [term for node in self.nodes if (term := self._term(node)) is not None]
         self.terms = tuple(term for term in terms if term.node.reads)
         self.fixed = tuple(term for term in terms if not term.node.reads)
-        self.outputs = {} if readout else {slot: self._state_of(slot, aliases) for slot in graph.output_slots}
+        self.outputs = {s: self._state_of(s, aliases) for s in graph.output_slots if s not in self._read_out}
         self.output_depth = max(self.states[slot].depth for slot in self.nudged())
         self.watched = {node.name: name for node in self.nodes if (name := next(_watched(node), "")) and node.reads}
 
@@ -136,7 +137,11 @@ class HopfieldGraph:
         owner = self.graph.owner[slot]
         return owner.reads[0] if owner.name in aliases else slot
 
-    def _readouts(self, aliases: Mapping[str, Node]) -> tuple[Node, ...]:
+    def _without_parameters(self, aliases: Mapping[str, Node]) -> tuple[Node, ...]:
+        nodes = [node for node in self.graph.output_nodes if node.name not in aliases]
+        return tuple(node for node in nodes if node.reads and not node.parameters and not is_activation(node))
+
+    def _checked(self, aliases: Mapping[str, Node]) -> tuple[Node, ...]:
         found = tuple(self.graph.output_nodes)
         for node in found:
             if node.name in aliases or not node.reads or is_activation(node):
@@ -150,7 +155,7 @@ class HopfieldGraph:
 
     def nudged(self) -> frozenset[str]:
         """Slots of the states that the loss acts on."""
-        return frozenset(self.outputs.values() or (slot for node in self.readouts for slot in node.reads))
+        return frozenset([*self.outputs.values(), *(slot for node in self.readouts for slot in node.reads)])
 
     def colours(self) -> list[frozenset[str]]:
         """Groups of states none of which reads another of its group: what may move together, first fit."""

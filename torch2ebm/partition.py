@@ -189,9 +189,11 @@ class Partition:
         return {root if self._is_named(root) else self._extended(root, dominator) for root in self.roots}
 
     def _around_activations(self) -> set[fx.Node]:
-        """Activations and what they read: pre-activation and activation are nodes of their own."""
+        """Activations and what they read, each a node of its own, and the last operations that have parameters: what
+        follows these (a loss, a softmax) is no value that could relax."""
         found = {producer for producer in self.producers if self._is_activation(producer)}
-        return found | {self.roles.live[source] for node in found for source in node.all_input_nodes}
+        last = self.roots - self.before_a_root
+        return found | last | {self.roles.live[source] for node in found for source in node.all_input_nodes}
 
     def _is_activation(self, producer: fx.Node) -> bool:
         sources, target = producer.all_input_nodes, producer.target

@@ -44,7 +44,7 @@ class Settled:
 
     def moving_most(self) -> str:
         """The slot whose state moved most in the last step."""
-        sizes = {slot: float(torch.linalg.vector_norm(d, ord=torch.inf)) for slot, d in self.changes.items()}
+        sizes = {slot: float(magnitude(change).max()) for slot, change in self.changes.items()}
         return max(sizes, key=lambda slot: math.inf if math.isnan(sizes[slot]) else sizes[slot])
 
 
@@ -135,13 +135,15 @@ def settle(
         if tol > 0 and float(_largest(_changes(before, states))) <= tol * update.share:
             break
     changes = _changes(before, states)
-    sizes = torch.stack([_largest(changes), _largest(_changes(earlier, states)), _largest(states)]).tolist()
+    by_sample = _by_sample(changes, equilibrium.call.batch_size)
+    largest = _largest(changes) if by_sample is None else by_sample.max()
+    sizes = torch.stack([largest, _largest(_changes(earlier, states)), _largest(states)]).tolist()
     residual = sizes[0] / update.share
     relaxation = Relaxation(
         done,
         residual <= tol if tol > 0 else None,
         residual,
-        sample_residual=_by_sample(changes, update.share, equilibrium.call.batch_size),
+        sample_residual=None if by_sample is None else by_sample / update.share,
         tol=tol,
         beta=beta,
         angle=angle,
@@ -156,11 +158,16 @@ def _changes(before: States, after: States) -> dict[str, Tensor]:
 
 
 def _largest(tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(each, ord=torch.inf) for each in tensors.values()]).max()
+    return torch.stack([magnitude(each).max() for each in tensors.values()]).max()
 
 
-def _by_sample(changes: States, share: float, batch_size: int) -> Tensor | None:
+def magnitude(tensor: Tensor) -> Tensor:
+    """Absolute values; of complex numbers by their parts, since ``abs`` is kept for what is holomorphic."""
+    return torch.hypot(tensor.real, tensor.imag) if tensor.is_complex() else tensor.abs()
+
+
+def _by_sample(changes: States, batch_size: int) -> Tensor | None:
     if any(each.ndim == 0 or each.shape[0] != batch_size for each in changes.values()):
         return None
-    rows = [each.reshape(batch_size, -1) for each in changes.values()]
-    return torch.stack([torch.linalg.vector_norm(row, ord=torch.inf, dim=1) for row in rows]).amax(0) / share
+    rows = [magnitude(each).reshape(batch_size, -1).amax(1) for each in changes.values()]
+    return torch.stack(rows).amax(0)

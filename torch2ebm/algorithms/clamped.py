@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from torch2ebm.equilibrium import Influence, by_state
+from torch2ebm.equilibrium import Influence, pulled_through
 from torch2ebm.free_phase import Free, check_finite
+from torch2ebm.hopfield import Term
 from torch2ebm.inference import GradientSum
 from torch2ebm.settling import Settled, settle
 from torch2ebm.state import Call, LocalGradients, OutputLoss
@@ -25,11 +27,13 @@ def contrast_with_clamped(
 def _clamped_phase(free: Free, loss: OutputLoss, amount: float, steps: int, tol: float) -> Settled:
     equilibrium, states = free.equilibrium, free.settled.states
     gradients = {slot: each * loss.unit for slot, each in loss.delivered.items()}
+    with torch.enable_grad():
+        passes = [equilibrium.evaluate(Term(node, ()), states) for node in equilibrium.hopfield.readouts]
     held: dict[str, Tensor] = {}
-    for slot, gradient in by_state(equilibrium.hopfield, gradients).items():
+    for slot, gradient in pulled_through(equilibrium, passes, gradients, None, 1.0).items():
         # outputs of other depths than the deepest: the part of c_o that their own weight is
         held[slot] = states[slot].sub(gradient, alpha=amount * equilibrium.output_weight / equilibrium.weight[slot])
     start = {**states, **held}
     phase = settle(equilibrium, start, steps, free.update, Influence(held=held), tol, amount)
-    check_finite(equilibrium, phase, "clamped phase")
+    check_finite(equilibrium, phase, "clamped phase", loss.delivered)
     return phase

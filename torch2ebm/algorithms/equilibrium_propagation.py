@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm, check_reduction
 from torch2ebm.algorithms.divergence import of_phase
@@ -138,10 +137,10 @@ class EquilibriumPropagation(Algorithm):
         return self._settled(free, free.settled.states, Influence(loss, beta), beta)
 
     def _settled(self, free: Free, start: States, influence: Influence, beta: float, angle: float = 0.0) -> Settled:
-        tol = self.free_phase.tol
+        tol, given = self.free_phase.tol, influence.loss.delivered if influence.loss is not None else {}
         phase = settle(free.equilibrium, start, self.nudged_steps, free.update, influence, tol, beta, angle)
         try:
-            check_finite(free.equilibrium, phase, f"nudged phase {beta:g}")
+            check_finite(free.equilibrium, phase, f"nudged phase {beta:g}", given)
         except DivergenceError as error:
             raise of_phase(error, beta) from error
         return phase
@@ -186,8 +185,4 @@ def check_drift(free: Free, phases: Sequence[Settled]) -> None:
 
 
 def _movement(phase: Settled, free: Free) -> float:
-    sizes: list[Tensor] = [
-        torch.linalg.vector_norm(phase.states[slot] - value, ord=float("inf"))
-        for slot, value in free.settled.states.items()
-    ]
-    return max(map(float, sizes))
+    return max(float((phase.states[slot] - value).abs().max()) for slot, value in free.settled.states.items())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.equilibrium import by_state, pulled_through
+from torch2ebm.equilibrium import pulled_through
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.free_phase import Free, FreePhase
 from torch2ebm.hopfield import Term
@@ -105,8 +105,6 @@ def _cost(free: Free, loss: OutputLoss, result: GradientSum) -> Vector:
     """dL/ds of the loss summed over samples, from what autograd delivered; read-outs add their parameters' share."""
     equilibrium = free.equilibrium
     gradients: dict[str, Tensor] = {slot: each * loss.unit for slot, each in loss.delivered.items()}
-    if not equilibrium.hopfield.readouts:
-        return by_state(equilibrium.hopfield, gradients)
     with torch.enable_grad():
         passes = [equilibrium.evaluate(Term(node, ()), free.settled.states) for node in equilibrium.hopfield.readouts]
     return pulled_through(equilibrium, passes, gradients, result, loss.scale)
