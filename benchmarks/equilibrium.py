@@ -169,15 +169,15 @@ def rows(case: Case, rounds: int, clock: Callable[[], float]) -> list[dict[str, 
     found[-1] |= {"target": TARGETS["EP, symmetric"], "cosine of their gradients": round(agreement, 4)}
     of_backprop = step / timings["backprop"].milliseconds
     target = TARGETS["EP step"] if case.step is mlp_step else None
-    found.append({"case": case.name, "program": "EP step / backprop", "ms": round(step, 3), "ratio": round(of_backprop, 3)})
+    found.append(
+        {"case": case.name, "program": "EP step / backprop", "ms": round(step, 3), "ratio": round(of_backprop, 3)}
+    )
     found[-1]["target"] = target
     found.append({"case": case.name, "program": "EP step / hand-written step", "ratio": round(step / by_hand, 3)})
     return found
 
 
-def check(
-    case: Case, net: nn.Sequential, model: nn.Module, programs: dict[str, Program], x: Tensor
-) -> float:
+def check(case: Case, net: nn.Sequential, model: nn.Module, programs: dict[str, Program], x: Tensor) -> float:
     """The compared programs relax to the same output; the cosine of their gradients."""
     with torch.no_grad():
         torch.testing.assert_close(model(x), free_phase(case, net, x, FREE)[-1], rtol=1e-3, atol=1e-4)

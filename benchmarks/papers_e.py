@@ -59,7 +59,7 @@ def mnist(path: Path) -> Images:
 
 
 def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """The half stands inside of the mean: outside it would be a scale of the gradient, and the nudge twice as strong."""
+    """The half stands inside of the mean: outside it would scale the gradient, and the nudge be twice as strong."""
     return (0.5 * (output - F.one_hot(target, output.shape[1])).square().sum(1)).mean()
 
 
