@@ -74,6 +74,10 @@ class AttachmentError(ConfigurationError):
     """An optimizer and a model that do not belong together, or a second attachment."""
 
 
+class CheckpointError(ConfigurationError):
+    """A checkpoint of another model or of another algorithm."""
+
+
 class NodeEvaluationError(ConfigurationError, RuntimeError):
     """A node's function failed on what it was given, by a wrong shape, dtype or device as a rule."""
 

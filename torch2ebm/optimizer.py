@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.errors import AttachmentError, LossIndependentError, NoStateError
+from torch2ebm.errors import AttachmentError, CheckpointError, LossIndependentError, NoStateError
 from torch2ebm.model import EnergyModel
 
 Monitor = Callable[[str, float, int], Any]
+
+_OWN_KEY = "torch2ebm"  # in a state_dict; the bare optimizer does not look at it
+_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)  # the wrapped optimizer runs them
 
 
 class EnergyOptimizer(Optimizer):
@@ -51,15 +61,43 @@ class EnergyOptimizer(Optimizer):
         converted = unwrapped(model)
         _check(optimizer, algorithm, monitor)
         converted.attach(algorithm)
-        self.optimizer, self.model, self.algorithm = optimizer, converted, algorithm
+        self._be(optimizer, converted, algorithm)
         self.monitor, self.monitored = monitor, 0
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        self._share()
 
-    def _share(self) -> None:
-        self.param_groups = self.optimizer.param_groups
-        self.state = self.optimizer.state
-        self.defaults = self.optimizer.defaults
+    def _be(self, optimizer: Optimizer, model: EnergyModel, algorithm: Algorithm) -> None:
+        """Nothing of ``Optimizer.__init__`` is kept but the hooks of ``step``: the rest is the wrapped optimizer's."""
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        for name in _HOOKS:
+            self.__dict__[name] = getattr(optimizer, name)
+        self.optimizer, self.model, self.algorithm = optimizer, model, algorithm
+
+    @property  # read each time, since loading a checkpoint into the wrapped optimizer gives it new ones
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._set("param_groups", groups)
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self._set("state", state)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self._set("defaults", defaults)
+
+    def _set(self, name: str, value: Any) -> None:
+        if "optimizer" in self.__dict__:  # not while Optimizer.__init__ runs
+            setattr(self.optimizer, name, value)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The wrapped optimizer's step; returns what ``closure`` returns.
@@ -144,17 +182,43 @@ class EnergyOptimizer(Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if "optimizer" not in self.__dict__ or self.param_groups is not self.optimizer.param_groups:
-            super().add_param_group(param_group)  # while Optimizer.__init__ runs
-        else:
+        if "optimizer" in self.__dict__:  # Optimizer.__init__ adds the groups that the wrapped one has already
             self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        """The wrapped optimizer's, which it loads itself, and for whom it was made under ``"torch2ebm"``."""
+        return {**self.optimizer.state_dict(), _OWN_KEY: self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state_dict)
-        self._share()
+        """Load what this class or the bare optimizer has saved.
+
+        Raises :class:`CheckpointError` if it says that it is of another algorithm or of another model.
+        """
+        self._check_checkpoint(state_dict.get(_OWN_KEY))
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != _OWN_KEY})
+
+    def _identity(self) -> dict[str, Any]:
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return {
+            "algorithm": type(self.algorithm).__name__,
+            "model": type(self.model._original).__name__,
+            "parameters": [f"{names.get(id(p), 'outside the model')} {tuple(p.shape)}" for p in parameters],
+        }
+
+    def _check_checkpoint(self, saved: dict[str, Any] | None) -> None:
+        own = self._identity()
+        if saved is None or all(saved.get(part) == own[part] for part in ("algorithm", "parameters")):
+            return
+        pairs = itertools.zip_longest(saved["parameters"], own["parameters"], fillvalue="nothing")
+        differing = [pair for pair in pairs if pair[0] != pair[1]]
+        got, expected = differing[0] if differing else ("", "")
+        raise CheckpointError(
+            "EnergyOptimizer.load_state_dict",
+            f"a checkpoint of {saved['algorithm']} on {saved['model']}" + (f" with parameter {got}" if got else ""),
+            f"one of {own['algorithm']} on {own['model']}" + (f", whose parameter there is {expected}" if got else ""),
+            f"Attach what it was saved with, or remove its entry '{_OWN_KEY}' to load it all the same.",
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the monitor, which belongs to the process."""
@@ -162,12 +226,10 @@ class EnergyOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer, model, algorithm = state["optimizer"], state["model"], state["algorithm"]
-        self.optimizer, self.model, self.algorithm = optimizer, model, algorithm
+        self._be(optimizer, model, algorithm)
         self.monitor, self.monitored = None, state["monitored"]
         if not model.attached:
             model.attach(algorithm)
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        self._share()
 
     def __repr__(self) -> str:
         return f"EnergyOptimizer({self.optimizer!r}, {self.algorithm!r})"
