@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.arguments import as_arguments, check_arguments, check_inputs, takes_any_arguments
-from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards, check_standing
+from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards, check_standing, exhausted_memory_named
 from torch2ebm.captures import Captures
 from torch2ebm.drawing import draw_graph
 from torch2ebm.errors import (
@@ -143,12 +143,13 @@ class EnergyModel(nn.Module):
         changed = self._present(graph.changing_buffers)
         call = Call(graph, tensors, swapped)
         open_call = OpenCall(call, algorithm, changed, self._standing_buffers(), forwards or OpenForwards(), keep)
-        outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
-            open_call, *open_call.parameters.values(), *tensors
-        )
-        recorded = dict(zip(graph.output_slots, start(open_call.tape, outputs), strict=True))
-        leaves = graph.output(recorded, call.environment)
-        return fill(graph.structure, leaves)
+        with open_call.withdrawn_on_error(), exhausted_memory_named("model(...)", algorithm):
+            outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
+                open_call, *open_call.parameters.values(), *tensors
+            )
+            recorded = dict(zip(graph.output_slots, start(open_call.tape, outputs), strict=True))
+            leaves = graph.output(recorded, call.environment)
+            return fill(graph.structure, leaves)
 
     def _standing_buffers(self) -> dict[str, Tensor]:
         """Buffers in which NaN or infinity would be new."""

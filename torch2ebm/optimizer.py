@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.backward import exhausted_memory_named
 from torch2ebm.errors import AttachmentError, CheckpointError, LossIndependentError, NoStateError
+from torch2ebm.interrupts import InterruptsDeferred
 from torch2ebm.model import EnergyModel
 
 Monitor = Callable[[str, float, int], Any]
@@ -103,15 +106,17 @@ class EnergyOptimizer(Optimizer):
         """The wrapped optimizer's step; returns what ``closure`` returns.
 
         Algorithms whose weights move with the values make their further steps here (IncrementalPredictiveCoding).
+        Ctrl-C is handled before or after, never in between (in a closure, at once).
         Raises :class:`LossIndependentError` if the model ran since the last step and no backward reached it.
         """
         if closure is None:
             self._check_backward()
-        with self._whole():
-            result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
-            self._step_on()
+        with InterruptsDeferred() as section, self._whole(closure is not None):
+            result = self.optimizer.step(*([] if closure is None else [section.lifted_in(closure)]))
+            with exhausted_memory_named("optimizer.step()", self.algorithm):
+                self._step_on()
+            self.model.forwards.stepped()
         self._report()
-        self.model.forwards.stepped()
         return result
 
     def _step_on(self) -> None:
@@ -133,12 +138,12 @@ class EnergyOptimizer(Optimizer):
                 parameter.grad = gradient
 
     @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Several steps of the optimizer are one: if a later one fails, weights and state are as before the first."""
-        if not self.algorithm.weights_move:
+    def _whole(self, with_closure: bool) -> Iterator[None]:
+        """Where weights move more than once in a step: if a later move fails, all is as before the first."""
+        if not self.algorithm.weights_move and not (with_closure and _evaluates_again(self.optimizer)):
             yield
             return
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        parameters = [*(p for group in self.param_groups for p in group["params"]), *self.model.buffers()]
         before = [parameter.detach().clone() for parameter in parameters]
         state = copy.deepcopy(self.optimizer.state_dict())
         try:
@@ -233,6 +238,12 @@ class EnergyOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"EnergyOptimizer({self.optimizer!r}, {self.algorithm!r})"
+
+
+def _evaluates_again(optimizer: Optimizer) -> bool:
+    """Whether it cannot do without a closure, as LBFGS: it runs it on weights that it has moved already."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
 
 
 def unwrapped(model: nn.Module) -> EnergyModel:
