@@ -21,6 +21,7 @@ from torch2ebm.errors import (
     LossReductionError,
     LossReplayError,
     NonFiniteError,
+    OutOfMemoryError,
 )
 from torch2ebm.freezing import BufferHistory, BufferSnapshot, hooks_suspended, tensors_in_place
 from torch2ebm.recorder import Scalar, Tape
@@ -67,6 +68,21 @@ class OpenForwards:
             self.histories.popleft()
         self.answered_since_step = True
 
+    @contextmanager
+    def without_a_trace(self) -> Iterator[None]:
+        """What fails inside is as if it, and the forwards that it was to answer, had not been."""
+        histories, later, answered = list(self.histories), list(self.later), self.answered_since_step
+        try:
+            yield
+        except BaseException:
+            self.histories.clear()
+            self.histories.extend(histories)
+            self.later.clear()
+            self.later.extend(later)
+            self.undo()
+            self.answered_since_step = answered
+            raise
+
     def undo(self) -> None:
         """A step is refused: give the buffers what they held before these forwards."""
         while self.histories:
@@ -100,13 +116,25 @@ class OpenCall:
             torch.is_autocast_cache_enabled(),
         )
 
+    @contextmanager
+    def withdrawn_on_error(self) -> Iterator[None]:
+        """An exception before the caller has its output: as if there had been no forward."""
+        opened = self.forwards.opened_since_step
+        try:
+            yield
+        except BaseException:
+            self.history.before.restore()
+            if self.history in self.forwards.histories:
+                self.forwards.histories.remove(self.history)
+            self.forwards.opened_since_step = opened
+            raise
+
     def run(self) -> list[Tensor]:
         """The forward pass: recordable outputs, in the order of the graph's output slots."""
         assert self.call is not None
-        with self.history.before.restored_on_error():
-            self.algorithm.forward(self.call)
-            check_standing(self.finite)  # a clamp can hide it from the prediction
-            _check_prediction(self.call)
+        self.algorithm.forward(self.call)
+        check_standing(self.finite)  # a clamp can hide it from the prediction
+        _check_prediction(self.call)
         self.history.forward_ended()
         self.forwards.opened(self.history)
         # copies: what the user writes on the output is no value of the call
@@ -219,13 +247,10 @@ class EnergyFunction(torch.autograd.Function):
                 "create_graph=False",
                 "Use model.feedforward(x), or the module itself, for a higher-order term.",
             )
-        try:
+        with open_call.forwards.without_a_trace(), exhausted_memory_named("loss.backward()", open_call.algorithm):
             gradients = open_call.gradients(delivered, _retains_graph())
-        except BaseException:
-            open_call.forwards.undo()
-            raise
-        of_parameters = [gradients.parameters.get(name) for name in open_call.parameters]
-        return (None, *of_parameters, *gradients.inputs)
+            of_parameters = [gradients.parameters.get(name) for name in open_call.parameters]
+            return (None, *of_parameters, *gradients.inputs)
 
 
 def _retains_graph() -> bool:
@@ -372,6 +397,32 @@ def _agree(ours: Tensor, expected: Tensor) -> bool:
     difference = (ours.double() - expected.double()).abs().max() if expected.numel() else torch.zeros(())
     scale = expected.double().abs().max() if expected.numel() else torch.zeros(())
     return bool((difference <= tolerance * scale + 1e-300) | ~torch.isfinite(scale))
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch on the CPU has no class for it
+
+
+@contextmanager
+def exhausted_memory_named(where: str, algorithm: Algorithm) -> Iterator[None]:
+    """Say what to do where torch or Python finds no memory."""
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise OutOfMemoryError(
+            f"{where}, {algorithm!r}",
+            first.removesuffix("."),
+            "memory for the values, predictions and errors of every node",
+            "Take a smaller batch (with gradients accumulated, the result is the same), fewer inference steps, or "
+            "coarser nodes (nodes='children'); nothing was changed.",
+        ) from error
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

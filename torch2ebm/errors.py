@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 
 class Torch2EBMError(Exception):
     """Base of all errors of torch2ebm."""
@@ -78,6 +80,14 @@ class AttachmentError(ConfigurationError):
     """An optimizer and a model that do not belong together, or a second attachment."""
 
 
+class UnsynchronisedError(ConfigurationError):
+    """A forward that passes by the wrapper which synchronises this model's gradients among processes."""
+
+
+class CheckpointError(ConfigurationError):
+    """A checkpoint of another model or of another algorithm."""
+
+
 class NodeEvaluationError(ConfigurationError, RuntimeError):
     """A node's function failed on what it was given, by a wrong shape, dtype or device as a rule."""
 
@@ -127,6 +137,17 @@ class BatchDimensionError(UnsupportedError):
 
 class NonFiniteError(NumericalError):
     """NaN or infinity, with the node, the phase and the count of bad elements."""
+
+
+class OutOfMemoryError(Torch2EBMError, torch.OutOfMemoryError):
+    """No memory for a forward or a backward; weights, buffers and optimizer state are as before it."""
+
+    def __init__(self, where: str, got: str, expected: str, remedy: str) -> None:
+        super().__init__(where, got, expected, remedy)
+        self.args = (str(self),)  # where batch size finders look for the words
+
+    def __reduce__(self) -> tuple[type[OutOfMemoryError], tuple[str, ...]]:
+        return type(self), (self.where, self.got, self.expected, self.remedy)
 
 
 class DivergenceError(NumericalError):

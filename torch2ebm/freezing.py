@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from torch2ebm.interrupts import restored_by
 
 
 class RandomState:
@@ -36,11 +38,9 @@ class RandomState:
     def replayed(self) -> Iterator[None]:
         """Draw the same numbers again, and leave the generators as they are now."""
         now = RandomState(self.cuda or torch.device("cpu"))
-        self.restore()
-        try:
+        with restored_by(now.restore):
+            self.restore()
             yield
-        finally:
-            now.restore()
 
 
 Statistics = list[tuple[Tensor, Tensor]]
@@ -114,12 +114,8 @@ class BufferSnapshot:
         for buffer, copy in self.copies:
             buffer.data.copy_(copy)  # .data: autograd graphs that saved the buffer keep their version of it
 
-    @contextmanager
-    def preserved(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.restore()
+    def preserved(self) -> AbstractContextManager[None]:
+        return restored_by(self.restore)
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
@@ -151,13 +147,15 @@ class BufferHistory:
 def hooks_suspended(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Keep the hooks of parameters out of the gradients taken inside: they run once, when ``.grad`` is filled."""
     hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
-    for parameter, _ in hooked:
-        parameter._backward_hooks = None
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for parameter, hooks in hooked:
             parameter._backward_hooks = hooks
+
+    with restored_by(restore):
+        for parameter, _ in hooked:
+            parameter._backward_hooks = None
+        yield
 
 
 @contextmanager
@@ -171,10 +169,12 @@ def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterat
         for key, entry in registry.items()
         if entry is parameter
     ]
-    for registry, key, name in places:
-        registry[key] = tensors[name]  # type: ignore[assignment]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for registry, key, name in places:
             registry[key] = own[name]
+
+    with restored_by(restore):
+        for registry, key, name in places:
+            registry[key] = tensors[name]  # type: ignore[assignment]
+        yield

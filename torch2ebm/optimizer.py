@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.errors import AttachmentError, LossIndependentError, NoStateError
+from torch2ebm.backward import exhausted_memory_named
+from torch2ebm.errors import AttachmentError, CheckpointError, LossIndependentError, NoStateError
+from torch2ebm.interrupts import InterruptsDeferred
 from torch2ebm.model import EnergyModel
 
 Monitor = Callable[[str, float, int], Any]
+
+_OWN_KEY = "torch2ebm"  # in a state_dict; the bare optimizer does not look at it
+_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)  # the wrapped optimizer runs them
 
 
 class EnergyOptimizer(Optimizer):
@@ -51,29 +64,59 @@ class EnergyOptimizer(Optimizer):
         converted = unwrapped(model)
         _check(optimizer, algorithm, monitor)
         converted.attach(algorithm)
-        self.optimizer, self.model, self.algorithm = optimizer, converted, algorithm
+        self._be(optimizer, converted, algorithm)
         self.monitor, self.monitored = monitor, 0
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        self._share()
 
-    def _share(self) -> None:
-        self.param_groups = self.optimizer.param_groups
-        self.state = self.optimizer.state
-        self.defaults = self.optimizer.defaults
+    def _be(self, optimizer: Optimizer, model: EnergyModel, algorithm: Algorithm) -> None:
+        """Nothing of ``Optimizer.__init__`` is kept but the hooks of ``step``: the rest is the wrapped optimizer's."""
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        for name in _HOOKS:
+            self.__dict__[name] = getattr(optimizer, name)
+        self.optimizer, self.model, self.algorithm = optimizer, model, algorithm
+
+    @property  # read each time, since loading a checkpoint into the wrapped optimizer gives it new ones
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._set("param_groups", groups)
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self._set("state", state)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self._set("defaults", defaults)
+
+    def _set(self, name: str, value: Any) -> None:
+        if "optimizer" in self.__dict__:  # not while Optimizer.__init__ runs
+            setattr(self.optimizer, name, value)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The wrapped optimizer's step; returns what ``closure`` returns.
 
         Algorithms whose weights move with the values make their further steps here (IncrementalPredictiveCoding).
+        Ctrl-C is handled before or after, never in between (in a closure, at once).
         Raises :class:`LossIndependentError` if the model ran since the last step and no backward reached it.
         """
         if closure is None:
             self._check_backward()
-        with self._whole():
-            result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
-            self._step_on()
+        with InterruptsDeferred() as section, self._whole(closure is not None):
+            result = self.optimizer.step(*([] if closure is None else [section.lifted_in(closure)]))
+            with exhausted_memory_named("optimizer.step()", self.algorithm):
+                self._step_on()
+            self.model.forwards.stepped()
         self._report()
-        self.model.forwards.stepped()
         return result
 
     def _step_on(self) -> None:
@@ -87,7 +130,7 @@ class EnergyOptimizer(Optimizer):
             for gradients in self.model.forwards.later_gradients():
                 for parameter, _ in first:
                     parameter.grad = None  # what is no part of the model has had its step
-                for name, gradient in gradients.items():
+                for name, gradient in self.model.replicas.averaged(gradients).items():
                     own[name].grad = gradient
                 self.optimizer.step()
         finally:
@@ -95,12 +138,12 @@ class EnergyOptimizer(Optimizer):
                 parameter.grad = gradient
 
     @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Several steps of the optimizer are one: if a later one fails, weights and state are as before the first."""
-        if not self.algorithm.weights_move:
+    def _whole(self, with_closure: bool) -> Iterator[None]:
+        """Where weights move more than once in a step: if a later move fails, all is as before the first."""
+        if not self.algorithm.weights_move and not (with_closure and _evaluates_again(self.optimizer)):
             yield
             return
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        parameters = [*(p for group in self.param_groups for p in group["params"]), *self.model.buffers()]
         before = [parameter.detach().clone() for parameter in parameters]
         state = copy.deepcopy(self.optimizer.state_dict())
         try:
@@ -144,17 +187,43 @@ class EnergyOptimizer(Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if "optimizer" not in self.__dict__ or self.param_groups is not self.optimizer.param_groups:
-            super().add_param_group(param_group)  # while Optimizer.__init__ runs
-        else:
+        if "optimizer" in self.__dict__:  # Optimizer.__init__ adds the groups that the wrapped one has already
             self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        """The wrapped optimizer's, which it loads itself, and for whom it was made under ``"torch2ebm"``."""
+        return {**self.optimizer.state_dict(), _OWN_KEY: self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state_dict)
-        self._share()
+        """Load what this class or the bare optimizer has saved.
+
+        Raises :class:`CheckpointError` if it says that it is of another algorithm or of another model.
+        """
+        self._check_checkpoint(state_dict.get(_OWN_KEY))
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != _OWN_KEY})
+
+    def _identity(self) -> dict[str, Any]:
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return {
+            "algorithm": type(self.algorithm).__name__,
+            "model": type(self.model._original).__name__,
+            "parameters": [f"{names.get(id(p), 'outside the model')} {tuple(p.shape)}" for p in parameters],
+        }
+
+    def _check_checkpoint(self, saved: dict[str, Any] | None) -> None:
+        own = self._identity()
+        if saved is None or all(saved.get(part) == own[part] for part in ("algorithm", "parameters")):
+            return
+        pairs = itertools.zip_longest(saved["parameters"], own["parameters"], fillvalue="nothing")
+        differing = [pair for pair in pairs if pair[0] != pair[1]]
+        got, expected = differing[0] if differing else ("", "")
+        raise CheckpointError(
+            "EnergyOptimizer.load_state_dict",
+            f"a checkpoint of {saved['algorithm']} on {saved['model']}" + (f" with parameter {got}" if got else ""),
+            f"one of {own['algorithm']} on {own['model']}" + (f", whose parameter there is {expected}" if got else ""),
+            f"Attach what it was saved with, or remove its entry '{_OWN_KEY}' to load it all the same.",
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the monitor, which belongs to the process."""
@@ -162,15 +231,19 @@ class EnergyOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer, model, algorithm = state["optimizer"], state["model"], state["algorithm"]
-        self.optimizer, self.model, self.algorithm = optimizer, model, algorithm
+        self._be(optimizer, model, algorithm)
         self.monitor, self.monitored = None, state["monitored"]
         if not model.attached:
             model.attach(algorithm)
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        self._share()
 
     def __repr__(self) -> str:
         return f"EnergyOptimizer({self.optimizer!r}, {self.algorithm!r})"
+
+
+def _evaluates_again(optimizer: Optimizer) -> bool:
+    """Whether it cannot do without a closure, as LBFGS: it runs it on weights that it has moved already."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
 
 
 def unwrapped(model: nn.Module) -> EnergyModel:

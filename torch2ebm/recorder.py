@@ -151,13 +151,17 @@ class Recorded(Tensor):
                 "a loss that depends on it",
                 "Look for a detach(), an argmax or a torch.no_grad() between model(x) and the loss.",
             )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        if func in _NOT_RECORDED:
-            return map_leaves(_untaped(args), result)
-        if not _writes_in_place(func, kwargs) and not any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
-            return result
-        return record(func, args, kwargs, result)
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **kwargs)
+            if func in _NOT_RECORDED:
+                return map_leaves(_untaped(args), result)
+            if not _writes_in_place(func, kwargs) and not any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
+                return result
+            return record(func, args, kwargs, result)
+        except KeyboardInterrupt:
+            _undo_forwards((args, kwargs))
+            raise
 
 
 _NOT_RECORDED = frozenset(getattr(Tensor, name).__get__ for name in ("grad", "data", "grad_fn", "_base"))
@@ -210,6 +214,13 @@ def _marked(tensor: Tensor, tape: Tape, index: int, summed: bool | None) -> Tens
     marked = tensor if isinstance(tensor, Recorded) else tensor.as_subclass(Recorded)
     marked._tape, marked._place, marked._refused = weakref.ref(tape), index, tape.refused
     return marked
+
+
+def _undo_forwards(arguments: Any) -> None:
+    """The loss was interrupted, and no backward will follow."""
+    for leaf in leaves_of(arguments):
+        if isinstance(leaf, Recorded) and hasattr(leaf, "_refused"):
+            leaf._refused()
 
 
 def _tape_of(leaf: Any) -> Tape | None:
