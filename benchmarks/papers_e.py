@@ -130,7 +130,7 @@ def on_mnist() -> list[Task]:
     half = half_squared_error
     return [
         Task("MNIST, MLP 784-512-10", lambda: hard_sigmoid_mlp(784, 512, 10), half, 3e-3, 20, 64, mlp),
-        Task("MNIST, 2 convolutions, pooling", lambda: convolutional(16, 32, 28), half, 3e-3, 8, 64, pooled),
+        Task("MNIST, 2 convolutions, pooling", lambda: convolutional(8, 16, 28), half, 3e-3, 6, 64, pooled),
     ]
 
 
