@@ -76,6 +76,10 @@ class AttachmentError(ConfigurationError):
     """An optimizer and a model that do not belong together, or a second attachment."""
 
 
+class UnsynchronisedError(ConfigurationError):
+    """A forward that passes by the wrapper which synchronises this model's gradients among processes."""
+
+
 class CheckpointError(ConfigurationError):
     """A checkpoint of another model or of another algorithm."""
 

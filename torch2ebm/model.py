@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.arguments import as_arguments, check_arguments, check_inputs, takes_any_arguments
 from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards, check_standing, exhausted_memory_named
-from torch2ebm.captures import Captures
+from torch2ebm.captures import CAPTURING, Captures
+from torch2ebm.distributed import Replicas
 from torch2ebm.drawing import draw_graph
 from torch2ebm.errors import (
     AttachmentError,
@@ -87,7 +88,8 @@ class EnergyModel(nn.Module):
         leaves = named_leaves(module, nodes)
         self._granularity: Granularity = nodes if isinstance(nodes, str) else tuple(nodes)
         if example_inputs is None and not takes_any_arguments(module):
-            trace(module, assumed_signature(module), leaves, all_called=nodes != "children")
+            with CAPTURING:
+                trace(module, assumed_signature(module), leaves, all_called=nodes != "children")
         elif example_inputs is not None:
             args, kwargs = as_arguments(example_inputs)
             self._graph_for(args, kwargs)
@@ -113,7 +115,7 @@ class EnergyModel(nn.Module):
         self._state: InferenceState | None = None
         self._algorithm: Algorithm | None = None
         self.attached = False
-        self.forwards = OpenForwards()
+        self.forwards, self.replicas = OpenForwards(), Replicas()
 
     # what people call
 
@@ -123,6 +125,7 @@ class EnergyModel(nn.Module):
             if self._latest is None:
                 self._graph_for(args, kwargs)
             return self._original(*args, **kwargs)
+        self.replicas.forward(type(self._original).__name__)
         return self.run(self._algorithm, args, kwargs, self._keep, self.forwards)
 
     def feedforward(self, *args: Any, **kwargs: Any) -> Any:
@@ -231,12 +234,12 @@ class EnergyModel(nn.Module):
                 "Call detach() on the optimizer that is attached, or on the model.",
             )
         self._algorithm, self.attached, self._state, self._latest = algorithm, True, None, None
-        self.forwards = OpenForwards()
+        self.forwards, self.replicas = OpenForwards(), Replicas()
 
     def detach(self) -> None:
         """End the attachment: the model is ordinary backpropagation again."""
         self._algorithm, self.attached, self._state = None, False, None
-        self.forwards = OpenForwards()
+        self.forwards, self.replicas = OpenForwards(), Replicas()
 
     # capture
 
@@ -259,7 +262,7 @@ class EnergyModel(nn.Module):
         key = (fingerprint.modes, signature.key)
         found = self._captures.known(key, granularity, tensors)
         if found is None:
-            with tensors_in_place(self._original, {name: self._own[name] for name in swapped}):
+            with CAPTURING, tensors_in_place(self._original, {name: self._own[name] for name in swapped}):
                 check_arguments(self._original, args, kwargs)
                 check_inputs(tensors)  # what a capture shows of each operation must not come from bad numbers
                 check_standing({**self._own, **self._standing_buffers()})

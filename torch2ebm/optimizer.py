@@ -130,7 +130,7 @@ class EnergyOptimizer(Optimizer):
             for gradients in self.model.forwards.later_gradients():
                 for parameter, _ in first:
                     parameter.grad = None  # what is no part of the model has had its step
-                for name, gradient in gradients.items():
+                for name, gradient in self.model.replicas.averaged(gradients).items():
                     own[name].grad = gradient
                 self.optimizer.step()
         finally:

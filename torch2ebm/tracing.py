@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ class EnergyTracer(fx.Tracer):
         self.leaves = leaves
         self.failed_in = ""
         self.entered: list[nn.Module] = []  # modules whose forward is part of the trace
+        self.thread = threading.get_ident()  # fx patches nn.Module, so what other threads call comes here too
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves:
@@ -68,6 +70,8 @@ class EnergyTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         try:
             path = self.path_of_module(m)
             if not self.is_leaf_module(m, path):
@@ -76,6 +80,11 @@ class EnergyTracer(fx.Tracer):
         except Exception:
             self.failed_in = self.failed_in or self.path_of_module(m)
             raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return WritableProxy(node, self)

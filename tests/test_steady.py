@@ -1,0 +1,180 @@
+"""Nothing leaks, nothing drifts: long runs, equal runs, other orders, other threads."""
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_resume import same
+from torch import Tensor, nn
+
+import torch2ebm
+
+ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
+    "PredictiveCoding": torch2ebm.PredictiveCoding(steps=3),
+    "ErrorDescent": torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(2)),
+    "FixedPrediction": torch2ebm.FixedPrediction(steps=3),
+    "ZeroDivergence": torch2ebm.ZeroDivergence(),
+    "Incremental": torch2ebm.IncrementalPredictiveCoding(steps=3),
+}
+every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+LABELS = torch.tensor([0, 1, 2, 0, 1])
+
+
+class Training:
+    def __init__(self, algorithm: torch2ebm.Algorithm, seed: int = 0) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(
+                nn.Conv1d(1, 4, 3, padding=1), nn.BatchNorm1d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
+            )
+            self.x = torch.randn(5, 1, 4)
+        self.attach(algorithm)
+
+    def attach(self, algorithm: torch2ebm.Algorithm) -> None:
+        self.model = torch2ebm.convert(self.net)
+        inner = torch.optim.Adam(self.net.parameters(), lr=0.001)
+        self.optimizer = torch2ebm.EnergyOptimizer(inner, self.model, algorithm)
+
+    def train(self, steps: int) -> dict[str, Tensor]:
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.model(self.x), LABELS).backward()
+            self.optimizer.step()
+        return self.net.state_dict()
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
+
+
+def resident() -> int:
+    """Bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def assert_nothing_is_left(algorithm: torch2ebm.Algorithm, steps: int, growth: int) -> None:
+    training = Training(algorithm)
+    training.net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    training.x = training.x[:, 0]
+    training.attach(algorithm)
+    training.train(50)  # caches fill, the allocator's arenas too
+    tensors, memory = live_tensors(), resident()
+    training.train(steps)
+    assert live_tensors() == tensors
+    assert resident() - memory < growth
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+
+
+@needs_proc
+@every_algorithm
+def test_500_steps_leave_no_tensor_and_less_than_5_mib(algorithm: torch2ebm.Algorithm) -> None:
+    assert_nothing_is_left(algorithm, 500, 5 * 2**20)
+
+
+@needs_proc
+@pytest.mark.slow
+@every_algorithm
+def test_5000_steps_leave_no_tensor_and_less_than_5_mib(algorithm: torch2ebm.Algorithm) -> None:
+    assert_nothing_is_left(algorithm, 5000, 5 * 2**20)
+
+
+def test_a_tensor_kept_a_step_would_be_seen() -> None:
+    """The negative twin of the count: a list of weights holds one tensor a step."""
+    training, kept = Training(ALGORITHMS["ZeroDivergence"]), []
+    training.train(5)
+    before = live_tensors()
+    for _ in range(10):
+        training.train(1)
+        kept.append(training.net[0].bias.detach().clone())
+    assert live_tensors() == before + len(kept)
+
+
+@every_algorithm
+def test_forwards_that_no_backward_answers_leave_nothing(algorithm: torch2ebm.Algorithm) -> None:
+    training = Training(algorithm)
+    training.train(20)
+    for _ in range(20):
+        training.model(training.x)  # the model keeps what sixteen of them did to its buffers
+    before = live_tensors()
+    for _ in range(100):
+        training.model(training.x)
+    assert live_tensors() == before
+
+
+# ---- two runs
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@every_algorithm
+def test_two_runs_are_equal_bit_for_bit_with_deterministic_algorithms(algorithm: torch2ebm.Algorithm) -> None:
+    with deterministic():
+        first, second = Training(algorithm), Training(algorithm)
+        start = {name: value.clone() for name, value in first.net.state_dict().items()}
+        assert same(first.train(20), second.train(20))
+    assert not same(start, dict(first.net.state_dict()))
+
+
+@every_algorithm
+@pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [2, 0, 4, 1, 3]], ids=str)
+def test_the_order_of_a_batch_changes_nothing(algorithm: torch2ebm.Algorithm, order: list[int]) -> None:
+    """Sums run in another order, so rounding differs: 1e-6 of the largest gradient, in single precision."""
+    one, other = Training(algorithm), Training(algorithm)
+    F.cross_entropy(one.model(one.x), LABELS).backward()
+    F.cross_entropy(other.model(other.x[order]), LABELS[order]).backward()
+    for ours, theirs in zip(one.net.parameters(), other.net.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).abs().max() <= 1e-6
+
+
+@every_algorithm
+def test_threads_with_models_of_their_own_equal_serial_runs(algorithm: torch2ebm.Algorithm) -> None:
+    serial = [Training(algorithm, seed).train(20) for seed in range(4)]
+    parallel: dict[int, dict[str, Tensor]] = {}
+    trainings = [Training(algorithm, seed) for seed in range(4)]  # what is drawn comes from the one generator
+
+    def run(seed: int) -> None:
+        parallel[seed] = trainings[seed].train(20)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(same(dict(parallel[seed]), dict(serial[seed])) for seed in range(4))
+
+
+@every_algorithm
+def test_detach_leaves_no_hook_and_no_reference(algorithm: torch2ebm.Algorithm) -> None:
+    """As in test_optimizer; and what the model held for the algorithm is gone: another step is plain autograd's."""
+    training, twin = Training(algorithm), Training(algorithm).net
+    training.train(3)
+    twin.load_state_dict(training.net.state_dict())
+    training.optimizer.zero_grad()
+    training.optimizer.detach()
+    gc.collect()
+    for module in training.model.modules():
+        hooks = [name for name, value in vars(module).items() if "hooks" in name and value]
+        assert hooks == []
+    for parameter in training.net.parameters():
+        assert not parameter._backward_hooks and not parameter._post_accumulate_grad_hooks
+    for net in (training.model, twin):
+        F.cross_entropy(net(training.x), LABELS).backward()
+    for ours, theirs in zip(training.net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)

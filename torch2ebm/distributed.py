@@ -1,0 +1,53 @@
+"""Several processes: what ``DistributedDataParallel`` does not see by itself."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from torch2ebm.errors import UnsynchronisedError
+
+
+class Replicas:
+    """The wrapper that synchronises a model's gradients, known from the first forward that comes through it."""
+
+    def __init__(self) -> None:
+        self._wrapper: weakref.ref[DistributedDataParallel] | None = None
+
+    @property
+    def wrapper(self) -> DistributedDataParallel | None:
+        return None if self._wrapper is None else self._wrapper()
+
+    def forward(self, name: str) -> None:
+        """A forward begins. Raises :class:`UnsynchronisedError` if it passes by a wrapper that was seen before."""
+        active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+        if active is not None:
+            self._wrapper = weakref.ref(active)
+        elif self.wrapper is not None and distributed.is_initialized():
+            raise UnsynchronisedError(
+                f"model(...), EnergyModel({name})",
+                "a forward with gradients outside the DistributedDataParallel that this model has run in",
+                "one through the wrapper, which synchronises the gradients of all processes",
+                "Call the wrapper; evaluate under torch.no_grad(); detach() the optimizer to train in one process.",
+            )
+
+    def averaged(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The mean over processes, as the wrapper makes it of ``.grad``: one message a type and device."""
+        wrapper = self.wrapper
+        if wrapper is None:
+            return gradients
+        kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+        for name, gradient in gradients.items():
+            kinds.setdefault((gradient.dtype, gradient.device), []).append(name)
+        found: dict[str, Tensor] = {}
+        for names in kinds.values():
+            message = torch.cat([gradients[name].reshape(-1) for name in names])
+            distributed.all_reduce(message, group=wrapper.process_group)
+            message /= distributed.get_world_size(wrapper.process_group)
+            parts = torch.split(message, [gradients[name].numel() for name in names])
+            found.update((n, part.view_as(gradients[n])) for n, part in zip(names, parts, strict=True))
+        return found
