@@ -4,6 +4,7 @@ Run as a script, this file is the process that is interrupted, or that finds no 
 """
 
 import copy
+import linecache
 import os
 import pickle
 import random
@@ -103,6 +104,10 @@ def assert_next_step_works(training: Training, algorithm: torch2ebm.Algorithm) -
 # interruption leaves buffers as the forward has moved them, which is what plain torch leaves.
 ENTRY = {("backward.py", "backward"), ("backward.py", "without_a_trace"), ("recorder.py", "<lambda>")}
 
+# Lines that only open or close a guard. A with is traced once more before its end runs, and raising there would leave
+# it out; a signal cannot: CPython looks for one after calls and jumps back, which a guard covers.
+GUARDS = ("with ", "try:")
+
 
 class InterruptedAt:
     """Raises KeyboardInterrupt at the n-th line of torch2ebm's own that runs; counts them all with n = 0."""
@@ -122,7 +127,7 @@ class InterruptedAt:
         path = Path(frame.f_code.co_filename)
         if path.parts[: len(PACKAGE)] != PACKAGE or (path.name, frame.f_code.co_name) in ENTRY:
             return None
-        if event == "line":
+        if event == "line" and not linecache.getline(str(path), frame.f_lineno).strip().startswith(GUARDS):
             self.lines += 1
             if self.lines == self.line:
                 self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
