@@ -1,8 +1,9 @@
-"""The experiments of the papers: python benchmarks/papers.py a|c|d [options]; each part lists its own with --help.
+"""The experiments of the papers: python benchmarks/papers.py a|c|d|e [options]; each part lists its own with --help.
 
 a  cosine to backprop against the nudge (Millidge et al. 2022)
 c  Torch2PC's convolutional net on MNIST (Rosenbaum 2022)
 d  inference learning at any learning rate (Alonso et al. 2022)
+e  equilibrium algorithms beside backprop (Scellier and Bengio 2017, 2019)
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 
-PARTS = {"a": "papers_a", "c": "papers_c", "d": "papers_d"}
+PARTS = {"a": "papers_a", "c": "papers_c", "d": "papers_d", "e": "papers_e"}
 
 
 def main() -> None:

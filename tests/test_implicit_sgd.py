@@ -156,7 +156,7 @@ def test_at_step_size_one_both_descents_end_in_the_same_minimum(batch: int, loss
 @pytest.mark.parametrize("batch", [1, 4])
 def test_large_steps_end_in_a_minimum_below_every_explicit_step(batch: int, alpha: float, loss) -> None:
     """There are several minima; D3 (5) compares with the best step along the gradient."""
-    case = Case(batch=batch, loss=loss)
+    case, case_before = Case(batch=batch, loss=loss), Case(batch=batch, loss=loss)
     ours, model = step_of(case, alpha, max_steps=200)
     relaxation = model.state.relaxation
     assert relaxation.converged
@@ -169,6 +169,8 @@ def test_large_steps_end_in_a_minimum_below_every_explicit_step(batch: int, alph
     explicit = min(float(objective(start - rate * gradient)) for rate in torch.logspace(-4, 3, 200).double())
     assert relaxation.energy[-1] == pytest.approx(float(objective(flat(after))), rel=1e-12)
     assert relaxation.energy[-1] < explicit
+    if (loss, batch, alpha) != (entropy, 1, 100.0):  # there the oracle's descent falls into one .8% lower
+        assert relaxation.energy[-1] <= case_before.oracle(alpha).objective * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "softplus"])

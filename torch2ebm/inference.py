@@ -63,7 +63,7 @@ class Inference(ABC):
         if gradient.ndim and gradient.shape[0] == self.call.batch_size:
             self.driving.append(gradient.reshape(len(gradient), -1).abs().amax(1))
         else:
-            self.driving.append(torch.linalg.vector_norm(gradient, ord=torch.inf))
+            self.driving.append(gradient.abs().max())
 
     def residual(self) -> Tensor:
         """Largest absolute entry of the gradient in the last measured sweep."""

@@ -47,6 +47,11 @@ class ProximalObjective:
         sides = {name: torch.where(of_slot[name] > 0, 1.0, -1.0).reshape(values[name].shape) for name in kinked}
         return ProximalPoint(self, values, sides, holds=True)
 
+    def start_from(self, other: ProximalPoint, ratio: float) -> ProximalPoint:
+        """The errors of another alpha's point: s = K^-1 e / alpha, ``ratio`` the other alpha over this one."""
+        values = {name: value * ratio for name, value in other.values.items()}
+        return ProximalPoint(self, values, other.sides, holds=True)
+
     def _has_kink(self, slot: str) -> bool:
         """Whether derivatives of the readers jump where this value passes 0."""
         readers = [node for node in self.call.graph.nodes.values() if slot in node.reads]

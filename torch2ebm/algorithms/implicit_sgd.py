@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss, Re
 
 TOLERANCES = {torch.float64: 1e-10}  # by the precision that values are kept in
 COARSE = 1e-5  # in single precision rounding leaves about a tenth of this of a gradient of order one
+SEVERAL_MINIMA = 1.0  # an alpha above it is also reached from smaller ones, each so many times the one before:
+CONTINUATION = 4.0
 
 
 class ImplicitSGD(Algorithm):
@@ -35,7 +37,8 @@ class ImplicitSGD(Algorithm):
     Every trainable parameter has to be the weight or bias of a dense layer (``nn.Linear``) that one node reads, with
     one row of inputs a sample. Between such layers anything goes that can be differentiated twice. Values may come to
     rest on a kink at 0 (ReLU and its like); the residual is then that of the best subgradient. Where ``alpha`` is
-    large the objective has several minima, and the end is one that descent from the feed-forward pass leads to.
+    large the objective has several minima: above 1 the lower one is taken of that to which descent from the
+    feed-forward pass leads, and that on the branch which leaves it as ``alpha`` grows.
     Rounding, a kink elsewhere, or kinks in a batch larger than a layer's fan-in can stop it before:
     ``state.relaxation`` says which residual is left.
 
@@ -85,12 +88,29 @@ class ImplicitSGD(Algorithm):
 
     def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         layers = dense_layers(call, freeze_statistics=False)
-        objective = ProximalObjective(call, loss, layers, self.alpha)
-        start = objective.start()
-        tol = self._tolerance(start.values.values())
-        minimum = minimise(start, tol, self.max_steps)
+        direct = self._minimum(ProximalObjective(call, loss, layers, self.alpha).start())
+        minimum = min(
+            [direct, *self._followed(call, loss, layers)], key=lambda found: (not found.converged, found.point.value)
+        )
+        tol = self._tolerance(minimum.point.values.values())
         assert isinstance(minimum.point, ProximalPoint)
         return _local_gradients(call, loss.scale, layers, minimum.point.terms, _report(minimum, tol))
+
+    def _minimum(self, start: ProximalPoint, tol: float | None = None) -> Minimum:
+        return minimise(start, self._tolerance(start.values.values()) if tol is None else tol, self.max_steps)
+
+    def _followed(self, call: Call, loss: OutputLoss, layers: Mapping[str, DenseLayer]) -> Iterator[Minimum]:
+        """Where there may be several minima: the one on the branch that leaves the feed-forward pass as alpha grows."""
+        alphas = [self.alpha]
+        while alphas[-1] > SEVERAL_MINIMA:
+            alphas.append(alphas[-1] / CONTINUATION)
+        point = ProximalObjective(call, loss, layers, alphas[-1]).start()
+        for alpha, following in zip(alphas[:0:-1], alphas[-2::-1], strict=True):
+            found = self._minimum(point, COARSE).point
+            assert isinstance(found, ProximalPoint)
+            point = ProximalObjective(call, loss, layers, following).start_from(found, alpha / following)
+        if len(alphas) > 1:
+            yield self._minimum(point)
 
     def with_steps(self, steps: int) -> ImplicitSGD:
         return ImplicitSGD(self.alpha, self.tol, max_steps=steps)
