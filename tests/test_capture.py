@@ -438,7 +438,17 @@ def padding(batch: int, length: int) -> Tensor:
     return torch.arange(length)[None, :] >= torch.arange(1, batch + 1).clamp(max=length)[:, None]
 
 
-GRANULARITIES = ["auto", "layer", "preactivation", "module", "op", "children", ["block.attn"], ["block", "blocks.1"]]
+GRANULARITIES = [
+    "auto",
+    "layer",
+    "preactivation",
+    "activation",
+    "module",
+    "op",
+    "children",
+    ["block.attn"],
+    ["block", "blocks.1"],
+]
 
 
 @pytest.mark.parametrize("nodes", GRANULARITIES, ids=str)

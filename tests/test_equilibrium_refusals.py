@@ -169,7 +169,13 @@ def test_several_outputs_have_the_gradient_at_the_equilibrium(make, feedback: fl
 
     model = attached(module, make(feedback))
     ours = local_gradients(model, (x,), torch2ebm.EnergyLoss(loss))
+    distance = model.state.feedforward_distance
+    with torch.no_grad():
+        settled, plain = model(x), module(x)
+    apart = [torch.cat([o[n].flatten() for n in plain]) for o in (settled, plain)]
+    expected = float((apart[0] - apart[1]).norm() / apart[1].norm())
     direction = {n: torch.randn(p.shape, generator=generator).double() for n, p in module.named_parameters()}
+    assert distance == pytest.approx(expected, rel=1e-9)
     sides = []
     with torch.no_grad():
         for step in (1e-5, -2e-5):
@@ -222,7 +228,7 @@ def test_activations_are_states_as_modules_methods_and_functions() -> None:
             return a[8](x)
 
     model = torch2ebm.convert(Mixed())
-    algorithm = torch2ebm.EquilibriumPropagation(feedback=0.1, free_steps=5)
+    algorithm = torch2ebm.EquilibriumPropagation(feedback=0.3, free_steps=5)
     torch2ebm.EnergyOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, algorithm)
     F.cross_entropy(model(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])).backward()
     kinds = [node.description for node in model.nodes.values() if not node.parameters and len(node.operations) == 1]
@@ -364,6 +370,12 @@ def test_a_settled_one_and_a_symmetric_one_are_taken_in_silence() -> None:
 def test_illegal_settings_are_refused(settings, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         torch2ebm.EquilibriumPropagation(**settings)
+
+
+def test_a_nudge_that_rounding_would_hide_is_refused() -> None:
+    model = attached(linear(nn.Linear(6, 6), nn.Tanh()), torch2ebm.EquilibriumPropagation(feedback=1e-4))
+    with pytest.raises(ConfigurationError, match=r"0\.5 \* 0\.0001\^2.*RecurrentBackprop"):
+        model(torch.randn(5, 4)).square().mean().backward()
 
 
 def test_a_summed_loss_needs_to_be_told() -> None:

@@ -197,7 +197,7 @@ def test_it_tends_to_backprop_with_first_order_in_gamma(make) -> None:
 
 def test_a_signal_near_the_precision_is_refused() -> None:
     model = attached(mlp().module, torch2ebm.ContrastiveHebbian(1e-7))
-    with pytest.raises(ConfigurationError, match=r"feedback\^2 = 1e-14.*larger feedback"):
+    with pytest.raises(ConfigurationError, match=r"1e-07\^2 = 1e-14.*larger feedback"):
         model(mlp().x)
     model = attached(mlp().module.float(), torch2ebm.ContrastiveHebbian(1e-3))
     with pytest.raises(ConfigurationError, match=r"precision 1\.2e-07"):

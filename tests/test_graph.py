@@ -12,7 +12,7 @@ import torch2ebm
 from torch2ebm.state import Call
 from torch2ebm.structure import fill
 
-GRANULARITIES = ("layer", "preactivation", "module", "op", "children")
+GRANULARITIES = ("layer", "preactivation", "activation", "module", "op", "children")
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 every_granularity = pytest.mark.parametrize("nodes", GRANULARITIES)

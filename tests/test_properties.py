@@ -31,7 +31,7 @@ from torch2ebm.structure import fill
 Instruction = tuple[str, int, int]  # kind, variant, pick
 Step = Callable[..., Tensor]  # of the module and the values so far
 
-GRANULARITIES = ("layer", "preactivation", "module", "op", "children")
+GRANULARITIES = ("layer", "preactivation", "activation", "module", "op", "children")
 
 
 # ---- instructions: each adds its layers to the module and returns a step, or None where the shape does not suit it

@@ -157,7 +157,7 @@ class _Assembly:
             random=any(facts[node].random for node in body),
             batch_statistics=any(facts[node].batch_statistics for node in body),
             description=" > ".join(self._operations(self.groups[i])),
-            operations=tuple(self._called(node) for node in body),
+            operations=tuple(self._called(node) for node in self._sorted(self.core[i])),
         )
 
     def _called(self, node: fx.Node) -> Operation:

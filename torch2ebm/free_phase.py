@@ -135,13 +135,13 @@ class FreePhase:
         hopfield = HopfieldGraph(call.graph, self.readout)
         call.feedforward(keep_graph=False)
         equilibrium = Equilibrium(call, hopfield, self.feedback)
-        feedforward = [call.values[slot].detach() for slot in call.graph.output_slots]
+        feedforward = {slot: call.values[slot].detach() for slot in call.graph.output_slots}
         update, settled = self._settled(equilibrium)
         outputs = equilibrium.outputs(settled.states)
         for slot, value in outputs.items():
             outputs[slot] = value.to(call.values[slot].dtype)
         call.values.update(outputs)
-        free = Free(equilibrium, settled, update, _distance(list(outputs.values()), feedforward))
+        free = Free(equilibrium, settled, update, _distance(outputs, feedforward))
         call.equilibrium = free
         return free
 
@@ -189,6 +189,24 @@ def _check(equilibrium: Equilibrium, settled: Settled, tried: int) -> None:
         )
 
 
+def check_signal(where: str, free: Free, amount: float, margin: float) -> None:
+    """What reaches the first states is amount * feedback^depth of the output's nudge; rounding must not reach it.
+
+    Raises :class:`ConfigurationError` where it is below ``margin`` times the precision of the states.
+    """
+    equilibrium = free.equilibrium
+    precision = max(torch.finfo(value.dtype).eps for value in free.settled.states.values())
+    signal = amount * equilibrium.output_weight
+    if signal < margin * precision:
+        part = "" if amount == 1 else f"{amount:g} * "
+        raise ConfigurationError(
+            where,
+            f"a signal of {part}{equilibrium.feedback:g}^{equilibrium.hopfield.output_depth} = {signal:.2g}",
+            f"at least {margin * precision:.2g} in numbers of precision {precision:.2g}",
+            "Take a larger feedback or nudge, model.double(), or RecurrentBackprop, which takes no difference.",
+        )
+
+
 def check_finite(equilibrium: Equilibrium, settled: Settled, phase: str, given: States) -> None:
     """Raise :class:`DivergenceError` where a phase ended in numbers that are none, though the ``given`` ones are."""
     if math.isfinite(settled.relaxation.residual) or not _are_finite(given):
@@ -202,9 +220,9 @@ def check_finite(equilibrium: Equilibrium, settled: Settled, phase: str, given: 
     )
 
 
-def _distance(outputs: Sequence[Tensor], feedforward: Sequence[Tensor]) -> Tensor:
-    difference = torch.stack([(a - b).square().sum() for a, b in zip(outputs, feedforward, strict=True)]).sum()
-    size = torch.stack([b.square().sum() for b in feedforward]).sum()
+def _distance(outputs: States, feedforward: States) -> Tensor:
+    difference = torch.stack([(outputs[slot] - value).square().sum() for slot, value in feedforward.items()]).sum()
+    size = torch.stack([value.square().sum() for value in feedforward.values()]).sum()
     return (difference / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
 
 

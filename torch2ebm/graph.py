@@ -46,7 +46,7 @@ class Node:
         exports: Names of what else its function returns for others to read as constants.
         random: Whether it draws random numbers.
         batch_statistics: Whether it normalises with the statistics of the batch.
-        operations: What its function is made of, in order.
+        operations: What its predictions are made of, in order.
     """
 
     name: str

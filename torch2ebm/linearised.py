@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.equilibrium import Equilibrium, States, sum_of
+from torch2ebm.errors import NoEquilibriumError
 from torch2ebm.inference import GradientSum
 from torch2ebm.state import at_least_single
 
@@ -84,7 +85,17 @@ class LinearisedStep:
         used = [slot for slot, gradient in self._gradients.items() if gradient.requires_grad]
         if not used or not wrt:
             return [None] * len(wrt)
-        return _gradients([self._gradients[s] for s in used], wrt, [v[s] for s in used], retain_graph=True)
+        try:
+            return _gradients([self._gradients[s] for s in used], wrt, [v[s] for s in used], retain_graph=True)
+        except RuntimeError as error:
+            if "not implemented" not in str(error):
+                raise
+            raise NoEquilibriumError(
+                "RecurrentBackprop",
+                f"an operation without a second derivative ({str(error).splitlines()[0]})",
+                "pre-activations that can be differentiated twice",
+                "Take EquilibriumPropagation, or attention that is written out.",
+            ) from error
 
     def collect(self, z: Vector, scale: float, result: GradientSum) -> None:
         """Add scale * (df/dtheta)^T z, of clamped inputs too."""

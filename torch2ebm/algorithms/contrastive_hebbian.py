@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.algorithms.clamped import contrast_with_clamped
-from torch2ebm.errors import ConfigurationError, PartitionError
-from torch2ebm.free_phase import Free, FreePhase
+from torch2ebm.errors import PartitionError
+from torch2ebm.free_phase import Free, FreePhase, check_signal
 from torch2ebm.solvers.base import check_steps
 from torch2ebm.state import Call, LocalGradients, OutputLoss
 
@@ -69,7 +67,7 @@ class ContrastiveHebbian(Algorithm):
     def forward(self, call: Call) -> None:
         free = self.free_phase.run(call)
         _check_outputs(free)
-        _check_floor(free)
+        check_signal(f"ContrastiveHebbian(feedback={self.free_phase.feedback:g})", free, 1.0, FLOOR)
 
     def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         return contrast_with_clamped(call, call.equilibrium, loss, 1.0, self.clamped_steps, self.free_phase.tol)
@@ -90,17 +88,3 @@ def _check_outputs(free: Free) -> None:
                 "a linear output, which is held at its value less the gradient of the loss",
                 "Leave the last activation to the loss (cross_entropy, binary_cross_entropy_with_logits).",
             )
-
-
-def _check_floor(free: Free) -> None:
-    """The signal at the first states is gamma^depth of that at the output; rounding must not reach it."""
-    equilibrium = free.equilibrium
-    precision = max(torch.finfo(value.dtype).eps for value in free.settled.states.values())
-    if equilibrium.output_weight < FLOOR * precision:
-        depth = equilibrium.hopfield.output_depth
-        raise ConfigurationError(
-            f"ContrastiveHebbian(feedback={equilibrium.feedback:g})",
-            f"a signal of feedback^{depth} = {equilibrium.output_weight:.2g} at the first states",
-            f"at least {FLOOR * precision:.2g} in numbers of precision {precision:.2g}",
-            "Take a larger feedback, model.double(), or EquilibriumPropagation.",
-        )

@@ -12,7 +12,7 @@ from torch2ebm.algorithms.base import Algorithm, check_reduction
 from torch2ebm.algorithms.divergence import of_phase
 from torch2ebm.equilibrium import Influence, States, cost_gradients
 from torch2ebm.errors import ConfigurationError, DivergenceError, NotSettledError, NotSettledWarning
-from torch2ebm.free_phase import Free, FreePhase, check_finite
+from torch2ebm.free_phase import Free, FreePhase, check_finite, check_signal
 from torch2ebm.holomorphic import HolomorphicOperations, check_holomorphic
 from torch2ebm.inference import GradientSum
 from torch2ebm.nudging import Holomorphic, Nudging, Symmetric
@@ -20,6 +20,7 @@ from torch2ebm.settling import Settled, settle
 from torch2ebm.solvers.base import check_steps
 from torch2ebm.state import Call, LocalGradients, OutputLoss
 
+FLOOR = 1.0  # times the precision: below it nothing of the nudge is left at the first states
 DRIFTING = 0.1  # of what a one-sided nudge has moved
 
 
@@ -47,7 +48,8 @@ class EquilibriumPropagation(Algorithm):
         loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
 
     Raises:
-        ConfigurationError: for an illegal setting.
+        ConfigurationError: for an illegal setting, and in backward where beta * feedback^depth, what reaches the first
+            states, is below the precision of the numbers.
         NoEquilibriumError: at the first call, for a module with layer norm, batch statistics, dropout or recurrence.
         NotSettledError: where a one-sided nudge would measure that the free phase still moves, and not the loss.
 
@@ -100,12 +102,14 @@ class EquilibriumPropagation(Algorithm):
 
     def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         free: Free = call.equilibrium
+        betas = self.nudging.betas  # read once: a random sign is drawn
+        check_signal("EquilibriumPropagation", free, abs(betas[0]), FLOOR)
         if isinstance(self.nudging, Holomorphic):
             with HolomorphicOperations():
                 return self._estimate(call, free, loss, self._circle(free, loss, self.nudging), self.nudging.weights)
-        betas = self.nudging.betas
-        phases = [self._phase(free, loss, beta) for beta in betas]
-        return self._estimate(call, free, loss, phases, [1 / (len(betas) * beta) for beta in betas])
+        nudges = [beta.real for beta in betas]
+        phases = [self._phase(free, loss, beta) for beta in nudges]
+        return self._estimate(call, free, loss, phases, [1 / (len(nudges) * beta) for beta in nudges])
 
     def _estimate(
         self, call: Call, free: Free, loss: OutputLoss, phases: Sequence[Settled], weights: Sequence[complex]
