@@ -112,7 +112,10 @@ def on_digits() -> list[Task]:
         "CoupledLearning": Entry(CoupledLearning(0.25, 15, 8), 2.0),
     }
     two = {"EquilibriumPropagation": Entry(ep(0.1, 10, 5), 1.5, 1.5)}
-    pooled = {"EquilibriumPropagation": Entry(ep(0.1, 10, 5), 2.5, 3.5)}
+    pooled = {
+        "EquilibriumPropagation": Entry(ep(0.1, 10, 5), 2.5, 3.5),
+        "EquilibriumPropagation, feedback .05": Entry(ep(0.05, 10, 5), 2.5, 3.5),
+    }
     half = half_squared_error
     return [
         Task("MLP 64-128-10", lambda: hard_sigmoid_mlp(64, 128, 10), half, 1e-2, 50, 32, one),
