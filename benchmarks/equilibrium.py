@@ -1,4 +1,4 @@
-"""Speed of equilibrium propagation against hand-written relaxations of the same net in the same run (issue 5).
+"""Speed of equilibrium propagation against hand-written relaxations of the same net in the same run.
 
 python benchmarks/equilibrium.py [--rounds 15] [--cpu-time] [--profile]
 

@@ -30,7 +30,7 @@ ALGORITHMS = {
     "ZeroDivergence": torch2ebm.ZeroDivergence(),
     "FixedPrediction": torch2ebm.FixedPrediction(20, 0.1),
 }
-TARGETS = {  # issue 3
+TARGETS = {
     "convert ResNet-18": "",
     "convert ResNet-50": "below 5 s",
     "convert GPT-2, 12 layers": "below 20 s",

@@ -1,4 +1,4 @@
-"""Equilibrium algorithms trained in the ordinary loop, each beside backprop of the same net and schedule (issue 5).
+"""Equilibrium algorithms trained in the ordinary loop, each beside backprop of the same net and schedule.
 
 python benchmarks/papers_e.py [--rows TEXT] [--seeds 3] [--json PATH]
 python benchmarks/papers_e.py --mnist ../shared/mnist_10k.npz --seeds 1
