@@ -31,6 +31,15 @@ import torch2ebm
 from torch2ebm.errors import NodeEvaluationError, OutOfMemoryError, Torch2EBMError
 from torch2ebm.interrupts import InterruptsDeferred
 
+
+@pytest.fixture(autouse=True)
+def interrupts_are_heard() -> Iterator[None]:
+    """Whoever starts the tests in the background hands on a SIGINT that is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 PACKAGE = Path(torch2ebm.__file__).parent.parts
 POINTS = 40
 
@@ -474,5 +483,6 @@ def test_an_input_that_does_not_fit_is_a_typed_error_and_changes_nothing(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of a background job is born ignoring it
     torch.set_num_threads(1)
     {"interrupted": lambda a, n: be_interrupted(a, int(n)), "memory": run_out_of_memory}[sys.argv[1]](*sys.argv[2:])
