@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch2ebm.backward import all_finite, count_bad
 from torch2ebm.errors import ConfigurationError, NodeEvaluationError, NonFiniteError
+from torch2ebm.finite import all_finite, count_bad
 
 
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

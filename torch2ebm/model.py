@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.arguments import as_arguments, check_arguments, check_inputs, takes_any_arguments
-from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards, check_standing, exhausted_memory_named
+from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards
 from torch2ebm.captures import CAPTURING, Captures
 from torch2ebm.distributed import Replicas
 from torch2ebm.drawing import draw_graph
@@ -23,8 +23,10 @@ from torch2ebm.errors import (
     NotCapturedError,
 )
 from torch2ebm.fingerprint import Fingerprint, changes, inside_functional_call
+from torch2ebm.finite import check_standing
 from torch2ebm.freezing import tensors_in_place
 from torch2ebm.graph import EnergyGraph, Node
+from torch2ebm.memory import exhausted_memory_named
 from torch2ebm.partition import Granularity, named_leaves
 from torch2ebm.recorder import start
 from torch2ebm.signature import assumed_signature, flatten_arguments

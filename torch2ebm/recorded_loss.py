@@ -1,0 +1,150 @@
+"""The loss of one backward, replayed from the recorder's tape at other predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.errors import LossNotRecordedError, LossReductionError, LossReplayError
+from torch2ebm.recorder import Scalar, Tape
+from torch2ebm.state import Call, LossExpansion, OutputLoss, pull_back
+
+
+def make_loss(algorithm: Algorithm, call: Call, tape: Tape, delivered: Mapping[str, Tensor]) -> OutputLoss:
+    """The loss of this backward; the factors that the tape has seen are consumed."""
+    scalars = [(scalar, _sum(scalar.factors)) for scalar in tape.scalars if scalar.factors and not scalar.absorbed]
+    for scalar in tape.scalars:
+        scalar.factors = []
+    loss = RecordedLoss(algorithm, call, tape, delivered, scalars)
+    if algorithm.reevaluates_loss:
+        loss.check()
+    return loss
+
+
+class RecordedLoss(OutputLoss):
+    """The scalars of one backward, with their outer factors, replayed at other predictions."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        call: Call,
+        tape: Tape,
+        delivered: Mapping[str, Tensor],
+        scalars: Sequence[tuple[Scalar, float]],
+    ) -> None:
+        self.algorithm, self.call, self.tape, self.delivered = algorithm, call, tape, delivered
+        self.scalars = [scalar for scalar, _ in scalars]
+        factors = [factor for _, factor in scalars]
+        outer = max(map(abs, factors), default=1.0)
+        # a common factor scales gradients; its sign, and the ratios between several scalars, enter the energy
+        self.relative = [factor / outer if outer else 0.0 for factor in factors]
+        self.multiplier = self._multiplier()
+        self.factor = outer
+        self.scale = outer / self.multiplier
+        self.unit = self.multiplier / outer if outer else 0.0
+        self._weights: list[Tensor] | None = None
+
+    def _multiplier(self) -> int:
+        reduction = self.algorithm.loss_reduction
+        if reduction is None:  # an algorithm that needs no loss: errors in the units of the loss that was seen
+            reduction = "sum" if any(scalar.summed for scalar in self.scalars) else "mean"
+        return self.call.batch_size if reduction == "mean" else 1
+
+    def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        values, leaves = self._replayed(predictions)
+        if self._weights is None:
+            self._weights = [
+                torch.full_like(v, self.multiplier * f) for f, v in zip(self.relative, values, strict=True)
+            ]
+        found = pull_back(values, self._weights, list(leaves.values()))
+        if any(value.is_complex() for value in values):  # torch gives the conjugate of a holomorphic derivative
+            found = [None if each is None else each.conj() for each in found]
+        return self._total([value.detach() for value in values]), _present(leaves, found)
+
+    def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
+        values, leaves = self._replayed(predictions)
+        with torch.enable_grad():
+            total = self._total(values)
+        found = torch.autograd.grad(total, list(leaves.values()), create_graph=True, allow_unused=True)
+        curved = _present(leaves, found)
+
+        def hessian_product(direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            pairs = [(g, direction[slot]) for slot, g in curved.items() if g.requires_grad and slot in direction]
+            if not pairs:
+                return {}
+            gradients, along = zip(*pairs, strict=True)
+            wrt = list(leaves.values())
+            return _present(leaves, torch.autograd.grad(gradients, wrt, along, retain_graph=True, allow_unused=True))
+
+        return LossExpansion(total.detach(), {slot: g.detach() for slot, g in curved.items()}, hessian_product)
+
+    def _total(self, values: Sequence[Tensor]) -> Tensor:
+        parts = [value * (self.multiplier * factor) for factor, value in zip(self.relative, values, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.stack([part.reshape(()) for part in parts]).sum()
+
+    def _replayed(self, predictions: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The scalars at other predictions, and the leaves that a gradient is wanted for, by slot."""
+        slots = self.call.graph.output_slots
+        leaves = [predictions[slot].detach().requires_grad_(slot in self.delivered) for slot in slots]
+        with torch.enable_grad():
+            values = self.tape.replay(leaves, [scalar.index for scalar in self.scalars])
+        return values, {slot: leaf for slot, leaf in zip(slots, leaves, strict=True) if leaf.requires_grad}
+
+    def check(self) -> None:
+        """Raise unless the recorded loss, at the feed-forward prediction, has the gradient that autograd delivered."""
+        if not self.scalars:
+            raise LossNotRecordedError(
+                "loss.backward()",
+                self.tape.obstacle or "no loss of no dimension computed from the model's output",
+                f"one, since {type(self.algorithm).__name__} evaluates the loss again while predictions move",
+                "Reduce the loss to one number, or wrap the loss function: torch2ebm.EnergyLoss(loss_fn).",
+            )
+        self._check_reduction()
+        predictions = {slot: self.call.values[slot] for slot in self.call.graph.output_slots}
+        try:
+            _, gradients = self.gradients(predictions)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise self._refusal(f"an error when evaluated again: {error}") from error
+        for slot, expected in self.delivered.items():
+            ours = gradients.get(slot)
+            ours = torch.zeros_like(expected) if ours is None else ours * self.scale
+            if not _agree(ours, expected):
+                worst = float((ours - expected).abs().max())
+                raise self._refusal(f"a gradient in output '{slot}' that differs by up to {worst:.3g}")
+
+    def _check_reduction(self) -> None:
+        summed = any(scalar.summed for scalar in self.scalars)
+        if summed and self.call.batch_size > 1 and self.algorithm.loss_reduction == "mean":
+            raise LossReductionError(
+                "loss.backward()",
+                f"a loss made by a sum, over a batch of {self.call.batch_size}",
+                "a mean over the batch (loss_reduction='mean')",
+                f"Give {type(self.algorithm).__name__}(..., loss_reduction='sum'), or take the mean.",
+            )
+
+    def _refusal(self, got: str) -> LossReplayError:
+        return LossReplayError(
+            "loss.backward()",
+            got,
+            "the gradient that autograd delivered",
+            "The loss uses the model's output through something that was not recorded, or draws random numbers; "
+            "wrap the loss function: torch2ebm.EnergyLoss(loss_fn).",
+        )
+
+
+def _present(slots: Iterable[str], found: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    return {slot: gradient for slot, gradient in zip(slots, found, strict=True) if gradient is not None}
+
+
+def _sum(factors: Iterable[Tensor]) -> float:
+    return sum(float(factor) for factor in factors)
+
+
+def _agree(ours: Tensor, expected: Tensor) -> bool:
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5  # far above rounding, far below any real difference
+    difference = (ours.double() - expected.double()).abs().max() if expected.numel() else torch.zeros(())
+    scale = expected.double().abs().max() if expected.numel() else torch.zeros(())
+    return bool((difference <= tolerance * scale + 1e-300) | ~torch.isfinite(scale))
