@@ -7,6 +7,7 @@ error of a node may be moved as soon as its gradient is yielded: the values of t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ class ErrorInference(Inference):
         self.errors: dict[str, Tensor] = {}
         self._predictions: dict[str, Tensor] = dict(self.values)
         self._changed: set[str] = set()  # slots that have left their feed-forward value
+
+    def moving(self) -> dict[str, Any]:
+        tensors = {"values": dict(self.values), "errors": dict(self.errors), "predictions": dict(self._predictions)}
+        return {**tensors, "changed": frozenset(self._changed)}
+
+    def restore(self, moving: Mapping[str, Any]) -> None:
+        self.values, self.errors = dict(moving["values"]), dict(moving["errors"])
+        self._predictions, self._changed = dict(moving["predictions"]), set(moving["changed"])
 
     def move(self, slot: str, direction: Tensor, rate: float) -> None:
         """``error += rate * direction``."""

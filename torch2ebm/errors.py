@@ -172,3 +172,7 @@ class NotSettledWarning(UserWarning):
 
 class DivergenceWarning(UserWarning):
     """A relaxation ran away and its batch gives no gradient, as ``on_divergence="warn"`` asked for."""
+
+
+class CompilationWarning(UserWarning):
+    """``compile=True`` could not be followed; the same inference runs without, and the message says why."""

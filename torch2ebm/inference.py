@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,17 @@ class Inference(ABC):
         self.measuring = False
         self.driving: list[Tensor] = []
         self.evaluations = 0
+        self.scale: float | Tensor = loss.scale
+
+    # what moves, for a solver's step that is recorded and run again
+
+    @abstractmethod
+    def moving(self) -> dict[str, Any]:
+        """All that a sweep or a move changes, and all tensors of this call that they read."""
+
+    @abstractmethod
+    def restore(self, moving: Mapping[str, Any]) -> None:
+        """Be as when :meth:`moving` gave this."""
 
     # the driving term
 
@@ -130,9 +142,16 @@ class Inference(ABC):
 
     def local_gradients(self) -> LocalGradients:
         """dF/dtheta where the relaxation ended, in the scale of the user's loss."""
+        return self.finished(self.collected())
+
+    def collected(self) -> Collected:
+        """The last pass over all nodes: errors, predictions and gradients of parameters."""
         self.history.append({})
         result = Collected()
         self._collect_all(result)
+        return result
+
+    def finished(self, result: Collected) -> LocalGradients:
         state = InferenceState(
             self.graph,
             self.call.batch_size,
@@ -163,13 +182,13 @@ class Inference(ABC):
         result: Collected,
     ) -> None:
         """The gradient of a node's parameters, -J^T of the cotangents, scaled as ``.grad`` is."""
-        scaled = [None if error is None else error.mul_(-self.loss.scale) for error in errors]
+        scaled = [None if error is None else error.mul_(-self.scale) for error in errors]
         for slot, prediction, error in zip(evaluated.node.slots, evaluated.predictions, scaled, strict=True):
             result.predictions[slot] = prediction.detach()
             if error is not None:
                 result.errors[slot] = error
         pulled = [
-            own if cotangent is error or cotangent is None else cotangent * -self.loss.scale
+            own if cotangent is error or cotangent is None else cotangent * -self.scale
             for own, error, cotangent in zip(scaled, errors, cotangents, strict=True)
         ]
         result.gradients.add(self.call, evaluated, pulled)
@@ -191,12 +210,12 @@ class Collected:
     unreached: list[str] = field(default_factory=list)
 
 
+@dataclass
 class GradientSum:
     """Gradients of parameters, shared ones summed, and of clamped inputs."""
 
-    def __init__(self) -> None:
-        self.parameters: dict[str, Tensor] = {}
-        self.clamped: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    clamped: dict[str, Tensor] = field(default_factory=dict)
 
     def add(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -80,6 +80,16 @@ class RecordedLoss(OutputLoss):
             return _present(leaves, torch.autograd.grad(gradients, wrt, along, retain_graph=True, allow_unused=True))
 
         return LossExpansion(total.detach(), {slot: g.detach() for slot, g in curved.items()}, hessian_product)
+
+    def recorded(self) -> tuple[Hashable, list[Tensor]] | None:
+        on_tape = self.tape.recorded([scalar.index for scalar in self.scalars])
+        if on_tape is None:
+            return None
+        settings, tensors = on_tape
+        return (self.multiplier, tuple(self.relative), tuple(self.delivered), settings), [
+            *tensors,
+            *(self._weights or []),  # there since the loss was checked
+        ]
 
     def _total(self, values: Sequence[Tensor]) -> Tensor:
         parts = [value * (self.multiplier * factor) for factor, value in zip(self.relative, values, strict=True)]

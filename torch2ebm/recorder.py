@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.errors import LossIndependentError, LossNotRecordedError
-from torch2ebm.structure import Reference, leaves_of, map_leaves
+from torch2ebm.structure import Reference, leaves_of, map_leaves, signature
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,15 @@ class Tape:
             result = operation.context.run(self.device, operation.function, args, kwargs)
             found.update(zip(operation.results, leaves_of(result), strict=True))
         return [found[index] for index in wanted]
+
+    def recorded(self, wanted: Sequence[int]) -> tuple[Hashable, list[Tensor]] | None:
+        """What a replay repeats, and the tensors in it; None unless all of it is torch's own and writes nothing."""
+        operations, writes = self._program(tuple(wanted))
+        if writes or not all(_is_of_torch(operation.function) for operation in operations):
+            return None
+        arguments = [(operation.args, operation.kwargs) for operation in operations]
+        steps = [(o.function, o.results, o.context, signature(a)) for o, a in zip(operations, arguments, strict=True)]
+        return (self.length, tuple(wanted), *steps), [t for t in leaves_of(arguments) if isinstance(t, Tensor)]
 
     def _program(self, wanted: tuple[int, ...]) -> tuple[list[Operation], bool]:
         """The operations to run, and whether one of them writes in place; found once, replayed at every step."""
@@ -261,6 +270,13 @@ def _references(structure: Any) -> Iterator[int]:
 
 def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", repr(function))
+
+
+def _is_of_torch(function: Callable[..., Any]) -> bool:
+    """Whether its result depends on nothing but its arguments."""
+    owner = getattr(function, "__objclass__", None) or getattr(function, "__self__", None)
+    module = getattr(function, "__module__", None) or getattr(type(owner), "__module__", "")
+    return owner is Tensor or owner is torch._C.TensorBase or str(module).split(".")[0] == "torch"
 
 
 def _writes_in_place(function: Callable[..., Any], kwargs: Any) -> bool:

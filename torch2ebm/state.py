@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.energies import Energy, gaussian_energy
+from torch2ebm.draws import Draws, Repeated
 from torch2ebm.errors import BatchDimensionError, NoStateError
 from torch2ebm.freezing import RandomState, Statistics, frozen_statistics, recording_statistics
 from torch2ebm.graph import EnergyGraph, Node
@@ -84,17 +85,21 @@ class Call:
         self.clamped_leaves: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (as computed from inputs, leaf)
         self.equilibrium: Any = None  # of an algorithm that defines the output: what its forward relaxed to
         self._random: dict[str, RandomState] = {}
+        self._draws: dict[str, list[Tensor]] = {}
         self._statistics: dict[str, Statistics] = {}
 
     # the feed-forward pass
 
-    def feedforward(self, keep_graph: bool, cut: bool = True) -> None:
+    def feedforward(self, keep_graph: bool, cut: bool = True, keep_draws: bool = False) -> None:
         """Evaluate every node once, in order. The only pass that moves buffers and draws new random numbers.
 
-        Without ``cut`` autograd's graph runs through all nodes; only backprop may want that.
+        Without ``cut`` autograd's graph runs through all nodes; only backprop may want that. With ``keep_draws`` later
+        evaluations take the draws themselves and not the generator's state.
         """
         with torch.enable_grad():
             self._clamp(cut)
+            if keep_draws:
+                self._draws = {node.name: [] for node in self.graph.order if node.random}
             for node in self.graph.order:
                 inputs = tuple(self.values[slot] for slot in node.reads)
                 arguments = [*inputs, *[self.environment[name] for name in node.constants]]
@@ -118,11 +123,15 @@ class Call:
 
     def _first_evaluation(self, node: Node, arguments: Sequence[Any], freeze_statistics: bool) -> Sequence[Any]:
         """Evaluate, and keep what later evaluations have to repeat; with the graph kept, values do not move."""
-        if node.random:
-            self._random[node.name] = RandomState(self.device)
-        if not node.batch_statistics or not freeze_statistics:
+        if not node.random and not (node.batch_statistics and freeze_statistics):
             return node.evaluate(arguments)
-        with recording_statistics(self._statistics.setdefault(node.name, [])):
+        with ExitStack() as stack:
+            if node.name in self._draws:
+                stack.enter_context(Draws(self._draws[node.name]))
+            elif node.random:
+                self._random[node.name] = RandomState(self.device)
+            if node.batch_statistics and freeze_statistics:
+                stack.enter_context(recording_statistics(self._statistics.setdefault(node.name, [])))
             return node.evaluate(arguments)
 
     def output(self) -> list[Any]:
@@ -138,12 +147,22 @@ class Call:
             results = node.evaluate(arguments)
         else:
             with ExitStack() as stack:
-                if node.random:
+                if node.name in self._draws:
+                    stack.enter_context(Repeated(self._draws[node.name]))
+                elif node.random:
                     stack.enter_context(self._random[node.name].replayed())
                 if node.batch_statistics and freeze_statistics:
                     stack.enter_context(frozen_statistics(self._statistics[node.name]))
                 results = node.evaluate(arguments)
         return NodePass(node, tuple(inputs), tuple(results[: len(node.slots)]))
+
+    def held(self) -> list[Tensor]:
+        """All tensors that later evaluations read and that may be others in the next call."""
+        named = [*self.parameters.values(), *self.graph.module.buffers()]
+        passed = [value for value in self.environment.values() if isinstance(value, Tensor)]
+        drawn = [tensor for draws in self._draws.values() for tensor in draws]
+        statistics = [t for recorded in self._statistics.values() for pair in recorded for t in pair]
+        return [*named, *passed, *drawn, *statistics]
 
     def clamped_inputs(self, node: Node) -> dict[str, Tensor]:
         """The clamped leaves that the node reads and that a gradient is wanted for."""
@@ -208,6 +227,12 @@ class OutputLoss(ABC):
     def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
         """The same with the second derivative."""
 
+    def recorded(self) -> tuple[Hashable, list[Tensor]] | None:
+        """All that ``gradients`` depends on beside the predictions: what stays the same from call to call, and the
+        tensors that do not. None where that is not known.
+        """
+        return None
+
 
 class NudgedLoss(OutputLoss):
     """``beta`` times a loss; the scale divides by ``beta`` again (algorithms.md, section 0: lambda)."""
@@ -228,6 +253,10 @@ class NudgedLoss(OutputLoss):
             self._nudged(found.gradients),
             lambda direction: self._nudged(found.hessian_product(direction)),
         )
+
+    def recorded(self) -> tuple[Hashable, list[Tensor]] | None:
+        found = self._loss.recorded()
+        return None if found is None else ((self._beta, found[0]), found[1])
 
     def _nudged(self, by_slot: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {slot: tensor * self._beta for slot, tensor in by_slot.items()}

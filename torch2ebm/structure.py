@@ -6,7 +6,7 @@ Quicker than a pytree for the flat argument lists of ordinary calls, and it look
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -76,6 +76,23 @@ def template_of(structure: Any) -> Any:
 def fill(template: Any, leaves: Sequence[Any]) -> Any:
     """The structure of a template around other leaves."""
     return map_leaves(leaves.__getitem__, template)
+
+
+def signature(structure: Any) -> Hashable:
+    """What is the same in two structures that one program serves: shape, kinds of tensors, all other leaves."""
+    if isinstance(structure, torch.Tensor):
+        return structure.shape, structure.stride(), structure.dtype, structure.device, structure.requires_grad
+    if isinstance(structure, Reference):
+        return Reference, structure.index
+    if isinstance(structure, (tuple, list)) and not isinstance(structure, torch.Size):
+        return type(structure), *map(signature, structure)
+    if isinstance(structure, Mapping):
+        return type(structure), *((key, signature(part)) for key, part in structure.items())
+    if isinstance(structure, slice):
+        return slice, signature((structure.start, structure.stop, structure.step))
+    if _is_record(structure):
+        return type(structure), *(signature(getattr(structure, field.name)) for field in dataclasses.fields(structure))
+    return type(structure), structure
 
 
 def _as_tuple(original: Any, parts: list[Any]) -> Any:

@@ -11,6 +11,7 @@ not moved, and whose parents have not, has an error of exactly zero: it is not e
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,13 @@ class ValueInference(Inference):
         self.moved: set[str] = set()
         # fed by clamped inputs only: these predictions cannot change
         self._fixed = {slot: self.values[slot] for n in self.graph.hidden_nodes if not n.reads for slot in n.slots}
+
+    def moving(self) -> dict[str, Any]:
+        return {"values": dict(self.values), "moved": frozenset(self.moved), "fixed": dict(self._fixed)}
+
+    def restore(self, moving: Mapping[str, Any]) -> None:
+        self.values, self.moved = dict(moving["values"]), set(moving["moved"])
+        self._fixed = dict(moving["fixed"])
 
     def move(self, slot: str, direction: Tensor, rate: float) -> None:
         """``value += rate * direction``; the feed-forward value itself is never written."""

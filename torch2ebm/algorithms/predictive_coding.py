@@ -13,6 +13,7 @@ from torch2ebm.algorithms.divergence import check_on_divergence, check_phases, n
 from torch2ebm.algorithms.node_energies import check_names, node_energies
 from torch2ebm.energies import Energy
 from torch2ebm.errors import ConfigurationError, DivergenceError
+from torch2ebm.fused import Programs
 from torch2ebm.nudging import Nudging, OneSided
 from torch2ebm.solvers import GradientDescent, Solver
 from torch2ebm.solvers.base import relax
@@ -38,6 +39,9 @@ class PredictiveCoding(Algorithm):
         loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
         on_divergence: What a relaxation that runs away does: ``"raise"`` :class:`DivergenceError`, ``"warn"`` with a
             ``DivergenceWarning`` or ``"skip"``; with these two the batch gives no gradient (``.grad`` stays as it is).
+        compile: Record a step once as a list of ATen calls and run that from then on; the step that repeats goes to
+            ``torch.compile``. The same numbers to rounding. What cannot be recorded runs as it is, with a
+            ``CompilationWarning``; hooks of submodules run while recording only.
 
     Raises:
         ConfigurationError: for an illegal step size, number of steps, precision, energy, node name or reduction.
@@ -64,6 +68,7 @@ class PredictiveCoding(Algorithm):
         energies: Mapping[str, Energy] | None = None,
         loss_reduction: str = "mean",
         on_divergence: str = "raise",
+        compile: bool = False,
     ) -> None:
         check_reduction("PredictiveCoding", loss_reduction)
         check_on_divergence("PredictiveCoding", on_divergence)
@@ -74,17 +79,19 @@ class PredictiveCoding(Algorithm):
         self.energies = node_energies("PredictiveCoding", precisions or {}, energies or {})
         self.loss_reduction: str = loss_reduction
         self.on_divergence = on_divergence
+        self.programs = Programs() if compile else None
 
     def __repr__(self) -> str:
         parts = [f"solver={self.solver!r}", f"loss_reduction={self.loss_reduction!r}"]
         parts += [f"nudging={self.nudging!r}"] * (self.nudging != OneSided())
         parts += [f"energies={dict(self.energies)!r}"] * bool(self.energies)
+        parts += ["compile=True"] * (self.programs is not None)
         parts += [f"on_divergence={self.on_divergence!r}"] * (self.on_divergence != "raise")
         return f"PredictiveCoding({', '.join(parts)})"
 
     def forward(self, call: Call) -> None:
         check_names("PredictiveCoding", self.energies, call.graph)
-        call.feedforward(keep_graph=False)
+        call.feedforward(keep_graph=False, keep_draws=self.programs is not None)
 
     def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         try:
@@ -103,12 +110,13 @@ class PredictiveCoding(Algorithm):
             energies=self.energies,
             loss_reduction=self.loss_reduction,
             on_divergence=self.on_divergence,
+            compile=self.programs is not None,
         )
 
     def _phase(self, call: Call, loss: OutputLoss, beta: float, retain_call: bool) -> LocalGradients:
         nudged = loss if beta == 1.0 else NudgedLoss(loss, beta)
         try:
-            return relax(self.solver, self.solver.inference(call, nudged, self.energies, retain_call), beta)
+            return relax(self.solver, self.solver.inference(call, nudged, self.energies, retain_call), beta, self.programs)
         except DivergenceError as error:
             raise of_phase(error, beta) from error
 

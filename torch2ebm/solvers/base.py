@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch2ebm.energies import Energy
 from torch2ebm.error_inference import ErrorInference
 from torch2ebm.errors import ConfigurationError, DivergenceError, NonFiniteError
+from torch2ebm.fused import EagerRun, Programs, RecordedRun
 from torch2ebm.inference import LOSS, Inference, energies
 from torch2ebm.state import Call, LocalGradients, OutputLoss, Relaxation
 from torch2ebm.value_inference import ValueInference
@@ -70,16 +71,18 @@ class ErrorSolver(Solver[ErrorInference]):
         return ErrorInference(call, loss, energies, retain_call)
 
 
-def relax(solver: Solver[Form], inference: Form, beta: float = 1.0) -> LocalGradients:
-    """Relax, take the local gradients where the relaxation ends, and check both.
+def relax(
+    solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Programs | None = None
+) -> LocalGradients:
+    """Relax, take the local gradients where the relaxation ends, and check both; by recorded programs where given.
 
     Raises :class:`NonFiniteError` where the first energy is no number, :class:`DivergenceError` where a later one is.
     """
-    state = solver.start(inference)
+    run = EagerRun(solver, inference) if programs is None else RecordedRun(programs, solver, inference)
     steps, residual = 0, math.inf
     while steps < solver.steps:
         inference.measuring = solver.tol > 0 or steps == solver.steps - 1
-        state = solver.step(inference, state)
+        run.step()
         steps += 1
         if inference.measuring:
             residual = float(inference.residual())
@@ -87,7 +90,7 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0) -> LocalGrad
                 break
         if steps % WATCHED == 0 and _has_run_away(inference):
             break
-    gradients = inference.local_gradients()
+    gradients = run.local_gradients()
     relaxation = report(inference, steps, residual, solver.tol, beta, solver.remedy)
     return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
 
