@@ -147,7 +147,7 @@ class RecordedRun:
             recorded = self._family[key]
             if self._last is not None:
                 self._last.followers[role] = recorded
-        if recorded is self._last:
+        if recorded is self._last or (self._last is not None and self._last.program.is_compiled):
             recorded.program.compile()
         self._last = recorded
         self.inference.evaluations += recorded.evaluations

@@ -266,9 +266,16 @@ def _add(total: dict[str, Tensor], name: str, product: Tensor) -> None:
 def energies(history: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:
     """The recorded energies as numbers, with one transfer to the host."""
     rows = [[sweep[name] for name in names if name in sweep] for sweep in history]
-    flat = [entry.double().reshape(()) for row in rows for entry in row]
-    numbers = iter(torch.stack(flat).tolist() if flat else ())
+    numbers = iter(_on_host([entry for row in rows for entry in row]))
     return _columns([{name: next(numbers) for name in names if name in sweep} for sweep in history], names)
+
+
+def _on_host(entries: Sequence[Tensor]) -> list[float]:
+    if not entries:
+        return []
+    alike = all(entry.ndim == 0 and entry.dtype == entries[0].dtype for entry in entries)
+    stacked = torch.stack(list(entries) if alike else [entry.double().reshape(()) for entry in entries])
+    return stacked.double().tolist()  # type: ignore[no-any-return]
 
 
 def _columns(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:

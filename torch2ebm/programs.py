@@ -46,12 +46,13 @@ class Program:
 
     Attributes:
         result: The structure of what the function returned, without its leaves.
+        is_compiled: Whether ``torch.compile`` has been asked to make it faster.
     """
 
     def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[int], sources: list[_Source], result: Any):
         self._graph_module, self._inputs, self._sources, self.result = graph_module, inputs, sources, result
         self._run: Callable[..., Sequence[Tensor]] = graph_module.forward
-        self._compiling = False
+        self.is_compiled = False
 
     def leaves(self, tensors: Sequence[Tensor]) -> list[Any]:
         """The leaves of the function's result for other tensors, given in the order they had when recording."""
@@ -64,9 +65,9 @@ class Program:
 
     def compile(self) -> None:
         """Hand the program to ``torch.compile``; where that fails, warn and go on with the recorded calls."""
-        if self._compiling:
+        if self.is_compiled:
             return
-        self._compiling = True
+        self.is_compiled = True
         compiled = torch.compile(self._graph_module, dynamic=False, fullgraph=True)
 
         def first(*inputs: Tensor) -> Sequence[Tensor]:
