@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from torch2ebm.errors import UnsynchronisedError
+from torch2ebm.errors import UnsynchronisedError, UnsynchronisedWarning
 
 
 class Replicas:
@@ -17,22 +18,39 @@ class Replicas:
 
     def __init__(self) -> None:
         self._wrapper: weakref.ref[DistributedDataParallel] | None = None
+        self._warned = False
 
     @property
     def wrapper(self) -> DistributedDataParallel | None:
         return None if self._wrapper is None else self._wrapper()
 
     def forward(self, name: str) -> None:
-        """A forward begins. Raises :class:`UnsynchronisedError` if it passes by a wrapper that was seen before."""
+        """A forward begins. Raises :class:`UnsynchronisedError` if it passes by a wrapper that was seen before.
+
+        Warns :class:`UnsynchronisedWarning`, once, if there are several processes and no wrapper was ever seen.
+        """
         active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
         if active is not None:
             self._wrapper = weakref.ref(active)
-        elif self.wrapper is not None and distributed.is_initialized():
+        elif not distributed.is_initialized():
+            return
+        elif self.wrapper is not None:
             raise UnsynchronisedError(
                 f"model(...), EnergyModel({name})",
                 "a forward with gradients outside the DistributedDataParallel that this model has run in",
                 "one through the wrapper, which synchronises the gradients of all processes",
                 "Call the wrapper; evaluate under torch.no_grad(); detach() the optimizer to train in one process.",
+            )
+
+        elif distributed.get_world_size() > 1 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"model(...), EnergyModel({name}): got a forward with gradients among {distributed.get_world_size()} "
+                "processes that nothing synchronises; expected one through a wrapper. Wrap the model in "
+                "torch.nn.parallel.DistributedDataParallel and call the wrapper; if you average .grad yourself, "
+                "filter this class out: warnings.filterwarnings('ignore', category=UnsynchronisedWarning).",
+                UnsynchronisedWarning,
+                stacklevel=5,  # where model(...) stands
             )
 
     def averaged(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -84,6 +84,10 @@ class UnsynchronisedError(ConfigurationError):
     """A forward that passes by the wrapper which synchronises this model's gradients among processes."""
 
 
+class UnsynchronisedWarning(UserWarning):
+    """A forward with gradients among several processes, and no wrapper that would synchronise them."""
+
+
 class CheckpointError(ConfigurationError):
     """A checkpoint of another model or of another algorithm."""
 
