@@ -15,8 +15,10 @@ from test_resume import same
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
 
 import torch2ebm
+from torch2ebm import demo
 from torch2ebm.errors import UnsynchronisedError, UnsynchronisedWarning
 
 EXACT = 1e-11  # of sums in another order, in double precision, after some steps
@@ -148,6 +150,13 @@ def bare(algorithm: str, rank: int, by_hand: bool) -> tuple[dict[str, Tensor], l
     ]
 
 
+def share() -> Tensor:
+    """What the demo gives one process of 192 images in two epochs, by number: [epoch, batch, image]."""
+    numbered = TensorDataset(torch.arange(192))
+    batches, epochs = demo.batches_and_epochs(numbered, range(2), seed=0)
+    return torch.stack([torch.stack([image for [image] in batches]) for _ in epochs])
+
+
 def worker(rank: int, folder: Path) -> None:
     warnings.simplefilter("error", UnsynchronisedWarning)  # none where a wrapper is called
     found: dict[str, Any] = {"passing by": passing_by(rank)}
@@ -157,6 +166,7 @@ def worker(rank: int, folder: Path) -> None:
         found[f"{algorithm} single precision"] = trained(algorithm, 20, torch.float32, rank=rank)
     for algorithm in HOOKED:
         found |= {f"{algorithm} {name}": gradients(algorithm, rank, hook) for name, (hook, _) in HOOKS.items()}
+    found["share"] = share()
     found["bare"], found["said"] = bare("PredictiveCoding", rank, by_hand=False)
     found["by hand"], found["said by hand"] = bare("PredictiveCoding", rank, by_hand=True)
     torch.save(found, folder / f"{rank}.pt")
@@ -256,6 +266,15 @@ def test_one_process_has_nothing_to_synchronise() -> None:
     finally:
         distributed.destroy_process_group()
     assert same(inside, trained("PredictiveCoding", 2, torch.float64))
+
+
+@needs_processes
+def test_the_demo_gives_every_process_its_share_of_every_batch(ranks: list[dict[str, Any]]) -> None:
+    whole = torch.cat([rank["share"] for rank in ranks], dim=2)
+    assert whole.shape == (2, 192 // demo.BATCH, demo.BATCH)
+    first, second = whole.flatten(1)
+    assert first.unique().tolist() == second.unique().tolist() == list(range(192))
+    assert not torch.equal(first, second)
 
 
 if __name__ == "__main__":
