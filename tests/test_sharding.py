@@ -49,8 +49,17 @@ class Collectives(TorchDispatchMode):
 class Sharded:
     """The net of test_distributed.py, sharded and then converted; rows of 3 and 4 on two processes."""
 
-    def __init__(self, mesh: DeviceMesh, algorithm: torch2ebm.Algorithm | None, nodes: Any = "auto", **policy: Any):
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        algorithm: torch2ebm.Algorithm | None,
+        nodes: Any = "auto",
+        frozen: str = "",
+        **policy: Any,
+    ):
         self.net = Tied().double()
+        if frozen:
+            self.net.get_parameter(frozen).requires_grad_(False)
         fully_shard(self.net.middle, mesh=mesh, **policy)
         fully_shard(self.net, mesh=mesh, **policy)
         self.model = torch2ebm.convert(self.net, nodes=nodes)
@@ -87,14 +96,17 @@ def exchanged(mesh: DeviceMesh, rank: int, algorithm: torch2ebm.Algorithm) -> di
     return dict(collectives.found)
 
 
-def frozen(mesh: DeviceMesh, rank: int) -> list[str]:
-    """Which parameters have a gradient where one was frozen after the first batch."""
-    learner = Sharded(mesh, torch2ebm.ZeroDivergence())
-    learner.backward(0, rank)
-    learner.optimizer.zero_grad()
-    learner.net.last.bias.requires_grad_(False)
-    learner.backward(1, rank)
-    return [name for name, p in learner.net.named_parameters() if p.grad is not None]
+def gradient_of_the_bias(mesh: DeviceMesh, rank: int) -> list[Any]:
+    """Frozen before the module was sharded, set free again, frozen again: each time after a batch."""
+    learner = Sharded(mesh, torch2ebm.ZeroDivergence(), frozen="last.bias")
+    found = []
+    for free in (False, True, False):
+        learner.net.last.bias.requires_grad_(free)
+        learner.optimizer.zero_grad()
+        learner.backward(0, rank)
+        gradient = learner.net.last.bias.grad
+        found.append(None if gradient is None else gradient.full_tensor())
+    return found
 
 
 def interrupted(mesh: DeviceMesh, rank: int) -> dict[str, Tensor]:
@@ -124,6 +136,9 @@ def refusals(mesh: DeviceMesh, rank: int) -> dict[str, str]:
     with pytest.raises(ShardingError) as cast:
         Sharded(mesh, None, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     found["cast"] = str(cast.value)
+    with pytest.raises(ShardingError) as compared:
+        torch2ebm.compare(Sharded(mesh, None).net, F.cross_entropy, batch(0, torch.float64), [torch2ebm.Backprop()])
+    found["compared"] = str(compared.value)
     net = Tied()
     model = torch2ebm.convert(net)
     torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, torch2ebm.ZeroDivergence())
@@ -156,7 +171,7 @@ def worker(rank: int, folder: Path) -> None:
     found["nodes"] = Sharded(mesh, ALGORITHMS["PredictiveCoding"], ["middle", "last"]).trained(rank)
     for name, steps in STEPS.items():
         found[name] = exchanged(mesh, rank, torch2ebm.PredictiveCoding(steps=steps, lr=0.1))
-    for checks in (frozen, interrupted, checkpointed, refusals, partly):
+    for checks in (gradient_of_the_bias, interrupted, checkpointed, refusals, partly):
         found[checks.__name__] = checks(mesh, rank)
     torch.save(found, folder / f"{rank}.pt")
 
@@ -212,7 +227,12 @@ def test_a_batch_takes_two_gathers_a_module_whatever_the_steps(ranks: list[dict[
 
 @needs_processes
 def test_freezing_a_shard_is_followed(ranks: list[dict[str, Any]]) -> None:
-    assert [rank["frozen"] for rank in ranks] == [["middle.weight", "middle.bias", "last.weight"]] * RANKS
+    net, (x, y) = Tied().double(), batch(0, torch.float64)
+    F.cross_entropy(net(x), y).backward()  # which ZeroDivergence equals
+    for rank in ranks:
+        before, free, after = rank["gradient_of_the_bias"]
+        assert before is None and after is None
+        torch.testing.assert_close(free, net.last.bias.grad, rtol=0, atol=1e-14)
 
 
 @needs_processes
@@ -225,6 +245,7 @@ def test_what_cannot_be_gathered_and_scattered_is_refused(ranks: list[dict[str, 
     for rank in ranks:
         said = rank["refusals"]
         assert all(w in said["cast"] for w in ("Tied), ", "'middle.weight'", "bfloat16", "MixedPrecisionPolicy"))
+        assert all(w in said["compared"] for w in ("compare(", "Tied)", "Compare before fully_shard"))
         assert all(w in said["late"] for w in ("new parameters", "fully_shard first, convert after"))
 
 

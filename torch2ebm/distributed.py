@@ -47,7 +47,8 @@ class Replicas:
             warnings.warn(
                 f"model(...), EnergyModel({name}): got a forward with gradients among {distributed.get_world_size()} "
                 "processes that nothing synchronises; expected one through a wrapper. Wrap the model in "
-                "torch.nn.parallel.DistributedDataParallel and call the wrapper; if you average .grad yourself, "
+                "torch.nn.parallel.DistributedDataParallel and call the wrapper, or fully_shard all of it before "
+                "torch2ebm.convert; if you average .grad yourself, "
                 "filter this class out: warnings.filterwarnings('ignore', category=UnsynchronisedWarning).",
                 UnsynchronisedWarning,
                 stacklevel=5,  # where model(...) stands

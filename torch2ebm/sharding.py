@@ -56,8 +56,6 @@ class Shards:
         with restored_by(self._release), self._hooks_out():
             for module in self.modules:
                 module.unshard()
-            for name, part in self.parts.items():
-                self._whole[name].requires_grad_(part.requires_grad)
             yield
 
     def _release(self) -> None:
