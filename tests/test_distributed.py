@@ -1,5 +1,6 @@
 """Two processes with half a batch each are one process with the whole. Run as a script, this file is one of the two."""
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -275,6 +276,23 @@ def test_the_demo_gives_every_process_its_share_of_every_batch(ranks: list[dict[
     first, second = whole.flatten(1)
     assert first.unique().tolist() == second.unique().tolist() == list(range(192))
     assert not torch.equal(first, second)
+
+
+def test_the_table_of_the_page_is_its_formula() -> None:
+    """Rings of N processes: 2 (N - 1) messages of an Nth each, for a ResNet-18 at the page's assumed rates."""
+    text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    rows = [
+        re.findall(r"[\d.]+", line.replace(",", "")) for line in text.splitlines() if re.match(r"\| [\d,]+ \|", line)
+    ]
+    assert [int(row[0]) for row in rows] == [2, 8, 64, 256, 1000]
+    for row in rows:
+        processes, sent, messages, time, all_sent, all_time, sharded = map(float, row)
+        exact = 2 * 11.7e6 * 4 * (processes - 1) / processes
+        taken = exact / 12.5e9 + 5e-6 * messages
+        assert messages == 2 * (processes - 1)
+        assert [sent, sharded] == pytest.approx([exact / 1e6, 1.5 * exact / 1e6], abs=0.05)
+        assert [all_sent, all_time] == pytest.approx([20 * exact / 1e6, 20 * taken * 1e3], abs=0.5)
+        assert time == pytest.approx(taken * 1e3, abs=0.05)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from torch2ebm.algorithms import Algorithm, FixedPrediction, PredictiveCoding, ZeroDivergence
 from torch2ebm.compare import GradientComparison, compare
+from torch2ebm.distributed import process_count
 from torch2ebm.extras import require
 from torch2ebm.model import convert
 from torch2ebm.optimizer import EnergyOptimizer
@@ -153,7 +154,7 @@ def train_by(
     """A copy of ``initial``, trained by ``algorithm``, or by backpropagation without one."""
     net = copy.deepcopy(initial)
     model: nn.Module = net if algorithm is None else convert(net)
-    if distributed.is_initialized():
+    if process_count() > 1:
         model = DistributedDataParallel(model)
     optimizer: Optimizer = Adam(net.parameters(), lr=2e-3)
     if algorithm is not None:
@@ -167,11 +168,11 @@ def train_by(
 
 def batches_and_epochs(data: TensorDataset, epochs: Iterable[int], seed: int) -> tuple[DataLoader[Any], Iterable[int]]:
     """Batches of BATCH images in an order of the seed, among several processes each its share of every batch."""
-    if not distributed.is_initialized():
+    if process_count() == 1:
         order = torch.Generator().manual_seed(seed)
         return DataLoader(data, batch_size=BATCH, shuffle=True, generator=order), epochs
     share: DistributedSampler[Any] = DistributedSampler(data, seed=seed)
-    size = max(1, BATCH // distributed.get_world_size())
+    size = max(1, BATCH // process_count())
     return DataLoader(data, batch_size=size, sampler=share), reshuffled(share, epochs)
 
 

@@ -13,6 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch2ebm.errors import UnsynchronisedError, UnsynchronisedWarning
 
 
+def process_count() -> int:
+    """How many processes can exchange messages; 1 without a process group."""
+    return distributed.get_world_size() if _initialised() else 1
+
+
+def _initialised() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
 class Replicas:
     """The wrapper that synchronises a model's gradients, known from the first forward that comes through it."""
 
@@ -32,27 +41,11 @@ class Replicas:
         active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
         if active is not None:
             self._wrapper = weakref.ref(active)
-        elif not distributed.is_initialized():
-            return
-        elif self.wrapper is not None:
-            raise UnsynchronisedError(
-                f"model(...), EnergyModel({name})",
-                "a forward with gradients outside the DistributedDataParallel that this model has run in",
-                "one through the wrapper, which synchronises the gradients of all processes",
-                "Call the wrapper; evaluate under torch.no_grad(); detach() the optimizer to train in one process.",
-            )
-
-        elif distributed.get_world_size() > 1 and not self._warned:
+        elif self.wrapper is not None and _initialised():
+            raise _passed_by(name)
+        elif process_count() > 1 and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"model(...), EnergyModel({name}): got a forward with gradients among {distributed.get_world_size()} "
-                "processes that nothing synchronises; expected one through a wrapper. Wrap the model in "
-                "torch.nn.parallel.DistributedDataParallel and call the wrapper, or fully_shard all of it before "
-                "torch2ebm.convert; if you average .grad yourself, "
-                "filter this class out: warnings.filterwarnings('ignore', category=UnsynchronisedWarning).",
-                UnsynchronisedWarning,
-                stacklevel=5,  # where model(...) stands
-            )
+            warnings.warn(_nothing_synchronises(name), stacklevel=5)  # where model(...) stands
 
     def averaged(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The mean over processes, as the wrapper makes it of ``.grad``: one message a type and device."""
@@ -70,3 +63,21 @@ class Replicas:
             parts = torch.split(message, [gradients[name].numel() for name in names])
             found.update((n, part.view_as(gradients[n])) for n, part in zip(names, parts, strict=True))
         return found
+
+
+def _passed_by(name: str) -> UnsynchronisedError:
+    return UnsynchronisedError(
+        f"model(...), EnergyModel({name})",
+        "a forward with gradients outside the DistributedDataParallel that this model has run in",
+        "one through the wrapper, which synchronises the gradients of all processes",
+        "Call the wrapper; evaluate under torch.no_grad(); detach() the optimizer to train in one process.",
+    )
+
+
+def _nothing_synchronises(name: str) -> UnsynchronisedWarning:
+    return UnsynchronisedWarning(
+        f"model(...), EnergyModel({name}): got a forward with gradients among {process_count()} processes that nothing "
+        "synchronises; expected one through a wrapper. Wrap the model in torch.nn.parallel.DistributedDataParallel and "
+        "call the wrapper, or fully_shard all of it before torch2ebm.convert; if you average .grad yourself, filter "
+        "this class out: warnings.filterwarnings('ignore', category=UnsynchronisedWarning)."
+    )
