@@ -1,11 +1,13 @@
 """The command line: what it prints, what it writes, and that a mistake is one message and exit code 2."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import needs_processes
 
 from torch2ebm.cli import main
 
@@ -79,6 +81,51 @@ def test_demo_prints_accuracies_and_exact_gradients_and_writes_three_pictures(
     exact = [angle for (_, algorithm), angle in angles(printed).items() if algorithm == "ZeroDivergence"]
     assert exact == ["0.00"] * 9  # eight parameters, and all of them
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+FAILS_ON_RANK_1 = """
+import os, sys
+from torch2ebm import cli, demo
+
+def full(*arguments):
+    raise OSError("the disk is full")
+
+if os.environ["RANK"] == "1":
+    demo.train = full
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
+    """Two processes; ``--standalone`` has them meet at a free port. The limit is below the demo's own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *argv]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+
+
+@needs_processes
+def test_demo_under_torchrun_trains_together_and_reports_once(folder: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    done = torchrun("-m", "torch2ebm", "demo", "--epochs", "1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [line.split() for line in done.stdout.splitlines()]
+    accuracies = [float(row[1].rstrip("%")) for row in rows if len(row) == 2 and row[1].endswith("%")]
+    assert len(accuracies) == 3 and min(accuracies) > 30  # one epoch; by chance 10
+    assert done.stdout.count("Test accuracy") == done.stdout.count("Pictures: ") == 1
+    assert done.stderr.count("| 0/1 [") == 3  # one progress bar a training
+    assert pictures(folder / "demo_output") == ["angles.png", "energy.png", "errors.png"]
+
+
+@needs_processes
+def test_demo_under_torchrun_ends_where_one_process_fails(folder: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    (folder / "fails.py").write_text(FAILS_ON_RANK_1)
+    done = torchrun("fails.py", "demo", "--epochs", "1")
+    assert done.returncode != 0
+    assert "torch2ebm: the disk is full" in done.stderr
+    assert "Test accuracy" not in done.stdout and pictures(folder / "demo_output") == []
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch2ebm.freezing import BufferHistory, BufferSnapshot, hooks_suspended, t
 from torch2ebm.memory import exhausted_memory_named
 from torch2ebm.recorded_loss import make_loss
 from torch2ebm.recorder import Tape
+from torch2ebm.sharding import Shards
 from torch2ebm.state import Call, InferenceState, LocalGradients
 
 
@@ -97,9 +98,11 @@ class OpenCall:
         finite: Mapping[str, Tensor],
         forwards: OpenForwards,
         keep: Callable[[InferenceState], None],
+        shards: Shards,
     ) -> None:
         self.call: Call | None = call
-        self.algorithm, self.buffers, self.forwards, self.keep = algorithm, buffers, forwards, keep
+        self.algorithm, self.buffers, self.forwards = algorithm, buffers, forwards
+        self.keep, self.shards = keep, shards
         self.finite = {**call.parameters, **finite}
         self.history = BufferHistory(buffers)
         self.tape = Tape(len(call.graph.output_slots), call.device, forwards.undo)
@@ -155,7 +158,7 @@ class OpenCall:
 
     def _later(self, call: Call, gradients: Iterator[LocalGradients]) -> Iterator[LocalGradients]:
         while True:
-            with self._as_in_forward(call):
+            with self.shards.gathered(), self._as_in_forward(call):
                 found = next(gradients, None)
             if found is None:
                 return
@@ -242,8 +245,10 @@ class EnergyFunction(torch.autograd.Function):
                 "Use model.feedforward(x), or the module itself, for a higher-order term.",
             )
         with open_call.forwards.without_a_trace(), exhausted_memory_named("loss.backward()", open_call.algorithm):
-            gradients = open_call.gradients(delivered, _retains_graph())
-            of_parameters = [gradients.parameters.get(name) for name in open_call.parameters]
+            with open_call.shards.gathered():
+                gradients = open_call.gradients(delivered, _retains_graph())
+            synchronised = open_call.shards.scattered(gradients.parameters)
+            of_parameters = [synchronised.get(name) for name in open_call.parameters]
             return (None, *of_parameters, *gradients.inputs)
 
 

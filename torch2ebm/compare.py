@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torch2ebm.agreement import Agreement, agreement
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.errors import ConfigurationError, PartitionError
+from torch2ebm.errors import ConfigurationError, PartitionError, ShardingError
 from torch2ebm.model import EnergyModel, convert
 from torch2ebm.plots import plot_comparison
 from torch2ebm.references import untouched
@@ -99,6 +99,7 @@ def compare(
 
     Raises:
         ConfigurationError: for an empty list of algorithms or a batch of another form.
+        ShardingError: for a module that ``fully_shard`` has sharded.
 
     Example:
         >>> import torch, torch2ebm
@@ -111,6 +112,7 @@ def compare(
     """
     named = _named(algorithms)
     converted = model if isinstance(model, EnergyModel) else convert(model)
+    _check_whole(converted)
     args, kwargs, loss_of = _unpack(batch, loss_fn)
     trainable = {name: p for name, p in converted.named_parameters() if p.requires_grad}
     if not trainable:
@@ -147,6 +149,16 @@ def compare(
         {name: agreement(_joined(ours), _joined(reference)) for name, ours in found.items()},
         {name: {n: each(of(a.with_steps(n))) for n in counts} for name, a in named.items()} if counts else {},
     )
+
+
+def _check_whole(model: EnergyModel) -> None:
+    if model.shards.modules:
+        raise ShardingError(
+            f"torch2ebm.compare({type(model._original).__name__})",
+            "a module sharded by fully_shard, in which torch.autograd.grad finds no gradients",
+            "a module with whole parameters",
+            "Compare before fully_shard, or on a copy that is not sharded.",
+        )
 
 
 def _joined(gradients: Gradients) -> Tensor:

@@ -6,20 +6,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Optimizer
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from torch2ebm.algorithms import Algorithm, FixedPrediction, PredictiveCoding, ZeroDivergence
 from torch2ebm.compare import GradientComparison, compare
+from torch2ebm.distributed import process_count
 from torch2ebm.extras import require
 from torch2ebm.model import convert
 from torch2ebm.optimizer import EnergyOptimizer
@@ -67,13 +71,22 @@ class Digits:
 
 
 def run(epochs: int, output: str, seed: int) -> None:
-    """Train, compare the gradients, print what came out, and write three pictures to the folder ``output``."""
+    """Train, compare the gradients, print what came out, and write three pictures to the folder ``output``.
+
+    Under ``torchrun`` the processes train together, each on its part of every batch, and the first one reports.
+    """
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    if first_process():
+        folder.mkdir(parents=True, exist_ok=True)
     require("matplotlib", "plot")  # not after a minute of training
     digits, net = load_digits(seed), initial_net(seed)
-    with one_thread():
+    with one_thread(), processes():
         trained = {name: train_by(rule, net, digits, name, epochs, seed) for name, rule in algorithms().items()}
+    if first_process():
+        report(epochs, folder, net, trained, digits)
+
+
+def report(epochs: int, folder: Path, net: nn.Module, trained: Mapping[str, nn.Module], digits: Digits) -> None:
     rows = [[name, f"{100 * accuracy(model, digits):.2f}%"] for name, model in trained.items()]
     print(f"\nTest accuracy after {epochs} epochs, from the same initial weights\n")
     print(aligned(["training", "accuracy"], rows))
@@ -82,6 +95,23 @@ def run(epochs: int, output: str, seed: int) -> None:
     print(comparison.table())
     write_pictures(folder, comparison, relaxation_of(net, digits), relaxation_of(trained["PredictiveCoding"], digits))
     print(f"\nPictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+
+
+def first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Inside, the processes that ``torchrun`` started can exchange messages; without it, or alone, nothing changes."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
+        yield
+        return
+    distributed.init_process_group("gloo", timeout=timedelta(minutes=2))  # for one that hangs; torchrun sees one end
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 @contextmanager
@@ -123,16 +153,33 @@ def train_by(
 ) -> nn.Module:
     """A copy of ``initial``, trained by ``algorithm``, or by backpropagation without one."""
     net = copy.deepcopy(initial)
-    model: nn.Module = net
+    model: nn.Module = net if algorithm is None else convert(net)
+    if process_count() > 1:
+        model = DistributedDataParallel(model)
     optimizer: Optimizer = Adam(net.parameters(), lr=2e-3)
     if algorithm is not None:
-        model = converted = convert(net)
-        optimizer = EnergyOptimizer(optimizer, converted, algorithm)
-    order = torch.Generator().manual_seed(seed)
-    batches = DataLoader(digits.train, batch_size=BATCH, shuffle=True, generator=order)
-    progress = require("tqdm", "tutorials").tqdm(range(epochs), desc=f"{name:16}", unit="epoch")
-    train(model, optimizer, batches, progress)
+        optimizer = EnergyOptimizer(optimizer, model, algorithm)
+    progress = require("tqdm", "tutorials").tqdm(
+        range(epochs), desc=f"{name:16}", unit="epoch", disable=not first_process()
+    )
+    train(model, optimizer, *batches_and_epochs(digits.train, progress, seed))
     return net
+
+
+def batches_and_epochs(data: TensorDataset, epochs: Iterable[int], seed: int) -> tuple[DataLoader[Any], Iterable[int]]:
+    """Batches of BATCH images in an order of the seed, among several processes each its share of every batch."""
+    if process_count() == 1:
+        order = torch.Generator().manual_seed(seed)
+        return DataLoader(data, batch_size=BATCH, shuffle=True, generator=order), epochs
+    share: DistributedSampler[Any] = DistributedSampler(data, seed=seed)
+    size = max(1, BATCH // process_count())
+    return DataLoader(data, batch_size=size, sampler=share), reshuffled(share, epochs)
+
+
+def reshuffled(share: DistributedSampler[Any], epochs: Iterable[int]) -> Iterator[int]:
+    for epoch in epochs:
+        share.set_epoch(epoch)
+        yield epoch
 
 
 def accuracy(model: nn.Module, digits: Digits) -> float:

@@ -84,6 +84,14 @@ class UnsynchronisedError(ConfigurationError):
     """A forward that passes by the wrapper which synchronises this model's gradients among processes."""
 
 
+class ShardingError(UnsupportedError):
+    """A sharded module whose parameters cannot be gathered, or their gradients scattered, as they would have to be."""
+
+
+class UnsynchronisedWarning(UserWarning):
+    """A forward with gradients among several processes, and no wrapper that would synchronise them."""
+
+
 class CheckpointError(ConfigurationError):
     """A checkpoint of another model or of another algorithm."""
 

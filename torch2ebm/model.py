@@ -29,6 +29,7 @@ from torch2ebm.graph import EnergyGraph, Node
 from torch2ebm.memory import exhausted_memory_named
 from torch2ebm.partition import Granularity, named_leaves
 from torch2ebm.recorder import start
+from torch2ebm.sharding import Shards
 from torch2ebm.signature import assumed_signature, flatten_arguments
 from torch2ebm.state import Call, InferenceState
 from torch2ebm.structure import fill, map_leaves
@@ -91,7 +92,7 @@ class EnergyModel(nn.Module):
         leaves = named_leaves(module, nodes)
         self._granularity: Granularity = nodes if isinstance(nodes, str) else tuple(nodes)
         if example_inputs is None and not takes_any_arguments(module):
-            with CAPTURING:
+            with CAPTURING, self.shards.gathered():
                 trace(module, assumed_signature(module), leaves, all_called=nodes != "children")
         elif example_inputs is not None:
             args, kwargs = as_arguments(example_inputs)
@@ -105,8 +106,10 @@ class EnergyModel(nn.Module):
         module.training = training
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = module.__dict__[registry]
-        self._fingerprint = Fingerprint.of(module)
-        self._own = dict(module.named_parameters())
+        self.shards = Shards(module)
+        with self.shards.gathered():
+            self._fingerprint = Fingerprint.of(module)
+            self._own = dict(module.named_parameters())
         self._finite_buffers = tuple(
             name
             for name, buffer in module.named_buffers()
@@ -130,12 +133,17 @@ class EnergyModel(nn.Module):
             if self._latest is None:
                 self._graph_for(args, kwargs)
             return self._original(*args, **kwargs)
-        self.replicas.forward(type(self._original).__name__)
+        if not self.shards.covers(self._own):
+            self.replicas.forward(type(self._original).__name__)
         return self.run(self._algorithm, args, kwargs, self._keep, self.forwards)
 
     def _output_alone(self, algorithm: Algorithm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The output that the algorithm defines, where no backward will follow."""
-        with torch.inference_mode(False), torch.no_grad():  # a relaxation differentiates, which inference mode forbids
+        with (
+            self.shards.gathered(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # a relaxation differentiates, which inference mode forbids
             args, kwargs = map_leaves(_ordinary, (args, dict(kwargs)))
             tensors, graph, swapped = self._tensors_and_graph(args, kwargs, algorithm)
             check_inputs(tensors)
@@ -157,14 +165,25 @@ class EnergyModel(nn.Module):
         forwards: OpenForwards | None = None,
     ) -> Any:
         """The output whose backward is that of ``algorithm``, attached or not; ``keep`` gets the resulting state."""
+        with self.shards.gathered():
+            return self._run(algorithm, args, kwargs, keep, forwards or OpenForwards())
+
+    def _run(
+        self,
+        algorithm: Algorithm,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        keep: Callable[[InferenceState], None],
+        forwards: OpenForwards,
+    ) -> Any:
         tensors, graph, swapped = self._tensors_and_graph(args, kwargs, algorithm)
         check_inputs(tensors)
         changed = self._present(graph.changing_buffers)
         call = Call(graph, tensors, swapped)
-        open_call = OpenCall(call, algorithm, changed, self._standing_buffers(), forwards or OpenForwards(), keep)
+        open_call = OpenCall(call, algorithm, changed, self._standing_buffers(), forwards, keep, self.shards)
         with open_call.withdrawn_on_error(), exhausted_memory_named("model(...)", algorithm):
             outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
-                open_call, *open_call.parameters.values(), *tensors
+                open_call, *self.shards.in_place_of(open_call.parameters), *tensors
             )
             recorded = dict(zip(graph.output_slots, start(open_call.tape, outputs), strict=True))
             leaves = graph.output(recorded, call.environment)
@@ -181,6 +200,14 @@ class EnergyModel(nn.Module):
 
     def _keep(self, state: InferenceState) -> None:
         self._state = state
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """By name, as an optimizer has them: shards, where ``fully_shard`` made some."""
+        return {**dict(self.named_parameters()), **self.shards.parts}
+
+    def synchronised(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The mean over processes of gradients that no wrapper has seen."""
+        return self.shards.scattered(gradients) if self.shards.parts else self.replicas.averaged(gradients)
 
     # what they look at
 
@@ -260,7 +287,8 @@ class EnergyModel(nn.Module):
     # capture
 
     def _graph_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> EnergyGraph:
-        return self._tensors_and_graph(args, kwargs, self._algorithm)[1]
+        with self.shards.gathered():
+            return self._tensors_and_graph(args, kwargs, self._algorithm)[1]
 
     def _tensors_and_graph(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], algorithm: Algorithm | None
@@ -304,7 +332,8 @@ class EnergyModel(nn.Module):
                 f"EnergyModel({type(self._original).__name__})",
                 changes(before, fingerprint),
                 "the layers and parameters that torch2ebm.convert saw",
-                "Convert the changed module again; change parameters in place (copy_, data) to keep the model.",
+                "Convert the changed module again (fully_shard first, convert after); change parameters in place "
+                "(copy_, data) to keep the model.",
             )
         names = {id(parameter): name for name, parameter in self._own.items()}
         return {names[id(old)]: new for old, new in pairs if old is not None and new is not None and new is not old}

@@ -123,14 +123,14 @@ class EnergyOptimizer(Optimizer):
         """The steps that follow the first where weights move with the values; ``.grad`` is left as the first saw it."""
         if not self.model.forwards.later:
             return
-        own = dict(self.model.named_parameters())
+        own = self.model.trained_parameters()
         everything = [p for group in self.param_groups for p in group["params"]]
         first = [(parameter, parameter.grad) for parameter in {*everything, *own.values()}]
         try:
             for gradients in self.model.forwards.later_gradients():
                 for parameter, _ in first:
                     parameter.grad = None  # what is no part of the model has had its step
-                for name, gradient in self.model.replicas.averaged(gradients).items():
+                for name, gradient in self.model.synchronised(gradients).items():
                     own[name].grad = gradient
                 self.optimizer.step()
         finally:
@@ -203,7 +203,7 @@ class EnergyOptimizer(Optimizer):
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != _OWN_KEY})
 
     def _identity(self) -> dict[str, Any]:
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        names = {id(parameter): name for name, parameter in self.model.trained_parameters().items()}
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         return {
             "algorithm": type(self.algorithm).__name__,
