@@ -14,22 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
 # what such an operation returns is all drawn: of its tensor arguments it uses shape, type and device alone
-_FILLS_IN_PLACE = frozenset(
-    overload
-    for packet in (_aten.bernoulli_, _aten.uniform_, _aten.normal_, _aten.exponential_, _aten.random_)
-    for overload in (getattr(packet, name) for name in packet.overloads())
-)
+_FILLS_IN_PLACE = frozenset(["bernoulli_", "uniform_", "normal_", "exponential_", "random_"])
+_LIKE = frozenset(["rand_like", "randn_like", "randint_like", "bernoulli"])
 
 
 class UnknownDrawError(Exception):
     """An operation draws random numbers in a way that cannot be repeated from tensors."""
 
 
-class Draws(TorchDispatchMode):
+class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Appends what is drawn inside to ``kept``, a tensor for each draw."""
 
     def __init__(self, kept: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -37,15 +34,15 @@ class Draws(TorchDispatchMode):
         if is_draw(func):
             drawn = result[1] if func is _aten.native_dropout.default else result  # its mask
             if isinstance(drawn, Tensor):
-                self.kept.append(drawn.detach().clone() if func in _FILLS_IN_PLACE else drawn.detach())
+                self.kept.append(drawn.detach().clone() if _name(func) in _FILLS_IN_PLACE else drawn.detach())
         return result
 
 
-class Repeated(TorchDispatchMode):
+class Repeated(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hands out the draws of before, in order. Raises :class:`UnknownDrawError`."""
 
     def __init__(self, kept: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._kept: Iterator[Tensor] = iter(kept)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -54,21 +51,18 @@ class Repeated(TorchDispatchMode):
         drawn = next(self._kept, None)
         if drawn is None:
             raise UnknownDrawError(f"{func} draws what it did not draw in the feed-forward pass")
-        if func in _FILLS_IN_PLACE:
+        if _name(func) in _FILLS_IN_PLACE:
             return args[0].copy_(drawn)
         if func is _aten.native_dropout.default:
             value, probability = args[0], args[1]
             return value * drawn * (1 / (1 - probability)), drawn
-        if any(isinstance(argument, Tensor) for argument in args[:1]) and func not in _LIKE:
+        if any(isinstance(argument, Tensor) for argument in args[:1]) and _name(func) not in _LIKE:
             raise UnknownDrawError(f"{func} mixes its input with what it draws")
         return drawn
 
 
-_LIKE = frozenset(
-    overload
-    for packet in (_aten.rand_like, _aten.randn_like, _aten.randint_like, _aten.bernoulli)
-    for overload in (getattr(packet, name) for name in packet.overloads())
-)
+def _name(function: Any) -> str:
+    return str(function.overloadpacket.__name__)
 
 
 def is_draw(function: Any) -> bool:

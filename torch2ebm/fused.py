@@ -17,11 +17,11 @@ from torch import Tensor
 from torch2ebm.graph import EnergyGraph
 from torch2ebm.inference import Inference
 from torch2ebm.programs import NotRecordableError, Program, alias_pattern, not_compiled, record
-from torch2ebm.state import LocalGradients
+from torch2ebm.state import Call, LocalGradients
 from torch2ebm.structure import fill, leaves_of, map_leaves, signature, template_of
 
 KINDS = 8  # of batches (shapes, losses, modes) that programs are kept for, a graph
-Family = dict[Hashable, "Recorded"]  # by what moves and what is done to it
+Family = dict[Hashable, Any]  # what was recorded for one kind of batch
 
 
 class Programs:
@@ -34,9 +34,16 @@ class Programs:
     def family(self, graph: EnergyGraph, key: Hashable) -> Family | None:
         """Those for one kind of batch; None where there are too many kinds."""
         families = self._families.setdefault(graph, {})
-        if key not in families:
+        try:
+            known = key in families
+        except TypeError as error:  # something in it has no hash
+            self.warn(f"a setting cannot be compared: {error}")
+            return None
+        if not known:
             if len(families) >= KINDS:
-                self.warn(f"this is the batch shape, loss or mode number {KINDS + 1} of the model; give batches one shape")
+                self.warn(
+                    f"this is the batch shape, loss or mode number {KINDS + 1} of the model; give batches one shape"
+                )
                 return None
             families[key] = {}
         return families[key]
@@ -186,7 +193,10 @@ def _family(programs: Programs, solver: Any, inference: Inference) -> tuple[Fami
         return None, []
     precisions = [leaf for leaf in leaves_of(inference.energies) if isinstance(leaf, Tensor)]
     fixed = [*inference.call.held(), *precisions, *on_loss[1]]
-    device = inference.call.device.type
-    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    key = (solver, signature(fixed), on_loss[0], signature(inference.energies), autocast)
+    key = (solver, signature(fixed), on_loss[0], signature(inference.energies), autocast_of(inference.call))
     return programs.family(inference.graph, key), fixed
+
+
+def autocast_of(call: Call) -> Hashable:
+    device = call.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)

@@ -275,7 +275,8 @@ def _on_host(entries: Sequence[Tensor]) -> list[float]:
         return []
     alike = all(entry.ndim == 0 and entry.dtype == entries[0].dtype for entry in entries)
     stacked = torch.stack(list(entries) if alike else [entry.double().reshape(()) for entry in entries])
-    return stacked.double().tolist()  # type: ignore[no-any-return]
+    numbers: list[float] = stacked.double().tolist()
+    return numbers
 
 
 def _columns(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from torch2ebm.draws import UnknownDrawError, is_draw
 from torch2ebm.errors import CompilationWarning, NodeEvaluationError
+from torch2ebm.freezing import RandomState
 from torch2ebm.structure import fill, leaves_of, template_of
 
 _aten = torch.ops.aten
@@ -46,11 +47,13 @@ class Program:
 
     Attributes:
         result: The structure of what the function returned, without its leaves.
+        size: How many leaves that has.
         is_compiled: Whether ``torch.compile`` has been asked to make it faster.
     """
 
     def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[int], sources: list[_Source], result: Any):
         self._graph_module, self._inputs, self._sources, self.result = graph_module, inputs, sources, result
+        self.size = sum(1 for _ in leaves_of(result))
         self._run: Callable[..., Sequence[Tensor]] = graph_module.forward
         self.is_compiled = False
 
@@ -68,20 +71,23 @@ class Program:
         if self.is_compiled:
             return
         self.is_compiled = True
-        compiled = torch.compile(self._graph_module, dynamic=False, fullgraph=True)
+        # eager's own generators, so that a program draws what it would have drawn
+        compiled = torch.compile(self._graph_module, dynamic=False, fullgraph=True, options={"fallback_random": True})
 
         def first(*inputs: Tensor) -> Sequence[Tensor]:
             self._run = self._graph_module.forward
-            copies = [each.clone() for each in inputs]  # a compiler that fails half-way leaves the inputs alone
+            device = next((each.device for each in inputs), torch.device("cpu"))
             try:
-                with warnings.catch_warnings():
+                # a trial on copies: a compiler that fails half-way leaves inputs and generators alone
+                with RandomState(device).replayed(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of the compiler about itself
-                    compiled(*copies)
+                    compiled(*[each.clone() for each in inputs])
             except Exception as error:  # whatever a compiler may raise
                 warnings.warn(not_compiled(f"torch.compile failed: {first_line(error)}"), stacklevel=2)
             else:
                 self._run = compiled
-            return self._run(*inputs)
+            outputs: Sequence[Tensor] = self._run(*inputs)
+            return outputs
 
         self._run = first
 
@@ -100,10 +106,74 @@ def record(function: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Prog
     Raises :class:`NotRecordableError` where the result would depend on a tensor that is not among ``tensors``, on a
     number taken out of one, or on fresh random numbers.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx  # it loads sympy
-
     positions = _first_positions(tensors)
     named = [tensors[i] for i in positions]
+    graph_module, result = _traced(function, named)
+    if any(node.op == "call_function" and is_draw(node.target) for node in graph_module.graph.nodes):
+        raise NotRecordableError("it draws fresh random numbers")
+    used = _keep_used_inputs(graph_module)
+    sources = _sources(result, {id(tensor): i for tensor, i in zip(named, positions, strict=True)})
+    return Program(graph_module, [positions[i] for i in used], sources, template_of(result)), result
+
+
+def record_in_two(
+    function: Callable[[], tuple[Any, Any]], early: Sequence[Tensor], late: Sequence[Tensor]
+) -> tuple[Program, Program, Any]:
+    """Two programs for a function whose first result needs the ``early`` tensors alone, and may draw random numbers.
+
+    The first program gives the leaves of the first result, and then what the second needs beside the tensors. That is
+    called with the early tensors, these, and the late ones. Returns the first result too: the second is of the late
+    tensors as they stood in while recording.
+    """
+    positions = _first_positions(early)
+    named = [early[i] for i in positions]
+    graph_module, (first, second) = _traced(function, [*named, *late])
+    inputs = {id(tensor): i for tensor, i in zip(named, positions, strict=True)}
+    of_first = _sources(first, inputs)
+    count = sum(source.output >= 0 for source in of_first)
+    before, after, saved = _split(graph_module, len(named), count)
+    of_first += [_Source(output=count + i) for i in range(saved)]
+    inputs |= {id(tensor): len(early) + saved + i for i, tensor in enumerate(late)}
+    places = [*positions, *range(len(early), len(early) + saved + len(late))]
+    return (
+        Program(before, [positions[i] for i in _keep_used_inputs(before)], of_first, template_of(first)),
+        Program(after, [places[i] for i in _keep_used_inputs(after)], _sources(second, inputs), template_of(second)),
+        first,
+    )
+
+
+def _split(module: fx.GraphModule, early: int, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule, int]:
+    """What does not depend on the inputs from number ``early`` on, what does, and how many values go between them."""
+    nodes = list(module.graph.nodes)
+    late = set(module.graph.find_nodes(op="placeholder")[early:])
+    for node in nodes[:-1]:  # the last one is the output
+        if not late.isdisjoint(node.all_input_nodes):
+            late.add(node)
+    (returned,) = nodes[-1].args
+    first, second = returned[:outputs], returned[outputs:]
+    if not late.isdisjoint(first):
+        raise NotRecordableError("its first result depends on what comes late")
+    read = {each for node in late for each in node.all_input_nodes} | set(second)
+    saved = [node for node in nodes if node in read and node not in late and node.op != "placeholder"]
+    before, after = fx.Graph(), fx.Graph()
+    copies: tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]] = ({}, {})
+    for node in nodes[:-1]:
+        if node not in late:
+            copies[0][node] = before.node_copy(node, copies[0].__getitem__)
+    before.output([copies[0][node] for node in (*first, *saved)])
+    placeholders = module.graph.find_nodes(op="placeholder")
+    for node in (*placeholders[:early], *saved, *placeholders[early:]):
+        copies[1][node] = after.placeholder(node.name)
+    for node in nodes[:-1]:
+        if node in late and node.op != "placeholder":
+            copies[1][node] = after.node_copy(node, copies[1].__getitem__)
+    after.output([copies[1][node] for node in second])
+    return fx.GraphModule(module, before), fx.GraphModule(module, after), len(saved)
+
+
+def _traced(function: Callable[[], Any], named: Sequence[Tensor]) -> tuple[fx.GraphModule, Any]:
+    from torch.fx.experimental.proxy_tensor import make_fx  # it loads sympy
+
     found: list[Any] = []
 
     def traced(*inputs: Tensor) -> list[Tensor]:
@@ -118,10 +188,7 @@ def record(function: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Prog
         raise NotRecordableError(first_line(error)) from error
     _check(graph_module)
     _simplify(graph_module)
-    used = _keep_used_inputs(graph_module)
-    sources = _sources(found[0], {id(tensor): i for tensor, i in zip(named, positions, strict=True)})
-    program = Program(graph_module, [positions[i] for i in used], sources, template_of(found[0]))
-    return program, found[0]
+    return graph_module, found[0]
 
 
 def _first_positions(tensors: Sequence[Tensor]) -> list[int]:
@@ -150,12 +217,12 @@ def _sources(result: Any, inputs: Mapping[int, int]) -> list[_Source]:
 
 def _check(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
-        if node.op == "call_function" and is_draw(node.target):
-            raise NotRecordableError(f"{node.target} draws fresh random numbers")
         if node.op == "get_attr" and any(user.target not in _LIFTS for user in node.users):
             tensor = getattr(graph_module, node.target, None)
             shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
-            raise NotRecordableError(f"a tensor of shape {shape} comes from outside of the model, its input and the loss")
+            raise NotRecordableError(
+                f"a tensor of shape {shape} comes from outside of the model, its input and the loss"
+            )
 
 
 def _simplify(graph_module: fx.GraphModule) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2ebm.energies import Energy, gaussian_energy
 from torch2ebm.draws import Draws, Repeated
+from torch2ebm.energies import Energy, gaussian_energy
 from torch2ebm.errors import BatchDimensionError, NoStateError
 from torch2ebm.freezing import RandomState, Statistics, frozen_statistics, recording_statistics
 from torch2ebm.graph import EnergyGraph, Node
@@ -83,6 +83,7 @@ class Call:
         self.passes: dict[str, NodePass] = {}
         self.environment: dict[str, Any] = {}
         self.clamped_leaves: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (as computed from inputs, leaf)
+        self.recorded: Any = None  # of an algorithm that runs recorded programs: what its forward left for its backward
         self.equilibrium: Any = None  # of an algorithm that defines the output: what its forward relaxed to
         self._random: dict[str, RandomState] = {}
         self._draws: dict[str, list[Tensor]] = {}

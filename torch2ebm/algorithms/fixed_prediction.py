@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm, check_choice, check_reduction
+from torch2ebm.fused import Programs
 from torch2ebm.inference import GradientSum
+from torch2ebm.recorded_sweep import RecordedSweep, Swept
 from torch2ebm.solvers.base import check_positive, check_steps
 from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss, Relaxation, at_least_single
 
@@ -29,6 +31,7 @@ class FixedPrediction(Algorithm):
         method: ``"closed_form"``: one reverse sweep with one vector a path length (one in all on a chain);
             ``"sweep"``: the literal iteration.
         loss_reduction: In which units ``state.error`` is given; the gradients are the same.
+        compile: Record the feed-forward pass and the sweep once, as two programs, and hand them to ``torch.compile``.
 
     Raises:
         ConfigurationError: for an illegal step size, number of steps, method or reduction.
@@ -42,36 +45,52 @@ class FixedPrediction(Algorithm):
     reevaluates_loss = False
 
     def __init__(
-        self, steps: int = 20, lr: float = 0.1, *, method: str = "closed_form", loss_reduction: str = "mean"
+        self,
+        steps: int = 20,
+        lr: float = 0.1,
+        *,
+        method: str = "closed_form",
+        loss_reduction: str = "mean",
+        compile: bool = False,
     ) -> None:
         check_steps("FixedPrediction", steps)
         check_positive("FixedPrediction", lr=lr)
         check_choice("FixedPrediction", "method", method, METHODS)
         check_reduction("FixedPrediction", loss_reduction)
         self.steps, self.lr, self.method, self.loss_reduction = steps, lr, method, loss_reduction
+        self.compile = compile
+        sweep = self._sweep if method == "sweep" else self._closed_form
+        self._recorded = RecordedSweep(Programs() if compile else None, sweep)
 
     def __repr__(self) -> str:
         return (
             f"FixedPrediction(steps={self.steps}, lr={self.lr}, method={self.method!r}, "
-            f"loss_reduction={self.loss_reduction!r})"
+            f"loss_reduction={self.loss_reduction!r}{', compile=True' if self.compile else ''})"
         )
 
     def forward(self, call: Call) -> None:
-        call.feedforward(keep_graph=True)
+        self._recorded.forward(call)
 
     def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        if self.method == "sweep":
-            return self._sweep(call, loss)
-        return self._closed_form(call, loss, retain_graph)
+        swept = self._recorded.backward(call, loss.delivered, retain_graph)
+        unreached = tuple(n.name for n in call.graph.hidden_nodes if not any(s in swept.deltas for s in n.slots))
+        relaxation = Relaxation(steps=self.steps, residual=math.nan)  # in closed form no step shows a residual
+        unit, phases = -loss.unit, (relaxation,)
+        state = InferenceState(
+            call.graph, call.batch_size, call.values, swept.deltas, unit, relaxation, unreached, phases=phases
+        )
+        return LocalGradients(swept.gradients.parameters, call.input_gradients(swept.gradients.clamped), state)
 
     def with_steps(self, steps: int) -> FixedPrediction:
-        return FixedPrediction(steps, self.lr, method=self.method, loss_reduction=self.loss_reduction or "mean")
+        return FixedPrediction(
+            steps, self.lr, method=self.method, loss_reduction=self.loss_reduction or "mean", compile=self.compile
+        )
 
-    def _closed_form(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+    def _closed_form(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
         arrived = arrivals(self.steps, self.lr, call.graph.depth)
         gradients = GradientSum()
         # by slot and path length k: arrived[k] times the share of paths of k edges in backprop's delta
-        shares: dict[str, dict[int, Tensor]] = {slot: {0: delta} for slot, delta in loss.delivered.items()}
+        shares: dict[str, dict[int, Tensor]] = {slot: {0: delta} for slot, delta in delivered.items()}
         for node in reversed(tuple(call.graph.nodes.values())):
             evaluated = call.passes[node.name] if retain_graph else call.passes.pop(node.name)
             own = [shares.get(slot, {}) for slot in node.slots]
@@ -91,7 +110,7 @@ class FixedPrediction(Algorithm):
                 messages = gradients.add(call, evaluated, last, evaluated.inputs, retain_graph)
             self._pass_on(node.reads, messages, lengths[-1], arrived, shares)
         deltas = {slot: total for slot, share in shares.items() if (total := _total(share)) is not None}
-        return self._result(call, loss, gradients, deltas)
+        return Swept(gradients, deltas)
 
     def _pass_on(
         self,
@@ -113,8 +132,8 @@ class FixedPrediction(Algorithm):
             share = shares.setdefault(slot, {})
             share[length + 1] = share[length + 1] + message if length + 1 in share else message
 
-    def _sweep(self, call: Call, loss: OutputLoss) -> LocalGradients:
-        deltas = {slot: at_least_single(delta) for slot, delta in loss.delivered.items()}
+    def _sweep(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
+        deltas = {slot: at_least_single(delta) for slot, delta in delivered.items()}
         for _ in range(self.steps):
             messages: dict[str, Tensor] = {}
             for node in reversed(tuple(call.graph.nodes.values())):
@@ -136,17 +155,7 @@ class FixedPrediction(Algorithm):
         gradients = GradientSum()
         for node in reversed(tuple(call.graph.nodes.values())):
             gradients.add(call, call.passes[node.name], [deltas.get(slot) for slot in node.slots], retain_graph=True)
-        return self._result(call, loss, gradients, deltas)
-
-    def _result(
-        self, call: Call, loss: OutputLoss, gradients: GradientSum, deltas: dict[str, Tensor]
-    ) -> LocalGradients:
-        unreached = tuple(node.name for node in call.graph.hidden_nodes if not any(s in deltas for s in node.slots))
-        relaxation = Relaxation(steps=self.steps, residual=math.nan)  # in closed form no step shows a residual
-        state = InferenceState(
-            call.graph, call.batch_size, call.values, deltas, -loss.unit, relaxation, unreached, phases=(relaxation,)
-        )
-        return LocalGradients(gradients.parameters, call.input_gradients(gradients.clamped), state)
+        return Swept(gradients, deltas)
 
 
 def arrivals(steps: int, lr: float, longest: int) -> list[float]:

@@ -116,7 +116,9 @@ class PredictiveCoding(Algorithm):
     def _phase(self, call: Call, loss: OutputLoss, beta: float, retain_call: bool) -> LocalGradients:
         nudged = loss if beta == 1.0 else NudgedLoss(loss, beta)
         try:
-            return relax(self.solver, self.solver.inference(call, nudged, self.energies, retain_call), beta, self.programs)
+            return relax(
+                self.solver, self.solver.inference(call, nudged, self.energies, retain_call), beta, self.programs
+            )
         except DivergenceError as error:
             raise of_phase(error, beta) from error
 

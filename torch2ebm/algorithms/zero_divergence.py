@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm, check_choice
+from torch2ebm.errors import ConfigurationError
+from torch2ebm.fused import Programs
 from torch2ebm.graph import EnergyGraph
 from torch2ebm.inference import GradientSum
+from torch2ebm.recorded_sweep import RecordedSweep, Swept
 from torch2ebm.solvers.base import check_positive
 from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass, OutputLoss
 
@@ -26,9 +29,11 @@ class ZeroDivergence(Algorithm):
             nodes of level t take their parameters' gradients, then all values move at once. ``"reverse"`` (default)
             visits the nodes in reverse topological order, which gives the same numbers at the cost of one backprop.
         gamma: Step size of the values. Only 1 is exact; else a node of level d has gamma^d times backprop's gradient.
+        compile: Record the feed-forward pass and the sweep once, as two programs, and hand them to ``torch.compile``.
 
     Raises:
-        ConfigurationError: for an unknown schedule, or a ``gamma`` that is not positive and finite.
+        ConfigurationError: for an unknown schedule, a ``gamma`` that is not positive and finite, or ``compile=True``
+            with ``schedule="levels"``.
 
     Example:
         >>> import torch2ebm
@@ -38,25 +43,32 @@ class ZeroDivergence(Algorithm):
 
     reevaluates_loss = False
 
-    def __init__(self, schedule: str = "reverse", *, gamma: float = 1.0) -> None:
+    def __init__(self, schedule: str = "reverse", *, gamma: float = 1.0, compile: bool = False) -> None:
         check_choice("ZeroDivergence", "schedule", schedule, SCHEDULES)
         check_positive("ZeroDivergence", gamma=gamma)
-        self.schedule, self.gamma = schedule, gamma
+        if compile and schedule != "reverse":
+            got, remedy = f"schedule={schedule!r}", "The literal schedule is there to be looked at, not for speed."
+            raise ConfigurationError("ZeroDivergence(compile=True)", got, "schedule='reverse'", remedy)
+        self.schedule, self.gamma, self.compile = schedule, gamma, compile
+        self._recorded = RecordedSweep(Programs() if compile else None, self._reverse)
 
     def __repr__(self) -> str:
-        return f"ZeroDivergence(schedule={self.schedule!r}, gamma={self.gamma!r})"
+        compiled = ", compile=True" if self.compile else ""
+        return f"ZeroDivergence(schedule={self.schedule!r}, gamma={self.gamma!r}{compiled})"
 
     def forward(self, call: Call) -> None:
-        call.feedforward(keep_graph=True)
+        self._recorded.forward(call)
 
     def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         if self.schedule == "levels":
             return by_levels(call, call.graph.levelled(), loss.delivered, loss.unit, self.gamma)
-        return self._reverse(call, loss, retain_graph)
+        swept = self._recorded.backward(call, loss.delivered, retain_graph)
+        state = InferenceState(call.graph, call.batch_size, call.values, swept.deltas, -loss.unit)
+        return LocalGradients(swept.gradients.parameters, call.input_gradients(swept.gradients.clamped), state)
 
-    def _reverse(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+    def _reverse(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
         gradients = GradientSum()
-        deltas = dict(loss.delivered)  # by slot: minus the error, in the scale of the user's loss
+        deltas = dict(delivered)
         for node in reversed(tuple(call.graph.nodes.values())):
             evaluated = call.passes[node.name] if retain_graph else call.passes.pop(node.name)
             messages = gradients.add(
@@ -68,8 +80,7 @@ class ZeroDivergence(Algorithm):
                 if self.gamma != 1.0:
                     message = message * self.gamma ** (call.graph.owner[slot].level - node.level)
                 deltas[slot] = deltas[slot] + message if slot in deltas else message
-        state = InferenceState(call.graph, call.batch_size, call.values, deltas, -loss.unit)
-        return LocalGradients(gradients.parameters, call.input_gradients(gradients.clamped), state)
+        return Swept(gradients, deltas)
 
 
 def by_levels(

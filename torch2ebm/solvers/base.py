@@ -71,9 +71,7 @@ class ErrorSolver(Solver[ErrorInference]):
         return ErrorInference(call, loss, energies, retain_call)
 
 
-def relax(
-    solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Programs | None = None
-) -> LocalGradients:
+def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Programs | None = None) -> LocalGradients:
     """Relax, take the local gradients where the relaxation ends, and check both; by recorded programs where given.
 
     Raises :class:`NonFiniteError` where the first energy is no number, :class:`DivergenceError` where a later one is.

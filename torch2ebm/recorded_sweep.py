@@ -1,0 +1,110 @@
+"""The feed-forward pass and one sweep over its graph by two recorded programs: before the loss, and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch2ebm.freezing import BufferSnapshot, RandomState
+from torch2ebm.fused import Family, Programs, autocast_of
+from torch2ebm.inference import GradientSum
+from torch2ebm.programs import NotRecordableError, Program, alias_pattern, record_in_two
+from torch2ebm.state import Call
+from torch2ebm.structure import fill, signature
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep makes of the delivered gradients: gradients, and minus the error of each slot that has one."""
+
+    gradients: GradientSum = field(default_factory=GradientSum)
+    deltas: dict[str, Tensor] = field(default_factory=dict)
+
+
+Sweep = Callable[[Call, Mapping[str, Tensor], bool], Swept]  # the last says whether the call may be asked again
+
+
+@dataclass(frozen=True)
+class _Halves:
+    before: Program
+    after: Program
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A call whose backward is the second program."""
+
+    after: Program
+    tensors: list[Tensor]
+
+
+class RecordedSweep:
+    """A sweep, recorded at the second batch of its kind; without programs, or where that fails, it runs as it is."""
+
+    def __init__(self, programs: Programs | None, sweep: Sweep) -> None:
+        self._programs, self._sweep = programs, sweep
+
+    def forward(self, call: Call) -> None:
+        early = [*call.tensors, *call.parameters.values(), *call.graph.module.buffers()]
+        family = None if self._programs is None else self._family(self._programs, call, early)
+        if family is None or family.get("halves", ()) is None:
+            call.feedforward(keep_graph=True)
+        elif "halves" in family:
+            self._run(call, family["halves"], early)
+        elif "late" in family:
+            self._record(call, family, early)
+        else:
+            call.feedforward(keep_graph=True)
+            family["late"] = [call.values[slot].detach() for slot in call.graph.output_slots]
+
+    def backward(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
+        pending: _Pending | None = call.recorded
+        if pending is None:
+            return self._sweep(call, delivered, retain_graph)
+        late = [_given(delivered.get(slot), call.values[slot]) for slot in call.graph.output_slots]
+        return pending.after([*pending.tensors, *late])  # type: ignore[no-any-return]
+
+    def _family(self, programs: Programs, call: Call, early: list[Tensor]) -> Family | None:
+        if any(tensor.requires_grad for tensor in call.tensors):
+            programs.warn("an input requires a gradient")
+            return None
+        return programs.family(call.graph, (signature(early), alias_pattern(early), autocast_of(call)))
+
+    def _run(self, call: Call, halves: _Halves, early: list[Tensor]) -> None:
+        for program in (halves.before, halves.after):
+            program.compile()
+        leaves = halves.before.leaves(early)
+        call.values, call.environment = fill(halves.before.result, leaves)
+        saved = leaves[halves.before.size :]
+        call.recorded = _Pending(halves.after, [*early, *saved])
+
+    def _record(self, call: Call, family: Family, early: list[Tensor]) -> None:
+        """The feed-forward pass of this call, whose own backward is the eager sweep."""
+        assert self._programs is not None
+        late = [torch.zeros_like(output) for output in family.pop("late")]
+        delivered = dict(zip(call.graph.output_slots, late, strict=True))
+
+        def function() -> Any:
+            call.feedforward(keep_graph=True)
+            values = {slot: value.detach() for slot, value in call.values.items()}
+            return (values, dict(call.environment)), self._sweep(call, delivered, True)
+
+        buffers, generators = BufferSnapshot(dict(call.graph.module.named_buffers())), RandomState(call.device)
+        try:
+            before, after, _ = record_in_two(function, early, late)
+        except NotRecordableError as error:
+            self._programs.warn(f"the sweep cannot be recorded: {error}")
+            family["halves"] = None
+            buffers.restore()
+            generators.restore()
+            call.feedforward(keep_graph=True)
+        else:
+            family["halves"] = _Halves(before, after)
+
+
+def _given(delivered: Tensor | None, value: Tensor) -> Tensor:
+    return torch.zeros_like(value) if delivered is None else delivered.contiguous()
