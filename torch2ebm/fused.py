@@ -41,9 +41,7 @@ class Programs:
             return None
         if not known:
             if len(families) >= KINDS:
-                self.warn(
-                    f"this is the batch shape, loss or mode number {KINDS + 1} of the model; give batches one shape"
-                )
+                self.warn(f"over {KINDS} kinds of batches (shapes, losses, modes); give batches one shape")
                 return None
             families[key] = {}
         return families[key]

@@ -1,0 +1,422 @@
+"""compile=True: recorded programs compute what the eager engine does, on every model, whatever changes between batches."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from families import FAMILIES
+from oracles import call
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import PROBLEMS, Problem
+
+import torch2ebm
+from torch2ebm import programs
+from torch2ebm.draws import Draws, Repeated, UnknownDrawError
+from torch2ebm.errors import CompilationWarning
+
+Make = Callable[..., torch2ebm.Algorithm]
+Losses = Callable[[int], Callable[[Tensor], Tensor]]
+
+ALGORITHMS: list[tuple[str, Make]] = [
+    ("strict", lambda **c: torch2ebm.PredictiveCoding(4, 0.01, **c)),
+    ("errors", lambda **c: torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(3, 0.1), **c)),
+    ("Z-IL", torch2ebm.ZeroDivergence),
+    ("fixed", lambda **c: torch2ebm.FixedPrediction(5, 0.3, **c)),
+]
+SOLVERS = [
+    torch2ebm.GradientDescent(8, 0.05),
+    torch2ebm.GradientDescent(60, 0.2, tol=1e-4),
+    torch2ebm.Momentum(8, 0.05, 0.8),
+    torch2ebm.Adam(6, 0.01),
+    torch2ebm.SequentialDescent(3, 0.1),
+    torch2ebm.ErrorDescent(8, 0.3),
+    torch2ebm.LocalErrorDescent(8, 0.1),
+    torch2ebm.Anderson(8),
+]
+by_algorithm = pytest.mark.parametrize("make", [make for _, make in ALGORITHMS], ids=[name for name, _ in ALGORITHMS])
+
+
+@pytest.fixture
+def recorded_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs run as they were recorded: what they compute does not hang on a compiler."""
+    monkeypatch.setattr(programs.Program, "compile", lambda self: None)
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every function that is traced."""
+    count: list[int] = []
+    traced = programs._traced
+    monkeypatch.setattr(programs, "_traced", lambda *a: count.append(1) or traced(*a))
+    return count
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 12),
+        nn.Tanh(),
+        nn.Dropout(0.4),
+        nn.Linear(12, 12),
+        nn.BatchNorm1d(12),
+        nn.ReLU(inplace=True),
+        nn.Linear(12, 12),
+        nn.Softplus(),
+        nn.Linear(12, 4),
+    ).double()
+
+
+def inputs(step: int, batch: int = 5) -> Tensor:
+    return torch.randn(batch, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+
+
+def cross_entropy(step: int) -> Callable[[Tensor], Tensor]:
+    return lambda output: F.cross_entropy(output, (torch.arange(len(output)) + step) % 4)
+
+
+def trained(
+    net: nn.Module,
+    algorithm: torch2ebm.Algorithm,
+    batches: Iterator[Tensor] | None = None,
+    losses: Losses = cross_entropy,
+    steps: int = 5,
+) -> tuple[list[dict[str, Tensor]], torch2ebm.EnergyModel]:
+    """The gradients of every step of a short training, in which inputs, targets and weights change."""
+    model = torch2ebm.convert(net)
+    optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), model, algorithm)
+    found = []
+    torch.manual_seed(1)
+    for step in range(steps):
+        optimizer.zero_grad()
+        losses(step)(model(inputs(step) if batches is None else next(batches))).backward()
+        found.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+        optimizer.step()
+    return found, model
+
+
+def assert_same(ours: list[dict[str, Tensor]], expected: list[dict[str, Tensor]], tolerance: float = 1e-11) -> None:
+    assert len(ours) == len(expected)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        whole = max(float(gradient.norm()) for gradient in theirs.values())
+        for name, gradient in theirs.items():
+            assert (mine[name] - gradient).norm() <= tolerance * whole, name
+
+
+# ---- the same numbers
+
+
+@by_algorithm
+@pytest.mark.parametrize("problem", [*FAMILIES, *PROBLEMS], ids=lambda problem: problem.name)
+@pytest.mark.usefixtures("recorded_only")
+def test_programs_compute_what_the_engine_computes_on_every_model(problem: Problem, make: Make) -> None:
+    gradients, buffers = [], []
+    for settings in ({}, {"compile": True}):
+        module = problem.build()
+        model = torch2ebm.convert(module, example_inputs=problem.inputs(4))
+        optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(module.parameters(), lr=1e-3), model, make(**settings))
+        torch.manual_seed(0)
+        found = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            problem.loss(call(model, copy.deepcopy(problem.inputs(4)))).backward()
+            found.append({name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None})
+            optimizer.step()
+        gradients.append(found)
+        buffers.append(dict(module.named_buffers()))
+    assert_same(gradients[1], gradients[0], 1e-10)
+    for name, buffer in buffers[0].items():
+        torch.testing.assert_close(buffers[1][name], buffer, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+@pytest.mark.usefixtures("recorded_only")
+def test_every_solver_keeps_its_numbers_and_its_report(solver: torch2ebm.Solver) -> None:
+    expected, eager = trained(network(), torch2ebm.PredictiveCoding(solver=solver))
+    ours, model = trained(network(), torch2ebm.PredictiveCoding(solver=solver, compile=True))
+    assert_same(ours, expected)
+    mine, theirs = model.state.relaxation, eager.state.relaxation
+    assert (mine.steps, mine.converged, mine.node_energy.keys()) == (
+        theirs.steps,
+        theirs.converged,
+        theirs.node_energy.keys(),
+    )
+    assert mine.energy == pytest.approx(theirs.energy, rel=1e-11)
+    assert mine.residual == pytest.approx(theirs.residual, rel=1e-8)
+    torch.testing.assert_close(mine.sample_residual, theirs.sample_residual)
+    for name in eager.nodes:
+        torch.testing.assert_close(model.state.value[name], eager.state.value[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"nudging": torch2ebm.Symmetric(0.1)},
+        {"precisions": {"0": 2.0, "3": torch.linspace(0.5, 2.0, 12)}},
+        {"energies": {"6": torch2ebm.Categorical()}},
+        {"loss_reduction": "sum"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+@pytest.mark.usefixtures("recorded_only")
+def test_nudgings_energies_and_reductions_are_recorded_as_they_are(settings: dict) -> None:
+    expected, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.05, **settings))
+    ours, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.05, **settings, compile=True))
+    plain, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.05))
+    assert_same(ours, expected)
+    with pytest.raises(AssertionError):
+        assert_same(ours, plain, 1e-4)
+
+
+@by_algorithm
+def test_compiled_programs_compute_what_the_engine_computes(make: Make, recordings: list[int]) -> None:
+    expected, eager = trained(network(), make(), steps=6)
+    ours, model = trained(network(), make(compile=True), steps=6)
+    assert recordings
+    assert_same(ours, expected)
+    for name, buffer in eager.named_buffers():
+        torch.testing.assert_close(model.get_buffer(name), buffer, rtol=1e-12, atol=1e-12)
+
+
+@by_algorithm
+def test_compiled_programs_in_single_precision(make: Make) -> None:
+    batches = [inputs(step).float() for step in range(5)]
+    expected, _ = trained(network().float(), make(), iter(batches))
+    ours, _ = trained(network().float(), make(compile=True), iter(batches))
+    assert_same(ours, expected, 1e-5)
+
+
+# ---- what changes between batches
+
+
+@pytest.mark.usefixtures("recorded_only")
+def test_tensors_of_the_loss_are_those_of_the_batch() -> None:
+    """Class weights, targets and a penalty on the parameters all change; a stale one would show."""
+
+    def losses(net: nn.Module) -> Losses:
+        def of_step(step: int) -> Callable[[Tensor], Tensor]:
+            weight = torch.tensor([1.0, 2.0, 0.5, 1.5], dtype=torch.float64) + step
+
+            def loss(output: Tensor) -> Tensor:
+                penalty = 1e-2 * sum(p.square().sum() for p in net.parameters())
+                target = (torch.arange(len(output)) + step) % 4
+                return (F.cross_entropy(output, target, weight=weight) + output.square().mean()) / (1 + step) + penalty
+
+            return loss
+
+        return of_step
+
+    nets = network(), network()
+    expected, _ = trained(nets[0], torch2ebm.PredictiveCoding(6, 0.1), losses=losses(nets[0]))
+    ours, _ = trained(nets[1], torch2ebm.PredictiveCoding(6, 0.1, compile=True), losses=losses(nets[1]))
+    assert_same(ours, expected)
+
+
+@by_algorithm
+@pytest.mark.usefixtures("recorded_only")
+def test_nothing_is_recorded_after_the_third_batch(make: Make, recordings: list[int]) -> None:
+    net = network()
+    model = torch2ebm.convert(net)
+    optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), model, make(compile=True))
+    counts = []
+    for step in range(6):
+        (2.0**step * cross_entropy(step)(model(inputs(step)))).backward()  # as a gradient scaler's factor moves
+        optimizer.step()
+        counts.append(len(recordings))
+    assert counts[0] + counts[1] > 0
+    assert counts[2:] == [counts[2]] * 4
+
+
+def test_nothing_is_compiled_again_after_the_third_batch() -> None:
+    for _, make in ALGORITHMS:
+        net = network()
+        model = torch2ebm.convert(net)
+        optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), model, make(compile=True))
+        for step in range(6):
+            with torch.compiler.set_stance("default" if step < 3 else "fail_on_recompile"):
+                cross_entropy(step)(model(inputs(step))).backward()
+            optimizer.step()
+
+
+@by_algorithm
+@pytest.mark.usefixtures("recorded_only")
+def test_a_last_smaller_batch_and_the_other_mode_have_programs_of_their_own(make: Make) -> None:
+    sizes = [5, 5, 3, 5, 3, 3]
+    expected, eager = trained(network(), make(), iter(inputs(i, n) for i, n in enumerate(sizes)), steps=6)
+    ours, model = trained(network(), make(compile=True), iter(inputs(i, n) for i, n in enumerate(sizes)), steps=6)
+    assert_same(ours, expected)
+    evaluated = []
+    for each in (eager, model):
+        each.eval().zero_grad()
+        cross_entropy(0)(each(inputs(0))).backward()
+        evaluated.append({name: p.grad for name, p in each.named_parameters()})
+    assert_same(evaluated[1:], evaluated[:1])
+
+
+@by_algorithm
+@pytest.mark.usefixtures("recorded_only")
+def test_shapes_that_change_with_every_batch_are_recorded_a_few_times_then_run_as_they_are(
+    make: Make, recordings: list[int]
+) -> None:
+    sizes = [*range(2, 16), *range(2, 16)]
+    batches = [inputs(i, n) for i, n in enumerate(sizes)]
+    expected, _ = trained(network(), make(), iter(batches), steps=len(sizes))
+    with pytest.warns(CompilationWarning, match="kinds of batches") as warned:
+        ours, _ = trained(network(), make(compile=True), iter(batches), steps=len(sizes))
+    assert len(warned) == 1
+    assert_same(ours, expected)
+    once = len(recordings)
+    trained(network(), make(compile=True), iter([inputs(i, 5) for i in range(4)]), steps=4)
+    assert once <= 8 * (len(recordings) - once)
+
+
+# ---- what cannot be recorded
+
+
+class ThroughNumPy(nn.Module):
+    """A part that leaves torch: no program can repeat it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale, self.last = nn.Linear(6, 8), Standardised(), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.scale(self.first(x))))
+
+
+class Standardised(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / float(x.detach().abs().max())
+
+
+@pytest.mark.parametrize("name", ["strict", "Z-IL"])
+def test_a_model_that_cannot_be_recorded_runs_as_it_is_with_one_warning(name: str) -> None:
+    make = dict(ALGORITHMS)[name]
+
+    def gradients(algorithm: torch2ebm.Algorithm) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = ThroughNumPy().double()
+        model = torch2ebm.convert(net, nodes=["first", "scale", "last"])
+        optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), model, algorithm)
+        for step in range(4):
+            optimizer.zero_grad()
+            cross_entropy(step)(model(inputs(step))).backward()
+            optimizer.step()
+        return [p.grad.clone() for p in net.parameters()]
+
+    expected = gradients(make())
+    with pytest.warns(CompilationWarning, match="cannot be recorded") as warned:
+        ours = gradients(make(compile=True))
+    assert len(warned) == 1
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_an_energy_loss_runs_as_it_is_with_one_warning() -> None:
+    def losses(step: int) -> Callable[[Tensor], Tensor]:
+        return torch2ebm.EnergyLoss(cross_entropy(step))
+
+    expected, _ = trained(network(), torch2ebm.PredictiveCoding(6, 0.1), losses=losses)
+    with pytest.warns(CompilationWarning, match="the loss") as warned:
+        ours, _ = trained(network(), torch2ebm.PredictiveCoding(6, 0.1, compile=True), losses=losses)
+    assert len(warned) == 1
+    assert_same(ours, expected, 0.0)
+
+
+def test_a_compiler_that_fails_leaves_the_recorded_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: nn.Module, **options: object) -> Callable[..., object]:
+        def run(*tensors: Tensor) -> object:
+            tensors[0].zero_()  # half-way through
+            raise RuntimeError("no C++ compiler")
+
+        return run
+
+    expected, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.1))
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(CompilationWarning, match=r"no C\+\+ compiler"):
+        ours, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.1, compile=True))
+    assert_same(ours, expected)
+
+
+def test_the_literal_schedule_is_not_compiled() -> None:
+    with pytest.raises(torch2ebm.errors.ConfigurationError, match="schedule"):
+        torch2ebm.ZeroDivergence("levels", compile=True)
+
+
+# ---- pieces
+
+
+def test_a_copy_of_an_algorithm_starts_without_programs(recordings: list[int]) -> None:
+    algorithm = torch2ebm.PredictiveCoding(4, 0.05, compile=True)
+    trained(network(), algorithm, steps=2)
+    for twin in (copy.deepcopy(algorithm), pickle.loads(pickle.dumps(algorithm))):
+        before = len(recordings)
+        trained(network(), twin, steps=1)
+        assert len(recordings) > before
+        assert repr(twin) == repr(algorithm)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Dropout(0.3), nn.AlphaDropout(0.3), nn.FeatureAlphaDropout(0.3), nn.Dropout1d(0.3)], ids=repr
+)
+def test_draws_are_repeated_from_tensors(module: nn.Module) -> None:
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    kept: list[Tensor] = []
+    with Draws(kept):
+        first = module(x)
+    with Repeated(kept):
+        assert torch.equal(module(x), first)
+    assert not torch.equal(module(x), first)
+
+
+def test_what_mixes_its_input_with_its_draws_is_no_repeat() -> None:
+    kept: list[Tensor] = []
+    x = torch.linspace(-1, 1, 6, requires_grad=True)
+    with Draws(kept):
+        F.rrelu(x, training=True)
+    with Repeated(kept), pytest.raises(UnknownDrawError):
+        F.rrelu(x, training=True)
+
+
+def test_a_tensor_from_nowhere_is_refused() -> None:
+    known, unknown = torch.ones(2), torch.ones(2)
+    with pytest.raises(programs.NotRecordableError, match=r"shape \(2,\)"):
+        programs.record(lambda: known + unknown, [known])
+
+
+def test_a_program_runs_on_other_tensors_and_keeps_the_structure() -> None:
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    program, first = programs.record(lambda: {"sum": a + b, "same": a, "number": 3, "both": (a * b, b)}, [a, b])
+    assert torch.equal(first["sum"], torch.tensor([4.0, 6.0]))
+    c, d = torch.tensor([5.0, 6.0]), torch.tensor([7.0, 8.0])
+    found = program([c, d])
+    assert torch.equal(found["sum"], c + d)
+    assert found["same"] is c
+    assert found["number"] == 3
+    assert torch.equal(found["both"][0], c * d)
+    assert found["both"][1] is d
+
+
+def test_two_programs_meet_at_what_comes_late() -> None:
+    x, weight, late = torch.randn(3, 4), torch.randn(4, 4), torch.randn(3, 4)
+
+    def function() -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(x @ weight)
+        return hidden.sum(1), x.T @ (late * (1 - hidden**2))
+
+    before, after, first = programs.record_in_two(function, [x, weight], [late])
+    assert torch.equal(first, function()[0])
+    x, weight, late = torch.randn(3, 4), torch.randn(4, 4), torch.randn(3, 4)
+    leaves = before.leaves([x, weight])
+    expected = function()
+    assert torch.equal(leaves[0], expected[0])
+    assert torch.equal(after([x, weight, *leaves[before.size :], late]), expected[1])
+
+
+def test_no_warning_where_nothing_is_asked_for() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(network(), torch2ebm.PredictiveCoding(4, 0.05), steps=1)
