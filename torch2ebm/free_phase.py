@@ -105,6 +105,7 @@ class FreePhase:
         damping: The part of a step that is taken back.
         tol: Largest change at which the phase ends early; 0 takes all steps.
         readout: Whether the outputs are read out of the states, and have none.
+        update: How a step moves the states; None for all at once.
     """
 
     steps: int
@@ -112,6 +113,7 @@ class FreePhase:
     damping: float = 0.0
     tol: float = 0.0
     readout: bool = False
+    update: Update | None = None
 
     def check(self, where: str) -> None:
         """Raise :class:`ConfigurationError` for an illegal setting of the algorithm ``where``."""
@@ -119,6 +121,12 @@ class FreePhase:
         check_tolerance(where, self.tol)
         _check_between(where, "feedback", self.feedback, 0 < self.feedback <= 1 if _number(self.feedback) else False)
         _check_between(where, "damping", self.damping, 0 <= self.damping < 1 if _number(self.damping) else False)
+        if self.update is not None and not isinstance(self.update, Update):
+            remedy = "For example AndersonMixing()."
+            raise ConfigurationError(f"{where}(update=...)", repr(self.update), "AndersonMixing or GaussSeidel", remedy)
+        if self.update is not None and self.damping:
+            got = f"damping={self.damping:g} and update={self.update!r}"
+            raise ConfigurationError(where, got, "one of them", "Damping belongs to the update of all states at once.")
 
     def settings(self) -> str:
         """Those that are not the default, as they stand in an algorithm's ``repr``."""
@@ -126,6 +134,7 @@ class FreePhase:
         parts += [f"feedback={self.feedback:g}"] * (self.feedback != 1)
         parts += [f"damping={self.damping:g}"] * (self.damping != 0)
         parts += [f"tol={self.tol:g}"] * (self.tol != 0) + ["readout=True"] * self.readout
+        parts += [f"update={self.update!r}"] * (self.update is not None)
         return ", ".join(parts)
 
     def run(self, call: Call) -> Free:
@@ -148,13 +157,13 @@ class FreePhase:
         return free
 
     def _settled(self, equilibrium: Equilibrium) -> tuple[Update, Settled]:
-        """The synchronous update, or the next stronger one where states cycle or run away."""
+        """The first update, or another where states cycle or run away; where one was asked for, unless it settles."""
         tried: list[tuple[Update, Settled]] = []
         for update in self._updates():
             settled = settle(equilibrium, equilibrium.states, self.steps, update, Influence(), self.tol)
             tried.append((update, settled))
             if math.isfinite(settled.relaxation.residual):
-                if not (settled.unsettled and settled.cycling):
+                if not settled.unsettled or not (settled.cycling or self.update is not None):
                     break
             elif not _are_finite(equilibrium.states):  # bad numbers came in: who checks these says which
                 break
@@ -163,8 +172,9 @@ class FreePhase:
         return best
 
     def _updates(self) -> Sequence[Update]:
-        first = Damped(self.damping) if self.damping else Synchronous()
-        return (first, Damped(max(self.damping, 0.5)), GaussSeidel())
+        plain = Damped(self.damping) if self.damping else Synchronous()
+        first = plain if self.update is None else self.update
+        return tuple(dict.fromkeys([first, Damped(max(self.damping, 0.5)), GaussSeidel()]))
 
 
 def _are_finite(states: States) -> bool:

@@ -18,6 +18,7 @@ from torch2ebm.nudging import Holomorphic, Nudging, Symmetric
 from torch2ebm.settling import Settled, settle
 from torch2ebm.solvers.base import check_steps
 from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.updates import Update
 
 FLOOR = 1.0  # times the precision: below it nothing of the nudge is left at the first states
 
@@ -44,6 +45,8 @@ class EquilibriumPropagation(Algorithm):
         tol: Largest change of a state at which a phase ends early; 0 takes all steps.
         readout: The outputs are read out of the states and have none, as suits cross-entropy (Laborieux et al. 2021).
         loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
+        update: How the states move where not all at once: ``AndersonMixing(memory)`` for nets that settle slowly, or
+            ``GaussSeidel()``.
 
     Raises:
         ConfigurationError: for an illegal setting, and in backward where beta * feedback^depth, what reaches the first
@@ -76,6 +79,7 @@ class EquilibriumPropagation(Algorithm):
         tol: float = 0.0,
         readout: bool = False,
         loss_reduction: str = "mean",
+        update: Update | None = None,
     ) -> None:
         check_reduction("EquilibriumPropagation", loss_reduction)
         check_steps("EquilibriumPropagation", nudged_steps)
@@ -83,7 +87,7 @@ class EquilibriumPropagation(Algorithm):
             got, remedy = repr(nudging), "For example Symmetric(beta=0.5)."
             raise ConfigurationError("EquilibriumPropagation(nudging=...)", got, "a nudging object", remedy)
         self.nudging: Nudging | Holomorphic = Symmetric(0.5) if nudging is None else nudging
-        self.free_phase = FreePhase(free_steps, feedback, damping, tol, readout)
+        self.free_phase = FreePhase(free_steps, feedback, damping, tol, readout, update)
         self.free_phase.check("EquilibriumPropagation")
         self.nudged_steps = nudged_steps
         self.loss_reduction: str = loss_reduction
@@ -159,5 +163,6 @@ class EquilibriumPropagation(Algorithm):
             damping=free.damping,
             tol=free.tol,
             readout=free.readout,
+            update=free.update,
             loss_reduction=self.loss_reduction,
         )
