@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -157,6 +158,7 @@ class HopfieldGraph:
         """Slots of the states that the loss acts on."""
         return frozenset([*self.outputs.values(), *(slot for node in self.readouts for slot in node.reads)])
 
+    @cached_property
     def colours(self) -> list[frozenset[str]]:
         """Groups of states none of which reads another of its group: what may move together, first fit."""
         neighbours: dict[str, set[str]] = {slot: set() for slot in self.states}

@@ -8,6 +8,7 @@ from torch2ebm.errors import PartitionError
 from torch2ebm.free_phase import Free, FreePhase, check_signal
 from torch2ebm.solvers.base import check_steps
 from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.updates import Update
 
 FLOOR = 1e3  # times the precision: below it rounding is more than about a hundredth of the signal
 
@@ -25,6 +26,8 @@ class ContrastiveHebbian(Algorithm):
         clamped_steps: Steps of the clamped phase.
         damping: Part of each step that is taken back.
         tol: Largest change of a state at which a phase ends early; 0 takes all steps.
+        update: How the states move where not all at once: ``AndersonMixing(memory)`` for nets that settle slowly, or
+            ``GaussSeidel()``.
 
     Raises:
         ConfigurationError: for an illegal setting, and at the first call where gamma^depth, the signal that reaches
@@ -55,9 +58,10 @@ class ContrastiveHebbian(Algorithm):
         *,
         damping: float = 0.0,
         tol: float = 0.0,
+        update: Update | None = None,
     ) -> None:
         check_steps("ContrastiveHebbian", clamped_steps)
-        self.free_phase = FreePhase(free_steps, feedback, damping, tol)
+        self.free_phase = FreePhase(free_steps, feedback, damping, tol, update=update)
         self.free_phase.check("ContrastiveHebbian")
         self.clamped_steps = clamped_steps
 
@@ -75,7 +79,7 @@ class ContrastiveHebbian(Algorithm):
     def with_steps(self, steps: int) -> ContrastiveHebbian:
         """The same with another number of steps in both phases."""
         free = self.free_phase
-        return ContrastiveHebbian(free.feedback, steps, steps, damping=free.damping, tol=free.tol)
+        return ContrastiveHebbian(free.feedback, steps, steps, damping=free.damping, tol=free.tol, update=free.update)
 
 
 def _check_outputs(free: Free) -> None:

@@ -8,6 +8,7 @@ from torch2ebm.free_phase import FreePhase
 from torch2ebm.nudging import check_beta
 from torch2ebm.solvers.base import check_steps
 from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.updates import Update
 
 
 class CoupledLearning(Algorithm):
@@ -24,6 +25,8 @@ class CoupledLearning(Algorithm):
         feedback: Strength of the feedback per depth; towards 0 this becomes contrastive Hebbian learning.
         damping: Part of each step that is taken back.
         tol: Largest change of a state at which a phase ends early; 0 takes all steps.
+        update: How the states move where not all at once: ``AndersonMixing(memory)`` for nets that settle slowly, or
+            ``GaussSeidel()``.
 
     Raises:
         ConfigurationError: for an illegal setting.
@@ -53,10 +56,11 @@ class CoupledLearning(Algorithm):
         feedback: float = 1.0,
         damping: float = 0.0,
         tol: float = 0.0,
+        update: Update | None = None,
     ) -> None:
         check_beta("CoupledLearning", beta)
         check_steps("CoupledLearning", clamped_steps)
-        self.free_phase = FreePhase(free_steps, feedback, damping, tol)
+        self.free_phase = FreePhase(free_steps, feedback, damping, tol, update=update)
         self.free_phase.check("CoupledLearning")
         self.beta, self.clamped_steps = beta, clamped_steps
 
@@ -72,4 +76,6 @@ class CoupledLearning(Algorithm):
     def with_steps(self, steps: int) -> CoupledLearning:
         """The same with another number of steps in both phases."""
         free = self.free_phase
-        return CoupledLearning(self.beta, steps, steps, feedback=free.feedback, damping=free.damping, tol=free.tol)
+        return CoupledLearning(
+            self.beta, steps, steps, feedback=free.feedback, damping=free.damping, tol=free.tol, update=free.update
+        )
