@@ -38,7 +38,7 @@ class Equilibrium:
         self.output_weight = feedback**hopfield.output_depth
         self.nudged = hopfield.nudged()
         self.precision = max(torch.finfo(dtype).eps for dtype in self._read_as.values())
-        self._fixed = {
+        self.fixed = {
             made: at_least_single(call.values[slot])
             for term in hopfield.fixed
             for slot, made in zip(term.node.slots, term.states, strict=True)
@@ -59,7 +59,7 @@ class Equilibrium:
 
     def drive(self, states: States, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
         """dPhi/ds_n / c_n of the ``wanted`` states, by default of all: a_n, and the feedback of those that read it."""
-        drives = {slot: a for slot, a in self._fixed.items() if wanted is None or slot in wanted}
+        drives = {slot: a for slot, a in self.fixed.items() if wanted is None or slot in wanted}
         passes = [(term, self._pass(term, states)) for term in self.hopfield.terms if _concerns(term, wanted)]
         for term, evaluated in passes:
             for slot, prediction in zip(term.states, evaluated.predictions, strict=True):

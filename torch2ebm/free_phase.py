@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from torch2ebm.equilibrium import Equilibrium, Influence, States
 from torch2ebm.errors import ConfigurationError, DivergenceError, NotSettledError, NotSettledWarning
+from torch2ebm.fused import Programs
 from torch2ebm.hopfield import HopfieldGraph
 from torch2ebm.settling import Settled, magnitude, settle
 from torch2ebm.solvers.base import check_steps, check_tolerance
@@ -106,6 +107,7 @@ class FreePhase:
         tol: Largest change at which the phase ends early; 0 takes all steps.
         readout: Whether the outputs are read out of the states, and have none.
         update: How a step moves the states; None for all at once.
+        programs: Where recorded steps are kept; None records none.
     """
 
     steps: int
@@ -114,6 +116,7 @@ class FreePhase:
     tol: float = 0.0
     readout: bool = False
     update: Update | None = None
+    programs: Programs | None = field(default=None, compare=False)
 
     def check(self, where: str) -> None:
         """Raise :class:`ConfigurationError` for an illegal setting of the algorithm ``where``."""
@@ -135,6 +138,7 @@ class FreePhase:
         parts += [f"damping={self.damping:g}"] * (self.damping != 0)
         parts += [f"tol={self.tol:g}"] * (self.tol != 0) + ["readout=True"] * self.readout
         parts += [f"update={self.update!r}"] * (self.update is not None)
+        parts += ["compile=True"] * (self.programs is not None)
         return ", ".join(parts)
 
     def run(self, call: Call) -> Free:
@@ -156,11 +160,24 @@ class FreePhase:
         call.equilibrium = free
         return free
 
+    def settled(
+        self,
+        equilibrium: Equilibrium,
+        start: States,
+        steps: int,
+        update: Update,
+        influence: Influence,
+        beta: float = 0.0,
+        angle: float = 0.0,
+    ) -> Settled:
+        """Where ``steps`` lead from ``start``, by these settings; a nudged phase too."""
+        return settle(equilibrium, start, steps, update, influence, self.tol, beta, angle, self.programs)
+
     def _settled(self, equilibrium: Equilibrium) -> tuple[Update, Settled]:
         """The first update, or another where states cycle or run away; where one was asked for, unless it settles."""
         tried: list[tuple[Update, Settled]] = []
         for update in self._updates():
-            settled = settle(equilibrium, equilibrium.states, self.steps, update, Influence(), self.tol)
+            settled = self.settled(equilibrium, equilibrium.states, self.steps, update, Influence())
             tried.append((update, settled))
             if math.isfinite(settled.relaxation.residual):
                 if not settled.unsettled or not (settled.cycling or self.update is not None):

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch2ebm.graph import EnergyGraph
 from torch2ebm.inference import Inference
 from torch2ebm.programs import NotRecordableError, Program, alias_pattern, not_compiled, record
-from torch2ebm.state import Call, LocalGradients
-from torch2ebm.structure import fill, leaves_of, map_leaves, signature, template_of
+from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.structure import fill, leaves_of, signature, template_of
 
 KINDS = 8  # of batches (shapes, losses, modes) that programs are kept for, a graph
 Family = dict[Hashable, Any]  # what was recorded for one kind of batch
@@ -57,11 +57,78 @@ class Programs:
 
 
 class Recorded:
-    """A program, what followed it, and how many node functions it stands for."""
+    """A program, and what followed it.
 
-    def __init__(self, program: Program, evaluations: int) -> None:
-        self.program, self.evaluations = program, evaluations
+    Attributes:
+        evaluations: How many node functions it stands for.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.evaluations = program, 0
         self.followers: dict[Hashable, Recorded] = {}
+
+
+class Chain:
+    """The programs of one relaxation, each found from the one before it.
+
+    Args:
+        fixed: Tensors that stand still during the relaxation.
+        key: All else that stands still, and that a program takes for granted.
+    """
+
+    def __init__(self, programs: Programs, graph: EnergyGraph, key: Hashable, fixed: Sequence[Tensor]) -> None:
+        self._family = programs.family(graph, (key, signature(fixed)))
+        self._programs, self._fixed = programs, fixed
+        self._last: Recorded | None = None
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the relaxation has to go on without programs."""
+        return self._family is None
+
+    def next(self, role: Hashable, moving: Sequence[Tensor], state: Callable[[], Any]) -> Recorded | None:
+        """The program for ``role`` from here on; None where it is to be recorded, from the same state.
+
+        Args:
+            role: What is to be done.
+            moving: The tensors that it is to be done to.
+            state: Their structure, with all else that moves, asked for where the program is not known from the last.
+        """
+        recorded = self._last.followers.get(role) if self._last is not None else None
+        if recorded is None:
+            recorded = self._known().get(self._key(role, moving, state()))
+            if recorded is None:
+                return None
+            if self._last is not None:
+                self._last.followers[role] = recorded
+        if recorded is self._last or (self._last is not None and self._last.program.is_compiled):
+            recorded.program.compile()
+        self._last = recorded
+        return recorded
+
+    def leaves(self, recorded: Recorded, moving: Sequence[Tensor]) -> list[Any]:
+        return recorded.program.leaves([*self._fixed, *moving])
+
+    def record(
+        self, role: Hashable, moving: Sequence[Tensor], state: Any, function: Callable[[], Any]
+    ) -> tuple[Recorded, Any] | None:
+        """Run ``function`` and record it; where that fails, warn: the chain is broken, and ``function`` half done."""
+        key = self._key(role, moving, state)  # first: the function may change the state
+        try:
+            program, result = record(function, [*self._fixed, *moving])
+        except NotRecordableError as error:
+            self._programs.warn(f"{role} cannot be recorded: {error}")
+            self._family = None
+            return None
+        self._last = self._known()[key] = Recorded(program)
+        return self._last, result
+
+    def _known(self) -> Family:
+        assert self._family is not None
+        return self._family
+
+    def _key(self, role: Hashable, moving: Sequence[Tensor], state: Any) -> Hashable:
+        return role, signature(state), alias_pattern([*self._fixed, *moving])
 
 
 class EagerRun:
@@ -82,32 +149,27 @@ class RecordedRun:
     """The same by programs. Where one cannot be recorded, eager steps take over from where the last one ended."""
 
     def __init__(self, programs: Programs, solver: Any, inference: Inference) -> None:
-        self.inference, self._programs = inference, programs
-        self._eager = EagerRun(solver, inference)
-        self._family, self._fixed = _family(programs, solver, inference)
-        self._last: Recorded | None = None
-        self._moving: Any = ()  # template of what moves
-        self._leaves: list[Any] = []
-        self._take_over()
+        self.inference, self._eager = inference, EagerRun(solver, inference)
+        self._chain = _chain(programs, solver, inference)
+        now = self._now()
+        self._moving: Any = template_of(now)
+        self._leaves: list[Any] = list(leaves_of(now))
 
     def step(self) -> None:
-        found = self._run(("step", self.inference.measuring), self._eager_step)
+        found = self._run(f"a step of {self._eager.solver!r}, measured: {self.inference.measuring}", self._eager_step)
         if found is None:
             self._eager.step()
             return
-        program, leaves = found
-        self._moving, *others = program.result
-        self._leaves = leaves
-        history, self.inference.driving = fill(others, leaves)
+        (self._moving, *others), self._leaves = found
+        history, self.inference.driving = fill(others, self._leaves)
         self.inference.history.append(history)
 
     def local_gradients(self) -> LocalGradients:
         scale = torch.tensor(self.inference.loss.scale, dtype=torch.float64)
-        found = self._run(("collect",), lambda: self._eager_collect(scale), [scale])
+        found = self._run("the local gradients", lambda: self._eager_collect(scale), [scale])
         if found is None:
             return self._eager.local_gradients()
-        program, leaves = found
-        collected, history = fill(program.result, leaves)
+        collected, history = fill(*found)
         self.inference.history.append(history)
         return self.inference.finished(collected)
 
@@ -121,14 +183,10 @@ class RecordedRun:
         self.inference.scale = scale
         return self.inference.collected(), self.inference.history.pop()
 
-    # what moves, in the inference and the solver's state or, between two programs, as bare leaves
+    # what moves: in the inference and the solver's state or, between two programs, as a template and its leaves
 
     def _now(self) -> Any:
         return self.inference.moving(), self._eager.state
-
-    def _take_over(self) -> None:
-        now = self._now()
-        self._moving, self._leaves = template_of(now), list(leaves_of(now))
 
     def _hand_back(self) -> None:
         moving, self._eager.state = fill(self._moving, self._leaves)
@@ -138,61 +196,53 @@ class RecordedRun:
 
     def _run(
         self, role: Hashable, function: Callable[[], Any], more: Sequence[Tensor] = ()
-    ) -> tuple[Program, list[Any]] | None:
-        """The program that comes next, and the leaves of its result; None leaves the inference to eager steps."""
-        if self._family is None:
+    ) -> tuple[Any, list[Any]] | None:
+        """The result of what comes next, as a template and its leaves; None leaves the inference to eager steps."""
+        if self._chain is None or self._chain.is_broken:
             return None
-        moving = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
-        tensors = [*self._fixed, *moving, *more]
-        recorded = self._last.followers.get(role) if self._last is not None else None
+        count = sum(1 for _ in leaves_of(self._moving))
+        moving = [*(leaf for leaf in self._leaves[:count] if isinstance(leaf, Tensor)), *more]
+        recorded = self._chain.next(role, moving, lambda: fill(self._moving, self._leaves))
         if recorded is None:
-            key = (role, signature(fill(self._moving, self._leaves)), alias_pattern(tensors))
-            if key not in self._family:
-                return self._record(key, function, tensors)
-            recorded = self._family[key]
-            if self._last is not None:
-                self._last.followers[role] = recorded
-        if recorded is self._last or (self._last is not None and self._last.program.is_compiled):
-            recorded.program.compile()
-        self._last = recorded
+            return self._record(self._chain, role, moving, function)
         self.inference.evaluations += recorded.evaluations
-        return recorded.program, recorded.program.leaves(tensors)
+        return recorded.program.result, self._chain.leaves(recorded, moving)
 
     def _record(
-        self, key: Hashable, function: Callable[[], Any], tensors: Sequence[Tensor]
-    ) -> tuple[Program, list[Any]] | None:
-        assert self._family is not None
+        self, chain: Chain, role: Hashable, moving: Sequence[Tensor], function: Callable[[], Any]
+    ) -> tuple[Any, list[Any]] | None:
         self._hand_back()
-        before = map_leaves(_copy, (self._moving, self._leaves))
+        before = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         evaluations, sweeps = self.inference.evaluations, len(self.inference.history)
-        try:
-            program, result = record(function, tensors)
-        except NotRecordableError as error:
-            self._programs.warn(f"{self._eager.solver!r} cannot be recorded: {error}")
-            self._family, (self._moving, self._leaves) = None, before
+        found = chain.record(role, moving, self._now(), function)
+        if found is None:
+            self._leaves, self.inference.scale = before, self.inference.loss.scale
             self.inference.evaluations = evaluations
             del self.inference.history[sweeps:]
-            self.inference.scale = self.inference.loss.scale
             self._hand_back()
             return None
-        self._last = self._family[key] = Recorded(program, self.inference.evaluations - evaluations)
-        return program, list(leaves_of(result))
+        recorded, result = found
+        recorded.evaluations = self.inference.evaluations - evaluations
+        return recorded.program.result, list(leaves_of(result))
 
 
-def _copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+def _chain(programs: Programs, solver: Any, inference: Inference) -> Chain | None:
+    fixed = fixed_tensors(programs, inference.call, inference.loss)
+    if fixed is None:
+        return None
+    on_loss, tensors = fixed
+    precisions = [leaf for leaf in leaves_of(inference.energies) if isinstance(leaf, Tensor)]
+    key = (solver, on_loss, signature(inference.energies), autocast_of(inference.call))
+    return Chain(programs, inference.graph, key, [*tensors, *precisions])
 
 
-def _family(programs: Programs, solver: Any, inference: Inference) -> tuple[Family | None, list[Tensor]]:
-    """The programs for this kind of batch, and the tensors of the call that they take; None: go on eagerly."""
-    on_loss = inference.loss.recorded()
+def fixed_tensors(programs: Programs, call: Call, loss: OutputLoss | None) -> tuple[Hashable, list[Tensor]] | None:
+    """What of the loss stays from call to call, and the tensors of call and loss; None, with a warning, for some."""
+    on_loss = (None, []) if loss is None else loss.recorded()
     if on_loss is None:
         programs.warn("the loss is no composition of torch functions (an EnergyLoss, a write in place)")
-        return None, []
-    precisions = [leaf for leaf in leaves_of(inference.energies) if isinstance(leaf, Tensor)]
-    fixed = [*inference.call.held(), *precisions, *on_loss[1]]
-    key = (solver, signature(fixed), on_loss[0], signature(inference.energies), autocast_of(inference.call))
-    return programs.family(inference.graph, key), fixed
+        return None
+    return on_loss[0], [*call.held(), *on_loss[1]]
 
 
 def autocast_of(call: Call) -> Hashable:

@@ -67,29 +67,60 @@ class Program:
         return fill(self.result, self.leaves(tensors))
 
     def compile(self) -> None:
-        """Hand the program to ``torch.compile``; where that fails, warn and go on with the recorded calls."""
-        if self.is_compiled:
-            return
-        self.is_compiled = True
-        # eager's own generators, so that a program draws what it would have drawn
-        compiled = torch.compile(self._graph_module, dynamic=False, fullgraph=True, options={"fallback_random": True})
+        """Hand the program to ``torch.compile``; where that fails or computes otherwise, warn, and go on without."""
+        if not self.is_compiled:
+            self.is_compiled, self._run = True, self._first_compiled
 
-        def first(*inputs: Tensor) -> Sequence[Tensor]:
-            self._run = self._graph_module.forward
-            device = next((each.device for each in inputs), torch.device("cpu"))
-            try:
-                # a trial on copies: a compiler that fails half-way leaves inputs and generators alone
-                with RandomState(device).replayed(), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of the compiler about itself
-                    compiled(*[each.clone() for each in inputs])
-            except Exception as error:  # whatever a compiler may raise
-                warnings.warn(not_compiled(f"torch.compile failed: {first_line(error)}"), stacklevel=2)
+    def _first_compiled(self, *inputs: Tensor) -> Sequence[Tensor]:
+        self._run = self._graph_module.forward
+        if not any(each.is_complex() for each in inputs):  # the compiler makes no code for these
+            reason, compiled = _compiled(self._graph_module, inputs)
+            if reason:
+                warnings.warn(not_compiled(reason), stacklevel=2)
             else:
                 self._run = compiled
-            outputs: Sequence[Tensor] = self._run(*inputs)
-            return outputs
+        return self._run(*inputs)
 
-        self._run = first
+
+def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[str, Callable[..., Sequence[Tensor]]]:
+    """The compiled module, and what speaks against it; tried on copies, so that inputs and generators stay."""
+    options: dict[str, Any] = {"fallback_random": True}  # it draws what the module would have drawn
+    compiled = torch.compile(_without_alpha(module), dynamic=False, fullgraph=True, options=options)
+    device = next((each.device for each in inputs), torch.device("cpu"))
+    ours, theirs = ([each.clone() for each in inputs] for _ in range(2))
+    generators = RandomState(device)
+    expected = [*module.forward(*ours), *ours]
+    generators.restore()
+    try:
+        with generators.replayed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler about itself
+            found = [*compiled(*theirs), *theirs]
+    except Exception as error:  # whatever a compiler may raise
+        return f"torch.compile failed: {first_line(error)}", compiled
+    if not all(map(_agree, found, expected)):
+        return "torch.compile computes other numbers", compiled
+    return "", compiled
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    if not expected.is_floating_point():
+        return torch.equal(found, expected)
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5  # far above rounding, far below any real difference
+    scale = expected.abs().max() if expected.numel() else 1.0
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(scale), equal_nan=True)
+
+
+def _without_alpha(module: fx.GraphModule) -> fx.GraphModule:
+    """x + alpha y as a product and a sum: torch 2.13's compiler loses ``alpha`` where y is a matrix product."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.find_nodes(op="call_function", target=_aten.add.Tensor):
+        alpha = node.kwargs.get("alpha", 1)
+        if alpha != 1 and isinstance(node.args[1], fx.Node):
+            with graph.inserting_before(node):
+                scaled = graph.call_function(_aten.mul.Tensor, (node.args[1], alpha))
+            node.args, node.kwargs = (node.args[0], scaled), {}
+    return fx.GraphModule(module, graph)
 
 
 def not_compiled(reason: str) -> CompilationWarning:
@@ -231,6 +262,8 @@ def _simplify(graph_module: fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
     graph_module.graph.eliminate_dead_code()
+    for node in graph_module.graph.nodes:
+        node.meta.clear()  # it holds the tensors of the recording
 
 
 def _keep_used_inputs(graph_module: fx.GraphModule) -> list[int]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from torch2ebm.equilibrium import Equilibrium, Influence, States
+from torch2ebm.fused import Programs
+from torch2ebm.recorded_update import RecordedUpdate
 from torch2ebm.state import Relaxation
 from torch2ebm.updates import Past, Update
 
@@ -86,8 +88,11 @@ def settle(
     tol: float = 0.0,
     beta: float = 0.0,
     angle: float = 0.0,
+    programs: Programs | None = None,
 ) -> Settled:
     """Repeat the step, and say how far from a fixed point it ended. Never raises: look at ``residual``."""
+    if programs is not None:
+        update = RecordedUpdate(programs, update, equilibrium, influence)
     past, last, states, done = Past(), list[tuple[States, States]](), start, 0
     while done < steps:
         made = update.step(equilibrium, states, influence, past)

@@ -12,10 +12,11 @@ from torch2ebm.algorithms.divergence import of_phase
 from torch2ebm.equilibrium import Influence, States, cost_gradients
 from torch2ebm.errors import ConfigurationError, DivergenceError
 from torch2ebm.free_phase import Free, FreePhase, check_drift, check_finite, check_nudged, check_signal
+from torch2ebm.fused import Programs
 from torch2ebm.holomorphic import HolomorphicOperations, check_holomorphic
 from torch2ebm.inference import GradientSum
 from torch2ebm.nudging import Holomorphic, Nudging, Symmetric
-from torch2ebm.settling import Settled, settle
+from torch2ebm.settling import Settled
 from torch2ebm.solvers.base import check_steps
 from torch2ebm.state import Call, LocalGradients, OutputLoss
 from torch2ebm.updates import Update
@@ -47,6 +48,7 @@ class EquilibriumPropagation(Algorithm):
         loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
         update: How the states move where not all at once: ``AndersonMixing(memory)`` for nets that settle slowly, or
             ``GaussSeidel()``.
+        compile: Record a step once as a list of ATen calls and run that from then on, through ``torch.compile``.
 
     Raises:
         ConfigurationError: for an illegal setting, and in backward where beta * feedback^depth, what reaches the first
@@ -80,6 +82,7 @@ class EquilibriumPropagation(Algorithm):
         readout: bool = False,
         loss_reduction: str = "mean",
         update: Update | None = None,
+        compile: bool = False,
     ) -> None:
         check_reduction("EquilibriumPropagation", loss_reduction)
         check_steps("EquilibriumPropagation", nudged_steps)
@@ -87,7 +90,8 @@ class EquilibriumPropagation(Algorithm):
             got, remedy = repr(nudging), "For example Symmetric(beta=0.5)."
             raise ConfigurationError("EquilibriumPropagation(nudging=...)", got, "a nudging object", remedy)
         self.nudging: Nudging | Holomorphic = Symmetric(0.5) if nudging is None else nudging
-        self.free_phase = FreePhase(free_steps, feedback, damping, tol, readout, update)
+        programs = Programs() if compile else None
+        self.free_phase = FreePhase(free_steps, feedback, damping, tol, readout, update, programs)
         self.free_phase.check("EquilibriumPropagation")
         self.nudged_steps = nudged_steps
         self.loss_reduction: str = loss_reduction
@@ -143,8 +147,9 @@ class EquilibriumPropagation(Algorithm):
         return self._settled(free, free.settled.states, Influence(loss, beta), beta)
 
     def _settled(self, free: Free, start: States, influence: Influence, beta: float, angle: float = 0.0) -> Settled:
-        tol, given = self.free_phase.tol, influence.loss.delivered if influence.loss is not None else {}
-        phase = settle(free.equilibrium, start, self.nudged_steps, free.update, influence, tol, beta, angle)
+        given = influence.loss.delivered if influence.loss is not None else {}
+        steps, update = self.nudged_steps, free.update
+        phase = self.free_phase.settled(free.equilibrium, start, steps, update, influence, beta, angle)
         try:
             check_finite(free.equilibrium, phase, f"nudged phase {beta:g}", given)
         except DivergenceError as error:
@@ -164,5 +169,6 @@ class EquilibriumPropagation(Algorithm):
             tol=free.tol,
             readout=free.readout,
             update=free.update,
+            compile=free.programs is not None,
             loss_reduction=self.loss_reduction,
         )
