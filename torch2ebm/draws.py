@@ -5,7 +5,7 @@ A recorded program has no generator to wind back; it takes the draws as inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if is_draw(func):
+        if is_draw(func, args, kwargs or {}):
             drawn = result[1] if func is _aten.native_dropout.default else result  # its mask
             if isinstance(drawn, Tensor):
                 self.kept.append(drawn.detach().clone() if _name(func) in _FILLS_IN_PLACE else drawn.detach())
@@ -46,7 +46,7 @@ class Repeated(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kept: Iterator[Tensor] = iter(kept)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if not is_draw(func):
+        if not is_draw(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         drawn = next(self._kept, None)
         if drawn is None:
@@ -65,5 +65,12 @@ def _name(function: Any) -> str:
     return str(function.overloadpacket.__name__)
 
 
-def is_draw(function: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
+def is_draw(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the call draws random numbers. One that could, with a dropout of zero, does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(function, "tags", ()):
+        return False
+    for position, argument in enumerate(function._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return bool(given)
+    return True

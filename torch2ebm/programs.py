@@ -140,8 +140,9 @@ def record(function: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Prog
     positions = _first_positions(tensors)
     named = [tensors[i] for i in positions]
     graph_module, result = _traced(function, named)
-    if any(node.op == "call_function" and is_draw(node.target) for node in graph_module.graph.nodes):
-        raise NotRecordableError("it draws fresh random numbers")
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and is_draw(node.target, node.args, node.kwargs):
+            raise NotRecordableError(f"{node.target} draws fresh random numbers")
     used = _keep_used_inputs(graph_module)
     sources = _sources(result, {id(tensor): i for tensor, i in zip(named, positions, strict=True)})
     return Program(graph_module, [positions[i] for i in used], sources, template_of(result)), result
