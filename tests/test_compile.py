@@ -1,4 +1,4 @@
-"""compile=True: recorded programs compute what the eager engine does, on every model, whatever changes between batches."""
+"""compile=True: recorded programs compute what the eager engine does, on every model, whatever changes in between."""
 
 import copy
 import pickle
@@ -76,6 +76,10 @@ def inputs(step: int, batch: int = 5) -> Tensor:
 
 def cross_entropy(step: int) -> Callable[[Tensor], Tensor]:
     return lambda output: F.cross_entropy(output, (torch.arange(len(output)) + step) % 4)
+
+
+def squared(step: int) -> Callable[[Tensor], Tensor]:
+    return lambda output: (output - torch.sin(torch.arange(4.0) + step)).square().mean()
 
 
 def trained(
@@ -190,6 +194,31 @@ def test_compiled_programs_in_single_precision(make: Make) -> None:
     assert_same(ours, expected, 1e-5)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"nudging": torch2ebm.OneSided(0.1)},
+        {"damping": 0.3},
+        {"update": torch2ebm.GaussSeidel()},
+        {"update": torch2ebm.AndersonMixing(3)},
+        {"readout": True},
+        {"nudging": torch2ebm.Holomorphic(0.1, 4)},
+    ],
+    ids=str,
+)
+def test_an_equilibrium_settles_the_same_by_programs(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    if settings:  # the compiler's turn is without
+        monkeypatch.setattr(programs.Program, "compile", lambda self: None)
+    gradients = []
+    for compile in ({}, {"compile": True}):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+        algorithm = torch2ebm.EquilibriumPropagation(free_steps=60, feedback=0.3, **settings, **compile)
+        gradients.append(trained(net, algorithm, losses=squared)[0])
+    assert_same(gradients[1], gradients[0], 1e-9)
+
+
 # ---- what changes between batches
 
 
@@ -294,7 +323,7 @@ class Standardised(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["strict", "Z-IL"])
-def test_a_model_that_cannot_be_recorded_runs_as_it_is_with_one_warning(name: str) -> None:
+def test_a_model_that_cannot_be_recorded_runs_as_it_is_with_one_warning(name: str, recordings: list[int]) -> None:
     make = dict(ALGORITHMS)[name]
 
     def gradients(algorithm: torch2ebm.Algorithm) -> list[Tensor]:
@@ -312,6 +341,7 @@ def test_a_model_that_cannot_be_recorded_runs_as_it_is_with_one_warning(name: st
     with pytest.warns(CompilationWarning, match="cannot be recorded") as warned:
         ours = gradients(make(compile=True))
     assert len(warned) == 1
+    assert len(recordings) <= 2  # in training: not with every batch
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
@@ -337,6 +367,17 @@ def test_a_compiler_that_fails_leaves_the_recorded_programs(monkeypatch: pytest.
     expected, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.1))
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.warns(CompilationWarning, match=r"no C\+\+ compiler"):
+        ours, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.1, compile=True))
+    assert_same(ours, expected)
+
+
+def test_a_compiler_that_computes_otherwise_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(module: nn.Module, **options: object) -> Callable[..., object]:
+        return lambda *tensors: [1.001 * each if each.is_floating_point() else each for each in module(*tensors)]
+
+    expected, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.1))
+    monkeypatch.setattr(torch, "compile", wrong)
+    with pytest.warns(CompilationWarning, match="other numbers"):
         ours, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.1, compile=True))
     assert_same(ours, expected)
 

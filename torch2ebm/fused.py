@@ -28,11 +28,11 @@ class Programs:
     """The programs of one algorithm, for each graph that it works on. A copy starts empty."""
 
     def __init__(self) -> None:
-        self._families: WeakKeyDictionary[EnergyGraph, dict[Hashable, Family]] = WeakKeyDictionary()
+        self._families: WeakKeyDictionary[EnergyGraph, dict[Hashable, Family | None]] = WeakKeyDictionary()
         self._warned: set[str] = set()
 
     def family(self, graph: EnergyGraph, key: Hashable) -> Family | None:
-        """Those for one kind of batch; None where there are too many kinds."""
+        """Those for one kind of batch; None where there are too many kinds, or it was refused."""
         families = self._families.setdefault(graph, {})
         try:
             known = key in families
@@ -45,6 +45,11 @@ class Programs:
                 return None
             families[key] = {}
         return families[key]
+
+    def refuse(self, graph: EnergyGraph, key: Hashable, reason: str) -> None:
+        """Never try this kind of batch again."""
+        self._families[graph][key] = None
+        self.warn(reason)
 
     def warn(self, reason: str) -> None:
         """Once for each reason."""
@@ -77,7 +82,8 @@ class Chain:
     """
 
     def __init__(self, programs: Programs, graph: EnergyGraph, key: Hashable, fixed: Sequence[Tensor]) -> None:
-        self._family = programs.family(graph, (key, signature(fixed)))
+        self._kind = graph, (key, signature(fixed))
+        self._family = programs.family(*self._kind)
         self._programs, self._fixed = programs, fixed
         self._last: Recorded | None = None
 
@@ -117,7 +123,7 @@ class Chain:
         try:
             program, result = record(function, [*self._fixed, *moving])
         except NotRecordableError as error:
-            self._programs.warn(f"{role} cannot be recorded: {error}")
+            self._programs.refuse(*self._kind, f"{role} cannot be recorded: {error}")
             self._family = None
             return None
         self._last = self._known()[key] = Recorded(program)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,7 @@ class RecordedSweep:
     def forward(self, call: Call) -> None:
         early = [*call.tensors, *call.parameters.values(), *call.graph.module.buffers()]
         family = None if self._programs is None else self._family(self._programs, call, early)
-        if family is None or family.get("halves", ()) is None:
+        if family is None:
             call.feedforward(keep_graph=True)
         elif "halves" in family:
             self._run(call, family["halves"], early)
@@ -72,7 +72,7 @@ class RecordedSweep:
         if any(tensor.requires_grad for tensor in call.tensors):
             programs.warn("an input requires a gradient")
             return None
-        return programs.family(call.graph, (signature(early), alias_pattern(early), autocast_of(call)))
+        return programs.family(call.graph, _kind(call, early))
 
     def _run(self, call: Call, halves: _Halves, early: list[Tensor]) -> None:
         for program in (halves.before, halves.after):
@@ -97,13 +97,16 @@ class RecordedSweep:
         try:
             before, after, _ = record_in_two(function, early, late)
         except NotRecordableError as error:
-            self._programs.warn(f"the sweep cannot be recorded: {error}")
-            family["halves"] = None
+            self._programs.refuse(call.graph, _kind(call, early), f"the sweep cannot be recorded: {error}")
             buffers.restore()
             generators.restore()
             call.feedforward(keep_graph=True)
         else:
             family["halves"] = _Halves(before, after)
+
+
+def _kind(call: Call, early: list[Tensor]) -> Hashable:
+    return signature(early), alias_pattern(early), autocast_of(call)
 
 
 def _given(delivered: Tensor | None, value: Tensor) -> Tensor:
