@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -114,27 +115,44 @@ def assert_same(ours: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]
 # ---- the same numbers
 
 
-@pytest.mark.parametrize("make", [make for _, make in ALGORITHMS[::2]], ids=["strict", "Z-IL"])
-@pytest.mark.parametrize("problem", [*FAMILIES, *PROBLEMS], ids=lambda problem: problem.name)
+# nn.Transformer asks a mask whether it is causal; T5 returns a constant that is none of its buffers
+RUN_AS_THEY_ARE = {("Transformer", "strict"), ("Transformer", "Z-IL"), ("T5 with labels", "Z-IL")}
+
+
+def _cases() -> Iterator[Any]:
+    for problem in (*FAMILIES, *PROBLEMS):
+        for name, make in ALGORITHMS[::2]:
+            marks = [pytest.mark.slow] * problem.name.startswith("T5")
+            yield pytest.param(problem, name, make, id=f"{problem.name}, {name}", marks=marks)
+
+
+@pytest.mark.parametrize(("problem", "name", "make"), _cases())
 @pytest.mark.usefixtures("recorded_only")
-def test_programs_compute_what_the_engine_computes_on_every_model(problem: Problem, make: Make) -> None:
-    gradients, buffers = [], []
-    for settings in ({}, {"compile": True}):
-        module = problem.build()
-        model = torch2ebm.convert(module, example_inputs=problem.inputs(4))
-        optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(module.parameters(), lr=1e-3), model, make(**settings))
-        torch.manual_seed(0)
-        found = []
-        for _ in range(3):
-            optimizer.zero_grad()
-            problem.loss(call(model, copy.deepcopy(problem.inputs(4)))).backward()
-            found.append({name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None})
-            optimizer.step()
-        gradients.append(found)
-        buffers.append(dict(module.named_buffers()))
+def test_programs_compute_what_the_engine_computes_on_every_model(problem: Problem, name: str, make: Make) -> None:
+    if (problem.name, name) in RUN_AS_THEY_ARE:
+        with pytest.warns(CompilationWarning, match="cannot be recorded"):
+            gradients, buffers = zip(
+                *(short_training(problem, make, **c) for c in ({}, {"compile": True})), strict=True
+            )
+    else:
+        gradients, buffers = zip(*(short_training(problem, make, **c) for c in ({}, {"compile": True})), strict=True)
     assert_same(gradients[1], gradients[0], 1e-10)
-    for name, buffer in buffers[0].items():
-        torch.testing.assert_close(buffers[1][name], buffer, rtol=1e-10, atol=1e-12)
+    for key, buffer in buffers[0].items():
+        torch.testing.assert_close(buffers[1][key], buffer, rtol=1e-10, atol=1e-12)
+
+
+def short_training(problem: Problem, make: Make, **settings: bool) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    module = problem.build()
+    model = torch2ebm.convert(module, example_inputs=problem.inputs(4))
+    optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(module.parameters(), lr=1e-3), model, make(**settings))
+    torch.manual_seed(0)
+    found = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        problem.loss(call(model, copy.deepcopy(problem.inputs(4)))).backward()
+        found.append({name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None})
+        optimizer.step()
+    return found, dict(module.named_buffers())
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)

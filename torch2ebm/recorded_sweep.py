@@ -85,7 +85,7 @@ class RecordedSweep:
     def _record(self, call: Call, family: Family, early: list[Tensor]) -> None:
         """The feed-forward pass of this call, whose own backward is the eager sweep."""
         assert self._programs is not None
-        late = [torch.zeros_like(output) for output in family.pop("late")]
+        late = [torch.zeros_like(each, memory_format=torch.contiguous_format) for each in family.pop("late")]
         delivered = dict(zip(call.graph.output_slots, late, strict=True))
 
         def function() -> Any:
@@ -110,4 +110,5 @@ def _kind(call: Call, early: list[Tensor]) -> Hashable:
 
 
 def _given(delivered: Tensor | None, value: Tensor) -> Tensor:
-    return torch.zeros_like(value) if delivered is None else delivered.contiguous()
+    found = torch.zeros_like(value) if delivered is None else delivered
+    return found.contiguous()  # as when recording: how a gradient lies in memory is up to the loss
