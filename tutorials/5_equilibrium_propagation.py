@@ -33,6 +33,7 @@
 # %%
 import os
 import time
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -162,19 +163,21 @@ print(f"the equilibrium's output is {state.feedforward_distance:.0%} away from t
 
 # %% [markdown]
 # The **residual** is the largest change that one more step would make. Every phase reports it. How fast it falls
-# depends on the strength of the feedback, which `feedback` scales with each layer.
+# depends on the strength of the feedback, which `feedback` scales with each layer. A phase that would go on by more than
+# a twentieth of its states is warned of; here it is cut short on purpose.
 
 # %%
 counts = [1, 2, 3, 5, 8, 12, 20, 30, 50]
-residuals = {
-    feedback: [
-        look(torch2ebm.EquilibriumPropagation(free_steps=count, nudged_steps=1, feedback=feedback))[1]
-        .phases[0]
-        .residual
-        for count in counts
-    ]
-    for feedback in (1.0, 0.3, 0.1)
-}
+
+
+def residual_after(count, feedback):
+    algorithm = torch2ebm.EquilibriumPropagation(free_steps=count, nudged_steps=1, feedback=feedback)
+    return look(algorithm)[1].phases[0].residual
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", torch2ebm.errors.NotSettledWarning)  # cut short on purpose
+    residuals = {feedback: [residual_after(count, feedback) for count in counts] for feedback in (1.0, 0.3, 0.1)}
 figure = Figure(figsize=(5.5, 3.6), layout="constrained")
 panel = figure.subplots()
 for (feedback, curve), colour, marker in zip(residuals.items(), (BLUE, ORANGE, GREEN), "soD", strict=True):
@@ -393,7 +396,6 @@ def nudged_process(beta):
 
 theorem = list(recurrent_process())
 watched = list(nudged_process(BETA))
-weaker = list(nudged_process(BETA / 10))
 
 
 def largest_error(trace, which):
@@ -404,10 +406,20 @@ def largest_error(trace, which):
     return max(((a - b).norm() / scale).item() for a, b in zip(others, vectors, strict=True))
 
 
-for which, name in enumerate(("S", "Theta")):
-    print(f"{name}: beta {BETA} {largest_error(watched, which):.1e}, {BETA / 10} {largest_error(weaker, which):.1e}")
-    assert largest_error(watched, which) < 0.01
-    assert 9 < largest_error(watched, which) / largest_error(weaker, which) < 11  # order one in beta
+def both_sides(beta):
+    """The mean over a nudge and its opposite, step by step."""
+    for up, down in zip(nudged_process(beta), nudged_process(-beta), strict=True):
+        yield tuple([(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(up, down, strict=True))
+
+
+print("largest error of S and Theta:  one-sided            symmetric")
+errors = {}
+for beta in (1e-2, 1e-3, 1e-5):
+    sides = [list(nudged_process(beta)), list(both_sides(beta))]
+    errors[beta] = [largest_error(side, which) for side in sides for which in (0, 1)]
+    print(f"beta {beta:.0e}                     ", *(f"{each:8.1e}" for each in errors[beta]))
+for which, order in enumerate((1, 1, 2, 2)):
+    assert 0.9 * 10**order < errors[1e-2][which] / errors[1e-3][which] < 1.1 * 10**order
 
 # %%
 figure = Figure(figsize=(8.5, 3.6), layout="constrained")
@@ -440,6 +452,9 @@ figure.savefig(PICTURES / "5_process.png", dpi=150)
 show(PICTURES / "5_process.png")
 
 # %% [markdown]
+# The table falls tenfold with $\beta$ for one nudge and a hundredfold for two. How large its numbers are depends on the
+# net, the loss and the size of the step.
+#
 # The dots lie on the lines, at every step and not only at the end: the nudged phase **is** recurrent backpropagation,
 # written in the speed of the states.
 #
