@@ -18,7 +18,10 @@ from torch2ebm.solvers.base import check_steps, check_tolerance
 from torch2ebm.state import Call, InferenceState, Relaxation
 from torch2ebm.updates import Damped, GaussSeidel, Synchronous, Update
 
-REMEDY = "Take a lower feedback (feedback=0.5), some damping (damping=0.5), more free_steps, or bounded activations."
+REMEDY = (
+    "Take a lower feedback (feedback=0.5), some damping (damping=0.5), more free_steps, update=AndersonMixing(), or "
+    "bounded activations."
+)
 DRIFTING = 0.1  # of what a nudge has moved
 
 
