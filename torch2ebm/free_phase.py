@@ -224,7 +224,7 @@ def check_drift(free: Free, phases: Sequence[Settled], where: str) -> None:
         return
     name = free.equilibrium.hopfield.states[settled.moving_most()].name
     got = (
-        f"a free phase that still moves by {settled.relaxation.residual:.0e} a step: its drift in {steps} more steps is "
+        f"a free phase that still moves by {settled.relaxation.residual:.0e} a step, whose drift in {steps} steps is "
         f"{drift / moved:.0%} of what the nudge moves"
     )
     remedy = (
