@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import torch2ebm
 
+UNSETTLED = "ignore:The free phase has not settled"  # for tests of relaxations that are cut short on purpose
+
 
 def attached(module: nn.Module, algorithm: torch2ebm.Algorithm, nodes: Any = "auto") -> torch2ebm.EnergyModel:
     """A converted model that learns by ``algorithm``."""

@@ -453,10 +453,10 @@ class GatedNet(nn.Module):
         return self.readout(self.unit(self.left(x)) * self.unit(self.right(x)))
 
 
-def gated() -> Example:
+def gated(gain: float = 0.7, size: float = 1.0, loss: Loss | None = None) -> Example:
     torch.manual_seed(3)
-    module = _scaled(GatedNet().double(), 0.7)
-    x, target = torch.randn(4, 4).double(), torch.tensor([0, 2, 1, 0])
+    module = _scaled(GatedNet().double(), gain)
+    x, loss = size * torch.randn(4, 4).double(), cross_entropy(torch.tensor([0, 2, 1, 0])) if loss is None else loss
 
     def preactivations(s: States, p: Mapping[str, Tensor]) -> States:
         return Lazy(
@@ -469,9 +469,7 @@ def gated() -> Example:
 
     activations = {name: lambda a: a for name in ("s1", "s2", "s3")}
     depths = {"s1": 0, "s2": 0, "s3": 1}
-    return Example(
-        module, x, Network(parameters_of(module), preactivations, activations, depths, cross_entropy(target))
-    )
+    return Example(module, x, Network(parameters_of(module), preactivations, activations, depths, loss))
 
 
 def chain_of_blocks(net: nn.Sequential, x: Tensor, loss: Loss, feedback: float) -> Network:

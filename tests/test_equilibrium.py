@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import attached, local_gradients
+from helpers import UNSETTLED, attached, local_gradients
 from oracle_equilibrium import (
     Example,
     Loss,
@@ -72,6 +72,7 @@ def test_two_ways_to_the_gradient_at_the_equilibrium_agree(make) -> None:
 # The same finite steps ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings(UNSETTLED)  # so few steps are meant
 @pytest.mark.parametrize("feedback", [1.0, 0.3])
 @pytest.mark.parametrize("steps", [1, 4, 300])
 @pytest.mark.parametrize("make", EXAMPLES)
@@ -110,6 +111,7 @@ def test_a_faulty_twin_has_another_gradient(twin) -> None:
     assert distance(ours, symmetric(faulty, free, 7, 0.1)) > 0.1
 
 
+@pytest.mark.filterwarnings(UNSETTLED)  # so few steps are meant
 @pytest.mark.parametrize("damping", [0.3, 0.6])
 def test_damping_takes_part_of_a_step_back(damping: float) -> None:
     example, states = skip(), skip().network.feedforward()
@@ -120,6 +122,7 @@ def test_damping_takes_part_of_a_step_back(damping: float) -> None:
     torch.testing.assert_close(model(example.x), states["s4"], rtol=0, atol=1e-13)
 
 
+@pytest.mark.filterwarnings(UNSETTLED)  # so few steps are meant
 def test_the_report_says_what_the_phases_did() -> None:
     example = skip()
     network, beta = example.network, 0.2
@@ -142,6 +145,7 @@ def test_the_report_says_what_the_phases_did() -> None:
     assert state.scalars()["feedforward_distance"] == state.feedforward_distance
 
 
+@pytest.mark.filterwarnings(UNSETTLED)  # so few steps are meant
 def test_tol_ends_a_phase_early() -> None:
     _, model = gradients(skip(), torch2ebm.Symmetric(0.1), free_steps=2000, nudged_steps=2000, tol=1e-6)
     assert all(phase.converged and phase.steps < 500 and 0 < phase.residual <= 1e-6 for phase in model.state.phases)
@@ -149,6 +153,7 @@ def test_tol_ends_a_phase_early() -> None:
     assert model.state.phases[0].converged is False and model.state.phases[0].steps == 3
 
 
+@pytest.mark.filterwarnings(UNSETTLED)  # so few steps are meant
 def test_a_sample_relaxes_the_same_alone_or_in_a_batch() -> None:
     example = skip()
     model = attached(example.module, torch2ebm.EquilibriumPropagation())

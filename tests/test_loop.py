@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import attached, local_gradients, relative_error
+from helpers import UNSETTLED, attached, local_gradients, relative_error
 from oracle_energy import chain_error_descent
 from oracle_equilibrium import chain_of_blocks, symmetric
 from oracles import ChainState, Gradients, backprop, binomial_tail, strict
@@ -27,6 +27,8 @@ from torch2ebm.errors import (
     LossNotRecordedError,
     LossReductionError,
 )
+
+pytestmark = pytest.mark.filterwarnings(UNSETTLED)  # the oracle takes the same six steps
 
 Loss = Callable[[Tensor], Tensor]
 EXACT = 1e-12

@@ -26,6 +26,7 @@ ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
     "PredictiveCoding": torch2ebm.PredictiveCoding(steps=3, lr=0.2),
     "ZeroDivergence": torch2ebm.ZeroDivergence(),
     "IncrementalPredictiveCoding": torch2ebm.IncrementalPredictiveCoding(steps=3, lr=0.2),
+    "EquilibriumPropagation": torch2ebm.EquilibriumPropagation(torch2ebm.RandomSign(0.5), 30, 5, feedback=0.3),
 }
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda net: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9),
@@ -45,6 +46,8 @@ class Run:
     def __init__(self, algorithm: str, optimizer: str) -> None:
         torch.manual_seed(0)
         self.net = network()
+        # batch statistics and dropout have no equilibrium; there it is the nudge's sign that is drawn
+        self.net.train(not ALGORITHMS[algorithm].defines_output)
         self.model = torch2ebm.convert(self.net)
         self.optimizer = torch2ebm.EnergyOptimizer(OPTIMIZERS[optimizer](self.net), self.model, ALGORITHMS[algorithm])
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=0.02, total_steps=WHOLE)

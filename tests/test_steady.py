@@ -21,6 +21,8 @@ ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
     "FixedPrediction": torch2ebm.FixedPrediction(steps=3),
     "ZeroDivergence": torch2ebm.ZeroDivergence(),
     "Incremental": torch2ebm.IncrementalPredictiveCoding(steps=3),
+    "EquilibriumPropagation": torch2ebm.EquilibriumPropagation(free_steps=8, nudged_steps=3, feedback=0.05),
+    "RecurrentBackprop": torch2ebm.RecurrentBackprop(torch2ebm.Neumann(3), free_steps=8, feedback=0.05),
 }
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 LABELS = torch.tensor([0, 1, 2, 0, 1])
@@ -34,6 +36,7 @@ class Training:
                 nn.Conv1d(1, 4, 3, padding=1), nn.BatchNorm1d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
             )
             self.x = torch.randn(5, 1, 4)
+        self.net.train(not algorithm.defines_output)  # in train mode batch norm has no equilibrium
         self.attach(algorithm)
 
     def attach(self, algorithm: torch2ebm.Algorithm) -> None:

@@ -40,6 +40,7 @@ from torch2ebm.solvers import (
     Solver,
 )
 from torch2ebm.state import InferenceState, Relaxation
+from torch2ebm.updates import AndersonMixing, GaussSeidel
 
 __all__ = [
     "MQ",
@@ -47,6 +48,7 @@ __all__ = [
     "Agreement",
     "Algorithm",
     "Anderson",
+    "AndersonMixing",
     "Backprop",
     "Categorical",
     "ConjugateGradient",
@@ -61,6 +63,7 @@ __all__ = [
     "ErrorDescent",
     "FixedPointSolve",
     "FixedPrediction",
+    "GaussSeidel",
     "Gaussian",
     "GradientComparison",
     "GradientDescent",

@@ -1,7 +1,7 @@
 """One call's Hopfield-type energy: the drive of its states, what the loss does to them, and the gradient of Phi.
 
 A node is evaluated on leaves, so no autograd graph crosses a node boundary; one call of the engine pulls the states
-back through all nodes, s_n <- act_n(d(Phi - beta c_o C)/ds_n / c_n) (algorithms.md E1).
+back through all nodes, s_n <- act_n(d(Phi - beta c_o C)/ds_n / c_n) (Scellier and Bengio 2017).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Equilibrium:
         weight: c_n of each state, by slot.
         output_weight: c_o.
         nudged: Slots of the states that the loss acts on.
+        precision: Of the coarsest numbers that states are read as, relative to their size.
     """
 
     def __init__(self, call: Call, hopfield: HopfieldGraph, feedback: float) -> None:
@@ -36,6 +37,7 @@ class Equilibrium:
         self.weight = {slot: feedback**state.depth for slot, state in hopfield.states.items()}
         self.output_weight = feedback**hopfield.output_depth
         self.nudged = hopfield.nudged()
+        self.precision = max(torch.finfo(dtype).eps for dtype in self._read_as.values())
         self._fixed = {
             made: at_least_single(call.values[slot])
             for term in hopfield.fixed

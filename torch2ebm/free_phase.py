@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from torch2ebm.equilibrium import Equilibrium, Influence, States
-from torch2ebm.errors import ConfigurationError, DivergenceError, NotSettledWarning
+from torch2ebm.errors import ConfigurationError, DivergenceError, NotSettledError, NotSettledWarning
 from torch2ebm.hopfield import HopfieldGraph
-from torch2ebm.settling import Damped, Sequential, Settled, Synchronous, Update, settle
+from torch2ebm.settling import Settled, magnitude, settle
 from torch2ebm.solvers.base import check_steps, check_tolerance
 from torch2ebm.state import Call, InferenceState, Relaxation
+from torch2ebm.updates import Damped, GaussSeidel, Synchronous, Update
 
-REMEDY = "Take a lower feedback (feedback=0.5), some damping (damping=0.5), more free_steps, or bounded activations."
+REMEDY = (
+    "Take a lower feedback (feedback=0.5), some damping (damping=0.5), more free_steps, update=AndersonMixing(), or "
+    "bounded activations."
+)
+DRIFTING = 0.1  # of what a nudge has moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +108,7 @@ class FreePhase:
         damping: The part of a step that is taken back.
         tol: Largest change at which the phase ends early; 0 takes all steps.
         readout: Whether the outputs are read out of the states, and have none.
+        update: How a step moves the states; None for all at once.
     """
 
     steps: int
@@ -110,6 +116,7 @@ class FreePhase:
     damping: float = 0.0
     tol: float = 0.0
     readout: bool = False
+    update: Update | None = None
 
     def check(self, where: str) -> None:
         """Raise :class:`ConfigurationError` for an illegal setting of the algorithm ``where``."""
@@ -117,6 +124,12 @@ class FreePhase:
         check_tolerance(where, self.tol)
         _check_between(where, "feedback", self.feedback, 0 < self.feedback <= 1 if _number(self.feedback) else False)
         _check_between(where, "damping", self.damping, 0 <= self.damping < 1 if _number(self.damping) else False)
+        if self.update is not None and not isinstance(self.update, Update):
+            remedy = "For example AndersonMixing()."
+            raise ConfigurationError(f"{where}(update=...)", repr(self.update), "AndersonMixing or GaussSeidel", remedy)
+        if self.update is not None and self.damping:
+            got = f"damping={self.damping:g} and update={self.update!r}"
+            raise ConfigurationError(where, got, "one of them", "Damping belongs to the update of all states at once.")
 
     def settings(self) -> str:
         """Those that are not the default, as they stand in an algorithm's ``repr``."""
@@ -124,6 +137,7 @@ class FreePhase:
         parts += [f"feedback={self.feedback:g}"] * (self.feedback != 1)
         parts += [f"damping={self.damping:g}"] * (self.damping != 0)
         parts += [f"tol={self.tol:g}"] * (self.tol != 0) + ["readout=True"] * self.readout
+        parts += [f"update={self.update!r}"] * (self.update is not None)
         return ", ".join(parts)
 
     def run(self, call: Call) -> Free:
@@ -146,23 +160,24 @@ class FreePhase:
         return free
 
     def _settled(self, equilibrium: Equilibrium) -> tuple[Update, Settled]:
-        """The synchronous update, or the next stronger one where states cycle or run away."""
+        """The first update, or another where states cycle or run away; where one was asked for, unless it settles."""
         tried: list[tuple[Update, Settled]] = []
-        for update in self._updates(equilibrium):
+        for update in self._updates():
             settled = settle(equilibrium, equilibrium.states, self.steps, update, Influence(), self.tol)
             tried.append((update, settled))
             if math.isfinite(settled.relaxation.residual):
-                if not (settled.unsettled and settled.cycling):
+                if not settled.unsettled or not (settled.cycling or self.update is not None):
                     break
             elif not _are_finite(equilibrium.states):  # bad numbers came in: who checks these says which
                 break
         best = min(tried, key=lambda pair: _badness(pair[1].relaxation))
-        _check(equilibrium, best[1], len(tried))
+        _check(equilibrium, best[1])
         return best
 
-    def _updates(self, equilibrium: Equilibrium) -> Sequence[Update]:
-        first = Damped(self.damping) if self.damping else Synchronous()
-        return (first, Damped(max(self.damping, 0.5)), Sequential(tuple(equilibrium.hopfield.colours())))
+    def _updates(self) -> Sequence[Update]:
+        plain = Damped(self.damping) if self.damping else Synchronous()
+        first = plain if self.update is None else self.update
+        return tuple(dict.fromkeys([first, Damped(max(self.damping, 0.5)), GaussSeidel()]))
 
 
 def _are_finite(states: States) -> bool:
@@ -173,20 +188,85 @@ def _badness(relaxation: Relaxation) -> float:
     return relaxation.residual if math.isfinite(relaxation.residual) else math.inf
 
 
-def _check(equilibrium: Equilibrium, settled: Settled, tried: int) -> None:
+def _check(equilibrium: Equilibrium, settled: Settled) -> None:
+    """Raise or warn where it has not settled, whatever came before: the output is not that of an equilibrium."""
     check_finite(equilibrium, settled, "free phase", equilibrium.states)
-    watched = equilibrium.hopfield.watched
-    if settled.unsettled and (tried == 3 or watched):
-        name = equilibrium.hopfield.states[settled.moving_most()].name
-        reason = f" It has {', '.join(sorted(watched.values()))} in the loop, which may not settle." if watched else ""
-        warnings.warn(
-            NotSettledWarning(
-                f"The free phase has not settled: after {settled.relaxation.steps} {settled.relaxation.update} steps "
-                f"the states of '{name}' still move by {settled.relaxation.residual:.0e}, with values up to "
-                f"{settled.size:.0e}.{reason} {REMEDY}"
-            ),
-            stacklevel=2,
-        )
+    if not settled.unsettled or not math.isfinite(settled.relaxation.residual):
+        return
+    last, watched = settled.relaxation, equilibrium.hopfield.watched
+    name = equilibrium.hopfield.states[settled.moving_most()].name
+    reason = f" It has {', '.join(sorted(watched.values()))} in the loop, which may not settle." if watched else ""
+    warnings.warn(
+        NotSettledWarning(
+            f"The free phase has not settled: after {last.steps} {last.update} steps the states of '{name}' still move "
+            f"by {last.residual:.0e} a step, with values up to {settled.size:.0e}.{reason} {REMEDY}"
+        ),
+        stacklevel=2,
+    )
+
+
+def check_drift(free: Free, phases: Sequence[Settled], where: str) -> None:
+    """A difference to the free state shows what the nudge moved, and what would have moved anyway.
+
+    Where the second may be a tenth, the free phase is continued, which tells the two apart. Raises
+    :class:`NotSettledError` where the drift is more than what the nudge has moved, and warns where it is a tenth. Both
+    are Euclidean lengths over all samples, whose gradients are summed.
+    """
+    settled, steps = free.settled, max(phase.relaxation.steps for phase in phases)
+    if not settled.relaxation.residual > settled.rounding:  # numbers that are none are named by who checks them
+        return
+    bound = settled.drift(steps) / settled.pace[0] * _length(settled.changes)
+    if not bound > DRIFTING * max(_distance_of(phase.states, settled.states) for phase in phases):
+        return
+    on = settle(free.equilibrium, settled.states, steps, free.update, Influence()).states
+    drift, moved = _distance_of(on, settled.states), max(_distance_of(phase.states, on) for phase in phases)
+    if not drift > DRIFTING * moved:
+        return
+    name = free.equilibrium.hopfield.states[settled.moving_most()].name
+    got = (
+        f"a free phase that still moves by {settled.relaxation.residual:.0e} a step, whose drift in {steps} steps is "
+        f"{drift / moved:.0%} of what the nudge moves"
+    )
+    remedy = (
+        "Take more free_steps, a lower feedback, damping, a larger beta, or EquilibriumPropagation(Symmetric(beta)), "
+        "in which the drift cancels."
+    )
+    if drift > moved:
+        expected = "a free equilibrium from which the nudge alone moves the states"
+        raise NotSettledError(f"{name}, {where}", got, expected, remedy)
+    warnings.warn(NotSettledWarning(f"{name}, {where}: got {got}. {remedy}"), stacklevel=2)
+
+
+def _distance_of(states: States, others: States) -> float:
+    return _length({slot: states[slot] - other for slot, other in others.items()})
+
+
+def _length(tensors: States) -> float:
+    return float(torch.stack([magnitude(each).square().sum() for each in tensors.values()]).sum().sqrt())
+
+
+def _movement(phase: Settled, free: Settled) -> float:
+    return max(float(magnitude(phase.states[slot] - value).max()) for slot, value in free.states.items())
+
+
+def check_nudged(free: Free, phase: Settled, where: str) -> None:
+    """Warn where a phase that began at a settled state cycles, or comes no nearer: few steps may be meant, not these.
+
+    The first steps say nothing: on their way down and back up again the nudge's changes may grow.
+    """
+    arrived = phase.relaxation.steps > 2 * (free.equilibrium.hopfield.output_depth + 1)
+    if not arrived or free.settled.unsettled or not (phase.cycling or phase.growing):
+        return
+    last, moved = phase.relaxation, _movement(phase, free.settled)
+    if not DRIFTING * moved < last.residual < math.inf:
+        return
+    name = free.equilibrium.hopfield.states[phase.moving_most()].name
+    message = (
+        f"The {where} does not settle: after {last.steps} {last.update} steps the states of '{name}' still move by "
+        f"{last.residual:.0e} a step, where {moved:.0e} was moved in all. Take a smaller nudge, a lower feedback "
+        "(feedback=0.5), or some damping (damping=0.5)."
+    )
+    warnings.warn(NotSettledWarning(message), stacklevel=2)
 
 
 def check_signal(where: str, free: Free, amount: float, margin: float) -> None:

@@ -1,13 +1,14 @@
 """The Hopfield-type energy of a graph that is cut around its activations, and what has none.
 
 E = sum_n c_n [G_n(s_n) - <s_n, a_n(s_pa)>] with a state s_n at each activation, a_n its pre-activation, G_n' the
-inverse of the activation and c_n = feedback^depth(n) (algorithms.md E1). The parameters are the module's own.
+inverse of the activation and c_n = feedback^depth(n) (Scellier and Bengio 2017). The parameters are the module's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -157,6 +158,7 @@ class HopfieldGraph:
         """Slots of the states that the loss acts on."""
         return frozenset([*self.outputs.values(), *(slot for node in self.readouts for slot in node.reads)])
 
+    @cached_property
     def colours(self) -> list[frozenset[str]]:
         """Groups of states none of which reads another of its group: what may move together, first fit."""
         neighbours: dict[str, set[str]] = {slot: set() for slot in self.states}

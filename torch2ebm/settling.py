@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torch2ebm.equilibrium import Equilibrium, Influence, States
 from torch2ebm.state import Relaxation
+from torch2ebm.updates import Past, Update
 
-UNSETTLED = 1e-2
+UNSETTLED = 0.05  # of what the states are; output and gradient are then wrong by about as large a part
 RETURNING = 0.05  # of what one step moves: a mode of eigenvalue -0.95 or less
+LOOKED_AT = 3  # steps, the last ones
+ROUNDING = 16  # times the precision of the numbers: below it a change says nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +30,8 @@ class Settled:
         size: Largest entry of a state.
         cycling: Whether two steps lead back nearly to where they started: a cycle of length two.
         changes: What the last step changed.
+        pace: Largest change of each of the last three steps, or of fewer; the newest first.
+        rounding: What numbers of this precision and size cannot tell from no change.
     """
 
     states: States
@@ -36,11 +40,32 @@ class Settled:
     size: float
     cycling: bool
     changes: States
+    pace: tuple[float, ...]
+    rounding: float
+
+    def drift(self, steps: int) -> float:
+        """How far so many steps more would lead, from how the last changes have shrunk, or have not.
+
+        A layered net's changes come in pairs, since J of a graph of two colours has eigenvalues in pairs +-x: the
+        changes of two steps are compared with those of the two before.
+        """
+        if not self.relaxation.residual > self.rounding:  # or it is no number
+            return self.relaxation.residual
+        before = self.pace[min(1, len(self.pace) - 1)]
+        shrinking = min(_ratio(self.pace) ** (2 if len(self.pace) == 2 else 1), 1.0)
+        pairs = steps / 2
+        terms = pairs if shrinking == 1 else shrinking * (1 - shrinking**pairs) / (1 - shrinking)
+        return (self.pace[0] + before) * terms
 
     @property
     def unsettled(self) -> bool:
-        """Whether it still moves by more than a hundredth of what the states are."""
-        return not self.relaxation.residual <= UNSETTLED * self.size
+        """Whether as many steps again would move it by more than a twentieth of what the states are."""
+        return not self.drift(self.relaxation.steps) <= max(UNSETTLED * self.size, self.rounding)
+
+    @property
+    def growing(self) -> bool:
+        """Whether the last steps came no nearer."""
+        return len(self.pace) == LOOKED_AT and not _ratio(self.pace) < 1
 
     def moving_most(self) -> str:
         """The slot whose state moved most in the last step."""
@@ -48,71 +73,8 @@ class Settled:
         return max(sizes, key=lambda slot: math.inf if math.isnan(sizes[slot]) else sizes[slot])
 
 
-class Update(ABC):
-    """How one step moves the states.
-
-    Attributes:
-        name: As it stands in the report.
-        share: The part that it takes of the way to where an undamped step leads.
-    """
-
-    name: str
-    share: float
-
-    @abstractmethod
-    def step(self, equilibrium: Equilibrium, states: States, influence: Influence) -> tuple[States, States]:
-        """The next states, and the drives that they came from."""
-
-
-@dataclass(frozen=True)
-class Synchronous(Update):
-    """All states at once, from the states before."""
-
-    name: str = field(default="synchronous", init=False)
-    share: float = field(default=1.0, init=False)
-
-    def step(self, equilibrium: Equilibrium, states: States, influence: Influence) -> tuple[States, States]:
-        drives = equilibrium.drive(states)
-        influence.nudge(equilibrium, states, drives)
-        moved = equilibrium.activate(drives)
-        influence.hold(moved)
-        return moved, drives
-
-
-@dataclass(frozen=True)
-class Damped(Update):
-    """The synchronous step, of which ``damping`` is taken back: s <- damping s + (1 - damping) f(s)."""
-
-    damping: float
-    name: str = field(default="damped", init=False)
-
-    @property
-    def share(self) -> float:  # type: ignore[override]
-        return 1 - self.damping
-
-    def step(self, equilibrium: Equilibrium, states: States, influence: Influence) -> tuple[States, States]:
-        moved, drives = Synchronous().step(equilibrium, states, influence)
-        return {slot: moved[slot].lerp(states[slot], self.damping) for slot in moved}, drives
-
-
-@dataclass(frozen=True)
-class Sequential(Update):
-    """One colour of the state graph after another, each from the states as they then are (Gauss-Seidel)."""
-
-    colours: tuple[frozenset[str], ...]
-    name: str = field(default="sequential", init=False)
-    share: float = field(default=1.0, init=False)
-
-    def step(self, equilibrium: Equilibrium, states: States, influence: Influence) -> tuple[States, States]:
-        current, all_drives = dict(states), {}
-        for colour in self.colours:
-            drives = equilibrium.drive(current, colour)
-            influence.nudge(equilibrium, current, drives)
-            moved = equilibrium.activate(drives)
-            influence.hold(moved)
-            current.update(moved)
-            all_drives.update(drives)
-        return current, all_drives
+def _ratio(pace: Sequence[float]) -> float:
+    return 1.0 if len(pace) == 1 else pace[0] / pace[-1] if pace[-1] else math.inf
 
 
 def settle(
@@ -126,19 +88,21 @@ def settle(
     angle: float = 0.0,
 ) -> Settled:
     """Repeat the step, and say how far from a fixed point it ended. Never raises: look at ``residual``."""
-    states, drives, done = start, start, 0
-    earlier = before = start
+    past, last, states, done = Past(), list[tuple[States, States]](), start, 0
     while done < steps:
-        earlier, before = before, states
-        states, drives = update.step(equilibrium, states, influence)
+        made = update.step(equilibrium, states, influence, past)
+        states = made.states
+        last = [*last[1 - LOOKED_AT :], (made.start, made.states)]
         done += 1
-        if tol > 0 and float(_largest(_changes(before, states))) <= tol * update.share:
+        if tol > 0 and float(_largest(_changes(*last[-1]))) <= tol * update.share:
             break
-    changes = _changes(before, states)
+    changes = _changes(*last[-1])
     by_sample = _by_sample(changes, equilibrium.call.batch_size)
     largest = _largest(changes) if by_sample is None else by_sample.max()
-    sizes = torch.stack([largest, _largest(_changes(earlier, states)), _largest(states)]).tolist()
-    residual = sizes[0] / update.share
+    two = _largest(_changes(last[max(len(last) - 2, 0)][0], states))
+    before = [_largest(_changes(*pair)) for pair in last[-2::-1]]
+    moved, returned, size, *paces = torch.stack([largest, two, _largest(states), *before]).tolist()
+    residual = moved / update.share
     relaxation = Relaxation(
         done,
         residual <= tol if tol > 0 else None,
@@ -149,8 +113,8 @@ def settle(
         angle=angle,
         update=update.name,
     )
-    cycling = done > 1 and sizes[1] < RETURNING * sizes[0]
-    return Settled(states, drives, relaxation, sizes[2], cycling, changes)
+    cycling, rounding = done > 1 and returned < RETURNING * moved, ROUNDING * equilibrium.precision * size
+    return Settled(states, made.drives, relaxation, size, cycling, changes, (moved, *paces), rounding)
 
 
 def _changes(before: States, after: States) -> dict[str, Tensor]:

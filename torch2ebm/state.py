@@ -246,7 +246,8 @@ class Relaxation:
         tol: What the solver was asked for; 0 for nothing.
         beta: The nudge of this phase.
         angle: Its angle in the complex plane, in radians, where ``beta`` is its size (Holomorphic).
-        update: How an equilibrium algorithm moved the values: ``"synchronous"``, ``"damped"`` or ``"sequential"``.
+        update: How an equilibrium algorithm moved the values: ``"synchronous"``, ``"damped"``, ``"sequential"`` or
+            ``"anderson"``.
         energy: F, summed over samples, at the start of every step and at the end, in units of lambda times the loss.
         node_energy: The share of each node with a value; ``loss`` is the rest.
         loss: lambda times the loss summed over samples.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.equilibrium import Influence, pulled_through
-from torch2ebm.free_phase import Free, check_finite
+from torch2ebm.free_phase import Free, check_drift, check_finite, check_nudged
 from torch2ebm.hopfield import Term
 from torch2ebm.inference import GradientSum
 from torch2ebm.settling import Settled, settle
@@ -36,4 +36,6 @@ def _clamped_phase(free: Free, loss: OutputLoss, amount: float, steps: int, tol:
     start = {**states, **held}
     phase = settle(equilibrium, start, steps, free.update, Influence(held=held), tol, amount)
     check_finite(equilibrium, phase, "clamped phase", loss.delivered)
+    check_nudged(free, phase, "clamped phase")
+    check_drift(free, [phase], "clamped phase")
     return phase

@@ -8,16 +8,21 @@ from torch2ebm.errors import PartitionError
 from torch2ebm.free_phase import Free, FreePhase, check_signal
 from torch2ebm.solvers.base import check_steps
 from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.updates import Update
 
 FLOOR = 1e3  # times the precision: below it rounding is more than about a hundredth of the signal
 
 
 class ContrastiveHebbian(Algorithm):
-    """Contrastive Hebbian learning (Xie and Seung 2003; algorithms.md A3) on any graph and loss.
+    """Contrastive Hebbian learning (Xie and Seung 2003) on any graph and loss.
 
     The output is held at its free value less the gradient of the loss, which for half a squared error is the target.
     The difference of the two phases, weighted by feedback^(depth n - depth of the output), tends to backprop's gradient
     with an error of first order in ``feedback``. ``model(x)`` is the output at the free equilibrium.
+
+    A constant factor of the loss of a sample, as in ``(0.5 * error**2).sum(1).mean()``, moves the held output as far as
+    it says; one outside of the mean (``0.5 * loss``, accumulation, a gradient scaler) only scales the gradient, and the
+    output is held where the loss without it says.
 
     Args:
         feedback: gamma, the strength of the feedback per depth.
@@ -25,10 +30,13 @@ class ContrastiveHebbian(Algorithm):
         clamped_steps: Steps of the clamped phase.
         damping: Part of each step that is taken back.
         tol: Largest change of a state at which a phase ends early; 0 takes all steps.
+        update: How the states move where not all at once: ``AndersonMixing(memory)`` for nets that settle slowly, or
+            ``GaussSeidel()``.
 
     Raises:
         ConfigurationError: for an illegal setting, and at the first call where gamma^depth, the signal that reaches
             the first states, is near the precision of the numbers.
+        NotSettledError: where the free phase still moves by more than holding the output moves the states.
         PartitionError: at the first call, where an output ends in an activation.
         NoEquilibriumError: at the first call, for a module with layer norm, batch statistics, dropout or recurrence.
 
@@ -55,9 +63,10 @@ class ContrastiveHebbian(Algorithm):
         *,
         damping: float = 0.0,
         tol: float = 0.0,
+        update: Update | None = None,
     ) -> None:
         check_steps("ContrastiveHebbian", clamped_steps)
-        self.free_phase = FreePhase(free_steps, feedback, damping, tol)
+        self.free_phase = FreePhase(free_steps, feedback, damping, tol, update=update)
         self.free_phase.check("ContrastiveHebbian")
         self.clamped_steps = clamped_steps
 
@@ -75,7 +84,7 @@ class ContrastiveHebbian(Algorithm):
     def with_steps(self, steps: int) -> ContrastiveHebbian:
         """The same with another number of steps in both phases."""
         free = self.free_phase
-        return ContrastiveHebbian(free.feedback, steps, steps, damping=free.damping, tol=free.tol)
+        return ContrastiveHebbian(free.feedback, steps, steps, damping=free.damping, tol=free.tol, update=free.update)
 
 
 def _check_outputs(free: Free) -> None:

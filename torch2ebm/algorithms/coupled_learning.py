@@ -8,14 +8,20 @@ from torch2ebm.free_phase import FreePhase
 from torch2ebm.nudging import check_beta
 from torch2ebm.solvers.base import check_steps
 from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.updates import Update
 
 
 class CoupledLearning(Algorithm):
-    """Coupled learning (Stern et al. 2021; Scellier et al. 2023; algorithms.md E7) on any graph and loss.
+    """Coupled learning (Stern et al. 2021; Scellier et al. 2023) on any graph and loss.
 
     The output is held at s_o - beta dL/ds_o, and the gradient is the difference of dE/dtheta between that phase and the
     free one, over beta. It is no estimate of the loss's gradient, even as ``beta`` goes to 0: a direction that lowers
     the loss. With ``beta=1`` it is contrastive learning.
+
+    A constant factor of the loss of a sample, as in ``(0.5 * error**2).sum(1).mean()``, counts like ``beta``: it moves
+    the held output as far as it says. One outside of the mean (``0.5 * loss``, accumulation, a gradient scaler) only
+    scales the gradient. Cross-entropy drives the outputs, and so what they send back, without bound, while its pull
+    fades: with full feedback the free phase then stops settling in time, which is refused; take ``feedback=0.1``.
 
     Args:
         beta: How far the output is moved, in gradients of the loss summed over samples.
@@ -24,9 +30,12 @@ class CoupledLearning(Algorithm):
         feedback: Strength of the feedback per depth; towards 0 this becomes contrastive Hebbian learning.
         damping: Part of each step that is taken back.
         tol: Largest change of a state at which a phase ends early; 0 takes all steps.
+        update: How the states move where not all at once: ``AndersonMixing(memory)`` for nets that settle slowly, or
+            ``GaussSeidel()``.
 
     Raises:
         ConfigurationError: for an illegal setting.
+        NotSettledError: where the free phase still moves by more than holding the output moves the states.
         NoEquilibriumError: at the first call, for a module with layer norm, batch statistics, dropout or recurrence.
 
     Example:
@@ -53,10 +62,11 @@ class CoupledLearning(Algorithm):
         feedback: float = 1.0,
         damping: float = 0.0,
         tol: float = 0.0,
+        update: Update | None = None,
     ) -> None:
         check_beta("CoupledLearning", beta)
         check_steps("CoupledLearning", clamped_steps)
-        self.free_phase = FreePhase(free_steps, feedback, damping, tol)
+        self.free_phase = FreePhase(free_steps, feedback, damping, tol, update=update)
         self.free_phase.check("CoupledLearning")
         self.beta, self.clamped_steps = beta, clamped_steps
 
@@ -72,4 +82,6 @@ class CoupledLearning(Algorithm):
     def with_steps(self, steps: int) -> CoupledLearning:
         """The same with another number of steps in both phases."""
         free = self.free_phase
-        return CoupledLearning(self.beta, steps, steps, feedback=free.feedback, damping=free.damping, tol=free.tol)
+        return CoupledLearning(
+            self.beta, steps, steps, feedback=free.feedback, damping=free.damping, tol=free.tol, update=free.update
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import cmath
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -11,17 +10,17 @@ import torch
 from torch2ebm.algorithms.base import Algorithm, check_reduction
 from torch2ebm.algorithms.divergence import of_phase
 from torch2ebm.equilibrium import Influence, States, cost_gradients
-from torch2ebm.errors import ConfigurationError, DivergenceError, NotSettledError, NotSettledWarning
-from torch2ebm.free_phase import Free, FreePhase, check_finite, check_signal
+from torch2ebm.errors import ConfigurationError, DivergenceError
+from torch2ebm.free_phase import Free, FreePhase, check_drift, check_finite, check_nudged, check_signal
 from torch2ebm.holomorphic import HolomorphicOperations, check_holomorphic
 from torch2ebm.inference import GradientSum
 from torch2ebm.nudging import Holomorphic, Nudging, Symmetric
 from torch2ebm.settling import Settled, settle
 from torch2ebm.solvers.base import check_steps
 from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.updates import Update
 
 FLOOR = 1.0  # times the precision: below it nothing of the nudge is left at the first states
-DRIFTING = 0.1  # of what a one-sided nudge has moved
 
 
 class EquilibriumPropagation(Algorithm):
@@ -31,7 +30,7 @@ class EquilibriumPropagation(Algorithm):
     ``model(x)`` being the output at that free equilibrium, in evaluation too (``model.feedforward(x)`` is the plain
     output). Backward nudges them by ``beta`` times the loss. The gradient of a parameter is the difference, over beta,
     of the energy's derivative at the nudged and the free equilibrium: it tends to that of the loss at the free
-    equilibrium as ``beta`` goes to 0 (algorithms.md E1), and to backprop's of the module as ``feedback`` does.
+    equilibrium as ``beta`` goes to 0, and to backprop's of the module as ``feedback`` does.
 
     ``state.prediction`` is the free equilibrium, ``state.error`` what the first nudge changed, ``state.phases[0]`` the
     free phase, and ``state.feedforward_distance`` how far the equilibrium's output is from the feed-forward one.
@@ -46,6 +45,8 @@ class EquilibriumPropagation(Algorithm):
         tol: Largest change of a state at which a phase ends early; 0 takes all steps.
         readout: The outputs are read out of the states and have none, as suits cross-entropy (Laborieux et al. 2021).
         loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
+        update: How the states move where not all at once: ``AndersonMixing(memory)`` for nets that settle slowly, or
+            ``GaussSeidel()``.
 
     Raises:
         ConfigurationError: for an illegal setting, and in backward where beta * feedback^depth, what reaches the first
@@ -78,6 +79,7 @@ class EquilibriumPropagation(Algorithm):
         tol: float = 0.0,
         readout: bool = False,
         loss_reduction: str = "mean",
+        update: Update | None = None,
     ) -> None:
         check_reduction("EquilibriumPropagation", loss_reduction)
         check_steps("EquilibriumPropagation", nudged_steps)
@@ -85,7 +87,7 @@ class EquilibriumPropagation(Algorithm):
             got, remedy = repr(nudging), "For example Symmetric(beta=0.5)."
             raise ConfigurationError("EquilibriumPropagation(nudging=...)", got, "a nudging object", remedy)
         self.nudging: Nudging | Holomorphic = Symmetric(0.5) if nudging is None else nudging
-        self.free_phase = FreePhase(free_steps, feedback, damping, tol, readout)
+        self.free_phase = FreePhase(free_steps, feedback, damping, tol, readout, update)
         self.free_phase.check("EquilibriumPropagation")
         self.nudged_steps = nudged_steps
         self.loss_reduction: str = loss_reduction
@@ -119,7 +121,7 @@ class EquilibriumPropagation(Algorithm):
         pairs = list(zip([phase.states for phase in phases], weights, strict=True))
         rest = -sum(weight.real for weight in weights)
         if abs(rest) > 1e-9 * abs(weights[0]):
-            check_drift(free, phases)
+            check_drift(free, phases, "one-sided nudge")
             pairs.append((free.settled.states, rest))
         scale = -loss.scale / equilibrium.output_weight
         equilibrium.contrast([(states, weight * scale) for states, weight in pairs], result)
@@ -147,6 +149,7 @@ class EquilibriumPropagation(Algorithm):
             check_finite(free.equilibrium, phase, f"nudged phase {beta:g}", given)
         except DivergenceError as error:
             raise of_phase(error, beta) from error
+        check_nudged(free, phase, f"nudged phase {beta:g}")
         return phase
 
     def with_steps(self, steps: int) -> EquilibriumPropagation:
@@ -160,33 +163,6 @@ class EquilibriumPropagation(Algorithm):
             damping=free.damping,
             tol=free.tol,
             readout=free.readout,
+            update=free.update,
             loss_reduction=self.loss_reduction,
         )
-
-
-def check_drift(free: Free, phases: Sequence[Settled]) -> None:
-    """A difference to the free state shows what the nudge moved, and what would have moved anyway.
-
-    Raises :class:`NotSettledError` where the second may be all of it, and warns where it may be a tenth.
-    """
-    moved = max(_movement(phase, free) for phase in phases)
-    steps = max(phase.relaxation.steps for phase in phases)
-    drift = free.settled.relaxation.residual * steps
-    if drift <= DRIFTING * moved:
-        return
-    name = free.equilibrium.hopfield.states[free.settled.moving_most()].name
-    got = f"a free phase that still moves by {free.settled.relaxation.residual:.0e} a step"
-    remedy = "Take more free_steps, damping, Symmetric(beta), in which the drift cancels, or a larger beta."
-    if drift > moved:
-        raise NotSettledError(
-            f"{name}, one-sided nudge",
-            f"{got}, where {steps} nudged steps moved {moved:.3g} in all",
-            "a free equilibrium from which the nudge alone moves the states",
-            remedy,
-        )
-    message = f"One-sided nudge, {name}: got {got}: over a tenth of what the nudge moved. {remedy}"
-    warnings.warn(NotSettledWarning(message), stacklevel=2)
-
-
-def _movement(phase: Settled, free: Free) -> float:
-    return max(float((phase.states[slot] - value).abs().max()) for slot, value in free.settled.states.items())

@@ -16,14 +16,15 @@ from torch2ebm.inference import GradientSum
 from torch2ebm.linearised import LinearisedStep
 from torch2ebm.solvers.linear import LinearSolver, Neumann, Solution, Vector
 from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss, Relaxation
+from torch2ebm.updates import Update
 
 
 class RecurrentBackprop(Algorithm):
     """Recurrent backpropagation (Almeida 1987; Pineda 1987) at the equilibrium of the energy that
     :class:`EquilibriumPropagation` uses, whose estimate tends to this gradient (Scellier and Bengio 2019).
 
-    dL/dtheta = (df/dtheta)^T z with (I - J^T) z = dL/ds, f the step and J its Jacobian at the free equilibrium
-    (algorithms.md E4). ``state.error`` is -z, ``state.phases`` the free phase and the solution of the system.
+    dL/dtheta = (df/dtheta)^T z with (I - J^T) z = dL/ds, f the step and J its Jacobian at the free equilibrium.
+    ``state.error`` is -z, ``state.phases`` the free phase and the solution of the system.
 
     Args:
         solver: ``Neumann(terms)``, ``FixedPointSolve()`` or ``ConjugateGradient()``.
@@ -32,6 +33,8 @@ class RecurrentBackprop(Algorithm):
         feedback: Strength of the feedback per depth.
         damping: Part of each step that is taken back.
         readout: The outputs are read out of the states and have none.
+        update: How the states move where not all at once: ``AndersonMixing(memory)`` for nets that settle slowly, or
+            ``GaussSeidel()``.
 
     Raises:
         ConfigurationError: for an illegal setting.
@@ -62,12 +65,13 @@ class RecurrentBackprop(Algorithm):
         feedback: float = 1.0,
         damping: float = 0.0,
         readout: bool = False,
+        update: Update | None = None,
     ) -> None:
         if solver is not None and not isinstance(solver, LinearSolver):
             expected, remedy = "Neumann, FixedPointSolve or ConjugateGradient", "For example Neumann(terms=20)."
             raise ConfigurationError("RecurrentBackprop(solver=...)", repr(solver), expected, remedy)
         self.solver = Neumann() if solver is None else solver
-        self.free_phase = FreePhase(free_steps, feedback, damping, tol, readout)
+        self.free_phase = FreePhase(free_steps, feedback, damping, tol, readout, update)
         self.free_phase.check("RecurrentBackprop")
 
     def __repr__(self) -> str:
@@ -97,8 +101,15 @@ class RecurrentBackprop(Algorithm):
     def with_steps(self, steps: int) -> RecurrentBackprop:
         """The same with another number of free steps."""
         free = self.free_phase
-        settings = {"feedback": free.feedback, "damping": free.damping, "readout": free.readout}
-        return RecurrentBackprop(self.solver, steps, free.tol, **settings)  # type: ignore[arg-type]
+        return RecurrentBackprop(
+            self.solver,
+            steps,
+            free.tol,
+            feedback=free.feedback,
+            damping=free.damping,
+            readout=free.readout,
+            update=free.update,
+        )
 
 
 def _cost(free: Free, loss: OutputLoss, result: GradientSum) -> Vector:

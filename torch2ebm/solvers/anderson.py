@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch2ebm.error_inference import ErrorInference
 from torch2ebm.solvers.base import ErrorSolver, check_positive, check_steps, check_tolerance
-from torch2ebm.solvers.rows import Rows
+from torch2ebm.solvers.rows import Rows, least_squares
 
 
 @dataclass
@@ -73,18 +73,5 @@ class Anderson(ErrorSolver):
             return error - self.lr * gradient
         steps = torch.stack([error - past for past in state.errors[:-1]], 2)  # [batch, entries, memory]
         changes = torch.stack([gradient - past for past in state.gradients[:-1]], 2)
-        weights = _least_squares(changes, gradient)  # [batch, memory, 1]
+        weights = least_squares(changes, gradient)  # [batch, memory, 1]
         return (error - (steps @ weights).squeeze(2)) - self.lr * (gradient - (changes @ weights).squeeze(2))
-
-
-def _least_squares(changes: Tensor, gradient: Tensor) -> Tensor:
-    """Weights w with the smallest |gradient - changes w|, by normal equations with a trace of a ridge.
-
-    Each sample is scaled by its largest change; one whose gradient no longer changes has weights of zero.
-    """
-    gram = changes.mT @ changes
-    largest = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
-    scale = torch.where(largest > 0, largest, 1.0)
-    ridge = 10 * torch.finfo(gram.dtype).eps * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    weights: Tensor = torch.linalg.solve(gram / scale + ridge, changes.mT @ gradient.unsqueeze(2) / scale)
-    return weights

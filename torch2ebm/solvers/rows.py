@@ -28,3 +28,17 @@ class Rows:
 
     def _row(self, tensor: Tensor | None, value: Tensor) -> Tensor:
         return (torch.zeros_like(value) if tensor is None else tensor).reshape(self.count, -1)
+
+
+def least_squares(changes: Tensor, target: Tensor) -> Tensor:
+    """Weights ``[rows, memory, 1]`` of the smallest |target - changes w|, by normal equations with a trace of a ridge.
+
+    ``changes`` is ``[rows, entries, memory]``, each row scaled by its largest change; one that no longer changes has
+    weights of zero.
+    """
+    gram = changes.mT @ changes
+    largest = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
+    scale = torch.where(largest > 0, largest, 1.0)
+    ridge = 10 * torch.finfo(gram.dtype).eps * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    weights: Tensor = torch.linalg.solve(gram / scale + ridge, changes.mT @ target.unsqueeze(2) / scale)
+    return weights

@@ -1,0 +1,207 @@
+"""A phase that has not settled is never silent, and one that has is: inference, differences, nudges that cycle."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from helpers import UNSETTLED, attached
+from oracle_equilibrium import convolutional, mlp, settled, skip
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import torch2ebm
+from torch2ebm.equilibrium import Equilibrium, Influence
+from torch2ebm.errors import NotSettledError, NotSettledWarning
+from torch2ebm.hopfield import HopfieldGraph
+from torch2ebm.settling import settle
+from torch2ebm.state import Call
+from torch2ebm.updates import Synchronous
+
+EP = torch2ebm.EquilibriumPropagation
+FREE_PHASES = {
+    "one-sided": lambda steps: EP(torch2ebm.OneSided(0.5), steps),
+    "random sign": lambda steps: EP(torch2ebm.RandomSign(0.5), steps),
+    "symmetric": lambda steps: EP(torch2ebm.Symmetric(0.5), steps),
+    "holomorphic": lambda steps: EP(torch2ebm.Holomorphic(0.1, 2), steps),
+    "loose tol": lambda steps: EP(free_steps=steps, tol=1.0 if steps == 3 else 0.0),
+    "recurrent": lambda steps: torch2ebm.RecurrentBackprop(free_steps=steps),
+    "contrastive": lambda steps: torch2ebm.ContrastiveHebbian(1.0, steps),
+    "coupled": lambda steps: torch2ebm.CoupledLearning(free_steps=steps),
+}
+every_free_phase = pytest.mark.parametrize("algorithm", FREE_PHASES.values(), ids=FREE_PHASES)
+
+
+def slow_net() -> nn.Sequential:
+    """Settles, without a cycle, in about a hundred steps; nothing in it is watched."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+
+
+def inputs() -> Tensor:
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).double()
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# Inference ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation", "no_grad"])
+@every_free_phase
+def test_an_output_that_is_no_equilibrium_s_is_warned_of(algorithm, mode: str) -> None:
+    model = attached(slow_net(), algorithm(3)).train(mode == "training")
+    expected = (
+        r"free phase.*after \d+ \w+ steps.*'\w+' still move by \de-\d+.*values up to.*feedback.*damping.*free_steps"
+    )
+    with pytest.warns(NotSettledWarning, match=expected) as caught, torch.set_grad_enabled(mode != "no_grad"):
+        model(inputs())
+    assert len(caught) == 1
+
+
+@every_free_phase
+def test_an_equilibrium_s_output_comes_in_silence(algorithm) -> None:
+    with silence():
+        attached(slow_net(), algorithm(1000)).eval()(inputs())
+
+
+@pytest.mark.parametrize("feedback", [1.0, 0.3])
+@pytest.mark.parametrize("make", [mlp, convolutional, skip])
+def test_the_warning_comes_where_the_equilibrium_is_a_tenth_away(make, feedback: float) -> None:
+    """Of the largest state, by the formulas' own equilibrium: above it warned, below a fiftieth not."""
+    example = make().with_settings(feedback=feedback)
+    rest, seen = settled(example.network), set()
+    size = max(float(value.abs().max()) for value in rest.values())
+    for steps in (1, 2, 3, 4, 6, 8, 12, 20, 40, 80):
+        states = example.network.relax(example.network.feedforward(), steps)
+        apart = max(float((states[name] - value).abs().max()) for name, value in rest.items()) / size
+        model = attached(example.module, EP(free_steps=steps, feedback=feedback))
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+            warnings.simplefilter("always")
+            model(example.x)
+        warned = any(issubclass(each.category, NotSettledWarning) for each in caught)
+        assert warned or apart < 0.1, (steps, apart)
+        assert not warned or apart > 0.02 or steps < 3, (steps, apart)  # two steps do not show how they shrink
+        seen.add(warned)
+    assert False in seen
+
+
+def test_the_drift_is_the_way_that_is_left() -> None:
+    """Two linear states, s1 = a + w s2 and s2 = w s1 + b: J has the eigenvalues w and -w, and changes come in pairs."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.Hardtanh(-99.0, 99.0), nn.Linear(1, 1)).double()
+    with torch.no_grad():
+        for parameter, value in zip(net.parameters(), (1.0, 0.3, 0.9, -0.2), strict=True):
+            parameter.fill_(value)
+    x = torch.tensor([[0.7]]).double()
+    model = torch2ebm.convert(net, nodes="activation", example_inputs=x)
+    call = Call(model.graph, [x])
+    call.feedforward(keep_graph=False)
+    equilibrium = Equilibrium(call, HopfieldGraph(model.graph), 1.0)
+    for steps, further in ((6, 4), (7, 4), (10, 40), (3, 2)):
+        here = settle(equilibrium, equilibrium.states, steps, Synchronous(), Influence())
+        there = settle(equilibrium, here.states, further, Synchronous(), Influence())
+        moved = max(float((there.states[slot] - value).abs().max()) for slot, value in here.states.items())
+        # the changes of both states are summed, of which each state has every other one
+        assert 0 < moved <= here.drift(further) * (1 + 1e-9) <= 2.2 * moved
+
+
+# Differences to the free state ----------------------------------------------------------------------------------------
+
+
+def backward(algorithm: torch2ebm.Algorithm, pull: float) -> torch2ebm.EnergyModel:
+    """A loss whose gradient at the output is about ``pull``."""
+    model = attached(slow_net(), algorithm)
+    output = model(inputs())
+    target = output.detach() + pull * torch.randn(8, 3, generator=torch.Generator().manual_seed(1)).double()
+    loss = torch2ebm.EnergyLoss(lambda y: 0.5 * (y - target).square().sum(1).mean())
+    loss(output).backward()
+    return model
+
+
+DIFFERENCES = {
+    "one-sided": lambda steps: EP(torch2ebm.OneSided(0.5), steps, 5),
+    "read-out": lambda steps: EP(torch2ebm.OneSided(0.5), steps, 5, readout=True),
+    "random sign": lambda steps: EP(torch2ebm.RandomSign(0.5), steps, 5),
+    "contrastive": lambda steps: torch2ebm.ContrastiveHebbian(1.0, steps, 5),
+    "coupled": lambda steps: torch2ebm.CoupledLearning(0.25, steps, 5),
+}
+every_difference = pytest.mark.parametrize("algorithm", DIFFERENCES.values(), ids=DIFFERENCES)
+
+
+@pytest.mark.filterwarnings(UNSETTLED)
+@every_difference
+def test_a_difference_that_would_show_the_drift_is_refused(algorithm) -> None:
+    with pytest.raises(NotSettledError, match=r"(one-sided nudge|clamped phase).*still moves by.*Symmetric"):
+        backward(algorithm(20), 1e-4)
+
+
+@every_difference
+def test_a_difference_a_tenth_of_which_may_be_drift_is_warned_of(algorithm) -> None:
+    """After 40 steps the free phase is settled for inference, and not for a pull as weak as this."""
+    with pytest.warns(
+        NotSettledWarning, match=r"(one-sided nudge|clamped phase).*still moves by.*drift.*\d+% of what the nudge moves"
+    ):
+        model = backward(algorithm(40), 1e-3)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@every_difference
+def test_a_difference_to_a_settled_phase_is_taken_in_silence(algorithm) -> None:
+    with silence():
+        backward(algorithm(1000), 1e-4)
+
+
+@pytest.mark.parametrize("nudging", [torch2ebm.Symmetric(1e-3), torch2ebm.Holomorphic(1e-3, 4)])
+def test_the_drift_cancels_from_a_circle_of_nudges(nudging) -> None:
+    """The twin: where one side is refused, two give the settled phase's gradient but for a few percent."""
+    with pytest.raises(NotSettledError):
+        backward(EP(torch2ebm.OneSided(1e-3), 20, 60), 1.0)
+    cut, whole = (backward(EP(nudging, steps, 60), 1.0) for steps in (20, 1000))
+    ours, exact = (torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (cut, whole))
+    assert float((ours - exact).norm() / exact.norm()) < 0.05
+
+
+# Nudged phases --------------------------------------------------------------------------------------------------------
+
+
+def test_a_nudge_under_which_the_output_swings_is_warned_of() -> None:
+    """s_o <- a - beta (s_o - y): from beta = 1 on it does not come to rest, however many steps."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Hardsigmoid(), nn.Linear(6, 3)).double()
+    model = attached(net, EP(torch2ebm.Symmetric(1.1)))
+    with pytest.warns(NotSettledWarning, match=r"nudged phase -?1\.1 does not settle.*'2' still move.*smaller nudge"):
+        F.mse_loss(model(inputs()) * 3**0.5, torch.ones(8, 3).double() * 3**0.5).backward()
+
+
+# What may settle or not ----------------------------------------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    """Softmax attention over four tokens, in the loop."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.mixed, self.readout = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = torch.tanh(self.first(x))  # [batch, token, unit]
+        weights = torch.softmax(states @ states.mT, -1)
+        return self.readout(torch.tanh(self.mixed(weights @ states)).mean(1))
+
+
+def test_softmax_attention_that_does_not_settle_is_named_and_else_taken_in_silence() -> None:
+    x = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(NotSettledWarning, match=r"states of '.*' still move by.*softmax.*in the loop.*feedback"):
+        attached(Attending(2.5), EP(free_steps=4))(x)
+    with silence():
+        attached(Attending(0.5), EP(free_steps=60))(x)
