@@ -41,13 +41,17 @@ def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSche
     return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
 
 
+def classification(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
 def plain_loop(
     algorithm: torch2ebm.Algorithm,
     data: Sequence[Batch],
     epochs: int = 1,
     accumulate: int = 1,
     clip: float | None = None,
-    forward: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: model(x),
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = classification,
     make: Callable[[Any], torch.optim.Optimizer] = adam,
 ) -> tuple[nn.Module, torch2ebm.EnergyOptimizer]:
     """The network and its optimizer after training; a step a group of ``accumulate`` batches."""
@@ -56,7 +60,7 @@ def plain_loop(
     optimizer = torch2ebm.EnergyOptimizer(make(net.parameters()), model, algorithm)
     scheduler = halving(optimizer)
     for index, (x, y) in enumerate([*data] * epochs):
-        (F.cross_entropy(forward(model, x), y) / accumulate).backward()
+        (loss(model, x, y) / accumulate).backward()
         if (index + 1) % accumulate:
             continue
         if clip is not None:

@@ -28,6 +28,10 @@ def in_bfloat16(model: nn.Module, x: Tensor) -> Tensor:
         return model(x).float()
 
 
+def loss_in_bfloat16(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(in_bfloat16(model, x), y)
+
+
 class Scaled:
     """The loop of the documentation of ``torch.amp``, with a schedule that holds where a step was skipped."""
 
@@ -83,8 +87,8 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 def test_with_a_scaler_in_bfloat16_the_weights_are_the_plain_loops(algorithm: torch2ebm.Algorithm) -> None:
     """A scale that is a power of two changes no bit."""
     scaled = Scaled(algorithm, 2.0**10)
-    assert all([scaled.step(*batch) for batch in batches()])
-    net, optimizer = plain_loop(algorithm, batches(), forward=in_bfloat16, make=sgd)
+    assert all(scaled.step(*batch) for batch in batches())
+    net, optimizer = plain_loop(algorithm, batches(), loss=loss_in_bfloat16, make=sgd)
     assert same_bits(scaled.net, net)
     assert scaled.inner.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 0.0125
     assert not same_bits(scaled.net, plain_loop(algorithm, batches(), make=sgd)[0])  # bfloat16 was no idle word
