@@ -1,4 +1,4 @@
-"""Lightning with automatic optimisation: nothing but ``convert`` and the wrapped optimizer, and the plain loop's bits."""
+"""Lightning's automatic optimisation, with nothing but ``convert`` and the wrapped optimizer: the plain loop's bits."""
 
 import copy
 import pickle
