@@ -124,7 +124,7 @@ class EnergyModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # it would trace the capture and the recorder, to no gain
-            return torch.compiler.disable(self._answer)(*args, **kwargs)
+            return torch.compiler.disable(self._answer)(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self._answer(*args, **kwargs)
 
     def _answer(self, *args: Any, **kwargs: Any) -> Any:

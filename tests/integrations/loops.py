@@ -53,9 +53,10 @@ def plain_loop(
     clip: float | None = None,
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = classification,
     make: Callable[[Any], torch.optim.Optimizer] = adam,
+    net: nn.Module | None = None,
 ) -> tuple[nn.Module, torch2ebm.EnergyOptimizer]:
     """The network and its optimizer after training; a step a group of ``accumulate`` batches."""
-    net = network()
+    net = network() if net is None else net
     model = torch2ebm.convert(net)
     optimizer = torch2ebm.EnergyOptimizer(make(net.parameters()), model, algorithm)
     scheduler = halving(optimizer)

@@ -71,6 +71,29 @@ def test_a_compiled_loss_gives_the_plain_losss_weights(
     )
 
 
+def compiled_runs(steps: int, explicit: bool) -> int:
+    """How often compiled code runs while the network trains with so many inference steps a batch."""
+    runs: list[torch.fx.GraphModule] = []
+
+    def counting(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Tensor]:
+        def run(*arguments: Tensor) -> Tensor:
+            runs.append(graph)
+            return graph(*arguments)
+
+        return run
+
+    torch.compiler.reset()
+    compiled = torch.compile(smoothed, backend=counting)
+    by_hand(torch2ebm.PredictiveCoding(steps=steps), torch2ebm.EnergyLoss(compiled) if explicit else compiled)
+    return len(runs)
+
+
+def test_in_energy_loss_the_relaxation_runs_the_compiled_loss_at_every_step() -> None:
+    """And without it the operations that were recorded."""
+    assert compiled_runs(9, explicit=True) - compiled_runs(2, explicit=True) == 7 * len(batches())
+    assert compiled_runs(9, explicit=False) == compiled_runs(2, explicit=False) > 0
+
+
 @every_algorithm
 def test_a_compiled_function_of_model_and_loss_gives_the_plain_loops_weights(algorithm: torch2ebm.Algorithm) -> None:
     net = network()

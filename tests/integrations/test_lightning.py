@@ -155,3 +155,50 @@ def test_mixed_precision_is_the_plain_loop_under_autocast(tmp_path: Path) -> Non
 
     assert same_bits(module.net, plain_loop(ALGORITHMS["PredictiveCoding"], batches(), loss=in_bfloat16)[0])
     assert not same_bits(module.net, plain_loop(ALGORITHMS["PredictiveCoding"], batches())[0])
+
+
+class Skipping(Classifier):
+    """Looks at every batch, and learns from one in two."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor | None:
+        loss = super().training_step(batch, index)
+        return None if index % 2 else loss
+
+
+@every_algorithm
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning:lightning\\.pytorch\\.loops.*")
+def test_a_batch_that_training_step_skips_teaches_nothing(algorithm: torch2ebm.Algorithm, tmp_path: Path) -> None:
+    """Batch statistics and schedule move on, as they do under backpropagation."""
+    module, net = Skipping(algorithm), network()
+    trainer(tmp_path).fit(module, loader())
+    model = torch2ebm.convert(net)
+    optimizer = torch2ebm.EnergyOptimizer(adam(net.parameters()), model, algorithm)
+    scheduler = halving(optimizer)
+    for index, batch in enumerate(batches()):
+        if index % 2:
+            model.feedforward(batch[0])
+        else:
+            classification(model, *batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step()
+    assert same_bits(module.net, net)
+
+
+class Again(Classifier):
+    def configure_optimizers(self) -> dict[str, Any]:
+        self.model.detach()
+        return super().configure_optimizers()
+
+
+def test_a_second_fit_of_a_module_needs_a_detach(tmp_path: Path) -> None:
+    """``configure_optimizers`` is called again: a second optimizer, for a model that has an algorithm."""
+    algorithm = ALGORITHMS["PredictiveCoding"]
+    refused, again = Classifier(algorithm), Again(algorithm)
+    trainer(tmp_path).fit(refused, loader())
+    with pytest.raises(torch2ebm.errors.AttachmentError, match=r"detach\(\)"):
+        trainer(tmp_path).fit(refused, loader())
+    for _ in range(2):
+        trainer(tmp_path).fit(again, loader())
+    first = plain_loop(algorithm, batches())[0]
+    assert same_bits(again.net, plain_loop(algorithm, batches(), net=first)[0])
