@@ -1,13 +1,17 @@
 """An integration test stays at home: it reaches no network, and writes in its own folder alone."""
 
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
+from helpers import forget_accelerator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
@@ -45,7 +49,12 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Refused at once, and told here too, since libraries swallow the error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    generators = random.getstate(), numpy.random.get_state()
     GUARD.folder, GUARD.seen = tmp_path, []
-    yield
+    with torch.random.fork_rng(devices=[]):  # trainers seed every generator that there is
+        yield
     GUARD.folder = None
+    random.setstate(generators[0])
+    numpy.random.set_state(generators[1])
+    forget_accelerator()
     assert GUARD.seen == []

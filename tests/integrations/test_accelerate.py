@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import forget_accelerator
 from loops import ALGORITHMS, adam, batches, classification, halving, network, plain_loop, same_bits, samples
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,7 +24,7 @@ class Run:
     """The loop of accelerate's documentation."""
 
     def __init__(self, algorithm: torch2ebm.Algorithm, precision: str = "no", accumulate: int = 1) -> None:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # it is one for a process
+        forget_accelerator()
         self.accelerator = accelerate.Accelerator(
             cpu=True, mixed_precision=precision, gradient_accumulation_steps=accumulate
         )
@@ -43,12 +44,6 @@ class Run:
                 self.optimizer.step()
                 self.scheduler.step()
                 self.optimizer.zero_grad()
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator_a_test() -> Any:
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @every_algorithm

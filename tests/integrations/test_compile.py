@@ -5,16 +5,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import COMPILERS_OWN_WARNINGS
 from loops import ALGORITHMS, batches, network, same_bits
 from torch import Tensor, nn
 
 import torch2ebm
 
-# Dynamo looks at .grad of every tensor that it meets, and hides the warning only where warnings are printed
-pytestmark = pytest.mark.filterwarnings(
-    r"ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning:"
-    r"(torch\._dynamo\.variables\.builder|torch\._subclasses\.meta_utils|torch2ebm\.recorder)"
-)
+pytestmark = pytest.mark.filterwarnings(*COMPILERS_OWN_WARNINGS)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 BACKENDS = ["eager", "aot_eager"]  # the compiler's front; Inductor needs a C++ compiler
 

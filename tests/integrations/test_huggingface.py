@@ -150,6 +150,10 @@ def test_a_resumed_run_is_the_straight_one(tmp_path: Path) -> None:
         Run(ALGORITHMS["PredictiveCoding"], tmp_path, dropout=0.2, **settings) for _ in range(3)
     )
     straight.trainer.train()
+    bare = sgd(straight.net.parameters())
+    bare.load_state_dict(torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True))
+    momentum = straight.optimizer.state_dict()["state"]
+    torch.testing.assert_close(bare.state_dict()["state"], momentum, rtol=0, atol=0)
     checkpoint = tmp_path / "checkpoint-2"
     resumed.trainer.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.trainer.state.global_step == 4 and len(resumed.collator.batches) == 2
@@ -160,10 +164,6 @@ def test_a_resumed_run_is_the_straight_one(tmp_path: Path) -> None:
     fresh.trainer.train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(AssertionError, match="Tensor-likes are not equal"):
         assert_equal(fresh.net, straight.net)
-    bare = sgd(straight.net.parameters())
-    bare.load_state_dict(torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True))
-    momentum = straight.optimizer.state_dict()["state"]
-    torch.testing.assert_close(bare.state_dict()["state"], momentum, rtol=0, atol=0)
 
 
 def test_evaluation_and_prediction_are_the_modules_own(tmp_path: Path) -> None:

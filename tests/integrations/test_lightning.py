@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import LIGHTNINGS_OWN_WARNINGS
 from loops import ALGORITHMS, adam, batches, classification, halving, network, plain_loop, same_bits, samples
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,10 +17,7 @@ import torch2ebm
 
 L = pytest.importorskip("lightning")
 
-pytestmark = pytest.mark.filterwarnings(
-    r"ignore:.isinstance\(treespec, LeafSpec\):FutureWarning:lightning\.pytorch\.utilities\._pytree",
-    r"ignore:The '\w+' does not have many workers:UserWarning:lightning\.pytorch\..*",  # on more than two cores
-)
+pytestmark = pytest.mark.filterwarnings(*LIGHTNINGS_OWN_WARNINGS)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 
 
