@@ -1,5 +1,7 @@
 """The Hugging Face ``Trainer`` on a BERT that owns its loss: the plain loop's bits, and 2 times 5 is 1 times 10."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +186,28 @@ def test_what_the_trainer_saves_the_unconverted_model_loads(tmp_path: Path) -> N
     run.trainer.save_model(folder)
     run.net.config.save_pretrained(folder)
     assert_equal(transformers.BertForSequenceClassification.from_pretrained(folder), run.net)
+
+
+def copied(optimizer: torch2ebm.EnergyOptimizer) -> torch2ebm.EnergyOptimizer:
+    return copy.deepcopy(optimizer)
+
+
+def pickled(optimizer: torch2ebm.EnergyOptimizer) -> torch2ebm.EnergyOptimizer:
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+def test_copies_of_the_optimizer_that_the_trainer_holds_go_on_as_it_does(tmp_path: Path) -> None:
+    run = Run(ALGORITHMS["PredictiveCoding"], tmp_path, per_device_train_batch_size=10)
+    run.trainer.train()
+    held = run.trainer.optimizer.optimizer
+    assert held is run.optimizer
+    copies = [copied(held), pickled(held)]
+    before = copy.deepcopy(run.net)
+    for optimizer in (held, *copies):
+        optimizer.zero_grad()
+        optimizer.model(**run.collator.batches[0]).loss.backward()
+        optimizer.step()
+    for optimizer in copies:
+        assert_equal(optimizer.model, run.net)
+    with pytest.raises(AssertionError, match="Tensor-likes are not equal"):
+        assert_equal(run.net, before)

@@ -256,3 +256,14 @@ def test_under_a_scaler_what_is_no_overflow_is_an_error_once_the_scale_has_come_
     with pytest.raises(NonFiniteError, match="the loss, backward"):
         scaled.scaler.scale(rooted(scaled.model(x), y)).backward()
     assert_same(dict(scaled.net.named_parameters()), before)
+
+
+@every_algorithm
+def test_under_a_scaler_a_loss_that_is_infinite_itself_is_an_error_at_once(algorithm: torch2ebm.Algorithm) -> None:
+    scaled, (x, _) = Scaled(algorithm, 2.0**3), batches()[0]
+    before = copy.deepcopy(scaled.net.state_dict())
+    loss = (1e30 * scaled.model(x)).square().mean()
+    assert loss.isinf()
+    with pytest.raises(NonFiniteError, match="the loss, backward"):
+        scaled.scaler.scale(loss).backward()
+    assert_same(scaled.net.state_dict(), before)
