@@ -1,7 +1,10 @@
 """Lightning's automatic optimisation, with nothing but ``convert`` and the wrapped optimizer: the plain loop's bits."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 from helpers import LIGHTNINGS_OWN_WARNINGS
 from loops import ALGORITHMS, adam, batches, classification, halving, network, plain_loop, same_bits, samples
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import torch2ebm
 
@@ -200,3 +203,45 @@ def test_a_second_fit_of_a_module_needs_a_detach(tmp_path: Path) -> None:
         trainer(tmp_path).fit(again, loader())
     first = plain_loop(algorithm, batches())[0]
     assert same_bits(again.net, plain_loop(algorithm, batches(), net=first)[0])
+
+
+# ---- two processes; run as a script, this file is what starts them
+
+
+class Sharded(Classifier):
+    """Without batch statistics, which each process takes from its own part."""
+
+    def __init__(self, algorithm: torch2ebm.Algorithm) -> None:
+        super().__init__(algorithm)
+        self.net = without_statistics()
+        self.model = torch2ebm.convert(self.net)
+
+    def train_dataloader(self) -> Any:
+        data = TensorDataset(*samples())
+        return DataLoader(data, batch_size=5, sampler=DistributedSampler(data, shuffle=False))
+
+
+def without_statistics() -> nn.Sequential:
+    net = network()
+    return nn.Sequential(net[0], net[2], net[3])
+
+
+def train_in_two_processes(folder: Path) -> None:
+    module = Sharded(ALGORITHMS["PredictiveCoding"])
+    fitted = trainer(folder, devices=2, strategy="ddp_fork", use_distributed_sampler=False)
+    fitted.fit(module)
+    torch.save(module.net.state_dict(), folder / "weights.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_are_the_plain_loop_on_the_whole_batch(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, __file__, str(tmp_path)], check=True, env=environment, timeout=120)
+    found = without_statistics()
+    found.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    expected, _ = plain_loop(ALGORITHMS["PredictiveCoding"], batches(10), net=without_statistics())
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+if __name__ == "__main__":
+    train_in_two_processes(Path(sys.argv[1]))
