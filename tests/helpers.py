@@ -1,5 +1,6 @@
 """Small pieces that several test files share."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,22 @@ from torch import Tensor, nn
 import torch2ebm
 
 UNSETTLED = "ignore:The free phase has not settled"  # for tests of relaxations that are cut short on purpose
+LIGHTNINGS_OWN_WARNINGS = (
+    r"ignore:.isinstance\(treespec, LeafSpec\):FutureWarning:lightning\.pytorch\.utilities\._pytree",
+    r"ignore:The '\w+' does not have many workers:UserWarning:lightning\.pytorch\..*",  # on more than two cores
+)
+
+COMPILERS_OWN_WARNINGS = (  # Dynamo looks at .grad of every tensor that it meets, and hides this where it is printed
+    r"ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning:"
+    r"(torch\._dynamo\.variables\.builder|torch\._subclasses\.meta_utils|torch2ebm\.recorder)",
+)
+
+
+def forget_accelerator() -> None:
+    """accelerate keeps one state a process: what one test has asked for is the next one's too."""
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def attached(module: nn.Module, algorithm: torch2ebm.Algorithm, nodes: Any = "auto") -> torch2ebm.EnergyModel:

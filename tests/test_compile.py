@@ -144,7 +144,7 @@ def test_programs_compute_what_the_engine_computes_on_every_model(problem: Probl
 def short_training(problem: Problem, make: Make, **settings: bool) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     module = problem.build()
     model = torch2ebm.convert(module, example_inputs=problem.inputs(4))
-    optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(module.parameters(), lr=1e-3), model, make(**settings))
+    optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(module.parameters(), lr=1e-3), model, algorithm)
     torch.manual_seed(0)
     found = []
     for _ in range(3):

@@ -13,6 +13,7 @@ from types import CodeType, ModuleType
 
 import pytest
 import torch
+from helpers import COMPILERS_OWN_WARNINGS, LIGHTNINGS_OWN_WARNINGS, forget_accelerator
 
 import torch2ebm
 
@@ -23,6 +24,7 @@ from matplotlib import image
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FRAMEWORKS = {"lightning": ["lightning"], "huggingface": ["transformers", "accelerate"], "accelerate": ["accelerate"]}
 BLOCK = re.compile(r"^(?P<indent> *)```python(?P<info>[^\n]*)\n(?P<code>.*?)^(?P=indent)```[ \t]*$", re.M | re.S)
 
 
@@ -58,7 +60,11 @@ def test_blocks_are_found_and_marked_ones_are_left_out(tmp_path: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
+@pytest.mark.filterwarnings(*LIGHTNINGS_OWN_WARNINGS, *COMPILERS_OWN_WARNINGS)
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for framework in FRAMEWORKS.get(page.stem, ()):
+        pytest.importorskip(framework)
+    forget_accelerator()
     monkeypatch.chdir(tmp_path)  # a block may write files
     module = ModuleType(f"blocks_of_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses and pickle look their module up

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,10 +13,17 @@ from torch.autograd.function import FunctionCtx
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.errors import GraphFreedError, HigherOrderGradientError, InputGradientError
-from torch2ebm.finite import all_finite, check_gradients, check_local_gradients, check_predictions, check_standing
+from torch2ebm.finite import (
+    check_delivered,
+    check_gradients,
+    check_predictions,
+    check_standing,
+    check_unskipped,
+    first_bad,
+)
 from torch2ebm.freezing import BufferHistory, BufferSnapshot, hooks_suspended, tensors_in_place
 from torch2ebm.memory import exhausted_memory_named
-from torch2ebm.recorded_loss import make_loss
+from torch2ebm.recorded_loss import RecordedLoss, make_loss
 from torch2ebm.recorder import Tape
 from torch2ebm.sharding import Shards
 from torch2ebm.state import Call, InferenceState, LocalGradients
@@ -30,6 +36,7 @@ class OpenForwards:
         self.histories: deque[BufferHistory] = deque(maxlen=16)  # of forwards that are never answered the latest
         self.opened_since_step = self.answered_since_step = False
         self.later: deque[Iterator[LocalGradients]] = deque(maxlen=16)  # of algorithms whose weights move with values
+        self.overflowed: deque[BufferHistory] = deque(maxlen=16)  # of forwards whose gradients a scaler has to skip
 
     @property
     def unanswered(self) -> bool:
@@ -38,7 +45,23 @@ class OpenForwards:
 
     def stepped(self) -> None:
         self.opened_since_step = self.answered_since_step = False
+        self.given_up()
+
+    def given_up(self) -> None:
+        """The gradients since the last step have been used, or set to zero."""
         self.later.clear()
+        self.overflowed.clear()
+
+    def check_skipped(self, gradients: Mapping[str, Tensor]) -> None:
+        """Raise :class:`NonFiniteError` where a step would take what a gradient scaler should have skipped."""
+        if not self.overflowed:
+            return
+        try:
+            check_unskipped(gradients)
+        except BaseException:
+            while self.overflowed:
+                self.overflowed.pop().undo()
+            raise
 
     def later_gradients(self) -> Iterator[dict[str, Tensor]]:
         """By name, summed over the backwards since the last step; each once the weights have moved on the one before.
@@ -141,13 +164,15 @@ class OpenCall:
         """What the algorithm makes of the delivered gradients, checked."""
         call = self._opened()
         by_slot = {s: g for s, g in zip(call.graph.output_slots, delivered, strict=True) if g is not None}
-        if _has_overflowed(self.tape, by_slot):
-            return self._overflowed(call)
         loss = make_loss(self.algorithm, call, self.tape, by_slot)
+        if not self._delivered_finite(loss):
+            return self._overflowed(call)
+        if self.algorithm.reevaluates_loss:
+            loss.check()
         with self._as_in_forward(call):
             gradients = self.algorithm.backward(call, loss, retain_graph)
-        check_local_gradients(gradients, loss)
         self._check_inputs(call, gradients)
+        self._check_parameters(gradients, loss)
         self.keep(gradients.state)
         self.forwards.closed(self.history)
         if gradients.later is not None:
@@ -190,6 +215,15 @@ class OpenCall:
             )
         return self.call
 
+    def _delivered_finite(self, loss: RecordedLoss) -> bool:
+        """Whether there is anything to learn from; raises where no outer factor is to blame."""
+        if first_bad(loss.delivered) is None:
+            return True
+        if not (loss.magnified and loss.finite):
+            check_delivered(loss.delivered)
+        self.forwards.overflowed.append(self.history)
+        return False
+
     def _overflowed(self, call: Call) -> LocalGradients:
         """The outer factor (a gradient scaler's) overflowed: say so in every gradient, so that the scaler skips."""
         self.forwards.closed(self.history)
@@ -201,6 +235,16 @@ class OpenCall:
             nothing,
         )
 
+    def _check_parameters(self, gradients: LocalGradients, loss: RecordedLoss) -> None:
+        """Gradients are linear in the outer factor: up to a factor of one what is not finite is not its doing.
+
+        A larger one may be a scaler's, which skips the step and comes down; ``optimizer.step()`` looks whether it did.
+        """
+        if not loss.magnified:
+            check_gradients(gradients.parameters)
+        elif first_bad(gradients.parameters) is not None:
+            self.forwards.overflowed.append(self.history)
+
     def _check_inputs(self, call: Call, gradients: LocalGradients) -> None:
         wanted = any(tensor.requires_grad for tensor in call.tensors)
         if wanted and not self.algorithm.has_input_gradients:
@@ -210,18 +254,6 @@ class OpenCall:
                 "none, or an algorithm that has one",
                 "Detach the input, or use ZeroDivergence.",
             )
-
-
-def _has_overflowed(tape: Tape, delivered: Mapping[str, Tensor]) -> bool:
-    """A finite loss whose gradient is not: the outer factor is too large for the precision."""
-    used = [scalar for scalar in tape.scalars if scalar.factors]
-    if not used or all(all_finite(gradient) for gradient in delivered.values()):
-        return False
-    overflowed = all(math.isfinite(scalar.value) for scalar in used)
-    if overflowed:
-        for scalar in used:
-            scalar.factors = []
-    return overflowed
 
 
 class EnergyFunction(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.errors import NonFiniteError
-from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.state import Call
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -54,28 +54,40 @@ def check_predictions(call: Call) -> None:
                 raise _non_finite(f"prediction of node '{node.name}', feed-forward pass", call.values[slot])
 
 
-def check_local_gradients(gradients: LocalGradients, loss: OutputLoss) -> None:
-    if _sum_is_finite(gradients.parameters.values()):
-        return
-    for delivered in loss.delivered.values():
-        if not all_finite(delivered):
-            raise _non_finite("the loss, backward", delivered)
-    check_gradients(gradients.parameters)
+def first_bad(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first that is not finite. One pass over the data; a sum that merely overflows is seen again."""
+    if _sum_is_finite(tensors.values()):
+        return None
+    return next((name for name, tensor in tensors.items() if not all_finite(tensor)), None)
+
+
+def check_delivered(delivered: Mapping[str, Tensor]) -> None:
+    bad = first_bad(delivered)
+    if bad is not None:
+        raise _non_finite("the loss, backward", delivered[bad])
 
 
 def check_gradients(gradients: Mapping[str, Tensor]) -> None:
-    """One pass over the data; a sum that merely overflows is looked at again, one by one."""
-    if _sum_is_finite(gradients.values()):
-        return
-    for name, gradient in gradients.items():
-        if not all_finite(gradient):
-            raise _non_finite(f"gradient of parameter '{name}', backward", gradient)
+    bad = first_bad(gradients)
+    if bad is not None:
+        raise _non_finite(f"gradient of parameter '{bad}', backward", gradients[bad])
 
 
-def _non_finite(where: str, tensor: Tensor) -> NonFiniteError:
-    return NonFiniteError(
-        where,
-        count_bad(tensor),
-        "finite numbers",
-        "Look at the input, the target, the learning rate and the parameters; nothing was changed.",
-    )
+def check_unskipped(gradients: Mapping[str, Tensor]) -> None:
+    """What a backward under a factor above one left to a gradient scaler must not reach a step."""
+    bad = first_bad(gradients)
+    if bad is not None:
+        raise _non_finite(
+            f"gradient of parameter '{bad}', optimizer.step()",
+            gradients[bad],
+            "Step with scaler.step(optimizer), which skips; without a scaler look at the input, the target and the "
+            "factor that the loss was multiplied by. Nothing was changed.",
+        )
+
+
+def _non_finite(
+    where: str,
+    tensor: Tensor,
+    remedy: str = "Look at the input, the target, the learning rate and the parameters; nothing was changed.",
+) -> NonFiniteError:
+    return NonFiniteError(where, count_bad(tensor), "finite numbers", remedy)

@@ -19,7 +19,10 @@ from torch2ebm.solvers.base import check_steps, check_tolerance
 from torch2ebm.state import Call, InferenceState, Relaxation
 from torch2ebm.updates import Damped, GaussSeidel, Synchronous, Update
 
-REMEDY = "Take a lower feedback (feedback=0.5), some damping (damping=0.5), more free_steps, or bounded activations."
+REMEDY = (
+    "Take a lower feedback (feedback=0.5), some damping (damping=0.5), more free_steps, update=AndersonMixing(), or "
+    "bounded activations."
+)
 DRIFTING = 0.1  # of what a nudge has moved
 
 
@@ -222,27 +225,41 @@ def _check(equilibrium: Equilibrium, settled: Settled) -> None:
 def check_drift(free: Free, phases: Sequence[Settled], where: str) -> None:
     """A difference to the free state shows what the nudge moved, and what would have moved anyway.
 
-    Raises :class:`NotSettledError` where the second may be all of it, and warns where it may be a tenth.
+    Where the second may be a tenth, the free phase is continued, which tells the two apart. Raises
+    :class:`NotSettledError` where the drift is more than what the nudge has moved, and warns where it is a tenth. Both
+    are Euclidean lengths over all samples, whose gradients are summed.
     """
-    settled = free.settled
+    settled, steps = free.settled, max(phase.relaxation.steps for phase in phases)
     if not settled.relaxation.residual > settled.rounding:  # numbers that are none are named by who checks them
         return
-    steps = max(phase.relaxation.steps for phase in phases)
-    moved, drift = max(_movement(phase, settled) for phase in phases), settled.drift(steps)
-    if drift <= DRIFTING * moved or not math.isfinite(moved):
+    bound = settled.drift(steps) / settled.pace[0] * _length(settled.changes)
+    if not bound > DRIFTING * max(_distance_of(phase.states, settled.states) for phase in phases):
+        return
+    on = settle(free.equilibrium, settled.states, steps, free.update, Influence()).states
+    drift, moved = _distance_of(on, settled.states), max(_distance_of(phase.states, on) for phase in phases)
+    if not drift > DRIFTING * moved:
         return
     name = free.equilibrium.hopfield.states[settled.moving_most()].name
-    got = f"a free phase that still moves by {settled.relaxation.residual:.0e} a step"
-    remedy = "Take more free_steps, damping, Symmetric(beta), in which the drift cancels, or a larger beta."
+    got = (
+        f"a free phase that still moves by {settled.relaxation.residual:.0e} a step, whose drift in {steps} steps is "
+        f"{drift / moved:.0%} of what the nudge moves"
+    )
+    remedy = (
+        "Take more free_steps, a lower feedback, damping, a larger beta, or EquilibriumPropagation(Symmetric(beta)), "
+        "in which the drift cancels."
+    )
     if drift > moved:
-        raise NotSettledError(
-            f"{name}, {where}",
-            f"{got}, up to {drift:.0e} in {steps} steps, in which all that moved is {moved:.0e}",
-            "a free equilibrium from which the nudge alone moves the states",
-            remedy,
-        )
-    part = f"up to {drift / moved:.0%} of the {moved:.0e} that {steps} steps moved in all"
-    warnings.warn(NotSettledWarning(f"{name}, {where}: got {got}, {part}. {remedy}"), stacklevel=2)
+        expected = "a free equilibrium from which the nudge alone moves the states"
+        raise NotSettledError(f"{name}, {where}", got, expected, remedy)
+    warnings.warn(NotSettledWarning(f"{name}, {where}: got {got}. {remedy}"), stacklevel=2)
+
+
+def _distance_of(states: States, others: States) -> float:
+    return _length({slot: states[slot] - other for slot, other in others.items()})
+
+
+def _length(tensors: States) -> float:
+    return float(torch.stack([magnitude(each).square().sum() for each in tensors.values()]).sum().sqrt())
 
 
 def _movement(phase: Settled, free: Settled) -> float:

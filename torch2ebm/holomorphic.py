@@ -1,6 +1,6 @@
 """Real operations continued to complex arguments: what a module and its loss are while a nudge is a complex number.
 
-Linear operations act on real and imaginary part; the losses are written out, without conjugation (algorithms.md E6).
+Linear operations act on real and imaginary part; the losses are written out, without conjugation.
 """
 
 from __future__ import annotations

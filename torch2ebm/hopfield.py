@@ -1,7 +1,7 @@
 """The Hopfield-type energy of a graph that is cut around its activations, and what has none.
 
 E = sum_n c_n [G_n(s_n) - <s_n, a_n(s_pa)>] with a state s_n at each activation, a_n its pre-activation, G_n' the
-inverse of the activation and c_n = feedback^depth(n) (algorithms.md E1). The parameters are the module's own.
+inverse of the activation and c_n = feedback^depth(n) (Scellier and Bengio 2017). The parameters are the module's own.
 """
 
 from __future__ import annotations

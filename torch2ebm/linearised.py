@@ -1,7 +1,7 @@
 """The step of a Hopfield-type energy, linearised where its states are, by products with its Jacobian.
 
 With f_n(s) = act_n(d_n), d_n = dPhi/ds_n / c_n and H the Hessian of Phi, J = D C^-1 H, D = act'(d) and C = diag(c).
-H is symmetric, so J^T z = H C^-1 D z and J v = D C^-1 H v are one kind of product (algorithms.md E4).
+H is symmetric, so J^T z = H C^-1 D z and J v = D C^-1 H v are one kind of product (Almeida 1987; Pineda 1987).
 """
 
 from __future__ import annotations

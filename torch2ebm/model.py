@@ -126,6 +126,11 @@ class EnergyModel(nn.Module):
     # what people call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # it would trace the capture and the recorder, to no gain
+            return torch.compiler.disable(self._answer)(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self._answer(*args, **kwargs)
+
+    def _answer(self, *args: Any, **kwargs: Any) -> Any:
         self._state = None
         if self._algorithm is not None and self._algorithm.defines_output and not torch.is_grad_enabled():
             return self._output_alone(self._algorithm, args, kwargs)

@@ -23,10 +23,10 @@ class Nudging(ABC):
 
 @dataclass(frozen=True)
 class OneSided(Nudging):
-    """One phase at ``beta``: an error of first order in it (paper A; algorithms.md A1).
+    """One phase at ``beta``: an error of first order in it (Millidge et al. 2022; Scellier and Bengio 2017).
 
     Args:
-        beta: Factor of the loss in the energy, lambda of paper A.
+        beta: Factor of the loss in the energy, lambda of Millidge et al. 2022.
 
     Raises:
         ConfigurationError: for a ``beta`` that is not positive and finite.
@@ -49,7 +49,7 @@ class OneSided(Nudging):
 
 @dataclass(frozen=True)
 class Symmetric(Nudging):
-    """Two phases at ``beta`` and ``-beta``: an error of second order (paper A; algorithms.md A1).
+    """Two phases at ``beta`` and ``-beta``: an error of second order (Millidge et al. 2022; Scellier and Bengio 2017).
 
     A large negative nudge can destroy the minimum that it moves, which is found when it happens.
 
@@ -104,7 +104,7 @@ class RandomSign(Nudging):
 
 @dataclass(frozen=True)
 class Holomorphic:
-    """Nudges on a circle of complex numbers (Laborieux and Zenke 2022; algorithms.md E6), for
+    """Nudges on a circle of complex numbers (Laborieux and Zenke 2022), for
     :class:`EquilibriumPropagation` alone: the error falls geometrically in ``points``, for a beta that is not small.
 
     Needs holomorphic activations: tanh, sigmoid, softplus, SiLU, identity. ``points=2`` is ``Symmetric(beta)``. States

@@ -107,17 +107,31 @@ class EnergyOptimizer(Optimizer):
 
         Algorithms whose weights move with the values make their further steps here (IncrementalPredictiveCoding).
         Ctrl-C is handled before or after, never in between (in a closure, at once).
-        Raises :class:`LossIndependentError` if the model ran since the last step and no backward reached it.
+        Raises :class:`LossIndependentError` if the model ran since the last step and no backward reached it, and
+        :class:`NonFiniteError` if gradients overflowed under a factor of the loss and no gradient scaler skips them.
         """
         if closure is None:
             self._check_backward()
+            self._check_skipped()
         with InterruptsDeferred() as section, self._whole(closure is not None):
-            result = self.optimizer.step(*([] if closure is None else [section.lifted_in(closure)]))
+            result = self.optimizer.step(*([] if closure is None else [section.lifted_in(self._checked(closure))]))
             with exhausted_memory_named("optimizer.step()", self.algorithm):
                 self._step_on()
             self.model.forwards.stepped()
         self._report()
         return result
+
+    def _check_skipped(self) -> None:
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        self.model.forwards.check_skipped(gradients)
+
+    def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def checked() -> Any:
+            result = closure()
+            self._check_skipped()
+            return result
+
+        return checked
 
     def _step_on(self) -> None:
         """The steps that follow the first where weights move with the values; ``.grad`` is left as the first saw it."""
@@ -183,7 +197,7 @@ class EnergyOptimizer(Optimizer):
         return self.optimizer
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.model.forwards.later.clear()  # of gradients that are given up
+        self.model.forwards.given_up()
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

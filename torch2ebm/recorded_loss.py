@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
@@ -13,15 +14,12 @@ from torch2ebm.recorder import Scalar, Tape
 from torch2ebm.state import Call, LossExpansion, OutputLoss, pull_back
 
 
-def make_loss(algorithm: Algorithm, call: Call, tape: Tape, delivered: Mapping[str, Tensor]) -> OutputLoss:
-    """The loss of this backward; the factors that the tape has seen are consumed."""
+def make_loss(algorithm: Algorithm, call: Call, tape: Tape, delivered: Mapping[str, Tensor]) -> RecordedLoss:
+    """The loss of this backward, not checked yet; the factors that the tape has seen are consumed."""
     scalars = [(scalar, _sum(scalar.factors)) for scalar in tape.scalars if scalar.factors and not scalar.absorbed]
     for scalar in tape.scalars:
         scalar.factors = []
-    loss = RecordedLoss(algorithm, call, tape, delivered, scalars)
-    if algorithm.reevaluates_loss:
-        loss.check()
-    return loss
+    return RecordedLoss(algorithm, call, tape, delivered, scalars)
 
 
 class RecordedLoss(OutputLoss):
@@ -46,6 +44,15 @@ class RecordedLoss(OutputLoss):
         self.scale = outer / self.multiplier
         self.unit = self.multiplier / outer if outer else 0.0
         self._weights: list[Tensor] | None = None
+
+    @property
+    def magnified(self) -> bool:
+        """Whether an outer factor above one, as a gradient scaler's, stands before a loss."""
+        return not self.factor <= 1
+
+    @property
+    def finite(self) -> bool:
+        return all(math.isfinite(scalar.value) for scalar in self.scalars)
 
     def _multiplier(self) -> int:
         reduction = self.algorithm.loss_reduction

@@ -33,6 +33,7 @@
 # %%
 import os
 import time
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -162,19 +163,21 @@ print(f"the equilibrium's output is {state.feedforward_distance:.0%} away from t
 
 # %% [markdown]
 # The **residual** is the largest change that one more step would make. Every phase reports it. How fast it falls
-# depends on the strength of the feedback, which `feedback` scales with each layer.
+# depends on the strength of the feedback, which `feedback` scales with each layer. A phase that would go on by more
+# than a twentieth of its states is warned of; here it is cut short on purpose.
 
 # %%
 counts = [1, 2, 3, 5, 8, 12, 20, 30, 50]
-residuals = {
-    feedback: [
-        look(torch2ebm.EquilibriumPropagation(free_steps=count, nudged_steps=1, feedback=feedback))[1]
-        .phases[0]
-        .residual
-        for count in counts
-    ]
-    for feedback in (1.0, 0.3, 0.1)
-}
+
+
+def residual_after(count, feedback):
+    algorithm = torch2ebm.EquilibriumPropagation(free_steps=count, nudged_steps=1, feedback=feedback)
+    return look(algorithm)[1].phases[0].residual
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", torch2ebm.errors.NotSettledWarning)  # cut short on purpose
+    residuals = {feedback: [residual_after(count, feedback) for count in counts] for feedback in (1.0, 0.3, 0.1)}
 figure = Figure(figsize=(5.5, 3.6), layout="constrained")
 panel = figure.subplots()
 for (feedback, curve), colour, marker in zip(residuals.items(), (BLUE, ORANGE, GREEN), "soD", strict=True):
@@ -240,10 +243,14 @@ def settled(nudging):
 
 
 betas = [0.5, 0.2, 0.1, 0.05, 0.02, 0.01]
-one = [error(settled(torch2ebm.OneSided(beta))) for beta in betas]
-two = [error(settled(torch2ebm.Symmetric(beta))) for beta in betas]
 points = [2, 3, 4, 6, 8, 10]
-circle = {beta: [error(settled(torch2ebm.Holomorphic(beta, count))) for count in points] for beta in (0.1, 0.2, 0.5)}
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", torch2ebm.errors.NotSettledWarning)  # at 0.5 a nudge is too strong to settle
+    one = [error(settled(torch2ebm.OneSided(beta))) for beta in betas]
+    two = [error(settled(torch2ebm.Symmetric(beta))) for beta in betas]
+    circle = {
+        beta: [error(settled(torch2ebm.Holomorphic(beta, count))) for count in points] for beta in (0.1, 0.2, 0.5)
+    }
 
 # %%
 figure = Figure(figsize=(8.5, 3.6), layout="constrained")
@@ -393,7 +400,6 @@ def nudged_process(beta):
 
 theorem = list(recurrent_process())
 watched = list(nudged_process(BETA))
-weaker = list(nudged_process(BETA / 10))
 
 
 def largest_error(trace, which):
@@ -404,10 +410,20 @@ def largest_error(trace, which):
     return max(((a - b).norm() / scale).item() for a, b in zip(others, vectors, strict=True))
 
 
-for which, name in enumerate(("S", "Theta")):
-    print(f"{name}: beta {BETA} {largest_error(watched, which):.1e}, {BETA / 10} {largest_error(weaker, which):.1e}")
-    assert largest_error(watched, which) < 0.01
-    assert 9 < largest_error(watched, which) / largest_error(weaker, which) < 11  # order one in beta
+def both_sides(beta):
+    """The mean over a nudge and its opposite, step by step."""
+    for up, down in zip(nudged_process(beta), nudged_process(-beta), strict=True):
+        yield tuple([(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(up, down, strict=True))
+
+
+print("largest error of S and Theta:  one-sided            symmetric")
+errors = {}
+for beta in (1e-2, 1e-3, 1e-5):
+    sides = [list(nudged_process(beta)), list(both_sides(beta))]
+    errors[beta] = [largest_error(side, which) for side in sides for which in (0, 1)]
+    print(f"beta {beta:.0e}                     ", *(f"{each:8.1e}" for each in errors[beta]))
+for which, order in enumerate((1, 1, 2, 2)):
+    assert 0.9 * 10**order < errors[1e-2][which] / errors[1e-3][which] < 1.1 * 10**order
 
 # %%
 figure = Figure(figsize=(8.5, 3.6), layout="constrained")
@@ -440,6 +456,9 @@ figure.savefig(PICTURES / "5_process.png", dpi=150)
 show(PICTURES / "5_process.png")
 
 # %% [markdown]
+# The table falls tenfold with $\beta$ for one nudge and a hundredfold for two. How large its numbers are depends on the
+# net, the loss and the size of the step.
+#
 # The dots lie on the lines, at every step and not only at the end: the nudged phase **is** recurrent backpropagation,
 # written in the speed of the states.
 #
@@ -535,9 +554,13 @@ for widths in ((64, 128, 10), (64, 128, 128, 10)):
         if algorithm is not None:
             optimizer = torch2ebm.EnergyOptimizer(optimizer, model, algorithm)
         start = time.perf_counter()
-        train(model, optimizer, EPOCHS)
-        took, found = time.perf_counter() - start, (accuracy(model), accuracy(model.feedforward))
+        with warnings.catch_warnings(record=True) as unsettled:
+            warnings.simplefilter("always", torch2ebm.errors.NotSettledWarning)
+            train(model, optimizer, EPOCHS)
+            took, found = time.perf_counter() - start, (accuracy(model), accuracy(model.feedforward))
         trained[len(widths) - 2, name] = found
+        if unsettled:
+            print(f"{len(unsettled)} warnings, for example: {unsettled[-1].message}")
         print(
             f"{len(widths) - 2} hidden, {name:15} {took:4.1f} s   {found[0]:.1%} at equilibrium, {found[1]:.1%} plain"
         )
@@ -559,8 +582,9 @@ show(PICTURES / "5_digits.png")
 # %% [markdown]
 # With one hidden layer, full feedback does no harm. With two, the equilibrium of full feedback is another function than
 # the forward pass: its own output is right where the plain output of the same weights is not. Weak feedback brings both
-# together, and both near to backpropagation. With a module of your own, look at `model.state.feedforward_distance`, and
-# at the residual of the free phase.
+# together, and both near to backpropagation. And with full feedback fifteen steps were not enough for every image of
+# every batch, which the warnings say. With a module of your own, look at `model.state.feedforward_distance`, and at the
+# residual of the free phase.
 
 # %%
 assert all(right > 0.94 for hidden, name in trained if name != "feedback 1" for right in trained[hidden, name])
@@ -570,8 +594,8 @@ assert trained[2, "feedback 1"][0] > trained[2, "feedback 1"][1] + 0.1
 # ## Where to go from here
 #
 # - Deeper or convolutional networks: begin with `feedback=0.1` and average pooling.
-# - A warning that the free phase has not settled names the node. Lower the feedback, add `damping=0.5`, or take more
-#   `free_steps`.
+# - A warning that the free phase has not settled names the node. Lower the feedback, add `damping=0.5`, take more
+#   `free_steps`, or `update=torch2ebm.AndersonMixing()`, which needs fewer of them.
 # - Cross-entropy: `readout=True` keeps the logits out of the states (Laborieux et al. 2021).
 # - Write a factor of the loss inside of the mean over images, as `half_squared_error` does. Outside of it, it only
 #   scales the gradient, and the nudge stays that of the loss without it.

@@ -14,11 +14,15 @@ FLOOR = 1e3  # times the precision: below it rounding is more than about a hundr
 
 
 class ContrastiveHebbian(Algorithm):
-    """Contrastive Hebbian learning (Xie and Seung 2003; algorithms.md A3) on any graph and loss.
+    """Contrastive Hebbian learning (Xie and Seung 2003) on any graph and loss.
 
     The output is held at its free value less the gradient of the loss, which for half a squared error is the target.
     The difference of the two phases, weighted by feedback^(depth n - depth of the output), tends to backprop's gradient
     with an error of first order in ``feedback``. ``model(x)`` is the output at the free equilibrium.
+
+    A constant factor of the loss of a sample, as in ``(0.5 * error**2).sum(1).mean()``, moves the held output as far as
+    it says; one outside of the mean (``0.5 * loss``, accumulation, a gradient scaler) only scales the gradient, and the
+    output is held where the loss without it says.
 
     Args:
         feedback: gamma, the strength of the feedback per depth.
@@ -32,6 +36,7 @@ class ContrastiveHebbian(Algorithm):
     Raises:
         ConfigurationError: for an illegal setting, and at the first call where gamma^depth, the signal that reaches
             the first states, is near the precision of the numbers.
+        NotSettledError: where the free phase still moves by more than holding the output moves the states.
         PartitionError: at the first call, where an output ends in an activation.
         NoEquilibriumError: at the first call, for a module with layer norm, batch statistics, dropout or recurrence.
 

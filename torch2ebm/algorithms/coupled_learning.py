@@ -12,11 +12,16 @@ from torch2ebm.updates import Update
 
 
 class CoupledLearning(Algorithm):
-    """Coupled learning (Stern et al. 2021; Scellier et al. 2023; algorithms.md E7) on any graph and loss.
+    """Coupled learning (Stern et al. 2021; Scellier et al. 2023) on any graph and loss.
 
     The output is held at s_o - beta dL/ds_o, and the gradient is the difference of dE/dtheta between that phase and the
     free one, over beta. It is no estimate of the loss's gradient, even as ``beta`` goes to 0: a direction that lowers
     the loss. With ``beta=1`` it is contrastive learning.
+
+    A constant factor of the loss of a sample, as in ``(0.5 * error**2).sum(1).mean()``, counts like ``beta``: it moves
+    the held output as far as it says. One outside of the mean (``0.5 * loss``, accumulation, a gradient scaler) only
+    scales the gradient. Cross-entropy drives the outputs, and so what they send back, without bound, while its pull
+    fades: with full feedback the free phase then stops settling in time, which is refused; take ``feedback=0.1``.
 
     Args:
         beta: How far the output is moved, in gradients of the loss summed over samples.
@@ -30,6 +35,7 @@ class CoupledLearning(Algorithm):
 
     Raises:
         ConfigurationError: for an illegal setting.
+        NotSettledError: where the free phase still moves by more than holding the output moves the states.
         NoEquilibriumError: at the first call, for a module with layer norm, batch statistics, dropout or recurrence.
 
     Example:

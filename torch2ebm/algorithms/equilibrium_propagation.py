@@ -31,7 +31,7 @@ class EquilibriumPropagation(Algorithm):
     ``model(x)`` being the output at that free equilibrium, in evaluation too (``model.feedforward(x)`` is the plain
     output). Backward nudges them by ``beta`` times the loss. The gradient of a parameter is the difference, over beta,
     of the energy's derivative at the nudged and the free equilibrium: it tends to that of the loss at the free
-    equilibrium as ``beta`` goes to 0 (algorithms.md E1), and to backprop's of the module as ``feedback`` does.
+    equilibrium as ``beta`` goes to 0, and to backprop's of the module as ``feedback`` does.
 
     ``state.prediction`` is the free equilibrium, ``state.error`` what the first nudge changed, ``state.phases[0]`` the
     free phase, and ``state.feedforward_distance`` how far the equilibrium's output is from the feed-forward one.

@@ -23,8 +23,8 @@ class RecurrentBackprop(Algorithm):
     """Recurrent backpropagation (Almeida 1987; Pineda 1987) at the equilibrium of the energy that
     :class:`EquilibriumPropagation` uses, whose estimate tends to this gradient (Scellier and Bengio 2019).
 
-    dL/dtheta = (df/dtheta)^T z with (I - J^T) z = dL/ds, f the step and J its Jacobian at the free equilibrium
-    (algorithms.md E4). ``state.error`` is -z, ``state.phases`` the free phase and the solution of the system.
+    dL/dtheta = (df/dtheta)^T z with (I - J^T) z = dL/ds, f the step and J its Jacobian at the free equilibrium.
+    ``state.error`` is -z, ``state.phases`` the free phase and the solution of the system.
 
     Args:
         solver: ``Neumann(terms)``, ``FixedPointSolve()`` or ``ConjugateGradient()``.

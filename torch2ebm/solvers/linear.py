@@ -1,4 +1,4 @@
-"""Solvers of (I - J^T) z = b, the linear system of recurrent backprop (algorithms.md E4)."""
+"""Solvers of (I - J^T) z = b, the linear system of recurrent backprop (Almeida 1987; Pineda 1987)."""
 
 from __future__ import annotations
 
