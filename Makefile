@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench papers clean
+.PHONY: help install demo test test-all mutants bench papers clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,9 @@ test test-all: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q $(PYTEST_ARGS)
+
+mutants: $(STAMP) ## put one-line defects into the mathematics: the tests must notice every one
+	$(VENV)/bin/python tests/mutants.py --jobs 2
 
 bench: $(STAMP) ## measure speed and memory against backpropagation
 	$(VENV)/bin/python benchmarks/speed.py
