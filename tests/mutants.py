@@ -48,6 +48,7 @@ class Mutant:
 # Tests of files that take long: of Strict, of Z-IL's two schedules, of the binomial law, of the loss in the loop.
 STRICT = "algorithms::strict_equals_hand_written_inference_on_a_graph"
 LEVELS = "algorithms::both_schedules_give_the_literal_schedule_s_gradients_and_minus_delta"
+LINEAR = "algorithms::where_the_loss_is_linear_even_the_unlevelled_schedule_is_the_literal_one"
 GAMMA = "algorithms::a_step_other_than_one_scales_a_level_by_its_power"
 BINOMIAL = "algorithms::on_a_graph_fixed_prediction_is_the_literal_sweep"
 ALONE = "loop::a_sample_relaxes_the_same_alone_or_in_a_batch"
@@ -136,7 +137,7 @@ EXACT = [
     Mutant("parameters read one level late", "algorithms/zero_divergence.py", "if node.level == step:",
            "if node.level == step - 1:", LEVELS),
     Mutant("an error that does not decay", "algorithms/zero_divergence.py",
-           "changes[slot] = changes[slot] - error if slot in changes else -error", "pass", GAMMA),
+           "changes[slot] = changes[slot] - error if slot in changes else -error", "pass", LINEAR),
     Mutant("gamma by the number of edges", "algorithms/zero_divergence.py",
            "self.gamma ** (call.graph.owner[slot].level - node.level)", "self.gamma", GAMMA),
     Mutant("gamma twice", "algorithms/zero_divergence.py", "values[slot] + gamma * change",
@@ -164,13 +165,13 @@ SOLVERS = [
            ".add_(gradient, alpha=self.lr)", "solvers"),
     Mutant("sequential steps that do not shrink", "solvers/sequential_descent.py", "-self.lr / (1 + state)",
            "-self.lr", "solvers"),
-    Mutant("a stale error in sequential descent", "solvers/sequential_descent.py",
-           "            self.passes.pop(name, None)\n", "            pass\n", "solvers"),
+    Mutant("a stale message in sequential descent", "solvers/sequential_descent.py",
+           "self.sent.pop(LOSS if self.inference.graph.nodes[name].is_output else name, None)", "pass", "solvers"),
     Mutant("Anderson's mixing without the gradient's", "solvers/anderson.py",
-           "self.lr * (gradient - (changes @ weights).squeeze(2))", "self.lr * gradient", "solvers"),
+           "self.lr * (gradient - (changes @ weights).squeeze(2))", "self.lr * gradient", "anderson"),
     Mutant("Anderson's memory one too short", "solvers/anderson.py",
            "del state.errors[: -self.memory - 1], state.gradients[: -self.memory - 1]",
-           "del state.errors[: -self.memory], state.gradients[: -self.memory]", "solvers"),
+           "del state.errors[: -self.memory], state.gradients[: -self.memory]", "anderson"),
     Mutant("a local message in place of the total one", "solvers/error_descent.py", "inference.total_sweep()",
            "inference.local_sweep()", "solvers"),
     Mutant("tol met the wrong way round", "solvers/base.py", "converged = residual <= tol if",
