@@ -162,7 +162,8 @@ def test_a_target_that_is_no_number_is_found_before_inference(algorithm: torch2e
     training = trained(algorithm)
     target = torch.zeros(5, 3)
     target[3, 2] = bad
-    with nothing_changes(training), pytest.raises(NonFiniteError, match=r"(the loss|^6), (backward|feed-forward).*target"):
+    says = r"(the loss|^6), (backward|feed-forward).*target"
+    with nothing_changes(training), pytest.raises(NonFiniteError, match=says):
         F.mse_loss(training.model(training.x), target).backward()
     assert_goes_on_as_if_nothing_had_been(training, algorithm)
 
