@@ -238,7 +238,7 @@ EQUILIBRIA = [
     Mutant("damping the other way round", "settling.py", "moved[slot].lerp(states[slot], self.damping)",
            "states[slot].lerp(moved[slot], self.damping)", "equilibrium"),
     Mutant("a damped residual not undone", "settling.py", "residual = sizes[0] / update.share", "residual = sizes[0]",
-           "equilibrium equilibrium_variants equilibrium_refusals equilibrium_models"),
+           "damped_residual"),
     Mutant("contrastive Hebbian learning without gamma's power", "algorithms/clamped.py",
            "loss.scale / (amount * free.equilibrium.output_weight)", "loss.scale / amount", "equilibrium_variants"),
     Mutant("coupled learning: outputs of other depths held too far", "algorithms/clamped.py",
