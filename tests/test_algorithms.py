@@ -123,6 +123,19 @@ def test_unlevelled_graph_breaks_exactness(loss) -> None:
     assert relative_error(last, {name: literal.gradients[name] for name in last}) <= 1e-12
 
 
+def test_where_the_loss_is_linear_even_the_unlevelled_schedule_is_the_literal_one() -> None:
+    """Then the output's error stands still in the oracle too, and errors that stay for several steps are seen."""
+    dag = skip_dag()
+    model = torch2ebm.convert(SkipDag(), nodes=NAMES, example_inputs=dag.inputs["x"])
+    call = Call(model.graph, [dag.inputs["x"]])
+    call.feedforward(keep_graph=True)
+    slot = model.graph.output_slots[0]
+    factors = torch.arange(1, call.values[slot].numel() + 1, dtype=torch.float64).sin().reshape(call.values[slot].shape)
+    unlevelled = by_levels(call, model.graph, {slot: factors}, 1.0, gamma=0.9)
+    literal = dag_zero_divergence(dag, lambda output: (factors * output).sum(), levelled=False, gamma=0.9)
+    assert relative_error(unlevelled.parameters, literal.gradients) <= 1e-12
+
+
 @pytest.mark.parametrize("schedule", ["reverse", "levels"])
 @pytest.mark.parametrize("gamma", [0.5, 0.9])
 def test_a_step_other_than_one_scales_a_level_by_its_power(gamma: float, schedule: str) -> None:

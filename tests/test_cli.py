@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and that a mistake is one message and exit code 2."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -218,3 +219,15 @@ def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
 def test_importing_the_package_imports_no_optional_one() -> None:
     program = "import sys, torch2ebm; sys.exit(any(name in sys.modules for name in ('matplotlib', 'sklearn')))"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_module_runs_as_a_program_and_hands_on_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for factory, code in (("users_models:net", 0), ("nowhere:net", 2)):
+        monkeypatch.setattr(sys, "argv", ["torch2ebm", "graph", factory, "--input-shape", "4,6"])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module("torch2ebm", run_name="__main__")
+        assert stopped.value.code == code
+    printed = capsys.readouterr()
+    assert "Linear" in printed.out and "nowhere" in printed.err

@@ -1021,6 +1021,7 @@ def test_a_model_that_owns_its_loss_equals_the_external_loss_on_its_logits(
 SUMS: dict[str, Loss] = {
     "reduction": lambda y: F.cross_entropy(y, labels_for(y), reduction="sum"),
     "criterion": lambda y: nn.CrossEntropyLoss(reduction="sum")(y, labels_for(y)),
+    "position": lambda y: F.cross_entropy(y, labels_for(y), None, None, -100, None, "sum"),
     "method": lambda y: F.cross_entropy(y, labels_for(y), reduction="none").sum(),
     "function": lambda y: torch.sum(F.cross_entropy(y, labels_for(y), reduction="none")),
     "energy_loss": lambda y: torch2ebm.EnergyLoss(nn.CrossEntropyLoss(reduction="sum"))(y, labels_for(y)),

@@ -145,15 +145,15 @@ def _as_gradient(change: Tensor, scale: float, parameter: Tensor) -> Tensor:
 
 
 def _report(minimum: Minimum, tol: float) -> Relaxation:
-    """Raises :class:`NonFiniteError` where the loss at the feed-forward pass is no number."""
+    """Raises :class:`NonFiniteError` where the loss at the start, or the gradient at the end, is no number."""
     energy = tuple(sum(parts.values()) for parts in minimum.history)
+    remedy = "Look for NaN or infinity in the input, the target and the parameters."
     if not math.isfinite(energy[0]):
-        raise NonFiniteError(
-            "the loss, feed-forward pass (inference step 0)",
-            f"energy {energy[0]}",
-            "a finite number",
-            "Look for NaN or infinity in the input, the target and the parameters.",
-        )
+        got, where = f"energy {energy[0]}", "the loss, feed-forward pass (inference step 0)"
+        raise NonFiniteError(where, got, "a finite number", remedy)
+    if not math.isfinite(minimum.point.residual):  # an infinity that an activation hides from the loss
+        got, where = f"a gradient of {minimum.point.residual}", f"ImplicitSGD, inference step {minimum.steps}"
+        raise NonFiniteError(where, got, "finite numbers", remedy)
     names = [name for name in minimum.history[0] if name != LOSS]
     return Relaxation(
         minimum.steps,

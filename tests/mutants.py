@@ -1,0 +1,332 @@
+"""One-line defects in the mathematics, each of which the named test files have to notice: ``make mutants``.
+
+The package and its tests are copied, one defect is put into the copy, and the tests run there until the first fails.
+``python tests/mutants.py [--jobs 2] [words of the mutants to run ...]`` ends with 1 where a defect survives, and where
+the tests fail without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 900  # seconds for the tests of one mutant
+COPIED = ("torch2ebm", "tests", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One defect: in ``file`` of the package ``old``, which stands there once, becomes ``new``."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # names of test files without test_ and .py, or of one test in such a file: file::test
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What pytest is given."""
+        named = (each.partition("::") for each in self.tests.split())
+        return tuple(f"tests/test_{file}.py" + (separator and f"::test_{test}") for file, separator, test in named)
+
+    def applied_to(self, text: str) -> str:
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {self.old!r} is {text.count(self.old)} times in {self.file}, not once")
+        return text.replace(self.old, self.new)
+
+
+# Tests of files that take long: of Strict, of Z-IL's two schedules, of the binomial law, of the loss in the loop.
+STRICT = "algorithms::strict_equals_hand_written_inference_on_a_graph"
+LEVELS = "algorithms::both_schedules_give_the_literal_schedule_s_gradients_and_minus_delta"
+LINEAR = "algorithms::where_the_loss_is_linear_even_the_unlevelled_schedule_is_the_literal_one"
+GAMMA = "algorithms::a_step_other_than_one_scales_a_level_by_its_power"
+BINOMIAL = "algorithms::on_a_graph_fixed_prediction_is_the_literal_sweep"
+ALONE = "loop::a_sample_relaxes_the_same_alone_or_in_a_batch"
+FACTOR = "loop::an_outer_factor_scales_the_gradients_and_its_sign_enters_the_energy"
+
+ENERGIES = [
+    Mutant("a sample's energy without its half", "energies.py", "0.5 * error.square().flatten(1)",
+           "error.square().flatten(1)", "solvers"),
+    Mutant("a batch's energy without its half", "energies.py", "return 0.5 * flat.dot(flat)", "return flat.dot(flat)",
+           "solvers"),
+    Mutant("a precision missing in the gradient", "energies.py", "weighted = error * self._like(error)",
+           "weighted = error", "solvers"),
+    Mutant("a precision squared in the energy", "energies.py", "self._like(error) ** 0.5", "self._like(error)",
+           "solvers"),
+    Mutant("the other sign of what a categorical node sends", "energies.py", "-torch.expm1(-ratio)",
+           "torch.expm1(-ratio)", "solvers"),
+    Mutant("a categorical gradient without its mean", "energies.py", "probability * (ratio - divergence)",
+           "probability * ratio", "solvers"),
+]  # fmt: skip
+
+VALUES_AND_ERRORS = [
+    Mutant("a message with the wrong sign", "value_inference.py", "gradient = gradient - message",
+           "gradient = gradient + message", STRICT),
+    Mutant("a first message with the wrong sign", "value_inference.py", "gradient = message.neg()",
+           "gradient = message", STRICT),
+    Mutant("prediction minus value", "value_inference.py", "self.values[s] - prediction.detach()",
+           "prediction.detach() - self.values[s]", STRICT),
+    Mutant("a wave front that stops at moved parents", "value_inference.py",
+           "not self.moved.isdisjoint(node.slots) or not self.moved.isdisjoint(node.reads)",
+           "not self.moved.isdisjoint(node.slots)", STRICT),
+    Mutant("the loss's gradient for minus it", "inference.py", "slot: gradient.neg() for slot",
+           "slot: gradient for slot", STRICT),
+    Mutant("errors of the state with the wrong sign", "inference.py", "error_unit=-1 / self.loss.scale",
+           "error_unit=1 / self.loss.scale", STRICT),
+    Mutant("a precision missing in a weight's gradient", "inference.py",
+           "own if cotangent is error or cotangent is None else cotangent * -self.loss.scale", "own", "solvers"),
+    Mutant("one child's message for the sum of them", "inference.py",
+           "messages[slot] = messages[slot] + message if slot in messages else message", "messages[slot] = message",
+           STRICT),
+    Mutant("a shared parameter's contribution dropped", "inference.py",
+           "total[name] = total[name] + product if name in total else product", "total[name] = product", LEVELS),
+    Mutant("errors that do not pass the message on", "error_inference.py", "message + (cotangent - own)", "message",
+           "solvers"),
+    Mutant("the error's own gradient in place of the message", "error_inference.py",
+           "    if own is cotangent:\n        return message", "    if own is cotangent:\n        return own",
+           "solvers"),
+    Mutant("stale predictions below a moved one", "error_inference.py",
+           "                self._changed.update(node.slots)", "                pass", "solvers"),
+    Mutant("a value without its error", "error_inference.py", "self.values[slot] = prediction + self.errors[slot]",
+           "self.values[slot] = prediction", "solvers"),
+]  # fmt: skip
+
+STANDING_STILL = [
+    Mutant("batch statistics that follow the values", "state.py",
+           "stack.enter_context(frozen_statistics(self._statistics[node.name]))", "pass", "traps"),
+    Mutant("a new dropout mask for each evaluation", "state.py",
+           "stack.enter_context(self._random[node.name].replayed())", "pass", "traps"),
+    Mutant("the variance of a sample for the batch's", "freezing.py", "correction=0", "correction=1", "traps"),
+    Mutant("values kept in half precision", "state.py",
+           "return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor", "return tensor",
+           "traps"),
+]  # fmt: skip
+
+LOSS = [
+    Mutant("lambda for lambda times B", "recorded_loss.py",
+           'return self.call.batch_size if reduction == "mean" else 1', "return 1", ALONE),
+    Mutant("gradients in lambda's scale", "recorded_loss.py", "self.scale = outer / self.multiplier",
+           "self.scale = outer", ALONE),
+    Mutant("the sign of an outer factor lost", "recorded_loss.py", "factor / outer if outer",
+           "abs(factor) / outer if outer", FACTOR),
+    Mutant("a nudged gradient that is not divided by beta", "state.py", "self.scale, self.unit = loss.scale / beta,",
+           "self.scale, self.unit = loss.scale,", "nudging"),
+    Mutant("two nudges of one sign", "nudging.py", "return (self.beta, -self.beta)", "return (self.beta, self.beta)",
+           "nudging"),
+    Mutant("the sum of two phases for their mean", "algorithms/predictive_coding.py",
+           "parameters[name] = parameters[name] / len(phases)", "pass", "nudging"),
+    Mutant("curvature overestimated", "curvature.py", "at_least_single(gradients[slot])) / width for",
+           "at_least_single(gradients[slot])) / width**2 for", "proximal"),
+]  # fmt: skip
+
+EXACT = [
+    Mutant("one identity too many on a skip", "graph.py", "for step in range(span - 1):", "for step in range(span):",
+           "graph::levelling_adds_one_identity_less_than_the_levels_an_edge_spans"),
+    Mutant("levels by shortest paths", "graph.py", "max(levels, default=0)", "min(levels, default=0)",
+           "graph::levels_are_longest_paths_to_an_output"),
+    Mutant("parameters read one level late", "algorithms/zero_divergence.py", "if node.level == step:",
+           "if node.level == step - 1:", LEVELS),
+    Mutant("an error that does not decay", "algorithms/zero_divergence.py",
+           "changes[slot] = changes[slot] - error if slot in changes else -error", "pass", LINEAR),
+    Mutant("gamma by the number of edges", "algorithms/zero_divergence.py",
+           "self.gamma ** (call.graph.owner[slot].level - node.level)", "self.gamma", GAMMA),
+    Mutant("gamma twice", "algorithms/zero_divergence.py", "values[slot] + gamma * change",
+           "values[slot] + gamma * gamma * change", GAMMA),
+    Mutant("a path's weight not taken off again", "algorithms/fixed_prediction.py",
+           "ratio = arrived[length + 1] / arrived[length]", "ratio = arrived[length + 1]", BINOMIAL),
+    Mutant("arrivals that stay", "algorithms/fixed_prediction.py", "(1 - lr) * weights[k] + lr", "weights[k] + lr",
+           BINOMIAL),
+    Mutant("fixed errors that do not decay", "algorithms/fixed_prediction.py", "kept = (1 - self.lr) * deltas[slot]",
+           "kept = deltas[slot]", BINOMIAL),
+    Mutant("Torch2PC's message with the wrong sign", "torch2pc.py",
+           "v[below] = v[below] + eta * (epsilon[below] - message)",
+           "v[below] = v[below] + eta * (epsilon[below] + message)", "torch2pc"),
+    Mutant("Torch2PC's stale errors made fresh", "torch2pc.py", "return [*v], [None, *epsilon[1:]]",
+           "return [*v], [None, *(chain.evaluate(i, v).predictions[0].detach() - v[i] if i < chain.length else "
+           "epsilon[i] for i in range(1, chain.length + 1))]", "torch2pc"),
+]  # fmt: skip
+
+SOLVERS = [
+    Mutant("Adam's first mean not corrected", "solvers/adam.py", "first / (1 - first_decay**state.steps) / root",
+           "first / root", "solvers"),
+    Mutant("Adam's second mean not corrected", "solvers/adam.py", "(second / (1 - second_decay**state.steps))",
+           "second.clone()", "solvers"),
+    Mutant("a heavy ball uphill", "solvers/momentum.py", ".sub_(gradient, alpha=self.lr)",
+           ".add_(gradient, alpha=self.lr)", "solvers"),
+    Mutant("sequential steps that do not shrink", "solvers/sequential_descent.py", "-self.lr / (1 + state)",
+           "-self.lr", "solvers"),
+    Mutant("a stale message in sequential descent", "solvers/sequential_descent.py",
+           "self.sent.pop(LOSS if self.inference.graph.nodes[name].is_output else name, None)", "pass", "solvers"),
+    Mutant("Anderson's mixing without the gradient's", "solvers/anderson.py",
+           "self.lr * (gradient - (changes @ weights).squeeze(2))", "self.lr * gradient", "anderson"),
+    Mutant("Anderson's memory one too short", "solvers/anderson.py",
+           "del state.errors[: -self.memory - 1], state.gradients[: -self.memory - 1]",
+           "del state.errors[: -self.memory], state.gradients[: -self.memory]", "anderson"),
+    Mutant("a local message in place of the total one", "solvers/error_descent.py", "inference.total_sweep()",
+           "inference.local_sweep()", "solvers"),
+    Mutant("tol met the wrong way round", "solvers/base.py", "converged = residual <= tol if",
+           "converged = residual >= tol if", "solvers"),
+    Mutant("one step more than asked for", "solvers/base.py", "while steps < solver.steps:",
+           "while steps <= solver.steps:", "solvers"),
+    Mutant("one term too many in the Neumann series", "solvers/linear.py", "for _ in range(self.terms):",
+           "for _ in range(self.terms + 1):", "equilibrium_variants"),
+    Mutant("conjugate gradients with another rate", "solvers/linear.py", "_ratio(size, dot(image, image))",
+           "_ratio(size, dot(image, direction))", "equilibrium_variants"),
+]  # fmt: skip
+
+WEIGHTS_MOVE = [
+    Mutant("incremental: weights against the gradient", "algorithms/incremental_predictive_coding.py",
+           "scale = -self.inference.loss.scale", "scale = self.inference.loss.scale", "incremental"),
+    Mutant("incremental: values uphill", "algorithms/incremental_predictive_coding.py",
+           "self.inference.move(slot, gradient, -lr)", "self.inference.move(slot, gradient, lr)", "incremental"),
+    Mutant("incremental: nodes before their children", "algorithms/incremental_predictive_coding.py",
+           "for node in reversed(self.graph.hidden_nodes):", "for node in self.graph.hidden_nodes:", "incremental"),
+    Mutant("incremental: weights that momentum has moved taken as unmoved",
+           "algorithms/incremental_predictive_coding.py", "step > 1 or self.inference.is_active(node)",
+           "self.inference.is_active(node)", "incremental"),
+    Mutant("IL-prox: an explicit step for the proximal one", "algorithms/proximal.py",
+           "norm / (-1 / self.rule.alpha - norm)", "norm / (-1 / self.rule.alpha)", "proximal"),
+    Mutant("IL-prox: the bias missing in the norm", "algorithms/proximal.py", "(self.rule.eps + layer.has_bias)",
+           "self.rule.eps", "proximal"),
+    Mutant("IL-prox: the norm summed over the batch", "algorithms/proximal.py", "flat.dot(flat) / len(rows)",
+           "flat.dot(flat)", "proximal"),
+    Mutant("IL-prox: the error's rate for the messages", "algorithms/proximal.py",
+           "value.add_(message, alpha=self.rule.feedback_rate)", "value.add_(message, alpha=self.rule.error_rate)",
+           "proximal"),
+    Mutant("IL-prox: errors pushed away", "algorithms/proximal.py", "alpha=-self.rule.error_rate",
+           "alpha=self.rule.error_rate", "proximal"),
+    Mutant("IL-prox: a step that is not normalised", "algorithms/proximal.py", "-mean / norm, 0.0", "-mean, 0.0",
+           "proximal"),
+    Mutant("implicit SGD: the energy without its half", "proximal_objective.py", "0.5 * self.alpha *", "self.alpha *",
+           "implicit_sgd"),
+    Mutant("implicit SGD: the bias missing in K", "proximal_objective.py",
+           "self.rows @ self.rows.t() + float(self.has_bias)", "self.rows @ self.rows.t()", "implicit_sgd"),
+    Mutant("implicit SGD: the bias moved by a mean", "proximal_objective.py", "self.alpha * full.sum(0)",
+           "self.alpha * full.mean(0)", "implicit_sgd"),
+    Mutant("MQ: the memory one step ahead", "mq.py", 'state["step"] / (state["step"] + 1)',
+           '(state["step"] + 1) / (state["step"] + 2)', "mq"),
+    Mutant("MQ: no minimum rate", "mq.py", "(magnitude + r) + minimum_rate)", "(magnitude + r))", "mq"),
+    Mutant("MQ: the memory for what is new", "mq.py", "mean(), 1 - memory)", "mean(), memory)", "mq"),
+]  # fmt: skip
+
+EQUILIBRIA = [
+    Mutant("feedback without its weight", "equilibrium.py", "add(message, alpha=1 / self.weight[slot])", "add(message)",
+           "equilibrium"),
+    Mutant("a nudge without c_o", "equilibrium.py", "self.beta * equilibrium.output_weight / equilibrium.weight[slot]",
+           "self.beta", "equilibrium_refusals::several_outputs_have_the_gradient_at_the_equilibrium"),
+    Mutant("a message not conjugated", "equilibrium.py", "message.conj() if message.is_complex() else message",
+           "message", "equilibrium_theorems"),
+    Mutant("a holomorphic loss conjugated", "recorded_loss.py", "None if each is None else each.conj() for", "each for",
+           "equilibrium_theorems"),
+    Mutant("conjugate nudges counted once", "nudging.py", "(1 if one else 2)", "1", "equilibrium_theorems"),
+    Mutant("a symmetric estimate over beta, not twice beta", "algorithms/equilibrium_propagation.py",
+           "1 / (len(nudges) * beta)", "1 / beta", "equilibrium"),
+    Mutant("the free phase left out of a one-sided estimate", "algorithms/equilibrium_propagation.py",
+           "pairs.append((free.settled.states, rest))", "pass", "equilibrium"),
+    Mutant("an estimate without c_o", "algorithms/equilibrium_propagation.py",
+           "-loss.scale / equilibrium.output_weight", "-loss.scale", "equilibrium"),
+    Mutant("damping the other way round", "settling.py", "moved[slot].lerp(states[slot], self.damping)",
+           "states[slot].lerp(moved[slot], self.damping)", "equilibrium"),
+    Mutant("a damped residual not undone", "settling.py", "residual = sizes[0] / update.share", "residual = sizes[0]",
+           "damped_residual"),
+    Mutant("contrastive Hebbian learning without gamma's power", "algorithms/clamped.py",
+           "loss.scale / (amount * free.equilibrium.output_weight)", "loss.scale / amount", "equilibrium_variants"),
+    Mutant("coupled learning: outputs of other depths held too far", "algorithms/clamped.py",
+           "alpha=amount * equilibrium.output_weight / equilibrium.weight[slot]", "alpha=amount",
+           "clamped_outputs"),
+    Mutant("the adjoint without the slope", "linearised.py", "self._hessian(self._divided(self.at_drives(z)))",
+           "self._hessian(self._divided(z))", "equilibrium_variants"),
+    Mutant("the adjoint without its weights", "linearised.py", "slot: each / self.equilibrium.weight[slot] for",
+           "slot: each for", "equilibrium_variants"),
+]  # fmt: skip
+
+AGREEMENT = [
+    Mutant("half of the angle", "agreement.py", "math.degrees(2 * math.atan2", "math.degrees(math.atan2", "agreement"),
+    Mutant("an error relative to ours", "agreement.py", "/ norm_r, norm_g / norm_r", "/ norm_g, norm_g / norm_r",
+           "agreement"),
+]  # fmt: skip
+
+MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA,
+           *AGREEMENT]  # fmt: skip
+
+
+# Running them ---------------------------------------------------------------------------------------------------------
+
+
+def copied_to(folder: Path) -> None:
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name)
+        else:
+            shutil.copy(ROOT / name, folder)
+
+
+def run_tests(folder: Path, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """The tests in ``folder``, whose package comes first: ``python -m`` puts the working folder on the path."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT
+    )
+
+
+def verdict(mutant: Mutant) -> tuple[str, str]:
+    """``killed``, ``SURVIVED`` or ``ERROR``, and the test that noticed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copied_to(folder)
+        file = folder / "torch2ebm" / mutant.file
+        file.write_text(mutant.applied_to(file.read_text()))
+        done = run_tests(folder, mutant.arguments)
+    failed = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode == 0:
+        return "SURVIVED", done.stdout.splitlines()[-1]
+    if done.returncode == 1 and failed:
+        return "killed", failed[0].removeprefix("FAILED tests/")
+    return "ERROR", (done.stdout + done.stderr)[-500:]
+
+
+def is_sound(tests: tuple[str, ...]) -> bool:
+    """Whether the tests pass where there is no defect."""
+    with tempfile.TemporaryDirectory() as name:
+        copied_to(Path(name))
+        done = run_tests(Path(name), tests)
+    print(f"without a defect  {' '.join(tests)}  {done.stdout.splitlines()[-1]}", flush=True)
+    return done.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", help="run the mutants alone whose name or file has one of these in it")
+    parser.add_argument("--jobs", type=int, default=2, help="how many run at a time")
+    parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a defect first")
+    chosen = parser.parse_args()
+    mutants = [m for m in MUTANTS if not chosen.words or any(w in f"{m.name} {m.file}" for w in chosen.words)]
+    files = sorted({file for mutant in mutants for file in mutant.arguments})
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        sound = chosen.no_baseline or all(pool.map(lambda file: is_sound((file,)), files))
+
+        def timed(mutant: Mutant) -> str:
+            start = time.perf_counter()
+            outcome, detail = verdict(mutant)
+            seconds = time.perf_counter() - start
+            print(f"{outcome:8}  {seconds:4.0f} s  {mutant.file}: {mutant.name}  [{detail}]", flush=True)
+            return outcome
+
+        outcomes = list(pool.map(timed, mutants))
+    print(f"{outcomes.count('killed')} of {len(mutants)} defects were noticed")
+    return int(not sound or any(outcome != "killed" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
