@@ -84,7 +84,7 @@ VALUES_AND_ERRORS = [
     Mutant("errors of the state with the wrong sign", "inference.py", "error_unit=-1 / self.loss.scale",
            "error_unit=1 / self.loss.scale", STRICT),
     Mutant("a precision missing in a weight's gradient", "inference.py",
-           "own if cotangent is error or cotangent is None else cotangent * -self.loss.scale", "own", "solvers"),
+           "own if cotangent is error or cotangent is None else cotangent * -self.scale", "own", "solvers"),
     Mutant("one child's message for the sum of them", "inference.py",
            "messages[slot] = messages[slot] + message if slot in messages else message", "messages[slot] = message",
            STRICT),
@@ -235,9 +235,9 @@ EQUILIBRIA = [
            "pairs.append((free.settled.states, rest))", "pass", "equilibrium"),
     Mutant("an estimate without c_o", "algorithms/equilibrium_propagation.py",
            "-loss.scale / equilibrium.output_weight", "-loss.scale", "equilibrium"),
-    Mutant("damping the other way round", "settling.py", "moved[slot].lerp(states[slot], self.damping)",
-           "states[slot].lerp(moved[slot], self.damping)", "equilibrium"),
-    Mutant("a damped residual not undone", "settling.py", "residual = sizes[0] / update.share", "residual = sizes[0]",
+    Mutant("damping the other way round", "updates.py", "moved.lerp(states[slot], self.damping)",
+           "states[slot].lerp(moved, self.damping)", "equilibrium"),
+    Mutant("a damped residual not undone", "settling.py", "residual = moved / update.share", "residual = moved",
            "damped_residual"),
     Mutant("contrastive Hebbian learning without gamma's power", "algorithms/clamped.py",
            "loss.scale / (amount * free.equilibrium.output_weight)", "loss.scale / amount", "equilibrium_variants"),
@@ -250,13 +250,25 @@ EQUILIBRIA = [
            "slot: each for", "equilibrium_variants"),
 ]  # fmt: skip
 
+PROGRAMS = [
+    Mutant("batch statistics of the first batch in every program", "state.py",
+           "return [*named, *passed, *drawn, *statistics]", "return [*named, *passed, *drawn]", "compile"),
+    Mutant("an outer factor left out of a program", "fused.py", "torch.tensor(self.inference.loss.scale,",
+           "torch.tensor(1.0,", "compile"),
+    Mutant("one loss's program for another", "fused.py", "key = (solver, on_loss,", "key = (solver, None,", "compile"),
+    Mutant("one shape's program for another", "recorded_sweep.py", "return signature(early), alias_pattern(early),",
+           "return alias_pattern(early),", "compile"),
+    Mutant("a program that forgets which values have moved", "value_inference.py", "frozenset(self.moved)",
+           "frozenset()", "compile"),
+]  # fmt: skip
+
 AGREEMENT = [
     Mutant("half of the angle", "agreement.py", "math.degrees(2 * math.atan2", "math.degrees(math.atan2", "agreement"),
     Mutant("an error relative to ours", "agreement.py", "/ norm_r, norm_g / norm_r", "/ norm_g, norm_g / norm_r",
            "agreement"),
 ]  # fmt: skip
 
-MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA,
+MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA, *PROGRAMS,
            *AGREEMENT]  # fmt: skip
 
 
