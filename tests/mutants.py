@@ -268,8 +268,8 @@ AGREEMENT = [
            "agreement"),
 ]  # fmt: skip
 
-MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA, *PROGRAMS,
-           *AGREEMENT]  # fmt: skip
+MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA,
+           *PROGRAMS, *AGREEMENT]  # fmt: skip
 
 
 # Running them ---------------------------------------------------------------------------------------------------------

@@ -150,7 +150,8 @@ class FreePhase:
         Raises :class:`DivergenceError` where the states run away, :class:`NoEquilibriumError` and
         :class:`PartitionError` where the graph has no energy.
         """
-        hopfield = HopfieldGraph(call.graph, self.readout)
+        key = ("Hopfield", self.readout)
+        hopfield = call.graph.once(key, lambda: HopfieldGraph(call.graph, self.readout))
         call.feedforward(keep_graph=False)
         equilibrium = Equilibrium(call, hopfield, self.feedback)
         feedforward = {slot: call.values[slot].detach() for slot in call.graph.output_slots}

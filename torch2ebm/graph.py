@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from torch2ebm.errors import NodeEvaluationError, Torch2EBMError
+
+Made = TypeVar("Made")
 
 
 def identity(value: Tensor) -> Tensor:
@@ -140,6 +142,14 @@ class EnergyGraph:
         used = {name for node in self.nodes.values() for name in node.parameters}
         self.parameters = {name: parameter for name, parameter in module.named_parameters() if name in used}
         self.depth = max((node.level for node in self.hidden_nodes), default=0)
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What is made of this graph the first time, under a key of its maker's, and is there from then on."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
 
     @property
     def levels(self) -> Mapping[str, int]:
