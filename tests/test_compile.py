@@ -18,6 +18,7 @@ import torch2ebm
 from torch2ebm import programs
 from torch2ebm.draws import Draws, Repeated, UnknownDrawError
 from torch2ebm.errors import CompilationWarning
+from torch2ebm.graph import Node
 
 Make = Callable[..., torch2ebm.Algorithm]
 Losses = Callable[[int], Callable[[Tensor], Tensor]]
@@ -404,6 +405,32 @@ def test_a_compiler_that_computes_otherwise_is_not_believed(monkeypatch: pytest.
 def test_the_literal_schedule_is_not_compiled() -> None:
     with pytest.raises(torch2ebm.errors.ConfigurationError, match="schedule"):
         torch2ebm.ZeroDivergence("levels", compile=True)
+
+
+@pytest.mark.parametrize("evaluation", [1, 4, 11, 16])
+@pytest.mark.usefixtures("recorded_only")
+def test_an_interrupted_recording_leaves_no_trace(evaluation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a node is evaluated under the recorder: weights and buffers stay, and the next step records anew."""
+    evaluate, count = Node.evaluate, []
+
+    def interrupted(node: Node, arguments: Any) -> Any:
+        count.append(1)
+        if len(count) == evaluation:
+            raise KeyboardInterrupt
+        return evaluate(node, arguments)
+
+    net, algorithm = network(), torch2ebm.PredictiveCoding(8, 0.05, compile=True)
+    before = copy.deepcopy(net.state_dict())
+    model = torch2ebm.convert(net)
+    optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), model, algorithm)
+    loss = cross_entropy(0)(model(inputs(0)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Node, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loss.backward()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    optimizer.detach()
+    assert_same(trained(net, algorithm)[0], trained(network(), torch2ebm.PredictiveCoding(8, 0.05))[0])
 
 
 # ---- pieces

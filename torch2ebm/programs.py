@@ -6,6 +6,7 @@ that the caller names become inputs wherever the function finds them, in a modul
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch2ebm.structure import fill, leaves_of, template_of
 _aten = torch.ops.aten
 _ALIASES = frozenset([_aten.detach.default, _aten.alias.default])  # without autograd each is its argument
 _LIFTS = frozenset([_aten.lift_fresh_copy.default, _aten.lift_fresh.default])  # a number in the code, made a tensor
+_RECORDING = threading.Lock()  # make_fx patches torch for the whole process
 
 
 class NotRecordableError(Exception):
@@ -219,7 +221,8 @@ def _traced(function: Callable[[], Any], named: Sequence[Tensor]) -> tuple[fx.Gr
         return [leaf for leaf in leaves_of(found[0]) if isinstance(leaf, Tensor) and not _is_one_of(leaf, named)]
 
     try:
-        graph_module = make_fx(traced, tracing_mode="real")(*named)
+        with _RECORDING:
+            graph_module = make_fx(traced, tracing_mode="real")(*named)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, UnknownDrawError, NodeEvaluationError, TypeError, ValueError) as error:

@@ -18,7 +18,7 @@ every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=
 OVERFLOWING: dict[str, torch2ebm.Algorithm] = {
     **ALGORITHMS,
     "FixedPrediction": torch2ebm.FixedPrediction(steps=3, lr=0.5),
-    "EquilibriumPropagation": torch2ebm.EquilibriumPropagation(torch2ebm.Symmetric(0.1)),
+    "EquilibriumPropagation": torch2ebm.EquilibriumPropagation(torch2ebm.Symmetric(0.1), feedback=0.1),
     "Backprop": torch2ebm.Backprop(),
 }
 
