@@ -1,8 +1,8 @@
 """How many floating-point operations strict predictive coding asks for, counted from the graph.
 
 Every node is run once on its own, forward and back, under torch's formulas (``measure.flops``). How often each is
-needed follows from the graph alone: an error reaches a node one step after its child, and what reads nothing but clamped
-inputs never changes its prediction. No program of the library is run for it.
+needed follows from the graph alone: an error reaches a node one step after its child, and what reads nothing but
+clamped inputs never changes its prediction. No program of the library is run for it.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,25 +116,28 @@ def resnet50() -> nn.Module:
 
 
 def resnet18_case(batch: int = 8, size: int = 96) -> Case:
-    return Case("ResNet-18", f"ResNet-18, {batch}x3x{size}x{size}", resnet18, (batch, 3, size, size))
+    return Case(f"ResNet-18, batch {batch}", f"ResNet-18, {batch}x3x{size}x{size}", resnet18, (batch, 3, size, size))
 
 
-def gpt2(width: int = 256, dropout: float = 0.1) -> nn.Module:
-    """Twelve layers, as transformers makes them; ImportError where that is missing."""
+def gpt2(width: int = 256, dropout: float = 0.1, written_out: bool = False) -> nn.Module:
+    """Twelve layers, as transformers makes them; ImportError where that is missing.
+
+    With ``written_out`` attention is two matrix products: torch's counter has no formula for the fused one on the CPU.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    tokens = {"vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}
-    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
-    # attention written out: torch's counter has no formula for the fused one on the CPU
-    attention = {"attn_implementation": "eager"} if not dropout else {}
-    config = GPT2Config(n_layer=12, n_embd=width, n_head=4, use_cache=False, **tokens, **rates, **attention)
+    settings: dict[str, Any] = {"vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}
+    settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    if written_out:
+        settings["attn_implementation"] = "eager"
+    config = GPT2Config(n_layer=12, n_embd=width, n_head=4, use_cache=False, **settings)
     model: nn.Module = GPT2LMHeadModel(config)
     return model
 
 
 def gpt2_case(width: int = 128, batch: int = 4, length: int = 32) -> Case:
     description = f"GPT-2, 12 layers of width {width}, no dropout, {batch} sequences of {length} tokens"
-    return Case("GPT-2", description, lambda: gpt2(width, 0.0), (batch, length), next_token, 1000)
+    return Case("GPT-2", description, lambda: gpt2(width, 0.0, written_out=True), (batch, length), next_token, 1000)
 
 
 class ResidualLayer(nn.Module):

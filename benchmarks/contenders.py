@@ -123,11 +123,8 @@ class Setting:
         return case.model().to(self.device, self.dtype), x, y.to(self.device)
 
     def __str__(self) -> str:
-        return (
-            str(self.dtype).removeprefix("torch.")
-            if self.autocast is None
-            else f"{str(self.autocast).removeprefix('torch.')} autocast"
-        )
+        name = str(self.autocast or self.dtype).removeprefix("torch.")
+        return f"{name} autocast" if self.autocast else name
 
 
 CPU = Setting()
@@ -167,19 +164,23 @@ class Contest:
         """How far each program is from what it has to compute. Raises :class:`DisagreementError`."""
         references = self._references()
         differences = {}
-        for name, program in self.programs.items():
-            self._warm_up(name, program)
-            if name not in references:
-                continue
+        self.warmed_up()
+        for name in references:
+            program = self.programs[name]
             differences[name] = relative_error(gradients_of(program), references[name]())
             if not differences[name] <= self.setting.tolerance:
                 raise DisagreementError(f"{self.case.name}: {name} is off by {differences[name]:.1e}")
         return differences
 
+    def warmed_up(self) -> None:
+        """Every program has been recorded and compiled, where it is to be."""
+        for name, program in self.programs.items():
+            self._warm_up(name, program)
+
     def _warm_up(self, name: str, program: Program) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CompilationWarning)
-            for _ in range(4):  # a compiled one is recorded at one batch and compiled at another
+            for _ in range(4 if name.endswith(COMPILED) else 1):  # recorded at one batch, compiled at another
                 program()
         found = [str(each.message) for each in caught if issubclass(each.category, CompilationWarning)]
         if found:
@@ -187,11 +188,7 @@ class Contest:
 
     def _references(self) -> dict[str, Callable[[], Gradients]]:
         """What each program has to agree with: a compiled one with the eager one, that one with the formulas here."""
-        found: dict[str, Callable[[], Gradients]] = {
-            name: lambda eager=name.removesuffix(COMPILED): gradients_of(self.programs[eager])  # type: ignore[misc]
-            for name in self.programs
-            if name.endswith(COMPILED)
-        }
+        found = {name: self._eager(name) for name in self.programs if name.endswith(COMPILED)}
         if EXACT.name in self.programs:
             found[EXACT.name] = lambda: gradients_of(self.programs[REFERENCE])
         if FULL.name in self.programs:
@@ -199,6 +196,9 @@ class Contest:
         if self.setting.dtype == torch.float64 and is_chain(self.net):
             found.update(self._by_hand())
         return {name: reference for name, reference in found.items() if name in self.programs}
+
+    def _eager(self, name: str) -> Callable[[], Gradients]:
+        return lambda: gradients_of(self.programs[name.removesuffix(COMPILED)])
 
     def _by_hand(self) -> Mapping[str, Callable[[], Gradients]]:
         net = self.net

@@ -88,7 +88,7 @@ def flops(program: Program) -> int:
     """
     with _FlopCount() as count:
         program()
-    return count.total
+    return int(count.total)
 
 
 def peak_bytes(program: Program) -> int:

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from contenders import Gradients, chain_of, relative_error, strict_by_hand
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from torch2ebm import torch2pc
 
@@ -115,7 +115,7 @@ def _pcx_gradient(net: nn.Sequential, x: Tensor, y: Tensor, steps: int, lr: floa
 
     def run() -> Gradients:
         found = jax.block_until_ready(gradient(inputs, targets, model=model, descent=descent))
-        return [torch.from_dlpack(each).reshape(shape) for each, shape in zip(found, shapes, strict=True)]
+        return [from_dlpack(each).reshape(shape) for each, shape in zip(found, shapes, strict=True)]
 
     return run
 

@@ -1,6 +1,6 @@
 """Speed of one gradient against eager backprop of the same model in the same run.
 
-python benchmarks/speed.py [--rounds 20] [--only a b c ResNet-18 GPT-2 "50 levels" compilation] [--torch2pc FILE]
+python benchmarks/speed.py [--rounds 20] [--only a b c ResNet-18 GPT-2 50 compilation] [--torch2pc FILE] [--size 96]
 python benchmarks/speed.py --device cuda       (the same in float32 and in bfloat16 autocast, and on a larger batch)
 
 All programs of a case run in turn, in random order; a figure is the median over the rounds, divided by backprop's, with
@@ -67,6 +67,7 @@ class Part:
     reference: str = REFERENCE
     targets: Mapping[str, float] = field(default_factory=dict)
     efficiency: float | None = None  # target of strict inference over its own arithmetic
+    share: float = 1.0  # of the rounds, for what takes long
 
 
 SMALL = tuple(
@@ -79,16 +80,19 @@ SMALL = tuple(
     )
     for case in CASES
 )
-RESNET = Part(
-    resnet18_case(),
-    (EXACT, FIXED_BLOCKS, SLOW_STRICT),
-    targets={EXACT.name: 1.3, FIXED_BLOCKS.name: 1.3},
-    efficiency=1.15,
-)
-GPT = Part(gpt2_case(), (SLOW_STRICT,), efficiency=1.15)
+GPT = Part(gpt2_case(), (SLOW_STRICT,), efficiency=1.15, share=0.5)
 LEVELS = Part(residual_mlp_case(), (STRICT, FULL), reference=FULL.name, targets={STRICT.name: 0.3})
-PARTS = (*SMALL, RESNET, GPT, LEVELS)
-LARGE = Part(resnet18_case(256, 224), (EXACT, FIXED_BLOCKS, SLOW_STRICT), targets=RESNET.targets, efficiency=1.1)
+
+
+def resnet_part(batch: int, size: int, efficiency: float) -> Part:
+    targets = {EXACT.name: 1.3, FIXED_BLOCKS.name: 1.3}
+    contenders = (EXACT, FIXED_BLOCKS, SLOW_STRICT)
+    return Part(resnet18_case(batch, size), contenders, targets=targets, efficiency=efficiency, share=0.5)
+
+
+def parts_of(arguments: argparse.Namespace) -> tuple[Part, ...]:
+    parts = (*SMALL, resnet_part(8, arguments.size, 1.15), GPT, LEVELS)
+    return (*parts, resnet_part(256, 224, 1.1)) if arguments.device == "cuda" else parts
 
 
 @dataclass(frozen=True)
@@ -251,12 +255,13 @@ def measured(arguments: argparse.Namespace) -> tuple[list[Row], list[Compilation
     rows: list[Row] = []
     on_cuda = arguments.device == "cuda"
     settings = [Setting("cuda"), Setting("cuda", autocast=torch.bfloat16)] if on_cuda else [CPU]
-    for part in (*PARTS, LARGE) if on_cuda else PARTS:
-        if arguments.only and part.case.name not in arguments.only:
+    for part in parts_of(arguments):
+        if arguments.only and not part.case.name.startswith(tuple(arguments.only)):
             continue
         for setting in settings:
             print(f"{part.case.name}: {part.case.description}, {setting}", flush=True)
-            rows += rows_of(part, arguments.rounds, setting, arguments.torch2pc)
+            rounds = max(3, round(part.share * arguments.rounds))
+            rows += rows_of(part, rounds, setting, arguments.torch2pc)
     wanted = not on_cuda and (not arguments.only or "compilation" in arguments.only)
     return rows, compilations(arguments.threads) if wanted else []
 
@@ -264,8 +269,9 @@ def measured(arguments: argparse.Namespace) -> tuple[list[Row], list[Compilation
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--only", nargs="*", default=[], help="names of cases, or compilation")
+    parser.add_argument("--only", nargs="*", default=[], help="cases, by the start of their name; compilation")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", type=int, default=96, help="height and width of ResNet-18's images")
     parser.add_argument("--torch2pc", type=Path, help="Torch2PC's file, TorchSeq2PC.py")
     arguments = arguments_of(parser, threads=2)
     if arguments.device == "cuda" and not torch.cuda.is_available():
