@@ -28,8 +28,11 @@ test test-all: $(STAMP)
 	$(VENV)/bin/mypy
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q $(PYTEST_ARGS)
 
-bench: $(STAMP) ## measure speed and memory against backpropagation
+bench: $(STAMP) ## measure speed, memory and growth against backpropagation (and on a GPU where there is one)
 	$(VENV)/bin/python benchmarks/speed.py
+	$(VENV)/bin/python benchmarks/speed.py --device cuda
+	$(VENV)/bin/python benchmarks/memory.py
+	$(VENV)/bin/python benchmarks/growth.py
 	$(VENV)/bin/python benchmarks/solvers.py
 
 papers: DATA := ../shared/mnist_10k.npz

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ from reporting import arguments_of, save_json, table, this_machine
 from torch import Tensor
 
 import torch2ebm
+from torch2ebm.errors import NotSettledWarning
 from torch2ebm.extras import PALETTE, new_figure, save
 from torch2ebm.state import Call
 
@@ -89,7 +91,7 @@ def rows_of(part: Part) -> list[Row]:
         try:
             contest = Contest(part.case, [contender], part.compiled)
             contest.warmed_up()
-        except torch2ebm.Torch2EBMError as error:
+        except torch2ebm.errors.Torch2EBMError as error:
             rows.append(Row(part.case.name, contender.name, None, None, note=f"left out: {type(error).__name__}"))
             continue
         wanted = [contender.name, *([contender.name + COMPILED] if part.compiled else [])]
@@ -151,7 +153,9 @@ def main() -> None:
     for part in (*SMALL, resnet_part(arguments.size, arguments.compile_all)):
         if not arguments.only or part.case.name.startswith(tuple(arguments.only)):
             print(f"{part.case.name}: {part.case.description}", flush=True)
-            rows += rows_of(part)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotSettledWarning)  # few steps take the memory of many
+                rows += rows_of(part)
     save_json(arguments.out / "memory.json", rows=rows)
     print(f"{this_machine()}; {(time.perf_counter() - start) / 60:.1f} minutes\n")
     print(memory_table(rows))
