@@ -106,7 +106,7 @@ def growth_table(found: Sequence[Growth]) -> str:
 def draw(found: Sequence[Growth], path: Path) -> None:
     """A panel an axis."""
     axes_names = list(dict.fromkeys(each.axis for each in found))
-    figure = new_figure(3.6 * len(axes_names), 3.6)
+    figure = new_figure(3.2 * len(axes_names), 4.4)
     panels = figure.subplots(1, len(axes_names), sharey=True, squeeze=False).flat
     for name, axes in zip(axes_names, panels, strict=True):
         for i, each in enumerate([each for each in found if each.axis == name]):
@@ -118,7 +118,7 @@ def draw(found: Sequence[Growth], path: Path) -> None:
         axes.minorticks_off()
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6, title="slope", title_fontsize=7)
+        axes.legend(fontsize=7, title="slope", title_fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     figure.axes[0].set_ylabel("time of a gradient [ms]")
     save(figure, str(path))

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 TARGET = 2.0  # copies
 EQUILIBRIUM = Contender(
     "EquilibriumPropagation",
-    lambda **o: torch2ebm.EquilibriumPropagation(torch2ebm.Symmetric(0.5), 10, 5, feedback=0.5, **o),
+    lambda **o: torch2ebm.EquilibriumPropagation(torch2ebm.Symmetric(0.5), 15, 8, feedback=0.2, **o),
 )
 
 
