@@ -130,15 +130,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure = new_figure(4.6 * len(cases), 3.0)
     for case, axes in zip(cases, figure.subplots(1, len(cases), squeeze=False).flat, strict=True):
         found = [row for row in rows if row.case == case and row.copies is not None and row.program != REFERENCE]
-        colours = [PALETTE[2] if row.program.endswith(COMPILED) else PALETTE[0] for row in found]
-        axes.barh([row.program for row in found], [row.copies for row in found], color=colours, height=0.7)
+        names = [row.program for row in found]
+        for compiled, label in ((False, "torch2ebm, eager"), (True, "torch2ebm, compile=True")):
+            copies = [row.copies if row.program.endswith(COMPILED) == compiled else 0.0 for row in found]
+            axes.barh(names, copies, color=PALETTE[2 if compiled else 0], height=0.7, label=label)
         axes.axvline(TARGET, color=PALETTE[1], linewidth=2, label="at most (target)")
         axes.invert_yaxis()
         axes.tick_params(axis="y", labelsize=7)
         axes.set_title(case, fontsize=10)
         axes.set_xlabel("peak above backprop [copies of the values]", fontsize=8)
         axes.grid(alpha=0.3, axis="x")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     save(figure, str(path))
 
 
