@@ -44,8 +44,11 @@ test-oldest: ## the tests with the oldest torch, in an environment of its own (s
 mutants: $(STAMP) ## put one-line defects into the mathematics: the tests must notice every one
 	$(VENV)/bin/python tests/mutants.py --jobs 2
 
-bench: $(STAMP) ## measure speed and memory against backpropagation
+bench: $(STAMP) ## measure speed, memory and growth against backpropagation (and on a GPU where there is one)
 	$(VENV)/bin/python benchmarks/speed.py
+	$(VENV)/bin/python benchmarks/speed.py --device cuda
+	$(VENV)/bin/python benchmarks/memory.py
+	$(VENV)/bin/python benchmarks/growth.py
 	$(VENV)/bin/python benchmarks/solvers.py
 
 papers: DATA := ../shared/mnist_10k.npz

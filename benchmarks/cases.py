@@ -5,21 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def classification(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def next_token(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    logits = model(input_ids=x).logits
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
 
 @dataclass(frozen=True)
 class Case:
+    """A model, its batch and its loss."""
+
     name: str
     description: str
     build: Callable[[], nn.Module]
     input_shape: tuple[int, ...]
+    loss: Loss = classification
+    tokens: int = 0  # size of the vocabulary, where inputs and targets are tokens
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.build()
 
     def batch(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
+        if self.tokens:
+            x, y = torch.randint(0, self.tokens, (2, *self.input_shape), generator=generator)
+            return x, y
         x = torch.randn(self.input_shape, generator=generator)
         return x, torch.randint(0, 10, self.input_shape[:1], generator=generator)
 
@@ -90,3 +113,48 @@ def resnet18() -> nn.Module:
 
 def resnet50() -> nn.Module:
     return resnet((3, 4, 6, 3), bottleneck=True)
+
+
+def resnet18_case(batch: int = 8, size: int = 96) -> Case:
+    return Case(f"ResNet-18, batch {batch}", f"ResNet-18, {batch}x3x{size}x{size}", resnet18, (batch, 3, size, size))
+
+
+def gpt2(width: int = 256, dropout: float = 0.1, written_out: bool = False) -> nn.Module:
+    """Twelve layers, as transformers makes them; ImportError where that is missing.
+
+    With ``written_out`` attention is two matrix products: torch's counter has no formula for the fused one on the CPU.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings: dict[str, Any] = {"vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}
+    settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    if written_out:
+        settings["attn_implementation"] = "eager"
+    config = GPT2Config(n_layer=12, n_embd=width, n_head=4, use_cache=False, **settings)
+    model: nn.Module = GPT2LMHeadModel(config)
+    return model
+
+
+def gpt2_case(width: int = 128, batch: int = 4, length: int = 32) -> Case:
+    description = f"GPT-2, 12 layers of width {width}, no dropout, {batch} sequences of {length} tokens"
+    return Case("GPT-2", description, lambda: gpt2(width, 0.0, written_out=True), (batch, length), next_token, 1000)
+
+
+class ResidualLayer(nn.Module):
+    """``x + tanh(W x + b)``: one level."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+def residual_mlp_case(levels: int = 50, width: int = 256, batch: int = 64) -> Case:
+    """Hidden layers and a linear output: ``levels`` + 1 layers, as many levels as the name says above the output."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(*[ResidualLayer(width) for _ in range(levels)], nn.Linear(width, 10))
+
+    return Case(f"{levels} levels", f"residual MLP of {levels} levels, width {width}", build, (batch, width))

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from contenders import gradient
 from measure import Program, interleaved, keep_the_heap
-from speed import gradient
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -10,8 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 Program = Callable[[], object]
 
@@ -29,7 +32,7 @@ class Timing:
 def interleaved(
     programs: Mapping[str, Program], reference: str, rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Timing]:
-    """Every round runs every program once, so that a slow moment of the machine touches all of them.
+    """Every round runs every program once, in random order: a slow moment of the machine touches all of them.
 
     With ``clock=time.process_time``, and one thread, what other processes do counts little.
     """
@@ -52,6 +55,40 @@ def _timing(times: list[float], reference: list[float]) -> Timing:
     ratios = [mine / theirs for mine, theirs in zip(times, reference, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     return Timing(1000 * statistics.median(times), statistics.median(times) / statistics.median(reference), low, high)
+
+
+def cuda_clock() -> float:
+    """The time once the device has done all that it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class _FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up torch's own formulas.
+
+    ``FlopCounterMode`` itself also follows modules, by hooks that autograd refuses inside of a backward.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def flops(program: Program) -> int:
+    """Floating-point operations of matrix products and convolutions, by ``torch.utils.flop_counter``'s formulas.
+
+    Of an eager program: compiled code does not show what it does.
+    """
+    with _FlopCount() as count:
+        program()
+    return int(count.total)
 
 
 def peak_bytes(program: Program) -> int:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case, resnet18, resnet50
+from cases import Case, gpt2, resnet18, resnet50
+from contenders import gradient
 from measure import interleaved, keep_the_heap, page_faults
-from speed import gradient
 from torch import Tensor, nn
 
 import torch2ebm
@@ -36,15 +36,6 @@ TARGETS = {
     "convert GPT-2, 12 layers": "below 20 s",
     "Backprop": "below 1.05",
 }
-
-
-def gpt2() -> nn.Module:
-    """Twelve layers of width 256, as transformers makes them; ImportError where that is missing."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    tokens = {"vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}
-    model: nn.Module = GPT2LMHeadModel(GPT2Config(n_layer=12, n_embd=256, n_head=4, use_cache=False, **tokens))
-    return model
 
 
 CONVERSIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {

@@ -39,10 +39,10 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def arguments_of(parser: argparse.ArgumentParser, threads: int = 1) -> argparse.Namespace:
     """With the options that every program has; the number of threads is set."""
     parser.add_argument("--quick", action="store_true", help="a small part, to see that it runs")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=threads)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the picture")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
