@@ -276,6 +276,7 @@ class Interrupted:
     def once(self) -> bool:
         """Twin and original take the same steps, the twin first; a signal is only let in while the original does."""
         with InterruptsDeferred() as section:
+            print("ready", flush=True)  # not before: a signal would come outside of the section
             while True:
                 self.steps += 1
                 before = self.twin.snapshot()
@@ -308,7 +309,6 @@ class Interrupted:
 def be_interrupted(algorithm: str, times: int) -> None:
     interrupted = Interrupted(algorithm)
     for _ in range(times):
-        print("ready", flush=True)
         print("whole" if interrupted.once() else "broken", flush=True)
     interrupted.training.step()  # and the next one works
     assert same(interrupted.training.net.state_dict().keys(), interrupted.twin.net.state_dict().keys())

@@ -186,13 +186,16 @@ class EnergyModel(nn.Module):
         changed = self._present(graph.changing_buffers)
         call = Call(graph, tensors, swapped)
         open_call = OpenCall(call, algorithm, changed, self._standing_buffers(), forwards, keep, self.shards)
-        with open_call.withdrawn_on_error(), exhausted_memory_named("model(...)", algorithm):
-            outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
-                open_call, *self.shards.in_place_of(open_call.parameters), *tensors
-            )
-            recorded = dict(zip(graph.output_slots, start(open_call.tape, outputs), strict=True))
-            leaves = graph.output(recorded, call.environment)
-            return fill(graph.structure, leaves)
+
+        def recorded_output() -> Any:
+            with exhausted_memory_named("model(...)", algorithm):
+                outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
+                    open_call, *self.shards.in_place_of(open_call.parameters), *tensors
+                )
+                recorded = dict(zip(graph.output_slots, start(open_call.tape, outputs), strict=True))
+                return fill(graph.structure, graph.output(recorded, call.environment))
+
+        return open_call.withdrawn_on_error(recorded_output)
 
     def _standing_buffers(self) -> dict[str, Tensor]:
         """Buffers in which NaN or infinity would be new."""
