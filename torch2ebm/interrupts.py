@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+_CONTEXTLIB = contextlib.__file__
 
 
 class InterruptsDeferred:
@@ -65,8 +68,7 @@ class InterruptsDeferred:
 
 
 def undone_by(undo: Callable[[], None], function: Callable[[], Result]) -> Result:
-    """Call ``function``; where it fails run ``undo``, and once more where something came in between; twice must be as
-    once.
+    """Call ``function``; where it fails run ``undo`` twice, as something may come in between; twice must be as once.
 
     No ``with``: a signal that arrives as a block ends is raised where ``__exit__`` begins, and one that arrives as a
     contextlib generator has yielded, before the block is entered; what was to be restored then is not, or later.
@@ -74,12 +76,24 @@ def undone_by(undo: Callable[[], None], function: Callable[[], Result]) -> Resul
     try:
         try:
             return function()
-        except BaseException:
+        except BaseException as error:
+            _close_left_open(error)
             undo()
             raise
-    except BaseException:
+    except BaseException as error:
+        _close_left_open(error)
         undo()
         raise
+
+
+def _close_left_open(error: BaseException) -> None:
+    """Close the contextlib generators that an interruption has left suspended (torch's own too), innermost first: else
+    each is closed when the traceback is freed, and what it restores then is out of date."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == _CONTEXTLIB]
+    for frame in reversed(frames):
+        generator = getattr(frame.f_locals.get("self"), "gen", None)
+        if isinstance(generator, Generator):
+            generator.close()
 
 
 class Change(AbstractContextManager[None]):

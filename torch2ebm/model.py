@@ -170,8 +170,11 @@ class EnergyModel(nn.Module):
         forwards: OpenForwards | None = None,
     ) -> Any:
         """The output whose backward is that of ``algorithm``, attached or not; ``keep`` gets the resulting state."""
+        forwards = forwards or OpenForwards()
+        if not self.shards.modules:  # no with: a signal at its end would come after the forward, and still inside
+            return self._run(algorithm, args, kwargs, keep, forwards)
         with self.shards.gathered():
-            return self._run(algorithm, args, kwargs, keep, forwards or OpenForwards())
+            return self._run(algorithm, args, kwargs, keep, forwards)
 
     def _run(
         self,

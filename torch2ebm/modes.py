@@ -49,8 +49,8 @@ class Stacks:
         for mode in missing:
             torch._C._push_on_torch_function_stack(mode)
         excess, missing = _differences(_dispatched(), self.dispatched)
-        for _ in excess:
-            torch._C._pop_torch_dispatch_stack()
+        for mode in reversed(excess):  # torch's own kinds (fake, functional, proxy) have a place of their own, by key
+            torch._C._pop_torch_dispatch_stack(getattr(mode, "_mode_key", None))
         for mode in missing:
             torch._C._push_on_torch_dispatch_stack(mode)
         for name, flag in zip(_FLAGS, self.flags, strict=True):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from torch2ebm.errors import LossIndependentError, LossNotRecordedError
-from torch2ebm.modes import Autocast
+from torch2ebm.interrupts import undone_by
+from torch2ebm.modes import Autocast, Stacks
 from torch2ebm.structure import Reference, leaves_of, map_leaves, signature
 
 
@@ -151,7 +152,8 @@ class Recorded(Tensor):
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         try:
-            return _run_and_recorded(func, args, kwargs or {})
+            stacks = Stacks.now()
+            return undone_by(stacks.restore, lambda: _run_and_recorded(func, args, kwargs or {}))
         except KeyboardInterrupt:
             _undo_forwards((args, kwargs or {}))
             raise
