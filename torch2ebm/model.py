@@ -144,11 +144,8 @@ class EnergyModel(nn.Module):
 
     def _output_alone(self, algorithm: Algorithm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The output that the algorithm defines, where no backward will follow."""
-        with (
-            self.shards.gathered(),
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # a relaxation differentiates, which inference mode forbids
+        # a relaxation differentiates, which inference mode forbids
+        with self.shards.gathered(), torch.inference_mode(False), torch.no_grad():
             args, kwargs = map_leaves(_ordinary, (args, dict(kwargs)))
             tensors, graph, swapped = self._tensors_and_graph(args, kwargs, algorithm)
             check_inputs(tensors)
