@@ -103,9 +103,9 @@ VALUES_AND_ERRORS = [
 
 STANDING_STILL = [
     Mutant("batch statistics that follow the values", "state.py",
-           "stack.enter_context(frozen_statistics(self._statistics[node.name]))", "pass", "traps"),
+           "changes.append(entered(frozen_statistics(self._statistics[node.name])))", "pass", "traps"),
     Mutant("a new dropout mask for each evaluation", "state.py",
-           "stack.enter_context(self._random[node.name].replayed())", "pass", "traps"),
+           "changes.append(self._random[node.name].replayed())", "pass", "traps"),
     Mutant("the variance of a sample for the batch's", "freezing.py", "correction=0", "correction=1", "traps"),
     Mutant("values kept in half precision", "state.py",
            "return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor", "return tensor",

@@ -3,7 +3,9 @@
 Run as a script, this file is the process that is interrupted, or that finds no memory.
 """
 
+import contextlib
 import copy
+import gc
 import linecache
 import os
 import pickle
@@ -26,10 +28,14 @@ import torch
 import torch.nn.functional as F
 from test_resume import same
 from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils import _python_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch2ebm
 from torch2ebm.errors import NodeEvaluationError, OutOfMemoryError, Torch2EBMError
-from torch2ebm.interrupts import InterruptsDeferred
+from torch2ebm.interrupts import Change, InterruptsDeferred, undone_by, within
+from torch2ebm.modes import Modes
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +153,32 @@ class InterruptedAt:
         return self.trace
 
 
+PUSHED_AND_POPPED = {
+    torch.overrides.__file__,
+    _python_dispatch.__file__,
+    torch.autograd.grad_mode.__file__,
+    contextlib.__file__,
+}
+
+
+class InterruptedInTorchAt(InterruptedAt):
+    """The same at the n-th line, below torch2ebm's own, of what enters and leaves modes in torch and in contextlib."""
+
+    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename in PUSHED_AND_POPPED and event == "line" and below_ours(frame):
+            self.lines += 1
+            if self.lines == self.line:
+                self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self.trace
+
+
+def below_ours(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith(str(Path(*PACKAGE))):
+        frame = frame.f_back
+    return frame is not None
+
+
 def points(lines: int) -> list[int]:
     return sorted({*random.Random(0).sample(range(1, lines + 1), POINTS), lines - 1, lines})
 
@@ -166,6 +198,121 @@ def test_an_interruption_at_any_line_up_to_the_gradients_leaves_all_as_before(al
         changed = [part for part, value in training.snapshot().items() if not same(value, before[part])]
         assert not changed, (interrupted.where, changed)
     assert_next_step_works(training, algorithm)
+
+
+@every_algorithm
+def test_an_interruption_where_torch_pushes_or_pops_a_mode_leaves_no_mode_behind(
+    algorithm: torch2ebm.Algorithm,
+) -> None:
+    """And all else as before; the modes that the user has entered stay."""
+    training = Training(algorithm)
+    with InterruptedInTorchAt() as counting:
+        training.backward()
+    assert counting.lines >= 20
+    training = Training(algorithm)
+    before = training.snapshot()
+    with BaseTorchFunctionMode() as mode, torch.autocast("cpu", enabled=False):
+        modes = Modes.now("cpu")
+        assert modes.stacks.functions == (mode,)
+        for line in sorted(random.Random(0).sample(range(1, counting.lines + 1), 20)):
+            with pytest.raises(KeyboardInterrupt), InterruptedInTorchAt(line) as interrupted:
+                training.backward()
+            changed = [part for part, value in training.snapshot().items() if not same(value, before[part])]
+            assert not changed and Modes.now("cpu") == modes, (interrupted.where, changed)
+    assert_next_step_works(training, algorithm)
+
+
+class Nothing(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_are_put_back_whether_one_too_many_or_one_too_few_is_left() -> None:
+    with BaseTorchFunctionMode() as function, Nothing() as dispatch, torch.autocast("cpu"):
+        modes = Modes.now("cpu")
+        assert (modes.stacks.functions, modes.stacks.dispatched) == ((function,), (dispatch,))
+        BaseTorchFunctionMode().__enter__()
+        Nothing().__enter__()
+        torch.set_autocast_enabled("cpu", False)
+        torch._C._set_grad_enabled(False)
+        for _ in range(2):
+            modes.restore()
+            assert Modes.now("cpu") == modes
+        torch._C._pop_torch_function_stack()
+        torch._C._pop_torch_dispatch_stack(None)
+        modes.restore()
+        assert Modes.now("cpu") == modes
+    assert Modes.now("cpu").stacks.functions == () and not torch.is_autocast_enabled("cpu")
+
+
+def test_what_is_undone_when_an_interruption_comes_in_the_undoing() -> None:
+    values, seen = [1, 1], []
+
+    def undo() -> None:
+        seen.append(list(values))
+        values[0] = 1
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        values[1] = 1
+
+    changes = [Change(lambda: values.__setitem__(slice(None), [2, 2]), undo)]
+    with pytest.raises(KeyboardInterrupt):
+        within(changes, lambda: None)
+    assert values == [1, 1] and seen[:2] == [[2, 2], [1, 2]]
+    assert within(changes, lambda: list(values)) == [2, 2] and values == [1, 1]
+
+
+class InterruptedAsItEnds(InterruptedAt):
+    """Where contextlib's ``__exit__`` begins, before it has closed the generator."""
+
+    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if (frame.f_code.co_filename, frame.f_code.co_name) == (contextlib.__file__, "__exit__"):
+            raise KeyboardInterrupt
+        return self.trace
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_what_contextlib_has_left_open_is_closed_before_it_is_undone(guarded: bool) -> None:
+    """The negative twin is undone by nobody, and late: with the traceback."""
+    values = [1]
+
+    @contextmanager
+    def changed() -> Iterator[None]:
+        values[0] = 2
+        try:
+            yield
+        finally:
+            values[0] = 3
+
+    def cut_short() -> None:
+        with InterruptedAsItEnds(), changed():
+            pass
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        undone_by(lambda: values.__setitem__(0, 1), cut_short) if guarded else cut_short()
+    assert values == ([1] if guarded else [2])
+    caught.value.__traceback__ = None
+    del caught
+    gc.collect()
+    assert values == ([1] if guarded else [3])
+
+
+def test_an_interruption_in_a_change_is_undone_at_once_and_not_later() -> None:
+    """A contextlib generator would be closed with the traceback, and undo what has come in between."""
+    values = [1]
+
+    def change() -> None:
+        values[0] = 2
+        raise KeyboardInterrupt
+
+    try:
+        with Change(change, lambda: values.__setitem__(0, 1)):
+            pytest.fail("entered")
+    except KeyboardInterrupt as error:
+        kept, values[0] = error, 3
+    del kept
+    gc.collect()
+    assert values == [3]
 
 
 @every_algorithm
@@ -276,7 +423,9 @@ class Interrupted:
     def once(self) -> bool:
         """Twin and original take the same steps, the twin first; a signal is only let in while the original does."""
         with InterruptsDeferred() as section:
-            while True:
+            print("ready", flush=True)  # not before: a signal would come outside of the section
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
                 self.steps += 1
                 before = self.twin.snapshot()
                 torch.manual_seed(self.steps)
@@ -286,6 +435,7 @@ class Interrupted:
                     section.lifted_in(self.step)()
                 except KeyboardInterrupt:
                     return self.verdict(before, self.twin.snapshot(), self.training.snapshot())
+            raise TimeoutError("no signal, or one that Python has raised where it ignores exceptions")
 
     def verdict(self, before: dict[str, Any], after: dict[str, Any], found: dict[str, Any]) -> bool:
         """Weights and the optimizer's state both as before or both as after; buffers as before, as after where
@@ -308,7 +458,6 @@ class Interrupted:
 def be_interrupted(algorithm: str, times: int) -> None:
     interrupted = Interrupted(algorithm)
     for _ in range(times):
-        print("ready", flush=True)
         print("whole" if interrupted.once() else "broken", flush=True)
     interrupted.training.step()  # and the next one works
     assert same(interrupted.training.net.state_dict().keys(), interrupted.twin.net.state_dict().keys())

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch2ebm.errors import DenseLayerError
 from torch2ebm.graph import Node
+from torch2ebm.modes import entered
 from torch2ebm.state import Call, NodePass
 from torch2ebm.structure import leaves_of
 
@@ -174,7 +175,7 @@ def _watched(
     call: Call, node: Node, inputs: Sequence[Tensor], freeze_statistics: bool = True
 ) -> tuple[NodePass, _ParameterWatch]:
     watch = _ParameterWatch(_trainable(call, node))
-    with torch.enable_grad(), watch:
+    with torch.enable_grad(), entered(watch):
         evaluated = call.evaluate(node, inputs, freeze_statistics)
     return evaluated, watch
 

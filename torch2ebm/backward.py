@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +21,9 @@ from torch2ebm.finite import (
     first_bad,
 )
 from torch2ebm.freezing import BufferHistory, BufferSnapshot, hooks_suspended, tensors_in_place
+from torch2ebm.interrupts import Result, undone_by, within
 from torch2ebm.memory import exhausted_memory_named
+from torch2ebm.modes import Autocast, Modes
 from torch2ebm.recorded_loss import RecordedLoss, make_loss
 from torch2ebm.recorder import Tape
 from torch2ebm.sharding import Shards
@@ -86,20 +87,19 @@ class OpenForwards:
             self.histories.popleft()
         self.answered_since_step = True
 
-    @contextmanager
-    def without_a_trace(self) -> Iterator[None]:
-        """What fails inside is as if it, and the forwards that it was to answer, had not been."""
+    def without_a_trace(self, function: Callable[[], Result]) -> Result:
+        """Call it; where it fails it is as if it, and the forwards that it was to answer, had not been."""
         histories, later, answered = list(self.histories), list(self.later), self.answered_since_step
-        try:
-            yield
-        except BaseException:
+
+        def undo() -> None:
             self.histories.clear()
             self.histories.extend(histories)
             self.later.clear()
             self.later.extend(later)
             self.undo()
             self.answered_since_step = answered
-            raise
+
+        return undone_by(undo, function)
 
     def undo(self) -> None:
         """A step is refused: give the buffers what they held before these forwards."""
@@ -130,24 +130,21 @@ class OpenCall:
         self.history = BufferHistory(buffers)
         self.tape = Tape(len(call.graph.output_slots), call.device, forwards.undo)
         self.parameters = {name: p for name, p in call.parameters.items() if p.requires_grad}
-        self.autocast = (
-            torch.is_autocast_enabled(call.device.type),
-            torch.get_autocast_dtype(call.device.type),
-            torch.is_autocast_cache_enabled(),
-        )
+        self.device = call.device
+        self.autocast = Autocast.now(self.device.type)
 
-    @contextmanager
-    def withdrawn_on_error(self) -> Iterator[None]:
-        """An exception before the caller has its output: as if there had been no forward."""
-        opened = self.forwards.opened_since_step
-        try:
-            yield
-        except BaseException:
+    def withdrawn_on_error(self, function: Callable[[], Result]) -> Result:
+        """Call it; an exception before the caller has its output is as if there had been no forward."""
+        opened, modes = self.forwards.opened_since_step, Modes.now(self.device.type)
+
+        def withdraw() -> None:
+            modes.restore()
             self.history.before.restore()
             if self.history in self.forwards.histories:
                 self.forwards.histories.remove(self.history)
             self.forwards.opened_since_step = opened
-            raise
+
+        return undone_by(withdraw, function)
 
     def run(self) -> list[Tensor]:
         """The forward pass: recordable outputs, in the order of the graph's output slots."""
@@ -160,6 +157,16 @@ class OpenCall:
         # copies: what the user writes on the output is no value of the call
         return [self.call.values[slot].detach().clone() for slot in self.call.graph.output_slots]
 
+    def answer(self, delivered: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients of what :class:`EnergyFunction` was applied to."""
+        modes = Modes.now(self.device.type)
+        with exhausted_memory_named("loss.backward()", self.algorithm):
+            with self.shards.gathered():
+                gradients = undone_by(modes.restore, lambda: self.gradients(delivered, _retains_graph()))
+            synchronised = self.shards.scattered(gradients.parameters)
+            of_parameters = [synchronised.get(name) for name in self.parameters]
+            return (None, *of_parameters, *gradients.inputs)
+
     def gradients(self, delivered: Sequence[Tensor | None], retain_graph: bool) -> LocalGradients:
         """What the algorithm makes of the delivered gradients, checked."""
         call = self._opened()
@@ -169,8 +176,7 @@ class OpenCall:
             return self._overflowed(call)
         if self.algorithm.reevaluates_loss:
             loss.check()
-        with self._as_in_forward(call):
-            gradients = self.algorithm.backward(call, loss, retain_graph)
+        gradients = self._as_in_forward(call, lambda: self.algorithm.backward(call, loss, retain_graph))
         self._check_inputs(call, gradients)
         self._check_parameters(gradients, loss)
         self.keep(gradients.state)
@@ -183,27 +189,25 @@ class OpenCall:
 
     def _later(self, call: Call, gradients: Iterator[LocalGradients]) -> Iterator[LocalGradients]:
         while True:
-            with self.shards.gathered(), self._as_in_forward(call):
-                found = next(gradients, None)
+            with self.shards.gathered():
+                found = self._as_in_forward(call, lambda: next(gradients, None))
             if found is None:
                 return
             self.keep(found.state)
             yield found
 
-    @contextmanager
-    def _as_in_forward(self, call: Call) -> Iterator[None]:
+    def _as_in_forward(self, call: Call, function: Callable[[], Result]) -> Result:
         """Autocast and swapped parameters as the forward had them; what a pass changes is put back, hooks stay out."""
-        with ExitStack() as stack:
-            if self.buffers:
-                stack.enter_context(BufferSnapshot(self.buffers).preserved())
-            if any(parameter._backward_hooks for parameter in self.parameters.values()):
-                stack.enter_context(hooks_suspended(self.parameters.values()))
-            if call.swapped:
-                stack.enter_context(tensors_in_place(call.graph.module, call.swapped))
-            enabled, dtype, cache = self.autocast
-            if enabled:
-                stack.enter_context(torch.autocast(call.device.type, dtype=dtype, cache_enabled=cache))
-            yield
+        changes = []
+        if self.buffers:
+            changes.append(BufferSnapshot(self.buffers).preserved())
+        if any(parameter._backward_hooks for parameter in self.parameters.values()):
+            changes.append(hooks_suspended(self.parameters.values()))
+        if call.swapped:
+            changes.append(tensors_in_place(call.graph.module, call.swapped))
+        if self.autocast.enabled:
+            changes.append(self.autocast.entered())
+        return within(changes, function)
 
     def _opened(self) -> Call:
         if self.call is None:
@@ -276,12 +280,7 @@ class EnergyFunction(torch.autograd.Function):
                 "create_graph=False",
                 "Use model.feedforward(x), or the module itself, for a higher-order term.",
             )
-        with open_call.forwards.without_a_trace(), exhausted_memory_named("loss.backward()", open_call.algorithm):
-            with open_call.shards.gathered():
-                gradients = open_call.gradients(delivered, _retains_graph())
-            synchronised = open_call.shards.scattered(gradients.parameters)
-            of_parameters = [synchronised.get(name) for name in open_call.parameters]
-            return (None, *of_parameters, *gradients.inputs)
+        return open_call.forwards.without_a_trace(lambda: open_call.answer(delivered))
 
 
 def _retains_graph() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from torch2ebm.interrupts import restored_by
+from torch2ebm.interrupts import Change, restored_by
 
 
 class RandomState:
@@ -34,13 +34,10 @@ class RandomState:
         """Whether anything was drawn since this state was taken."""
         return not all(torch.equal(now, then) for now, then in zip(self._read(), self.states, strict=True))
 
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
+    def replayed(self) -> Change:
         """Draw the same numbers again, and leave the generators as they are now."""
         now = RandomState(self.cuda or torch.device("cpu"))
-        with restored_by(now.restore):
-            self.restore()
-            yield
+        return Change(self.restore, now.restore)
 
 
 Statistics = list[tuple[Tensor, Tensor]]
@@ -114,7 +111,7 @@ class BufferSnapshot:
         for buffer, copy in self.copies:
             buffer.data.copy_(copy)  # .data: autograd graphs that saved the buffer keep their version of it
 
-    def preserved(self) -> AbstractContextManager[None]:
+    def preserved(self) -> Change:
         return restored_by(self.restore)
 
     @contextmanager
@@ -133,33 +130,34 @@ class BufferHistory:
         self.buffers = buffers
         self.before = BufferSnapshot(buffers)
         self.after = self.before
+        self._undoing = False
 
     def forward_ended(self) -> None:
         self.after = BufferSnapshot(self.buffers)
 
     def undo(self) -> None:
         """Give them their contents from before, unless something else has changed them since."""
-        if all(torch.equal(buffer, copy) for buffer, copy in self.after.copies):
+        self._undoing |= all(torch.equal(buffer, copy) for buffer, copy in self.after.copies)
+        if self._undoing:  # and not finished, where it is called again
             self.before.restore()
 
 
-@contextmanager
-def hooks_suspended(parameters: Iterable[Tensor]) -> Iterator[None]:
+def hooks_suspended(parameters: Iterable[Tensor]) -> Change:
     """Keep the hooks of parameters out of the gradients taken inside: they run once, when ``.grad`` is filled."""
     hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+
+    def suspend() -> None:
+        for parameter, _ in hooked:
+            parameter._backward_hooks = None
 
     def restore() -> None:
         for parameter, hooks in hooked:
             parameter._backward_hooks = hooks
 
-    with restored_by(restore):
-        for parameter, _ in hooked:
-            parameter._backward_hooks = None
-        yield
+    return Change(suspend, restore)
 
 
-@contextmanager
-def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Change:
     """Put ``tensors`` where the parameters of these names are, a shared one everywhere it stands."""
     own = {name: parameter for name, parameter in module.named_parameters() if name in tensors}
     places = [
@@ -170,11 +168,12 @@ def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterat
         if entry is parameter
     ]
 
+    def replace() -> None:
+        for registry, key, name in places:
+            registry[key] = tensors[name]  # type: ignore[assignment]
+
     def restore() -> None:
         for registry, key, name in places:
             registry[key] = own[name]
 
-    with restored_by(restore):
-        for registry, key, name in places:
-            registry[key] = tensors[name]  # type: ignore[assignment]
-        yield
+    return Change(replace, restore)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+_CONTEXTLIB = contextlib.__file__
 
 
 class InterruptsDeferred:
@@ -53,8 +58,8 @@ class InterruptsDeferred:
         """The function, in which SIGINT is handled at once: it may take long, and nothing is half done there."""
 
         def interruptible() -> Any:
-            self._remove()
             try:
+                self._remove()
                 return function()
             finally:
                 self._install()
@@ -62,14 +67,76 @@ class InterruptsDeferred:
         return interruptible
 
 
-@contextmanager
-def restored_by(restore: Callable[[], None]) -> Iterator[None]:
-    """Run ``restore`` at the end, and once more where something came in between; twice must be as once."""
+def undone_by(undo: Callable[[], None], function: Callable[[], Result]) -> Result:
+    """Call ``function``; where it fails run ``undo`` twice, as something may come in between; twice must be as once.
+
+    No ``with``: a signal that arrives as a block ends is raised where ``__exit__`` begins, and one that arrives as a
+    contextlib generator has yielded, before the block is entered; what was to be restored then is not, or later.
+    """
     try:
         try:
-            yield
-        finally:
-            restore()
-    except BaseException:
-        restore()
+            return function()
+        except BaseException as error:
+            _close_left_open(error)
+            undo()
+            raise
+    except BaseException as error:
+        _close_left_open(error)
+        undo()
         raise
+
+
+def _close_left_open(error: BaseException) -> None:
+    """Close the contextlib generators that an interruption has left suspended (torch's own too), innermost first: else
+    each is closed when the traceback is freed, and what it restores then is out of date."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == _CONTEXTLIB]
+    for frame in reversed(frames):
+        generator = getattr(frame.f_locals.get("self"), "gen", None)
+        if isinstance(generator, Generator):
+            generator.close()
+
+
+class Change(AbstractContextManager[None]):
+    """Something to do before a function and to undo after it; undone twice must be as once, and not done at all.
+
+    As a ``with`` it is undone but for a signal in the moment that the block ends; :func:`within` has no such moment.
+    """
+
+    def __init__(self, do: Callable[[], Any], undo: Callable[[], None]) -> None:
+        self.do, self.undo = do, undo
+
+    def __enter__(self) -> None:
+        undone_by(self.undo, self.do)
+
+    def __exit__(self, *error: object) -> None:
+        undone_by(self.undo, self.undo)
+
+
+def within(changes: Sequence[Change], function: Callable[[], Result]) -> Result:
+    """Call ``function`` with the changes done, in their order, and undo them, in the other."""
+
+    def done() -> Result:
+        for change in changes:
+            change.do()
+        return function()
+
+    def undo() -> None:
+        for change in reversed(changes):
+            change.undo()
+
+    def undone() -> Result:
+        try:
+            return done()
+        finally:
+            undo()
+
+    return undone_by(undo, undone)
+
+
+def restored_by(restore: Callable[[], None]) -> Change:
+    """What happens inside is undone by ``restore``."""
+    return Change(_nothing, restore)
+
+
+def _nothing() -> None:
+    pass

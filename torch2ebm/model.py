@@ -144,11 +144,8 @@ class EnergyModel(nn.Module):
 
     def _output_alone(self, algorithm: Algorithm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The output that the algorithm defines, where no backward will follow."""
-        with (
-            self.shards.gathered(),
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # a relaxation differentiates, which inference mode forbids
+        # a relaxation differentiates, which inference mode forbids
+        with self.shards.gathered(), torch.inference_mode(False), torch.no_grad():
             args, kwargs = map_leaves(_ordinary, (args, dict(kwargs)))
             tensors, graph, swapped = self._tensors_and_graph(args, kwargs, algorithm)
             check_inputs(tensors)
@@ -170,8 +167,11 @@ class EnergyModel(nn.Module):
         forwards: OpenForwards | None = None,
     ) -> Any:
         """The output whose backward is that of ``algorithm``, attached or not; ``keep`` gets the resulting state."""
+        forwards = forwards or OpenForwards()
+        if not self.shards.modules:  # no with: a signal at its end would come after the forward, and still inside
+            return self._run(algorithm, args, kwargs, keep, forwards)
         with self.shards.gathered():
-            return self._run(algorithm, args, kwargs, keep, forwards or OpenForwards())
+            return self._run(algorithm, args, kwargs, keep, forwards)
 
     def _run(
         self,
@@ -186,13 +186,16 @@ class EnergyModel(nn.Module):
         changed = self._present(graph.changing_buffers)
         call = Call(graph, tensors, swapped)
         open_call = OpenCall(call, algorithm, changed, self._standing_buffers(), forwards, keep, self.shards)
-        with open_call.withdrawn_on_error(), exhausted_memory_named("model(...)", algorithm):
-            outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
-                open_call, *self.shards.in_place_of(open_call.parameters), *tensors
-            )
-            recorded = dict(zip(graph.output_slots, start(open_call.tape, outputs), strict=True))
-            leaves = graph.output(recorded, call.environment)
-            return fill(graph.structure, leaves)
+
+        def recorded_output() -> Any:
+            with exhausted_memory_named("model(...)", algorithm):
+                outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
+                    open_call, *self.shards.in_place_of(open_call.parameters), *tensors
+                )
+                recorded = dict(zip(graph.output_slots, start(open_call.tape, outputs), strict=True))
+                return fill(graph.structure, graph.output(recorded, call.environment))
+
+        return open_call.withdrawn_on_error(recorded_output)
 
     def _standing_buffers(self) -> dict[str, Tensor]:
         """Buffers in which NaN or infinity would be new."""

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch2ebm.errors import CaptureMismatchError, StaleAttributeWarning, UntraceableError
 from torch2ebm.freezing import RandomState, Statistics, recording_statistics
 from torch2ebm.functional_graph import copied, expand_tuples
+from torch2ebm.modes import entered
 from torch2ebm.references import (
     Reference,
     all_parameters_trainable,
@@ -55,7 +56,7 @@ class _Observer(fx.Interpreter):
             return value
         random_before, statistics = RandomState(self.device), Statistics()
         versions = [tensor._version for tensor in self._read(n)]
-        with recording_statistics(statistics):
+        with entered(recording_statistics(statistics)):
             value = super().run_node(n)
         if n.op == "call_module" and versions != [tensor._version for tensor in self._read(n)]:
             self.wrote.add(n)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from torch2ebm.modes import entered
 from torch2ebm.references import run_once
 from torch2ebm.signature import PLAIN, PLAIN_OF_TORCH, Signature
 from torch2ebm.structure import leaves_of
@@ -147,7 +148,7 @@ def problems_in_a_run(
     Of a branch only the side that ``tensors`` take is seen. What happens inside of ``whole`` submodules does not count.
     """
     watch = _Watch(module, whole)
-    with watch:
+    with entered(watch):
         reference = run_once(module, signature, tensors)
     allowed = (Tensor, *PLAIN, *PLAIN_OF_TORCH)
     odd = {type(leaf).__name__ for leaf in leaves_of(reference.outputs) if not isinstance(leaf, allowed)}

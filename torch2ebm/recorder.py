@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from torch2ebm.errors import LossIndependentError, LossNotRecordedError
+from torch2ebm.interrupts import undone_by
+from torch2ebm.modes import Autocast, Stacks
 from torch2ebm.structure import Reference, leaves_of, map_leaves, signature
 
 
@@ -37,9 +38,8 @@ class Context:
         now = Context.now(device)
         if now == self or (now.grad == self.grad and not now.autocast and not self.autocast):
             return function(*args, **kwargs)
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(self.grad))
-            stack.enter_context(torch.autocast(device, dtype=self.dtype, enabled=self.autocast))
+        autocast = Autocast(device, self.autocast, self.dtype, torch.is_autocast_cache_enabled())
+        with torch.set_grad_enabled(self.grad), autocast.entered():
             return function(*args, **kwargs)
 
 
@@ -151,26 +151,30 @@ class Recorded(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.backward and isinstance(args[0], Recorded) and not args[0].requires_grad:
-            args[0]._refused()
-            raise LossIndependentError(
-                "loss.backward()",
-                "a loss without a gradient in the model's output",
-                "a loss that depends on it",
-                "Look for a detach(), an argmax or a torch.no_grad() between model(x) and the loss.",
-            )
         try:
-            with torch._C.DisableTorchFunctionSubclass():
-                result = func(*args, **kwargs)
-            if func in _NOT_RECORDED:
-                return map_leaves(_untaped(args), result)
-            if not _writes_in_place(func, kwargs) and not any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
-                return result
-            return record(func, args, kwargs, result)
+            stacks = Stacks.now()
+            return undone_by(stacks.restore, lambda: _run_and_recorded(func, args, kwargs or {}))
         except KeyboardInterrupt:
-            _undo_forwards((args, kwargs))
+            _undo_forwards((args, kwargs or {}))
             raise
+
+
+def _run_and_recorded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func is Tensor.backward and isinstance(args[0], Recorded) and not args[0].requires_grad:
+        args[0]._refused()
+        raise LossIndependentError(
+            "loss.backward()",
+            "a loss without a gradient in the model's output",
+            "a loss that depends on it",
+            "Look for a detach(), an argmax or a torch.no_grad() between model(x) and the loss.",
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*args, **kwargs)
+    if func in _NOT_RECORDED:
+        return map_leaves(_untaped(args), result)
+    if not _writes_in_place(func, kwargs) and not any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
+        return result
+    return record(func, args, kwargs, result)
 
 
 _NOT_RECORDED = frozenset(getattr(Tensor, name).__get__ for name in ("grad", "data", "grad_fn", "_base"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,12 +45,12 @@ class Shards:
         """Whether all that learns among these is sharded, and so synchronised."""
         return bool(self.parts) and all(name in self.parts for name, p in parameters.items() if p.requires_grad)
 
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def gathered(self) -> AbstractContextManager[None]:
         """Inside, the module is an ordinary one with whole parameters. One all-gather a sharded module."""
-        if not self.modules or self._depth:
-            yield
-            return
+        return nullcontext() if not self.modules or self._depth else self._gathered()
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
         self._release()  # what a plain forward has left gathered may be from before an optimizer step
         self._depth += 1
         with restored_by(self._release), self._hooks_out():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +16,8 @@ from torch2ebm.energies import Energy, gaussian_energy
 from torch2ebm.errors import BatchDimensionError, NoStateError
 from torch2ebm.freezing import RandomState, Statistics, frozen_statistics, recording_statistics
 from torch2ebm.graph import EnergyGraph, Node
+from torch2ebm.interrupts import within
+from torch2ebm.modes import entered
 
 _ENGINE = torch.autograd.Variable._execution_engine  # what torch.autograd.grad calls; its checks cost 20 us a node
 
@@ -126,14 +127,14 @@ class Call:
         """Evaluate, and keep what later evaluations have to repeat; with the graph kept, values do not move."""
         if not node.random and not (node.batch_statistics and freeze_statistics):
             return node.evaluate(arguments)
-        with ExitStack() as stack:
-            if node.name in self._draws:
-                stack.enter_context(Draws(self._draws[node.name]))
-            elif node.random:
-                self._random[node.name] = RandomState(self.device)
-            if node.batch_statistics and freeze_statistics:
-                stack.enter_context(recording_statistics(self._statistics.setdefault(node.name, [])))
-            return node.evaluate(arguments)
+        changes = []
+        if node.name in self._draws:
+            changes.append(entered(Draws(self._draws[node.name])))
+        elif node.random:
+            self._random[node.name] = RandomState(self.device)
+        if node.batch_statistics and freeze_statistics:
+            changes.append(entered(recording_statistics(self._statistics.setdefault(node.name, []))))
+        return within(changes, lambda: node.evaluate(arguments))
 
     def output(self) -> list[Any]:
         """The leaves of the model's output."""
@@ -147,14 +148,14 @@ class Call:
         if not node.random and not node.batch_statistics:
             results = node.evaluate(arguments)
         else:
-            with ExitStack() as stack:
-                if node.name in self._draws:
-                    stack.enter_context(Repeated(self._draws[node.name]))
-                elif node.random:
-                    stack.enter_context(self._random[node.name].replayed())
-                if node.batch_statistics and freeze_statistics:
-                    stack.enter_context(frozen_statistics(self._statistics[node.name]))
-                results = node.evaluate(arguments)
+            changes = []
+            if node.name in self._draws:
+                changes.append(entered(Repeated(self._draws[node.name])))
+            elif node.random:
+                changes.append(self._random[node.name].replayed())
+            if node.batch_statistics and freeze_statistics:
+                changes.append(entered(frozen_statistics(self._statistics[node.name])))
+            results = within(changes, lambda: node.evaluate(arguments))
         return NodePass(node, tuple(inputs), tuple(results[: len(node.slots)]))
 
     def held(self) -> list[Tensor]:

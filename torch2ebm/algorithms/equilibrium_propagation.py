@@ -15,6 +15,7 @@ from torch2ebm.free_phase import Free, FreePhase, check_drift, check_finite, che
 from torch2ebm.fused import Programs
 from torch2ebm.holomorphic import HolomorphicOperations, check_holomorphic
 from torch2ebm.inference import GradientSum
+from torch2ebm.modes import entered
 from torch2ebm.nudging import Holomorphic, Nudging, Symmetric
 from torch2ebm.settling import Settled
 from torch2ebm.solvers.base import check_steps
@@ -111,7 +112,7 @@ class EquilibriumPropagation(Algorithm):
         betas = self.nudging.betas  # read once: a random sign is drawn
         check_signal("EquilibriumPropagation", free, abs(betas[0]), FLOOR)
         if isinstance(self.nudging, Holomorphic):
-            with HolomorphicOperations():
+            with entered(HolomorphicOperations()):
                 return self._estimate(call, free, loss, self._circle(free, loss, self.nudging), self.nudging.weights)
         nudges = [beta.real for beta in betas]
         phases = [self._phase(free, loss, beta) for beta in nudges]
