@@ -228,7 +228,8 @@ def _marked(tensor: Tensor, tape: Tape, index: int, summed: bool | None) -> Tens
 def _as_recorded(tensor: Tensor) -> Recorded:
     """torch 2.6's compiler, where it follows a compiled loss to here, fails on ``as_subclass``."""
     if torch.compiler.is_compiling():
-        return torch.compiler.disable(Tensor.as_subclass)(tensor, Recorded)  # type: ignore[no-any-return]
+        uncompiled: Callable[..., Recorded] = torch.compiler.disable(Tensor.as_subclass)  # type: ignore[no-untyped-call]
+        return uncompiled(tensor, Recorded)
     return tensor.as_subclass(Recorded)
 
 
