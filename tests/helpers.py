@@ -21,6 +21,15 @@ COMPILERS_OWN_WARNINGS = (  # Dynamo looks at .grad of every tensor that it meet
     r"(torch\._dynamo\.variables\.builder|torch\._subclasses\.meta_utils|torch2ebm\.recorder)",
 )
 
+# What the oldest torch that is supported, the one of `make test-oldest`, does not do by itself.
+OLDEST = torch.__version__.startswith("2.6.")
+FX_SEES_SIZES = not OLDEST  # torch.arange(x.shape[1]) in plain fx; our tracer helps out
+COMPILES_DRAWS = not OLDEST  # Inductor makes bernoulli_ of torch.rand, though told to draw as eager code does
+GATHERS_ON_CPU = not OLDEST  # its fully_shard asks a CPU's stream for an event, and there is none
+SCHEDULERS_OWN_WARNING = (  # SequentialLR passes what it deprecates
+    "ignore:The epoch parameter in `scheduler.step:UserWarning:torch.optim.lr_scheduler"
+)
+
 
 def forget_accelerator() -> None:
     """accelerate keeps one state a process: what one test has asked for is the next one's too."""

@@ -4,11 +4,13 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES
+from helpers import COMPILES_DRAWS
 from oracles import call
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -113,6 +115,16 @@ def assert_same(ours: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]
             assert (mine[name] - gradient).norm() <= tolerance * whole, name
 
 
+@contextmanager
+def compiled_or_told(algorithm: torch2ebm.Algorithm) -> Iterator[None]:
+    """Programs of the feed-forward pass draw; where compiled code draws otherwise, they run as they were recorded."""
+    if COMPILES_DRAWS or not isinstance(algorithm, (torch2ebm.ZeroDivergence, torch2ebm.FixedPrediction)):
+        yield
+    else:
+        with pytest.warns(CompilationWarning, match="computes other numbers"):
+            yield
+
+
 # ---- the same numbers
 
 
@@ -199,7 +211,9 @@ def test_nudgings_energies_and_reductions_are_recorded_as_they_are(settings: dic
 @by_algorithm
 def test_compiled_programs_compute_what_the_engine_computes(make: Make, recordings: list[int]) -> None:
     expected, eager = trained(network(), make(), steps=6)
-    ours, model = trained(network(), make(compile=True), steps=6)
+    algorithm = make(compile=True)
+    with compiled_or_told(algorithm):
+        ours, model = trained(network(), algorithm, steps=6)
     assert recordings
     assert_same(ours, expected)
     for name, buffer in eager.named_buffers():
@@ -210,7 +224,9 @@ def test_compiled_programs_compute_what_the_engine_computes(make: Make, recordin
 def test_compiled_programs_in_single_precision(make: Make) -> None:
     batches = [inputs(step).float() for step in range(5)]
     expected, _ = trained(network().float(), make(), iter(batches))
-    ours, _ = trained(network().float(), make(compile=True), iter(batches))
+    algorithm = make(compile=True)
+    with compiled_or_told(algorithm):
+        ours, _ = trained(network().float(), algorithm, iter(batches))
     assert_same(ours, expected, 1e-5)
 
 
@@ -282,13 +298,33 @@ def test_nothing_is_recorded_after_the_third_batch(make: Make, recordings: list[
 
 def test_nothing_is_compiled_again_after_the_third_batch() -> None:
     for _, make in ALGORITHMS:
-        net = network()
+        net, algorithm = network(), make(compile=True)
         model = torch2ebm.convert(net)
-        optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), model, make(compile=True))
-        for step in range(6):
-            with torch.compiler.set_stance("default" if step < 3 else "fail_on_recompile"):
-                cross_entropy(step)(model(inputs(step))).backward()
-            optimizer.step()
+        optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), model, algorithm)
+        with compiled_or_told(algorithm):
+            for step in range(6):
+                with torch.compiler.set_stance("default" if step < 3 else "fail_on_recompile"):
+                    cross_entropy(step)(model(inputs(step))).backward()
+                optimizer.step()
+
+
+def test_a_program_is_compiled_once_and_what_was_tried_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+    compiled: list[nn.Module] = []
+    compiler = torch.compile
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    def counting(module: nn.Module, options: Any, **settings: Any) -> Callable[..., Any]:
+        asked.append(module)
+        return compiler(module, backend=backend, **settings)
+
+    monkeypatch.setattr(torch, "compile", counting)
+    for _, make in ALGORITHMS:
+        trained(network(), make(compile=True), steps=4)
+    assert len(compiled) == len(asked) >= len(ALGORITHMS)
 
 
 @by_algorithm

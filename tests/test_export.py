@@ -254,7 +254,8 @@ def test_zero_divergence_is_autograd(problem: Problem, mode: str, batch: int) ->
 def test_predictive_coding_lowers_the_energy(problem: Problem) -> None:
     module, inputs = problem.module(), problem.inputs()
     model = torch2ebm.convert(module, example_inputs=inputs)
-    lr = 1e-4 if problem.name == "gpt2" else 0.01  # embeddings of size .02 before a layer norm: J^T J is thousands
+    # embeddings of size .02 before a layer norm: J^T J is thousands for tokens, a thousand for patches
+    lr = {"gpt2": 1e-4, "vit": 1e-3}.get(problem.name, 0.01)
     with training_with(model, torch2ebm.PredictiveCoding(steps=3, lr=lr)):
         problem.loss(model(**inputs)).backward()
         energy = model.state.relaxation.energy
@@ -480,7 +481,7 @@ def test_a_relaxation_over_named_submodules_lowers_the_energy(named: Problem, wh
     nodes: Any = BLOCKS[named.name] if whole == "blocks" else whole
     model = torch2ebm.convert(named.module(), nodes=nodes, example_inputs=inputs)
     # small embeddings before a norm, as above; below 1e-4 the decrease is lost in Hugging Face's float32 loss
-    lr = {"gpt2": 1e-4, "llama": 1e-3}.get(named.name, 0.01)
+    lr = {"gpt2": 1e-4, "llama": 1e-3, "vit": 1e-3}.get(named.name, 0.01)
     with training_with(model, torch2ebm.PredictiveCoding(steps=3, lr=lr)):
         named.loss(model(**inputs)).backward()
         energy = model.state.relaxation.energy

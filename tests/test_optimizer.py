@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import SCHEDULERS_OWN_WARNING
 from test_resume import same
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
@@ -164,6 +165,7 @@ def test_a_closure_is_run_as_often_as_the_bare_optimizer_runs_it_and_its_loss_re
     assert same(weights(wrapped), weights(bare))
 
 
+@pytest.mark.filterwarnings(SCHEDULERS_OWN_WARNING)
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, *SWA])
 def test_a_scheduler_drives_it_as_the_bare_one(scheduler: str) -> None:
     wrapped, bare = Wrapped("SGD"), Bare("SGD")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import GATHERS_ON_CPU
 from processes import RANKS, found_by_ranks, joined, needs_processes
 from test_distributed import ALGORITHMS, EXACT, Tied, batch, difference, trained
 from test_resume import same
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torch2ebm
 from torch2ebm.errors import ModuleChangedError, NodeEvaluationError, ShardingError, UnsynchronisedWarning
 
+needs_shards = pytest.mark.skipif(not GATHERS_ON_CPU, reason="this torch cannot gather shards on a CPU")
 SHARDED = 2  # modules: one by itself, and the root with what is left
 LEARNS = {**ALGORITHMS, "Backprop": torch2ebm.Backprop(), "none": None}
 STEPS = {"of 2 steps": 2, "of 30 steps": 30}
@@ -163,9 +165,26 @@ def partly(mesh: DeviceMesh, rank: int) -> list[str]:
     return [warning.category.__name__ for warning in said]
 
 
+def without_events(mesh: DeviceMesh) -> str:
+    """What is said with a torch whose streams on a CPU know no events, as of 2.6."""
+    net = fully_shard(Tied(), mesh=mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(torch.cpu.Stream, "record_event", raising=False)
+        with pytest.raises(ShardingError) as refused:
+            torch2ebm.convert(net)
+    return str(refused.value)
+
+
 def worker(rank: int, folder: Path) -> None:
     warnings.simplefilter("error", UnsynchronisedWarning)  # none where everything is sharded
     mesh = init_device_mesh("cpu", (RANKS,))
+    found: dict[str, Any] = {"without events": without_events(mesh)}
+    if GATHERS_ON_CPU:
+        found |= trainings(mesh, rank)
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def trainings(mesh: DeviceMesh, rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: Sharded(mesh, algorithm).trained(rank) for name, algorithm in LEARNS.items()}
     found["accumulated"] = Sharded(mesh, ALGORITHMS["PredictiveCoding"]).trained(rank, parts=2)
     found["nodes"] = Sharded(mesh, ALGORITHMS["PredictiveCoding"], ["middle", "last"]).trained(rank)
@@ -173,7 +192,7 @@ def worker(rank: int, folder: Path) -> None:
         found[name] = exchanged(mesh, rank, torch2ebm.PredictiveCoding(steps=steps, lr=0.1))
     for checks in (gradient_of_the_bias, interrupted, checkpointed, refusals, partly):
         found[checks.__name__] = checks(mesh, rank)
-    torch.save(found, folder / f"{rank}.pt")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -181,21 +200,21 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found_by_ranks(__file__, tmp_path_factory.mktemp("sharding"))
 
 
-@needs_processes
+@needs_shards
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_two_processes_with_shards_are_one_on_the_whole_batch(ranks: list[dict[str, Any]], algorithm: str) -> None:
     assert difference(ranks[0][algorithm], trained(algorithm, 3, torch.float64)) <= EXACT
     assert same(ranks[0][algorithm], ranks[1][algorithm])
 
 
-@needs_processes
+@needs_shards
 def test_backprop_as_an_algorithm_is_what_fully_shard_does_alone(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert difference(rank["Backprop"], rank["none"]) <= EXACT
         assert difference(rank["none"], rank["PredictiveCoding"]) > 1e-3
 
 
-@needs_processes
+@needs_shards
 @pytest.mark.parametrize(("how", "parts"), [("accumulated", 2), ("interrupted", 1), ("nodes", 1)])
 def test_accumulation_a_failed_forward_and_chosen_nodes(ranks: list[dict[str, Any]], how: str, parts: int) -> None:
     """Of these nodes the activations are outside, as with "layer" they are not."""
@@ -218,14 +237,14 @@ def alone_with(nodes: list[str]) -> dict[str, Tensor]:
     return dict(net.state_dict())
 
 
-@needs_processes
+@needs_shards
 def test_a_batch_takes_two_gathers_a_module_whatever_the_steps(ranks: list[dict[str, Any]]) -> None:
     parameters = len(list(Tied().parameters()))
     for rank in ranks:
         assert rank["of 2 steps"] == rank["of 30 steps"] == {"gather": 2 * SHARDED, "reduce_scatter": parameters}
 
 
-@needs_processes
+@needs_shards
 def test_freezing_a_shard_is_followed(ranks: list[dict[str, Any]]) -> None:
     net, (x, y) = Tied().double(), batch(0, torch.float64)
     F.cross_entropy(net(x), y).backward()  # which ZeroDivergence equals
@@ -235,12 +254,12 @@ def test_freezing_a_shard_is_followed(ranks: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(free, net.last.bias.grad, rtol=0, atol=1e-14)
 
 
-@needs_processes
+@needs_shards
 def test_a_checkpoint_does_not_mind_who_is_gathered(ranks: list[dict[str, Any]]) -> None:
     assert difference(ranks[0]["checkpointed"], trained("PredictiveCoding", 3, torch.float64)) <= EXACT
 
 
-@needs_processes
+@needs_shards
 def test_what_cannot_be_gathered_and_scattered_is_refused(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         said = rank["refusals"]
@@ -249,9 +268,15 @@ def test_what_cannot_be_gathered_and_scattered_is_refused(ranks: list[dict[str, 
         assert all(w in said["late"] for w in ("new parameters", "fully_shard first, convert after"))
 
 
-@needs_processes
+@needs_shards
 def test_a_layer_left_out_of_the_shards_is_named_unsynchronised(ranks: list[dict[str, Any]]) -> None:
     assert [rank["partly"] for rank in ranks] == [["UnsynchronisedWarning"]] * RANKS
+
+
+@needs_processes
+def test_shards_that_torch_cannot_gather_are_refused(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert all(words in rank["without events"] for words in ("Tied", "on a CPU", torch.__version__, "Update torch"))
 
 
 def test_the_older_wrapper_is_refused() -> None:

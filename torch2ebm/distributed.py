@@ -11,6 +11,7 @@ from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from torch2ebm.errors import UnsynchronisedError, UnsynchronisedWarning
+from torch2ebm.problems import users_level
 
 
 def process_count() -> int:
@@ -45,7 +46,7 @@ class Replicas:
             raise _passed_by(name)
         elif process_count() > 1 and not self._warned:
             self._warned = True
-            warnings.warn(_nothing_synchronises(name), stacklevel=5)  # where model(...) stands
+            warnings.warn(_nothing_synchronises(name), stacklevel=users_level())  # where model(...) stands
 
     def averaged(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The mean over processes, as the wrapper makes it of ``.grad``: one message a type and device."""

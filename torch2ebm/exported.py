@@ -87,13 +87,23 @@ def _program(
     for i, dimensions in enumerate(attempts):
         flat = _Flat(module, signature)
         try:
-            return flat, torch.export.export(flat, tuple(tensors), dynamic_shapes=dimensions, strict=False)
+            program = torch.export.export(flat, tuple(tensors), dynamic_shapes=dimensions, strict=False)
+            _check_constants(program)
+            return flat, program
         except Torch2EBMError:
             raise
         except Exception as error:
             if i == len(attempts) - 1:
                 raise _unexportable(module, error) from error
     raise AssertionError
+
+
+def _check_constants(program: torch.export.ExportedProgram) -> None:
+    """What forward reads through ``.data`` is lost; newer versions of torch refuse that themselves."""
+    from torch._subclasses.fake_tensor import FakeTensor  # it loads sympy
+
+    if lost := [name for name, constant in program.constants.items() if isinstance(constant, FakeTensor)]:
+        raise TypeError(f"export takes what forward computes ({', '.join(lost)}) for a constant, as it does for .data")
 
 
 @contextmanager

@@ -43,6 +43,14 @@ def is_users(filename: str) -> bool:
     return not any(Path(filename).is_relative_to(directory) for directory in (HERE, TORCH))
 
 
+def users_level() -> int:
+    """The ``stacklevel`` of a warning at the caller's that points to the user's line; torch's own frames vary."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and not is_users(frame.f_code.co_filename):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def _receiver(frame: FrameType) -> Any:
     """What a method was called on, whatever its author calls ``self``."""
     return frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None

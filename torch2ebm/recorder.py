@@ -224,9 +224,17 @@ def _marked(tensor: Tensor, tape: Tape, index: int, summed: bool | None) -> Tens
     if tensor.ndim == 0 and not tensor.is_floating_point():
         ordinary: Tensor = _plain(tensor)
         return ordinary
-    marked = tensor if isinstance(tensor, Recorded) else tensor.as_subclass(Recorded)
+    marked = tensor if isinstance(tensor, Recorded) else _as_recorded(tensor)
     marked._tape, marked._place, marked._refused = weakref.ref(tape), index, tape.refused
     return marked
+
+
+def _as_recorded(tensor: Tensor) -> Recorded:
+    """torch 2.6's compiler, where it follows a compiled loss to here, fails on ``as_subclass``."""
+    if torch.compiler.is_compiling():
+        uncompiled: Callable[..., Recorded] = torch.compiler.disable(Tensor.as_subclass)  # type: ignore[no-untyped-call]
+        return uncompiled(tensor, Recorded)
+    return tensor.as_subclass(Recorded)
 
 
 def _undo_forwards(arguments: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -30,6 +30,7 @@ class Shards:
         self.modules: list[Any] = (
             [] if fsdp is None else [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)]
         )
+        _check_streams(module, self.modules)
         self.parts: dict[str, Any] = {}
         self._depth = 0
         self._release()
@@ -112,6 +113,18 @@ def _check_wrappers(module: nn.Module, fsdp: Any) -> None:
             "a module inside FullyShardedDataParallel, which keeps flattened parameters",
             "one sharded by torch.distributed.fsdp.fully_shard, or not sharded",
             "Shard it by fully_shard, then convert it.",
+        )
+
+
+def _check_streams(module: nn.Module, sharded: Sequence[nn.Module]) -> None:
+    """On a CPU, where torch 2.6 makes shards that nothing can gather, its own forward included."""
+    on_cpu = any(parameter.device.type == "cpu" for each in sharded for parameter in each.parameters())
+    if on_cpu and not hasattr(torch.cpu.Stream, "record_event"):
+        raise ShardingError(
+            f"torch2ebm.convert({type(module).__name__})",
+            f"shards on a CPU, which fully_shard of torch {torch.__version__} cannot gather",
+            "shards on an accelerator, or a newer torch",
+            "Update torch (2.13 can), or use torch.nn.parallel.DistributedDataParallel.",
         )
 
 

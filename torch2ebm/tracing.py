@@ -27,6 +27,11 @@ from torch2ebm.references import attributes_restored, first_line
 from torch2ebm.signature import Signature
 from torch2ebm.structure import leaves_of
 
+_FACTORIES = (
+    *("zeros", "ones", "empty", "full", "eye", "arange", "linspace", "logspace", "tril_indices", "triu_indices"),
+    *("rand", "randn", "randint", "randperm"),
+)
+
 
 class WritableProxy(fx.Proxy):
     """A proxy that can be written by index: ``x[i] = y`` is traced as ``operator.setitem``."""
@@ -104,7 +109,7 @@ class EnergyTracer(fx.Tracer):
     def patched(self) -> Iterator[None]:
         """Custom autograd functions stay whole, and an assignment to a buffer becomes a write, while this traces."""
         apply, setattr_ = torch.autograd.Function.__dict__["apply"], nn.Module.__setattr__
-        factories = {name: getattr(torch, name) for name in ("zeros", "ones", "empty", "rand", "randn", "full")}
+        factories = {name: getattr(torch, name) for name in _FACTORIES}
 
         def traced_apply(function: Any, *args: Any, **kwargs: Any) -> Any:
             if any(isinstance(leaf, fx.Proxy) for leaf in leaves_of((args, kwargs))):
@@ -132,7 +137,7 @@ class EnergyTracer(fx.Tracer):
             nn.Module.__setattr__ = setattr_  # type: ignore[method-assign]
 
     def _traced_factory(self, factory: Callable[..., Any]) -> Callable[..., Any]:
-        """fx sees ``torch.zeros(n, 3)`` only where the whole shape is one argument."""
+        """fx sees ``torch.zeros(n, 3)`` where the whole shape is one argument, ``torch.arange(n)`` by version."""
 
         def traced(*args: Any, **kwargs: Any) -> Any:
             if any(isinstance(leaf, fx.Proxy) for leaf in leaves_of((args, kwargs))):
