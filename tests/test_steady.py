@@ -16,6 +16,7 @@ from test_resume import same
 from torch import Tensor, nn
 
 import torch2ebm
+from torch2ebm.state import Call
 
 ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
     "PredictiveCoding": torch2ebm.PredictiveCoding(steps=3),
@@ -94,6 +95,22 @@ def test_5000_steps_leave_no_tensor_and_less_than_5_mib(algorithm: torch2ebm.Alg
         tensors, memory = process.submit(left_by, algorithm, 5000).result()
     assert tensors == 0
     assert memory < 5 * 2**20
+
+
+@every_algorithm
+def test_a_call_is_freed_without_the_collector(algorithm: torch2ebm.Algorithm) -> None:
+    """A circle would hold the values of several batches until the collector comes by."""
+    training = Training(algorithm)
+    training.train(2)
+    gc.collect()
+    gc.disable()
+    try:
+        training.train(2)
+        with torch.no_grad():
+            training.model(training.x)
+        assert not any(type(each) is Call for each in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_a_tensor_kept_a_step_would_be_seen() -> None:

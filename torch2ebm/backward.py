@@ -184,6 +184,7 @@ class OpenCall:
         if gradients.later is not None:
             self.forwards.later.append(self._later(call, gradients.later))
         if not retain_graph:
+            call.release()
             self.call = None
         return gradients
 

@@ -90,6 +90,10 @@ class Call:
         self._draws: dict[str, list[Tensor]] = {}
         self._statistics: dict[str, Statistics] = {}
 
+    def release(self) -> None:
+        """No backward will follow: drop what holds the call in a circle, which only a collector would find."""
+        self.equilibrium = self.recorded = None
+
     # the feed-forward pass
 
     def feedforward(self, keep_graph: bool, cut: bool = True, keep_draws: bool = False) -> None:
