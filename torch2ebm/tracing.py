@@ -29,7 +29,7 @@ from torch2ebm.structure import leaves_of
 
 _FACTORIES = (
     *("zeros", "ones", "empty", "full", "eye", "arange", "linspace", "logspace", "tril_indices", "triu_indices"),
-    *("rand", "randn", "randint", "randperm"),
+    *("rand", "randn", "randint", "randperm", "zeros_like", "ones_like", "full_like", "empty_like"),
 )
 
 
@@ -137,7 +137,7 @@ class EnergyTracer(fx.Tracer):
             nn.Module.__setattr__ = setattr_  # type: ignore[method-assign]
 
     def _traced_factory(self, factory: Callable[..., Any]) -> Callable[..., Any]:
-        """fx sees ``torch.zeros(n, 3)`` where the whole shape is one argument, ``torch.arange(n)`` by version."""
+        """fx sees ``torch.zeros(n, 3)`` where the whole shape is one argument; sizes and dtypes by version."""
 
         def traced(*args: Any, **kwargs: Any) -> Any:
             if any(isinstance(leaf, fx.Proxy) for leaf in leaves_of((args, kwargs))):
