@@ -252,14 +252,14 @@ EQUILIBRIA = [
 
 PROGRAMS = [
     Mutant("batch statistics of the first batch in every program", "state.py",
-           "return [*named, *passed, *drawn, *statistics]", "return [*named, *passed, *drawn]", "compile"),
+           "return [*named, *passed, *drawn, *statistics]", "return [*named, *passed, *drawn]", "programs"),
     Mutant("an outer factor left out of a program", "fused.py", "torch.tensor(self.inference.loss.scale,",
-           "torch.tensor(1.0,", "compile"),
-    Mutant("one loss's program for another", "fused.py", "key = (solver, on_loss,", "key = (solver, None,", "compile"),
+           "torch.tensor(1.0,", "programs"),
+    Mutant("one loss's program for another", "fused.py", "key = (solver, on_loss,", "key = (solver, None,", "programs"),
     Mutant("one shape's program for another", "recorded_sweep.py", "return signature(early), alias_pattern(early),",
-           "return alias_pattern(early),", "compile"),
+           "return alias_pattern(early),", "programs"),
     Mutant("a program that forgets which values have moved", "value_inference.py", "frozenset(self.moved)",
-           "frozenset()", "compile"),
+           "frozenset()", "programs"),
 ]  # fmt: skip
 
 AGREEMENT = [

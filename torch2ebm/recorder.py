@@ -151,6 +151,8 @@ class Recorded(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if torch.compiler.is_compiling():  # Dynamo, which follows into here, knows nothing of stacks of modes
+            return _run_and_recorded(func, args, kwargs or {})
         try:
             stacks = Stacks.now()
             return undone_by(stacks.restore, lambda: _run_and_recorded(func, args, kwargs or {}))
