@@ -24,12 +24,12 @@ def draw(rows: Sequence[Any], path: Path) -> None:
     titles = list(dict.fromkeys((row.case, row.setting) for row in rows))
     lines = -(-len(titles) // COLUMNS)
     figure = new_figure(4.6 * min(COLUMNS, len(titles)), 3.2 * lines + 0.5)
-    panels = figure.subplots(lines, min(COLUMNS, len(titles)), squeeze=False).flat
+    panels = list(figure.subplots(lines, min(COLUMNS, len(titles)), squeeze=False).flat)
     handles: dict[str, Any] = {}
     for (case, setting), axes in zip(titles, panels, strict=False):
         _panel(axes, [row for row in rows if (row.case, row.setting) == (case, setting)], handles)
         axes.set_title(f"{case}, {setting}" if len({row.setting for row in rows}) > 1 else case, fontsize=10)
-    for axes in list(panels)[len(titles) :]:
+    for axes in panels[len(titles) :]:
         axes.set_axis_off()
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=8)
     save(figure, str(path))

@@ -49,8 +49,11 @@ class RecordedSweep:
         self._programs, self._sweep = programs, sweep
 
     def forward(self, call: Call) -> None:
+        if self._programs is None:
+            call.feedforward(keep_graph=True)
+            return
         early = [*call.tensors, *call.parameters.values(), *call.graph.module.buffers()]
-        family = None if self._programs is None else self._family(self._programs, call, early)
+        family = self._family(self._programs, call, early)
         if family is None:
             call.feedforward(keep_graph=True)
         elif "halves" in family:
