@@ -23,7 +23,7 @@ from torch2ebm.structure import fill, leaves_of, template_of
 _aten = torch.ops.aten
 _ALIASES = frozenset([_aten.detach.default, _aten.alias.default])  # without autograd each is its argument
 _LIFTS = frozenset([_aten.lift_fresh_copy.default, _aten.lift_fresh.default])  # a number in the code, made a tensor
-_RECORDING = threading.Lock()  # make_fx patches torch for the whole process
+_RECORDING = threading.Lock()  # make_fx and the compiler change torch for the whole process
 
 
 class NotRecordableError(Exception):
@@ -76,7 +76,8 @@ class Program:
     def _first_compiled(self, *inputs: Tensor) -> Sequence[Tensor]:
         self._run = self._graph_module.forward
         if not any(each.is_complex() for each in inputs):  # the compiler makes no code for these
-            reason, compiled = _compiled(self._graph_module, inputs)
+            with _RECORDING:
+                reason, compiled = _compiled(self._graph_module, inputs)
             if reason:
                 warnings.warn(not_compiled(reason), stacklevel=2)
             else:

@@ -7,6 +7,7 @@ is the loss: it is handed back as an ordinary tensor, whose hook says with which
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -151,14 +152,19 @@ class Recorded(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if torch.compiler.is_compiling():  # Dynamo, which follows into here, knows nothing of stacks of modes
-            return _run_and_recorded(func, args, kwargs or {})
-        try:
-            stacks = Stacks.now()
-            return undone_by(stacks.restore, lambda: _run_and_recorded(func, args, kwargs or {}))
-        except KeyboardInterrupt:
-            _undo_forwards((args, kwargs or {}))
-            raise
+        if "torch._dynamo" in sys.modules:  # it would follow a compiled loss to here: what it makes of that is no tape
+            uncompiled = torch.compiler.disable(_undone_on_error)  # type: ignore[no-untyped-call]
+            return uncompiled(func, args, kwargs or {})
+        return _undone_on_error(func, args, kwargs or {})
+
+
+def _undone_on_error(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        stacks = Stacks.now()
+        return undone_by(stacks.restore, lambda: _run_and_recorded(func, args, kwargs))
+    except KeyboardInterrupt:
+        _undo_forwards((args, kwargs))
+        raise
 
 
 def _run_and_recorded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
