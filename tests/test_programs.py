@@ -401,6 +401,20 @@ def test_a_model_that_cannot_be_recorded_runs_as_it_is_with_one_warning(name: st
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
+def test_draws_that_no_tensor_repeats_are_wound_back() -> None:
+    """A random leaky slope is mixed with its input where it is drawn: only the generator can repeat it."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.RReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+
+    expected, _ = trained(net(), torch2ebm.PredictiveCoding(6, 0.1))
+    with pytest.warns(CompilationWarning, match="rrelu") as warned:
+        ours, _ = trained(net(), torch2ebm.PredictiveCoding(6, 0.1, compile=True))
+    assert len(warned) == 1
+    assert_same(ours, expected)
+
+
 def test_an_energy_loss_runs_as_it_is_with_one_warning() -> None:
     def losses(step: int) -> Callable[[Tensor], Tensor]:
         return torch2ebm.EnergyLoss(cross_entropy(step))

@@ -157,6 +157,8 @@ class RecordedRun:
     def __init__(self, programs: Programs, solver: Any, inference: Inference) -> None:
         self.inference, self._eager = inference, EagerRun(solver, inference)
         self._chain = _chain(programs, solver, inference)
+        if self._chain is None or self._chain.is_broken:
+            inference.call.forget_draws()
         now = self._now()
         self._moving: Any = template_of(now)
         self._leaves: list[Any] = list(leaves_of(now))
@@ -225,6 +227,7 @@ class RecordedRun:
             self._leaves, self.inference.scale = before, self.inference.loss.scale
             self.inference.evaluations = evaluations
             del self.inference.history[sweeps:]
+            self.inference.call.forget_draws()
             self._hand_back()
             return None
         recorded, result = found

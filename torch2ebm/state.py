@@ -132,10 +132,10 @@ class Call:
         if not node.random and not (node.batch_statistics and freeze_statistics):
             return node.evaluate(arguments)
         changes = []
+        if node.random:
+            self._random[node.name] = RandomState(self.device)
         if node.name in self._draws:
             changes.append(entered(Draws(self._draws[node.name])))
-        elif node.random:
-            self._random[node.name] = RandomState(self.device)
         if node.batch_statistics and freeze_statistics:
             changes.append(entered(recording_statistics(self._statistics.setdefault(node.name, []))))
         return within(changes, lambda: node.evaluate(arguments))
@@ -161,6 +161,10 @@ class Call:
                 changes.append(entered(frozen_statistics(self._statistics[node.name])))
             results = within(changes, lambda: node.evaluate(arguments))
         return NodePass(node, tuple(inputs), tuple(results[: len(node.slots)]))
+
+    def forget_draws(self) -> None:
+        """Repeat draws by the generators' states, which serves operations that mix their input with what they draw."""
+        self._draws = {}
 
     def held(self) -> list[Tensor]:
         """All tensors that later evaluations read and that may be others in the next call."""
