@@ -281,6 +281,17 @@ def test_tensors_of_the_loss_are_those_of_the_batch() -> None:
     assert_same(ours, expected)
 
 
+@pytest.mark.usefixtures("recorded_only")
+def test_two_losses_of_the_same_tensors_have_programs_of_their_own() -> None:
+    def smoothed(step: int) -> Callable[[Tensor], Tensor]:
+        target = torch.arange(5) % 4
+        return lambda output: F.cross_entropy(output, target, label_smoothing=0.3 * (step % 2))
+
+    expected, _ = trained(network(), torch2ebm.PredictiveCoding(6, 0.1), losses=smoothed)
+    ours, _ = trained(network(), torch2ebm.PredictiveCoding(6, 0.1, compile=True), losses=smoothed)
+    assert_same(ours, expected)
+
+
 @by_algorithm
 @pytest.mark.usefixtures("recorded_only")
 def test_nothing_is_recorded_after_the_third_batch(make: Make, recordings: list[int]) -> None:
