@@ -29,7 +29,8 @@ from torch2ebm.equilibrium import Equilibrium, Influence
 from torch2ebm.errors import ConfigurationError, NoEquilibriumError
 from torch2ebm.free_phase import FreePhase
 from torch2ebm.inference import GradientSum
-from torch2ebm.state import Call, OutputLoss
+from torch2ebm.output_loss import OutputLoss
+from torch2ebm.state import Call
 from torch2ebm.updates import Damped, GaussSeidel, Synchronous
 
 

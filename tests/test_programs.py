@@ -555,8 +555,7 @@ def test_two_programs_meet_at_what_comes_late() -> None:
         hidden = torch.tanh(x @ weight)
         return hidden.sum(1), x.T @ (late * (1 - hidden**2))
 
-    before, after, first = programs.record_in_two(function, [x, weight], [late])
-    assert torch.equal(first, function()[0])
+    before, after = programs.record_in_two(function, [x, weight], [late])
     x, weight, late = torch.randn(3, 4), torch.randn(4, 4), torch.randn(3, 4)
     leaves = before.leaves([x, weight])
     expected = function()

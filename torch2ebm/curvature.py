@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from torch2ebm.state import OutputLoss, at_least_single
+from torch2ebm.output_loss import OutputLoss
+from torch2ebm.state import at_least_single
 
 POWER_STEPS = 2
 

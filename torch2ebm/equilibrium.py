@@ -14,7 +14,8 @@ from torch import Tensor
 
 from torch2ebm.hopfield import HopfieldGraph, Term
 from torch2ebm.inference import GradientSum
-from torch2ebm.state import Call, NodePass, OutputLoss, at_least_single, pull_back
+from torch2ebm.output_loss import OutputLoss
+from torch2ebm.state import Call, NodePass, at_least_single, pull_back
 
 States = Mapping[str, Tensor]  # by slot
 

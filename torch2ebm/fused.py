@@ -16,8 +16,9 @@ from torch import Tensor
 
 from torch2ebm.graph import EnergyGraph
 from torch2ebm.inference import Inference
+from torch2ebm.output_loss import OutputLoss
 from torch2ebm.programs import NotRecordableError, Program, alias_pattern, not_compiled, record
-from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.state import Call, LocalGradients
 from torch2ebm.structure import fill, leaves_of, signature, template_of
 
 KINDS = 8  # of batches (shapes, losses, modes) that programs are kept for, a graph

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from torch2ebm.energies import Energy, gaussian_energy_of_batch
 from torch2ebm.graph import Node
-from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass, OutputLoss, at_least_single
+from torch2ebm.output_loss import OutputLoss
+from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass, at_least_single
 
 LOSS = "loss"
 UNIT_GAUSSIAN: Mapping[str, Energy] = MappingProxyType({})  # what nodes without an entry have

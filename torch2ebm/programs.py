@@ -170,12 +170,11 @@ def record(function: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Prog
 
 def record_in_two(
     function: Callable[[], tuple[Any, Any]], early: Sequence[Tensor], late: Sequence[Tensor]
-) -> tuple[Program, Program, Any]:
+) -> tuple[Program, Program]:
     """Two programs for a function whose first result needs the ``early`` tensors alone, and may draw random numbers.
 
     The first program gives the leaves of the first result, and then what the second needs beside the tensors. That is
-    called with the early tensors, these, and the late ones. Returns the first result too: the second is of the late
-    tensors as they stood in while recording.
+    called with the early tensors, these, and the late ones.
     """
     positions = _first_positions(early)
     named = [early[i] for i in positions]
@@ -190,7 +189,6 @@ def record_in_two(
     return (
         Program(before, [positions[i] for i in _keep_used_inputs(before)], of_first, template_of(first)),
         Program(after, [places[i] for i in _keep_used_inputs(after)], _sources(second, inputs), template_of(second)),
-        first,
     )
 
 

@@ -26,8 +26,9 @@ from torch2ebm.affine import DenseLayer
 from torch2ebm.errors import UnsupportedError
 from torch2ebm.graph import Node
 from torch2ebm.inference import LOSS
+from torch2ebm.output_loss import OutputLoss
 from torch2ebm.solvers.newton import Point, Vector, moved
-from torch2ebm.state import Call, OutputLoss, at_least_single
+from torch2ebm.state import Call, at_least_single
 
 
 class ProximalObjective:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.errors import LossNotRecordedError, LossReductionError, LossReplayError
+from torch2ebm.output_loss import LossExpansion, OutputLoss
 from torch2ebm.recorder import Scalar, Tape
-from torch2ebm.state import Call, LossExpansion, OutputLoss, pull_back
+from torch2ebm.state import Call, pull_back
 
 
 def make_loss(algorithm: Algorithm, call: Call, tape: Tape, delivered: Mapping[str, Tensor]) -> RecordedLoss:

@@ -98,7 +98,7 @@ class RecordedSweep:
 
         buffers, generators = BufferSnapshot(dict(call.graph.module.named_buffers())), RandomState(call.device)
         try:
-            before, after, _ = record_in_two(function, early, late)
+            before, after = record_in_two(function, early, late)
         except NotRecordableError as error:
             self._programs.refuse(call.graph, _kind(call, early), f"the sweep cannot be recorded: {error}")
             buffers.restore()

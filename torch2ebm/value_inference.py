@@ -19,7 +19,8 @@ from torch import Tensor
 from torch2ebm.energies import Energy
 from torch2ebm.graph import Node
 from torch2ebm.inference import UNIT_GAUSSIAN, Collected, Inference
-from torch2ebm.state import Call, OutputLoss
+from torch2ebm.output_loss import OutputLoss
+from torch2ebm.state import Call
 
 
 class ValueInference(Inference):

@@ -12,9 +12,10 @@ from torch2ebm.assembly import build_graph
 from torch2ebm.errors import CaptureMismatchError, NodeEvaluationError, UnsupportedError
 from torch2ebm.graph import EnergyGraph
 from torch2ebm.observing import Capture
+from torch2ebm.output_loss import LossExpansion, OutputLoss
 from torch2ebm.partition import Granularity
 from torch2ebm.references import Reference, plain_autograd, run_once, untouched
-from torch2ebm.state import Call, LossExpansion, OutputLoss
+from torch2ebm.state import Call
 
 
 def verified(captured: Capture, granularity: Granularity) -> EnergyGraph:

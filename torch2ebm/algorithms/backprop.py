@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss
+from torch2ebm.output_loss import OutputLoss
+from torch2ebm.state import Call, InferenceState, LocalGradients
 
 
 class Backprop(Algorithm):

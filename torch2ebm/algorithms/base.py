@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from torch2ebm.errors import ConfigurationError
-from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.output_loss import OutputLoss
+from torch2ebm.state import Call, LocalGradients
 
 REDUCTIONS = ("mean", "sum")
 

@@ -9,8 +9,9 @@ from torch2ebm.equilibrium import Influence, pulled_through
 from torch2ebm.free_phase import Free, check_drift, check_finite, check_nudged
 from torch2ebm.hopfield import Term
 from torch2ebm.inference import GradientSum
+from torch2ebm.output_loss import OutputLoss
 from torch2ebm.settling import Settled, settle
-from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.state import Call, LocalGradients
 
 
 def contrast_with_clamped(

@@ -6,8 +6,9 @@ from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.algorithms.clamped import contrast_with_clamped
 from torch2ebm.errors import PartitionError
 from torch2ebm.free_phase import Free, FreePhase, check_signal
+from torch2ebm.output_loss import OutputLoss
 from torch2ebm.solvers.base import check_steps
-from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.state import Call, LocalGradients
 from torch2ebm.updates import Update
 
 FLOOR = 1e3  # times the precision: below it rounding is more than about a hundredth of the signal

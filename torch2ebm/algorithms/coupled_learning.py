@@ -6,8 +6,9 @@ from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.algorithms.clamped import contrast_with_clamped
 from torch2ebm.free_phase import FreePhase
 from torch2ebm.nudging import check_beta
+from torch2ebm.output_loss import OutputLoss
 from torch2ebm.solvers.base import check_steps
-from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.state import Call, LocalGradients
 from torch2ebm.updates import Update
 
 

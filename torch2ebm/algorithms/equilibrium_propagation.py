@@ -17,9 +17,10 @@ from torch2ebm.holomorphic import HolomorphicOperations, check_holomorphic
 from torch2ebm.inference import GradientSum
 from torch2ebm.modes import entered
 from torch2ebm.nudging import Holomorphic, Nudging, Symmetric
+from torch2ebm.output_loss import OutputLoss
 from torch2ebm.settling import Settled
 from torch2ebm.solvers.base import check_steps
-from torch2ebm.state import Call, LocalGradients, OutputLoss
+from torch2ebm.state import Call, LocalGradients
 from torch2ebm.updates import Update
 
 FLOOR = 1.0  # times the precision: below it nothing of the nudge is left at the first states

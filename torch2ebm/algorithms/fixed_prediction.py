@@ -10,9 +10,10 @@ from torch import Tensor
 from torch2ebm.algorithms.base import Algorithm, check_choice, check_reduction
 from torch2ebm.fused import Programs
 from torch2ebm.inference import GradientSum
+from torch2ebm.output_loss import OutputLoss
 from torch2ebm.recorded_sweep import RecordedSweep, Swept
 from torch2ebm.solvers.base import check_positive, check_steps
-from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss, Relaxation, at_least_single
+from torch2ebm.state import Call, InferenceState, LocalGradients, Relaxation, at_least_single
 
 METHODS = ("closed_form", "sweep")
 

@@ -13,8 +13,9 @@ from torch2ebm.energies import Energy
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph import Node
 from torch2ebm.inference import GradientSum
+from torch2ebm.output_loss import OutputLoss
 from torch2ebm.solvers.base import check_positive, check_steps, report
-from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass, OutputLoss
+from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass
 from torch2ebm.value_inference import ValueInference
 
 

@@ -15,9 +15,10 @@ from torch2ebm.energies import Energy
 from torch2ebm.errors import ConfigurationError, DivergenceError
 from torch2ebm.fused import Programs
 from torch2ebm.nudging import Nudging, OneSided
+from torch2ebm.output_loss import NudgedLoss, OutputLoss
 from torch2ebm.solvers import GradientDescent, Solver
 from torch2ebm.solvers.base import relax
-from torch2ebm.state import Call, LocalGradients, NudgedLoss, OutputLoss
+from torch2ebm.state import Call, LocalGradients
 
 
 class PredictiveCoding(Algorithm):

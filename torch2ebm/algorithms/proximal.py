@@ -19,8 +19,9 @@ from torch2ebm.errors import (
 )
 from torch2ebm.graph import EnergyGraph, Node
 from torch2ebm.inference import GradientSum, energies
+from torch2ebm.output_loss import OutputLoss
 from torch2ebm.solvers.base import check_energies, check_positive, check_steps
-from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass, OutputLoss, Relaxation, at_least_single
+from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass, Relaxation, at_least_single
 
 LOSS = "loss"
 POWER_STEPS = 2

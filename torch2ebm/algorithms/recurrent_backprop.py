@@ -14,8 +14,9 @@ from torch2ebm.free_phase import Free, FreePhase
 from torch2ebm.hopfield import Term
 from torch2ebm.inference import GradientSum
 from torch2ebm.linearised import LinearisedStep
+from torch2ebm.output_loss import OutputLoss
 from torch2ebm.solvers.linear import LinearSolver, Neumann, Solution, Vector
-from torch2ebm.state import Call, InferenceState, LocalGradients, OutputLoss, Relaxation
+from torch2ebm.state import Call, InferenceState, LocalGradients, Relaxation
 from torch2ebm.updates import Update
 
 

@@ -12,9 +12,10 @@ from torch2ebm.errors import ConfigurationError
 from torch2ebm.fused import Programs
 from torch2ebm.graph import EnergyGraph
 from torch2ebm.inference import GradientSum
+from torch2ebm.output_loss import OutputLoss
 from torch2ebm.recorded_sweep import RecordedSweep, Swept
 from torch2ebm.solvers.base import check_positive
-from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass, OutputLoss
+from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass
 
 SCHEDULES = ("reverse", "levels")
 

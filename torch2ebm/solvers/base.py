@@ -13,7 +13,8 @@ from torch2ebm.error_inference import ErrorInference
 from torch2ebm.errors import ConfigurationError, DivergenceError, NonFiniteError
 from torch2ebm.fused import EagerRun, Programs, RecordedRun
 from torch2ebm.inference import LOSS, Inference, energies
-from torch2ebm.state import Call, LocalGradients, OutputLoss, Relaxation
+from torch2ebm.output_loss import OutputLoss
+from torch2ebm.state import Call, LocalGradients, Relaxation
 from torch2ebm.value_inference import ValueInference
 
 REMEDY = "Take a smaller step size (lr), or fewer steps."
