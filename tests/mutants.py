@@ -261,6 +261,8 @@ PROGRAMS = [
            "return alias_pattern(early),", "programs"),
     Mutant("a program that forgets which values have moved", "value_inference.py", "frozenset(self.moved)",
            "frozenset()", "programs"),
+    Mutant("a round that starts where the one before did", "programs.py", "current[first:] = [", "current[:0] = [",
+           "programs::several_rounds_of_a_program_are_one_program"),
 ]  # fmt: skip
 
 AGREEMENT = [

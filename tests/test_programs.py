@@ -441,13 +441,13 @@ def test_a_compiler_that_fails_leaves_the_recorded_programs(monkeypatch: pytest.
     def broken(module: nn.Module, **options: object) -> Callable[..., object]:
         def run(*tensors: Tensor) -> object:
             tensors[0].zero_()  # half-way through
-            raise RuntimeError("no C++ compiler")
+            raise RuntimeError("backend raised:\n  no C++ compiler\n  and more")
 
         return run
 
     expected, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.1))
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.warns(CompilationWarning, match=r"no C\+\+ compiler"):
+    with pytest.warns(CompilationWarning, match=r"backend raised: no C\+\+ compiler\. The"):
         ours, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.1, compile=True))
     assert_same(ours, expected)
 
@@ -546,6 +546,64 @@ def test_a_program_runs_on_other_tensors_and_keeps_the_structure() -> None:
     assert found["number"] == 3
     assert torch.equal(found["both"][0], c * d)
     assert found["both"][1] is d
+
+
+def test_several_rounds_of_a_program_are_one_program() -> None:
+    def state() -> list[Tensor]:
+        return [torch.linspace(-1.0, 1.0, 3), torch.ones(3), torch.full((3,), 0.5)]
+
+    weight = torch.tensor([[0.5, 0.2, 0.0], [0.1, -0.4, 0.3], [0.0, 0.6, 0.2]])
+    moving = state()
+
+    def round_of(a: Tensor, b: Tensor, still: Tensor) -> Any:
+        total = (a @ weight).sum() + b.sum()
+        b.add_(a, alpha=0.1)  # in place: the leaf is the input itself
+        return (torch.tanh(a @ weight + b), b, still, "a number"), (total, 7)
+
+    program, _ = programs.record(lambda: round_of(*moving), [weight, *moving])
+    several = program.repeated(3, count=4, first=1)
+    assert len(several) == 3 * len(program)
+    expected, given, totals = state(), state(), []
+    for _ in range(3):
+        (*expected, _), (total, _) = round_of(*expected)
+        totals.append(total)
+    found = several.leaves([weight, *given])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[:3], expected, strict=True))
+    assert found[1] is given[1]
+    assert torch.equal(given[1], expected[1])
+    assert found[2] is given[2]
+    assert [found[3], *found[5::2]] == ["a number", 7, 7, 7]
+    assert torch.equal(torch.stack(found[4::2]), torch.stack(totals))
+
+
+@pytest.mark.usefixtures("recorded_only")
+def test_steps_that_repeat_run_several_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    calls: list[int] = []
+    leaves = programs.Program.leaves
+    monkeypatch.setattr(programs.Program, "leaves", lambda *a: calls.append(1) or leaves(*a))
+    expected, eager = trained(copy.deepcopy(net), torch2ebm.PredictiveCoding(40, 0.05), steps=3)
+    assert not calls
+    found, model = trained(net, torch2ebm.PredictiveCoding(40, 0.05, compile=True), steps=3)
+    assert_same(found, expected)
+    assert model.state.relaxation.steps == 40
+    assert model.state.relaxation.energy == pytest.approx(eager.state.relaxation.energy, rel=1e-11)
+    calls.clear()
+    F.cross_entropy(model(inputs(9)), torch.arange(5) % 4).backward()
+    assert 3 < len(calls) < 20
+
+
+@pytest.mark.parametrize("steps", [30, 130])
+@pytest.mark.usefixtures("recorded_only")
+def test_a_relaxation_that_runs_away_is_told_at_the_same_step(steps: int) -> None:
+    def energies(algorithm: torch2ebm.Algorithm) -> tuple[float, ...]:
+        with pytest.raises(torch2ebm.errors.DivergenceError) as caught:
+            trained(network().eval(), algorithm)
+        return caught.value.energy
+
+    expected = energies(torch2ebm.PredictiveCoding(steps, 2.2))
+    assert energies(torch2ebm.PredictiveCoding(steps, 2.2, compile=True)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_two_programs_meet_at_what_comes_late() -> None:

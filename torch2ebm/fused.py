@@ -22,6 +22,7 @@ from torch2ebm.state import Call, LocalGradients
 from torch2ebm.structure import fill, leaves_of, signature, template_of
 
 KINDS = 8  # of batches (shapes, losses, modes) that programs are kept for, a graph
+OPERATIONS = 200  # at most in a program made of several steps: what saves calls costs time to compile
 Family = dict[Hashable, Any]  # what was recorded for one kind of batch
 
 
@@ -67,11 +68,14 @@ class Recorded:
 
     Attributes:
         evaluations: How many node functions it stands for.
+        followers: By role.
+        repeated: By number of rounds, the program that stands for as many of this one.
     """
 
     def __init__(self, program: Program) -> None:
         self.program, self.evaluations = program, 0
         self.followers: dict[Hashable, Recorded] = {}
+        self.repeated: dict[int, Program] = {}
 
 
 class Chain:
@@ -108,13 +112,27 @@ class Chain:
                 return None
             if self._last is not None:
                 self._last.followers[role] = recorded
-        if recorded is self._last or (self._last is not None and self._last.program.is_compiled):
+        if recorded.followers.get(role) is recorded or (self._last is not None and self._last.program.is_compiled):
             recorded.program.compile()
         self._last = recorded
         return recorded
 
-    def leaves(self, recorded: Recorded, moving: Sequence[Tensor]) -> list[Any]:
-        return recorded.program.leaves([*self._fixed, *moving])
+    def rounds(self, recorded: Recorded, role: Hashable, limit: int) -> int:
+        """How many rounds of it shall be run as one program: more than one where it follows itself."""
+        if recorded.followers.get(role) is not recorded:
+            return 1
+        most = max(1, min(limit, OPERATIONS // len(recorded.program)))
+        return next((rounds for rounds in range(most, 1, -1) if limit % rounds == 0), most)
+
+    def leaves(self, recorded: Recorded, moving: Sequence[Tensor], rounds: int = 1, count: int = 0) -> list[Any]:
+        """What it makes of ``moving``; of several rounds see :meth:`Program.repeated`."""
+        program = recorded.program
+        if rounds > 1:
+            if rounds not in recorded.repeated:
+                recorded.repeated[rounds] = program.repeated(rounds, count, len(self._fixed))
+            program = recorded.repeated[rounds]
+            program.compile()
+        return program.leaves([*self._fixed, *moving])
 
     def record(
         self, role: Hashable, moving: Sequence[Tensor], state: Any, function: Callable[[], Any]
@@ -145,8 +163,10 @@ class EagerRun:
         self.solver, self.inference = solver, inference
         self.state = solver.start(inference)
 
-    def step(self) -> None:
+    def advance(self, limit: int) -> int:
+        """Take a step, or up to ``limit`` of them; returns how many."""
         self.state = self.solver.step(self.inference, self.state)
+        return 1
 
     def local_gradients(self) -> LocalGradients:
         return self.inference.local_gradients()
@@ -164,14 +184,20 @@ class RecordedRun:
         self._moving: Any = template_of(now)
         self._leaves: list[Any] = list(leaves_of(now))
 
-    def step(self) -> None:
-        found = self._run(f"a step of {self._eager.solver!r}, measured: {self.inference.measuring}", self._eager_step)
+    def advance(self, limit: int) -> int:
+        """Take a step, or up to ``limit`` of them where one program stands for several; returns how many."""
+        role = f"a step of {self._eager.solver!r}, measured: {self.inference.measuring}"
+        found = self._run(role, self._eager_step, limit=limit)
         if found is None:
-            self._eager.step()
-            return
-        (self._moving, *others), self._leaves = found
-        history, self.inference.driving = fill(others, self._leaves)
-        self.inference.history.append(history)
+            return self._eager.advance(limit)
+        (self._moving, *others), leaves = found
+        count = _size(self._moving)
+        self._leaves, rest = leaves[:count], leaves[count:]
+        each = _size(others)
+        for start in range(0, len(rest), each):
+            history, self.inference.driving = fill(others, [*self._leaves, *rest[start : start + each]])
+            self.inference.history.append(history)
+        return len(rest) // each
 
     def local_gradients(self) -> LocalGradients:
         scale = torch.tensor(self.inference.loss.scale, dtype=torch.float64)
@@ -185,7 +211,7 @@ class RecordedRun:
     # what is recorded
 
     def _eager_step(self) -> Any:
-        self._eager.step()
+        self._eager.advance(1)
         return self._now(), self.inference.history.pop(), self.inference.driving
 
     def _eager_collect(self, scale: Tensor) -> Any:
@@ -204,18 +230,18 @@ class RecordedRun:
     # programs
 
     def _run(
-        self, role: Hashable, function: Callable[[], Any], more: Sequence[Tensor] = ()
+        self, role: Hashable, function: Callable[[], Any], more: Sequence[Tensor] = (), limit: int = 1
     ) -> tuple[Any, list[Any]] | None:
         """The result of what comes next, as a template and its leaves; None leaves the inference to eager steps."""
         if self._chain is None or self._chain.is_broken:
             return None
-        count = sum(1 for _ in leaves_of(self._moving))
-        moving = [*(leaf for leaf in self._leaves[:count] if isinstance(leaf, Tensor)), *more]
+        moving = [*(leaf for leaf in self._leaves if isinstance(leaf, Tensor)), *more]
         recorded = self._chain.next(role, moving, lambda: fill(self._moving, self._leaves))
         if recorded is None:
             return self._record(self._chain, role, moving, function)
-        self.inference.evaluations += recorded.evaluations
-        return recorded.program.result, self._chain.leaves(recorded, moving)
+        rounds = self._chain.rounds(recorded, role, limit)
+        self.inference.evaluations += rounds * recorded.evaluations
+        return recorded.program.result, self._chain.leaves(recorded, moving, rounds, len(self._leaves))
 
     def _record(
         self, chain: Chain, role: Hashable, moving: Sequence[Tensor], function: Callable[[], Any]
@@ -258,3 +284,7 @@ def fixed_tensors(programs: Programs, call: Call, loss: OutputLoss | None) -> tu
 def autocast_of(call: Call) -> Hashable:
     device = call.device.type
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+
+
+def _size(structure: Any) -> int:
+    return sum(1 for _ in leaves_of(structure))

@@ -38,7 +38,11 @@ class _Source:
     input: int = -1
     constant: Any = None
 
-    def leaf(self, outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:
+    @property
+    def is_constant(self) -> bool:
+        return self.output < 0 and self.input < 0
+
+    def leaf(self, outputs: Sequence[Any], tensors: Sequence[Any]) -> Any:
         if self.output >= 0:
             return outputs[self.output]
         return tensors[self.input] if self.input >= 0 else self.constant
@@ -67,6 +71,36 @@ class Program:
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
         return fill(self.result, self.leaves(tensors))
+
+    def __len__(self) -> int:
+        """How many operations it calls."""
+        return len(self._graph_module.graph.nodes) - len(self._inputs) - 1
+
+    def repeated(self, rounds: int, count: int, first: int) -> Program:
+        """Several rounds as one program: tensors among the first ``count`` leaves of one go into the next.
+
+        They are the inputs from number ``first`` on. The new program's leaves are these, as the last round leaves
+        them, and then the others of every round.
+        """
+        template, graph = self._graph_module.graph, fx.Graph()
+        placeholders = template.find_nodes(op="placeholder")
+        inputs = {i: graph.placeholder(node.name) for i, node in zip(self._inputs, placeholders, strict=True)}
+        moving = sum(not source.is_constant for source in self._sources[:count])
+        current: list[fx.Node | _Source] = [inputs.get(i, _Source(input=i)) for i in range(first + moving)]
+        others: list[fx.Node | _Source] = []
+        for _ in range(rounds):
+            copies: Any = dict(zip(placeholders, [current[i] for i in self._inputs], strict=True))
+            returned: Any = graph.graph_copy(template, copies)
+            found = [source if source.is_constant else source.leaf(returned, current) for source in self._sources]
+            current[first:] = [leaf for leaf, s in zip(found, self._sources[:count], strict=False) if not s.is_constant]
+            others += found[count:]
+        leaves = [*found[:count], *others]
+        known = {node: _Source(input=i) for i, node in inputs.items()}
+        outputs = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node) and leaf not in known))
+        known |= {node: _Source(output=i) for i, node in enumerate(outputs)}
+        graph.output(outputs)
+        sources = [known[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        return Program(fx.GraphModule(self._graph_module, graph), self._inputs, sources, list(range(len(sources))))
 
     def compile(self) -> None:
         """Hand the program to ``torch.compile``; where that fails or computes otherwise, warn, and go on without."""
@@ -148,7 +182,13 @@ def not_compiled(reason: str) -> CompilationWarning:
 
 
 def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    """What it says first, up to a line that does not go on."""
+    said = ""
+    for line in str(error).strip().splitlines():
+        said = f"{said} {line.strip()}".strip()
+        if not said.endswith(":"):
+            break
+    return said.rstrip(".:") or type(error).__name__
 
 
 def record(function: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Program, Any]:

@@ -81,8 +81,7 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
     steps, residual = 0, math.inf
     while steps < solver.steps:
         inference.measuring = solver.tol > 0 or steps == solver.steps - 1
-        run.step()
-        steps += 1
+        steps += run.advance(_steps_unwatched(solver, steps))
         if inference.measuring:
             residual = float(inference.residual())
             if residual <= solver.tol:
@@ -92,6 +91,11 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
     gradients = run.local_gradients()
     relaxation = report(inference, steps, residual, solver.tol, beta, solver.remedy)
     return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
+
+
+def _steps_unwatched(solver: Solver[Any], steps: int) -> int:
+    """How many may be taken before somebody looks at the relaxation."""
+    return 1 if solver.tol > 0 else max(1, min(solver.steps - 1 - steps, WATCHED - steps % WATCHED))
 
 
 def _has_run_away(inference: Inference) -> bool:
