@@ -1,8 +1,10 @@
 """A phase that has not settled is never silent, and one that has is: inference, differences, nudges that cycle."""
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch2ebm.errors import NotSettledError, NotSettledWarning
 from torch2ebm.hopfield import HopfieldGraph
 from torch2ebm.settling import settle
 from torch2ebm.state import Call
-from torch2ebm.updates import Synchronous
+from torch2ebm.updates import Damped, Synchronous
 
 EP = torch2ebm.EquilibriumPropagation
 FREE_PHASES = {
@@ -109,6 +111,65 @@ def test_the_drift_is_the_way_that_is_left() -> None:
         moved = max(float((there.states[slot] - value).abs().max()) for slot, value in here.states.items())
         # the changes of both states are summed, of which each state has every other one
         assert 0 < moved <= here.drift(further) * (1 + 1e-9) <= 2.2 * moved
+
+
+def at_feedforward_values(net: nn.Module) -> Equilibrium:
+    model = torch2ebm.convert(net, nodes="activation", example_inputs=inputs())
+    call = Call(model.graph, [inputs()])
+    call.feedforward(keep_graph=False)
+    return Equilibrium(call, HopfieldGraph(model.graph), 1.0)
+
+
+@pytest.mark.parametrize(("steps", "tol"), [(1, 0.0), (2, 0.0), (3, 0.0), (7, 0.0), (40, 0.02)])
+def test_what_is_measured_is_the_change_of_the_last_steps(steps: int, tol: float) -> None:
+    equilibrium = at_feedforward_values(slow_net())
+    points = [equilibrium.states]
+    for _ in range(steps):
+        points.append(Synchronous().step(equilibrium, points[-1], Influence()).states)
+    changes = [{slot: after[slot] - before[slot] for slot in after} for before, after in pairwise(points)]
+    largest = [max(float(each.abs().max()) for each in change.values()) for change in changes]
+    taken = next((i + 1 for i, each in enumerate(largest) if each <= tol), steps)
+    found = settle(equilibrium, equilibrium.states, steps, Synchronous(), Influence(), tol)
+    last = changes[taken - 1]
+    assert found.relaxation.steps == taken
+    assert (taken < steps) == (tol > 0)
+    assert found.pace == pytest.approx(largest[max(taken - 3, 0) : taken][::-1])
+    assert found.relaxation.residual == pytest.approx(largest[taken - 1])
+    assert found.distance == pytest.approx(float(torch.cat([each.flatten() for each in last.values()]).norm()))
+    assert found.moving_most() == max(last, key=lambda slot: float(last[slot].abs().max()))
+    by_sample = torch.stack([each.abs().amax(1) for each in last.values()]).amax(0)
+    torch.testing.assert_close(found.relaxation.sample_residual, by_sample)
+    assert all(torch.equal(found.states[slot], state) for slot, state in points[taken].items())
+
+
+@pytest.mark.parametrize("steps", [6, 7])
+def test_two_steps_that_lead_back_are_a_cycle(steps: int) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 4)).double()
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[2].weight.copy_(torch.eye(4))  # the states swap: s_1 = a + s_2, s_2 = b + s_1 with a, b = 0
+        net[0].bias.zero_()
+        net[2].bias.zero_()
+    equilibrium = at_feedforward_values(net)
+    start = {slot: torch.full_like(s, i) for i, (slot, s) in enumerate(equilibrium.states.items())}
+    assert settle(equilibrium, start, steps, Synchronous(), Influence()).cycling
+    assert not settle(equilibrium, start, steps, Damped(0.5), Influence()).cycling
+
+
+def test_the_feedforward_values_go_when_the_states_have_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[object] = []
+    feedforward = Call.feedforward
+
+    def watched(self: Call, **options: bool) -> None:
+        feedforward(self, **options)
+        for value in self.values.values():
+            weakref.finalize(value.untyped_storage(), alive.remove, alive.append(slot := object()) or slot)
+
+    monkeypatch.setattr(Call, "feedforward", watched)
+    model = attached(slow_net(), EP(free_steps=400))
+    output = model(inputs())
+    assert len(alive) == 1  # what the input alone makes, and nothing moves
+    output.square().mean().backward()
 
 
 # Differences to the free state ----------------------------------------------------------------------------------------

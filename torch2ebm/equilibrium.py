@@ -24,7 +24,7 @@ class Equilibrium:
     """The states of one call: Phi, its gradient, and the step.
 
     Attributes:
-        states: The feed-forward values, where the free phase starts.
+        states: The feed-forward values, where the free phase starts; once it has ended, where it led.
         weight: c_n of each state, by slot.
         output_weight: c_o.
         nudged: Slots of the states that the loss acts on.
@@ -66,8 +66,10 @@ class Equilibrium:
             for slot, prediction in zip(term.states, evaluated.predictions, strict=True):
                 if wanted is None or slot in wanted:
                     drives[slot] = at_least_single(prediction)
-        for slot, message in self._feedback(passes, states, wanted).items():
-            drives[slot] = drives[slot].add(message, alpha=1 / self.weight[slot])
+        messages = self._feedback(passes, states, wanted)
+        passes.clear()  # so that each drive is freed when it is replaced
+        for slot in list(messages):
+            drives[slot] = drives[slot].add(messages.pop(slot), alpha=1 / self.weight[slot])
         return drives
 
     def _pass(self, term: Term, states: States) -> NodePass:

@@ -14,7 +14,7 @@ from torch2ebm.equilibrium import Equilibrium, Influence, States
 from torch2ebm.errors import ConfigurationError, DivergenceError, NotSettledError, NotSettledWarning
 from torch2ebm.fused import Programs
 from torch2ebm.hopfield import HopfieldGraph
-from torch2ebm.settling import Settled, magnitude, settle
+from torch2ebm.settling import Change, Settled, settle
 from torch2ebm.solvers.base import check_steps, check_tolerance
 from torch2ebm.state import Call, InferenceState, Relaxation
 from torch2ebm.updates import Damped, GaussSeidel, Synchronous, Update
@@ -159,10 +159,17 @@ class FreePhase:
         outputs = equilibrium.outputs(settled.states)
         for slot, value in outputs.items():
             outputs[slot] = value.to(call.values[slot].dtype)
+        self._leave(call, equilibrium, settled)
         call.values.update(outputs)
         free = Free(equilibrium, settled, update, _distance(outputs, feedforward))
         call.equilibrium = free
         return free
+
+    def _leave(self, call: Call, equilibrium: Equilibrium, settled: Settled) -> None:
+        """The feed-forward values go: where the states have settled is what the call is about."""
+        for slot, state in equilibrium.hopfield.states.items():
+            call.values[state.source], call.values[slot] = settled.drives[slot], settled.states[slot]
+        equilibrium.states = dict(settled.states)
 
     def settled(
         self,
@@ -233,7 +240,7 @@ def check_drift(free: Free, phases: Sequence[Settled], where: str) -> None:
     settled, steps = free.settled, max(phase.relaxation.steps for phase in phases)
     if not settled.relaxation.residual > settled.rounding:  # numbers that are none are named by who checks them
         return
-    bound = settled.drift(steps) / settled.pace[0] * _length(settled.changes)
+    bound = settled.drift(steps) / settled.pace[0] * settled.distance
     if not bound > DRIFTING * max(_distance_of(phase.states, settled.states) for phase in phases):
         return
     on = settle(free.equilibrium, settled.states, steps, free.update, Influence()).states
@@ -256,15 +263,11 @@ def check_drift(free: Free, phases: Sequence[Settled], where: str) -> None:
 
 
 def _distance_of(states: States, others: States) -> float:
-    return _length({slot: states[slot] - other for slot, other in others.items()})
-
-
-def _length(tensors: States) -> float:
-    return float(torch.stack([magnitude(each).square().sum() for each in tensors.values()]).sum().sqrt())
+    return float(Change.between(others, states, 0).length)
 
 
 def _movement(phase: Settled, free: Settled) -> float:
-    return max(float(magnitude(phase.states[slot] - value).max()) for slot, value in free.states.items())
+    return max(float(each) for each in Change.between(free.states, phase.states, 0).largest.values())
 
 
 def check_nudged(free: Free, phase: Settled, where: str) -> None:

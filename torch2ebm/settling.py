@@ -31,7 +31,8 @@ class Settled:
         relaxation: Steps and residual: the largest change that an undamped step would make.
         size: Largest entry of a state.
         cycling: Whether two steps lead back nearly to where they started: a cycle of length two.
-        changes: What the last step changed.
+        moved: Largest change of each state in the last step, by slot.
+        distance: Euclidean length of that change, over all states and samples.
         pace: Largest change of each of the last three steps, or of fewer; the newest first.
         rounding: What numbers of this precision and size cannot tell from no change.
     """
@@ -41,7 +42,8 @@ class Settled:
     relaxation: Relaxation
     size: float
     cycling: bool
-    changes: States
+    moved: Mapping[str, float]
+    distance: float
     pace: tuple[float, ...]
     rounding: float
 
@@ -71,8 +73,7 @@ class Settled:
 
     def moving_most(self) -> str:
         """The slot whose state moved most in the last step."""
-        sizes = {slot: float(magnitude(change).max()) for slot, change in self.changes.items()}
-        return max(sizes, key=lambda slot: math.inf if math.isnan(sizes[slot]) else sizes[slot])
+        return max(self.moved, key=lambda slot: math.inf if math.isnan(self.moved[slot]) else self.moved[slot])
 
 
 def _ratio(pace: Sequence[float]) -> float:
@@ -93,50 +94,75 @@ def settle(
     """Repeat the step, and say how far from a fixed point it ended. Never raises: look at ``residual``."""
     if programs is not None:
         update = RecordedUpdate(programs, update, equilibrium, influence)
-    past, last, states, done = Past(), list[tuple[States, States]](), start, 0
-    while done < steps:
+    past, states, done = Past(), start, 0
+    pace: list[Tensor] = []  # oldest first
+    earlier: States = {}
+    while True:
         made = update.step(equilibrium, states, influence, past)
-        states = made.states
-        last = [*last[1 - LOOKED_AT :], (made.start, made.states)]
         done += 1
-        if tol > 0 and float(_largest(_changes(*last[-1]))) <= tol * update.share:
+        if tol > 0 or done > steps - LOOKED_AT:
+            pace = [*pace[1 - LOOKED_AT :], _largest_change(made.start, made.states)]
+        if done == steps or (tol > 0 and float(pace[-1]) <= tol * update.share):
             break
-    changes = _changes(*last[-1])
-    by_sample = _by_sample(changes, equilibrium.call.batch_size)
-    largest = _largest(changes) if by_sample is None else by_sample.max()
-    two = _largest(_changes(last[max(len(last) - 2, 0)][0], states))
-    before = [_largest(_changes(*pair)) for pair in last[-2::-1]]
-    moved, returned, size, *paces = torch.stack([largest, two, _largest(states), *before]).tolist()
-    residual = moved / update.share
+        if tol > 0 or done == steps - 1:  # the next step may be the last
+            earlier = made.start
+        states = made.states
+        del made  # a copy of the drives, which the next step does not need
+    change = Change.between(made.start, made.states, equilibrium.call.batch_size)
+    returned = _largest_change(earlier, made.states) if earlier else pace[-1]
+    numbers = [change.length, returned, _largest(made.states), *change.largest.values(), *reversed(pace)]
+    distance, back, size, *rest = torch.stack(numbers).tolist()
+    moved, paces = dict(zip(change.largest, rest, strict=False)), rest[len(change.largest) :]
+    residual = paces[0] / update.share
     relaxation = Relaxation(
         done,
         residual <= tol if tol > 0 else None,
         residual,
-        sample_residual=None if by_sample is None else by_sample / update.share,
+        sample_residual=None if change.by_sample is None else change.by_sample / update.share,
         tol=tol,
         beta=beta,
         angle=angle,
         update=update.name,
     )
-    cycling, rounding = done > 1 and returned < RETURNING * moved, ROUNDING * equilibrium.precision * size
-    return Settled(states, made.drives, relaxation, size, cycling, changes, (moved, *paces), rounding)
+    cycling, rounding = done > 1 and back < RETURNING * paces[0], ROUNDING * equilibrium.precision * size
+    return Settled(made.states, made.drives, relaxation, size, cycling, moved, distance, tuple(paces), rounding)
 
 
-def _changes(before: States, after: States) -> dict[str, Tensor]:
-    return {slot: after[slot] - before[slot] for slot in after}
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a step has changed, without a copy of all states.
+
+    Attributes:
+        largest: Largest change of each state, by slot.
+        length: Euclidean, of all changes together.
+        by_sample: Largest change of each sample, shape ``[batch]``; None where a state has no batch dimension.
+    """
+
+    largest: Mapping[str, Tensor]
+    length: Tensor
+    by_sample: Tensor | None
+
+    @staticmethod
+    def between(before: States, after: States, batch_size: int) -> Change:
+        largest, squares, rows = dict[str, Tensor](), list[Tensor](), list[Tensor]()
+        for slot, state in after.items():
+            change = magnitude(state - before[slot])
+            largest[slot] = change.max()
+            squares.append(change.square().sum())
+            if change.ndim and change.shape[0] == batch_size:
+                rows.append(change.reshape(batch_size, -1).amax(1))
+        by_sample = torch.stack(rows).amax(0) if len(rows) == len(after) else None
+        return Change(largest, torch.stack(squares).sum().sqrt(), by_sample)
 
 
-def _largest(tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([magnitude(each).max() for each in tensors.values()]).max()
+def _largest_change(before: States, after: States) -> Tensor:
+    return torch.stack([magnitude(state - before[slot]).max() for slot, state in after.items()]).max()
+
+
+def _largest(states: States) -> Tensor:
+    return torch.stack([magnitude(state).max() for state in states.values()]).max()
 
 
 def magnitude(tensor: Tensor) -> Tensor:
     """Absolute values; of complex numbers by their parts, since ``abs`` is kept for what is holomorphic."""
     return torch.hypot(tensor.real, tensor.imag) if tensor.is_complex() else tensor.abs()
-
-
-def _by_sample(changes: States, batch_size: int) -> Tensor | None:
-    if any(each.ndim == 0 or each.shape[0] != batch_size for each in changes.values()):
-        return None
-    rows = [magnitude(each).reshape(batch_size, -1).amax(1) for each in changes.values()]
-    return torch.stack(rows).amax(0)
