@@ -33,8 +33,10 @@ from reporting import arguments_of, save_json, table, this_machine
 from torch import Tensor
 
 import torch2ebm
+from torch2ebm.equilibrium import Equilibrium
 from torch2ebm.errors import NotSettledWarning
 from torch2ebm.extras import PALETTE, new_figure, save
+from torch2ebm.hopfield import HopfieldGraph
 from torch2ebm.state import Call
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ EQUILIBRIUM = Contender(
     "EquilibriumPropagation",
     lambda **o: torch2ebm.EquilibriumPropagation(torch2ebm.Symmetric(0.5), 15, 8, feedback=0.2, **o),
 )
+
+AT_MOST = (STRICT.name, SLOW_STRICT.name, EQUILIBRIUM.name)  # whose target it is
 
 
 @dataclass(frozen=True)
@@ -95,15 +99,17 @@ def rows_of(part: Part) -> list[Row]:
             rows.append(Row(part.case.name, contender.name, None, None, note=f"left out: {type(error).__name__}"))
             continue
         wanted = [contender.name, *([contender.name + COMPILED] if part.compiled else [])]
+        own = f"a copy of its states is {bytes_of_states(contest) / 2**20:.2f} MiB" if contender is EQUILIBRIUM else ""
         rows += [
-            _row(part, name, contest.programs[name], backprop, copy, contest.notes.get(name, "")) for name in wanted
+            _row(part, name, contest.programs[name], backprop, copy, contest.notes.get(name, own)) for name in wanted
         ]
     return rows
 
 
 def _row(part: Part, name: str, program: Program, backprop: int, copy: int, note: str) -> Row:
     peak = peak_bytes(program)
-    return Row(part.case.name, name, peak, (peak - backprop) / copy, TARGET, note)
+    target = TARGET if name.removesuffix(COMPILED) in AT_MOST else None
+    return Row(part.case.name, name, peak, (peak - backprop) / copy, target, note)
 
 
 def bytes_of_values(contest: Contest) -> int:
@@ -113,6 +119,14 @@ def bytes_of_values(contest: Contest) -> int:
     call.feedforward(keep_graph=False)
     values: list[Tensor] = [call.values[slot] for node in graph.hidden_nodes for slot in node.slots]
     return sum(value.nbytes for value in values)
+
+
+def bytes_of_states(contest: Contest) -> int:
+    """One copy of an equilibrium's states, which stand before each pooling and not after it."""
+    graph = torch2ebm.convert(contest.net, "activation", contest.x).graph
+    call = Call(graph, [contest.x])
+    call.feedforward(keep_graph=False)
+    return sum(state.nbytes for state in Equilibrium(call, HopfieldGraph(graph), 1.0).states.values())
 
 
 def memory_table(rows: Sequence[Row]) -> str:
