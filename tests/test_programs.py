@@ -1,5 +1,6 @@
 """compile=True: recorded programs compute what the eager engine does, on every model, whatever changes in between."""
 
+import contextlib
 import copy
 import pickle
 import warnings
@@ -461,6 +462,30 @@ def test_a_compiler_that_computes_otherwise_is_not_believed(monkeypatch: pytest.
     with pytest.warns(CompilationWarning, match="other numbers"):
         ours, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.1, compile=True))
     assert_same(ours, expected)
+
+
+@pytest.mark.parametrize(("share", "dtype", "believed"), [
+    (1e-3, torch.float32, True), (0.05, torch.float32, False), (1e-3, torch.float64, False)
+])  # fmt: skip
+def test_rounding_may_decide_a_few_whole_numbers(
+    share: float, dtype: torch.dtype, believed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which entry a max-pool takes, for one."""
+
+    def elsewhere(module: nn.Module, **options: object) -> Callable[..., object]:
+        def run(x: Tensor) -> list[Tensor]:
+            values, places = module(x)
+            return [values, places + (torch.arange(len(places)) < share * len(places))]
+
+        return run
+
+    x = torch.rand(2000, 3, dtype=dtype)
+    program, (_, places) = programs.record(lambda: x.max(1), [x])
+    monkeypatch.setattr(torch, "compile", elsewhere)
+    program.compile()
+    with contextlib.nullcontext() if believed else pytest.warns(CompilationWarning, match="other numbers"):
+        _, found = program([x])
+    assert int((found != places).sum()) == (2 if believed else 0)
 
 
 def test_the_literal_schedule_is_not_compiled() -> None:

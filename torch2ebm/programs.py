@@ -150,16 +150,19 @@ def _twin(tensor: Tensor) -> Tensor:
 def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     """Up to rounding, of each tensor and of the largest (where all else cancels), and to what rounding decides in it.
 
-    By norms: in single precision rounding decides here and there which entry a max-pool takes.
+    By norms, and by how many whole numbers differ: in single precision rounding decides here and there which entry a
+    max-pool takes.
     """
-    sizes = [float(each.norm()) if each.is_floating_point() else 0.0 for each in expected]
-    for ours, theirs, size in zip(found, expected, sizes, strict=True):
+    numbers = [each for each in expected if each.is_floating_point()]
+    precision = max((torch.finfo(each.dtype).eps for each in numbers), default=0.0)
+    largest = max((float(each.norm()) for each in numbers), default=0.0)
+    for ours, theirs in zip(found, expected, strict=True):
         if theirs.is_floating_point():
-            precision = torch.finfo(theirs.dtype).eps
-            tolerance = 30 * size * precision**0.5 + 1e3 * precision * max(sizes)
+            own = torch.finfo(theirs.dtype).eps
+            tolerance = 30 * float(theirs.norm()) * own**0.5 + 1e3 * own * largest
             if not float((ours - theirs).norm()) <= tolerance:
                 return False
-        elif not torch.equal(ours, theirs):
+        elif int((ours != theirs).sum()) > 30 * precision**0.5 * theirs.numel():
             return False
     return True
 
