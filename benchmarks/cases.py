@@ -135,7 +135,7 @@ def gpt2(width: int = 256, dropout: float = 0.1, written_out: bool = False) -> n
     return model
 
 
-def gpt2_case(width: int = 128, batch: int = 4, length: int = 32) -> Case:
+def gpt2_case(width: int = 256, batch: int = 8, length: int = 64) -> Case:
     description = f"GPT-2, 12 layers of width {width}, no dropout, {batch} sequences of {length} tokens"
     return Case("GPT-2", description, lambda: gpt2(width, 0.0, written_out=True), (batch, length), next_token, 1000)
 
