@@ -22,7 +22,7 @@ from torch2ebm.state import Call, LocalGradients
 from torch2ebm.structure import fill, leaves_of, signature, template_of
 
 KINDS = 8  # of batches (shapes, losses, modes) that programs are kept for, a graph
-OPERATIONS = 200  # at most in a program made of several steps: what saves calls costs time to compile
+OPERATIONS = 170  # at most in a program made of several steps, three or more: it takes longer to compile
 Family = dict[Hashable, Any]  # what was recorded for one kind of batch
 
 
@@ -77,6 +77,10 @@ class Recorded:
         self.followers: dict[Hashable, Recorded] = {}
         self.repeated: dict[int, Program] = {}
 
+    def repeats(self, role: Hashable) -> bool:
+        """Whether it has been seen to follow itself."""
+        return self.followers.get(role) is self
+
 
 class Chain:
     """The programs of one relaxation, each found from the one before it.
@@ -112,17 +116,17 @@ class Chain:
                 return None
             if self._last is not None:
                 self._last.followers[role] = recorded
-        if recorded.followers.get(role) is recorded or (self._last is not None and self._last.program.is_compiled):
+        if recorded.repeats(role):  # what runs once a batch is not worth the time to compile
             recorded.program.compile()
         self._last = recorded
         return recorded
 
     def rounds(self, recorded: Recorded, role: Hashable, limit: int) -> int:
         """How many rounds of it shall be run as one program: more than one where it follows itself."""
-        if recorded.followers.get(role) is not recorded:
+        if not recorded.repeats(role):
             return 1
-        most = max(1, min(limit, OPERATIONS // len(recorded.program)))
-        return next((rounds for rounds in range(most, 1, -1) if limit % rounds == 0), most)
+        most = min(limit, OPERATIONS // len(recorded.program))
+        return next((rounds for rounds in range(most, 2, -1) if limit % rounds == 0), most if most > 2 else 1)
 
     def leaves(self, recorded: Recorded, moving: Sequence[Tensor], rounds: int = 1, count: int = 0) -> list[Any]:
         """What it makes of ``moving``; of several rounds see :meth:`Program.repeated`."""
