@@ -92,7 +92,11 @@ class Inference(ABC):
 
     def _inputs(self, node: Node, requires_grad: bool) -> list[Tensor]:
         """Leaves in the precision that the feed-forward pass read."""
-        return [self.values[slot].to(self._read_as[slot]).detach().requires_grad_(requires_grad) for slot in node.reads]
+        found = []
+        for slot in node.reads:
+            value, dtype = self.values[slot], self._read_as[slot]
+            found.append((value if value.dtype == dtype else value.to(dtype)).detach().requires_grad_(requires_grad))
+        return found
 
     def evaluate(self, node: Node, requires_grad: bool) -> NodePass:
         self.evaluations += 1
@@ -127,7 +131,7 @@ class Inference(ABC):
     def add_messages(self, evaluated: NodePass, products: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
         for slot, message in zip(evaluated.node.reads, products, strict=True):
             if message is not None:
-                message = at_least_single(message)
+                message = at_least_single(message, detach=False)
                 messages[slot] = messages[slot] + message if slot in messages else message
 
     # outputs: the loss acts on their predictions (O1)

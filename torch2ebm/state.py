@@ -44,7 +44,7 @@ def pull_back(
 ) -> Sequence[Tensor | None]:
     """J^T of the predictions, of one node or of several, applied to one cotangent each (None: zero)."""
     pairs = [
-        (prediction, cotangent.to(prediction.dtype))
+        (prediction, cotangent if cotangent.dtype == prediction.dtype else cotangent.to(prediction.dtype))
         for prediction, cotangent in zip(predictions, cotangents, strict=True)
         if cotangent is not None and prediction.requires_grad
     ]
