@@ -148,7 +148,9 @@ def not_compiled(reason: str) -> CompilationWarning:
 
 
 def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    """The first that is no heading: the compiler's own says only which backend has failed."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line and not line.endswith(":")), type(error).__name__).rstrip(".")
 
 
 def record(function: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Program, Any]:
