@@ -30,7 +30,7 @@ from torch2ebm.memory import exhausted_memory_named
 from torch2ebm.partition import Granularity, named_leaves
 from torch2ebm.recorder import start
 from torch2ebm.sharding import Shards
-from torch2ebm.signature import assumed_signature, flatten_arguments
+from torch2ebm.signature import assumed_signature, flatten_arguments, with_signature_of
 from torch2ebm.state import Call, InferenceState
 from torch2ebm.structure import fill, map_leaves
 from torch2ebm.summary import node_table
@@ -101,6 +101,7 @@ class EnergyModel(nn.Module):
     def _share(self, module: nn.Module) -> None:
         """Be the module: the same registries, not copies of them, so that whatever moves one moves both."""
         object.__setattr__(self, "_original", module)
+        self.__class__ = _class_for(module)
         training = module.training
         super().__init__()  # sets its own mode, which is the module's
         module.training = training
@@ -394,6 +395,15 @@ class EnergyModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._share(state["module"])
         self._granularity, self._algorithm = state["granularity"], state["algorithm"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EnergyModel.__new__, (EnergyModel,), self.__getstate__()
+
+
+def _class_for(module: nn.Module) -> type[EnergyModel]:
+    """The class with a forward that shows the module's arguments: it is where a trainer looks for what to pass."""
+    forward = with_signature_of(module.forward, EnergyModel.forward)
+    return type("EnergyModel", (EnergyModel,), {"forward": forward, "__module__": __name__})
 
 
 def _ordinary(leaf: Any) -> Any:
