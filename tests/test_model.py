@@ -615,6 +615,32 @@ def test_a_second_attach_is_refused_until_detach() -> None:
     assert_equal(local_gradients(model, (X,), classification), backprop(net, (X,), classification))
 
 
+@pytest.mark.parametrize("in_a_cycle", [False, True])
+def test_a_second_attach_needs_no_detach_once_the_first_optimizer_is_gone(in_a_cycle: bool) -> None:
+    net = plain_net()
+    model = torch2ebm.convert(net)
+
+    def train(algorithm: torch2ebm.Algorithm) -> list[object]:
+        optimizer = torch2ebm.EnergyOptimizer(sgd_of(net), model, algorithm)
+        trainer: list[object] = [optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+        if in_a_cycle:
+            trainer.append(trainer)
+        classification(model(X)).backward()
+        return trainer
+
+    gc.disable()
+    try:
+        train(CODING)
+        kept = train(torch2ebm.ZeroDivergence())
+    finally:
+        gc.enable()
+    assert_equal(local_gradients(model, (X,), classification), backprop(net, (X,), classification))
+    del kept[0]  # the negative twin: a scheduler may still step it
+    with pytest.raises(AttachmentError, match="detach"):
+        train(CODING)
+    assert isinstance(model.algorithm, torch2ebm.ZeroDivergence)
+
+
 def test_the_attachment_outlives_the_variable() -> None:
     net = plain_net()
     model = torch2ebm.convert(net)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import operator
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -121,7 +123,7 @@ class EnergyModel(nn.Module):
         self._latest: EnergyGraph | None = None
         self._state: InferenceState | None = None
         self._algorithm: Algorithm | None = None
-        self.attached = False
+        self._holder: weakref.ref[object] | None = None
         self.forwards, self.replicas = OpenForwards(), Replicas()
 
     # what people call
@@ -277,8 +279,18 @@ class EnergyModel(nn.Module):
 
     # attaching
 
-    def attach(self, algorithm: Algorithm) -> None:
-        """Called by :class:`EnergyOptimizer`. Raises :class:`AttachmentError` if one is attached already."""
+    @property
+    def attached(self) -> bool:
+        """Whether whoever attached the algorithm is still there."""
+        return self._holder is not None and self._holder() is not None
+
+    def attach(self, algorithm: Algorithm, optimizer: object | None = None) -> None:
+        """Called by :class:`EnergyOptimizer`. The algorithm stays when the optimizer goes, until another is attached.
+
+        Raises :class:`AttachmentError` if one is attached whose optimizer is still there.
+        """
+        if self.attached:
+            gc.collect()  # a trainer that is gone keeps its optimizer until its cycles are collected
         if self.attached:
             raise AttachmentError(
                 "EnergyOptimizer(model)",
@@ -286,12 +298,13 @@ class EnergyModel(nn.Module):
                 "a model without an algorithm",
                 "Call detach() on the optimizer that is attached, or on the model.",
             )
-        self._algorithm, self.attached, self._state, self._latest = algorithm, True, None, None
+        self._holder = weakref.ref(self if optimizer is None else optimizer)
+        self._algorithm, self._state, self._latest = algorithm, None, None
         self.forwards, self.replicas = OpenForwards(), Replicas()
 
     def detach(self) -> None:
         """End the attachment: the model is ordinary backpropagation again."""
-        self._algorithm, self.attached, self._state = None, False, None
+        self._algorithm, self._holder, self._state = None, None, None
         self.forwards, self.replicas = OpenForwards(), Replicas()
 
     # capture
