@@ -153,6 +153,13 @@ class InterruptedAt:
         return self.trace
 
 
+class InterruptedInRecorderAt(InterruptedAt):
+    """The same at the n-th line of what torch calls for each operation on a recorded tensor."""
+
+    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        return super().trace(frame, event, argument) if frame.f_code.co_name == "__torch_function__" else None
+
+
 PUSHED_AND_POPPED = {
     torch.overrides.__file__,
     _python_dispatch.__file__,
@@ -198,6 +205,23 @@ def test_an_interruption_at_any_line_up_to_the_gradients_leaves_all_as_before(al
         changed = [part for part, value in training.snapshot().items() if not same(value, before[part])]
         assert not changed, (interrupted.where, changed)
     assert_next_step_works(training, algorithm)
+
+
+def test_an_interruption_as_torch_enters_the_recorder_leaves_all_as_before() -> None:
+    """At every line, with the compiler loaded, which is kept out there."""
+    assert torch.compiler.disable(min)([1, 2]) == 1 and "torch._dynamo" in sys.modules
+    training = Training(ALGORITHMS["PredictiveCoding"])
+    with InterruptedInRecorderAt() as counting:
+        training.backward()
+    assert counting.lines >= 4
+    training = Training(ALGORITHMS["PredictiveCoding"])
+    before = training.snapshot()
+    for line in range(1, counting.lines + 1):
+        with pytest.raises(KeyboardInterrupt), InterruptedInRecorderAt(line) as interrupted:
+            training.backward()
+        changed = [part for part, value in training.snapshot().items() if not same(value, before[part])]
+        assert not changed, (interrupted.where, changed)
+    assert_next_step_works(training, ALGORITHMS["PredictiveCoding"])
 
 
 @every_algorithm

@@ -2,11 +2,13 @@
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import MethodType
 
 import pytest
 import torch
@@ -229,6 +231,51 @@ def test_unknown_attributes_fall_through_to_the_module() -> None:
 
 def test_the_hugging_face_trainer_is_told_to_pass_no_item_count() -> None:
     assert torch2ebm.convert(plain_net()).accepts_loss_kwargs is False
+
+
+class Choosy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = plain_net()
+
+    def forward(self, x: Tensor, scale: float = 1.0, *, shift: Tensor | None = None) -> Tensor:
+        return scale * self.net(x) if shift is None else self.net(x) + shift
+
+
+@pytest.mark.parametrize(
+    "through",
+    [lambda model: model, copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["itself", "copy", "deepcopy", "pickle"],
+)
+def test_a_model_shows_the_signature_of_its_module(through: Callable[[nn.Module], nn.Module]) -> None:
+    """And each its own: ``EnergyModel`` knows of no module."""
+    modules = Choosy(), plain_net()
+    models = [through(torch2ebm.convert(module)) for module in modules]
+    for model, module in zip(models, modules, strict=True):
+        assert isinstance(model, torch2ebm.EnergyModel) and type(model).__name__ == "EnergyModel"
+        assert inspect.signature(model.forward) == inspect.signature(module.forward)
+        shown, own = (inspect.signature(type(each).forward).parameters for each in (model, module))
+        assert list(shown) == list(own)
+    assert inspect.signature(models[0].forward) != inspect.signature(models[1].forward)
+    assert list(inspect.signature(torch2ebm.EnergyModel.forward).parameters) == ["self", "args", "kwargs"]
+    assert torch.equal(models[0].forward(X, shift=X[:, :CLASSES]), modules[0](X, shift=X[:, :CLASSES]))
+
+
+def test_a_forward_that_is_put_in_the_models_place_is_called_and_leaves_no_cycle() -> None:
+    """As accelerate does under mixed precision; and the method refers to its model only while it is asked for."""
+    model = torch2ebm.convert(plain_net())
+    own = model.forward.__func__
+    model.forward = MethodType(lambda self, x: own(self, x) + 1, model)
+    assert torch.equal(model(X), model.feedforward(X) + 1)
+    del model.forward
+    assert torch.equal(model(X), model.feedforward(X))
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 # ---- example inputs and the graph
@@ -566,6 +613,32 @@ def test_a_second_attach_is_refused_until_detach() -> None:
     first.detach()
     torch2ebm.EnergyOptimizer(sgd_of(net), model, torch2ebm.ZeroDivergence())
     assert_equal(local_gradients(model, (X,), classification), backprop(net, (X,), classification))
+
+
+@pytest.mark.parametrize("in_a_cycle", [False, True])
+def test_a_second_attach_needs_no_detach_once_the_first_optimizer_is_gone(in_a_cycle: bool) -> None:
+    net = plain_net()
+    model = torch2ebm.convert(net)
+
+    def train(algorithm: torch2ebm.Algorithm) -> list[object]:
+        optimizer = torch2ebm.EnergyOptimizer(sgd_of(net), model, algorithm)
+        trainer: list[object] = [optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+        if in_a_cycle:
+            trainer.append(trainer)
+        classification(model(X)).backward()
+        return trainer
+
+    gc.disable()
+    try:
+        train(CODING)
+        kept = train(torch2ebm.ZeroDivergence())
+    finally:
+        gc.enable()
+    assert_equal(local_gradients(model, (X,), classification), backprop(net, (X,), classification))
+    del kept[0]  # the negative twin: a scheduler may still step it
+    with pytest.raises(AttachmentError, match="detach"):
+        train(CODING)
+    assert isinstance(model.algorithm, torch2ebm.ZeroDivergence)
 
 
 def test_the_attachment_outlives_the_variable() -> None:

@@ -446,13 +446,13 @@ def test_a_compiler_that_fails_leaves_the_recorded_programs(monkeypatch: pytest.
     def broken(module: nn.Module, **options: object) -> Callable[..., object]:
         def run(*tensors: Tensor) -> object:
             tensors[0].zero_()  # half-way through
-            raise RuntimeError("backend raised:\n  no C++ compiler\n  and more")
+            raise RuntimeError("backend='inductor' raised:\nRuntimeError: no C++ compiler.\n\nSet TORCH_LOGS for more")
 
         return run
 
     expected, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.1))
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.warns(CompilationWarning, match=r"backend raised: no C\+\+ compiler\. The"):
+    with pytest.warns(CompilationWarning, match=r"failed: RuntimeError: no C\+\+ compiler\. The"):
         ours, _ = trained(network(), torch2ebm.PredictiveCoding(8, 0.1, compile=True))
     assert_same(ours, expected)
 

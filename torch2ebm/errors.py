@@ -77,7 +77,7 @@ class StaleAttributeWarning(UserWarning):
 
 
 class AttachmentError(ConfigurationError):
-    """An optimizer and a model that do not belong together, or a second attachment."""
+    """An optimizer and a model that do not belong together, or a second attachment beside the first."""
 
 
 class UnsynchronisedError(ConfigurationError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import operator
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +32,7 @@ from torch2ebm.memory import exhausted_memory_named
 from torch2ebm.partition import Granularity, named_leaves
 from torch2ebm.recorder import start
 from torch2ebm.sharding import Shards
-from torch2ebm.signature import assumed_signature, flatten_arguments
+from torch2ebm.signature import assumed_signature, flatten_arguments, with_signature_of
 from torch2ebm.state import Call, InferenceState
 from torch2ebm.structure import fill, map_leaves
 from torch2ebm.summary import node_table
@@ -101,6 +103,7 @@ class EnergyModel(nn.Module):
     def _share(self, module: nn.Module) -> None:
         """Be the module: the same registries, not copies of them, so that whatever moves one moves both."""
         object.__setattr__(self, "_original", module)
+        self.__class__ = _class_for(module)
         training = module.training
         super().__init__()  # sets its own mode, which is the module's
         module.training = training
@@ -120,7 +123,7 @@ class EnergyModel(nn.Module):
         self._latest: EnergyGraph | None = None
         self._state: InferenceState | None = None
         self._algorithm: Algorithm | None = None
-        self.attached = False
+        self._holder: weakref.ref[object] | None = None
         self.forwards, self.replicas = OpenForwards(), Replicas()
 
     # what people call
@@ -276,8 +279,18 @@ class EnergyModel(nn.Module):
 
     # attaching
 
-    def attach(self, algorithm: Algorithm) -> None:
-        """Called by :class:`EnergyOptimizer`. Raises :class:`AttachmentError` if one is attached already."""
+    @property
+    def attached(self) -> bool:
+        """Whether whoever attached the algorithm is still there."""
+        return self._holder is not None and self._holder() is not None
+
+    def attach(self, algorithm: Algorithm, optimizer: object | None = None) -> None:
+        """Called by :class:`EnergyOptimizer`. The algorithm stays when the optimizer goes, until another is attached.
+
+        Raises :class:`AttachmentError` if one is attached whose optimizer is still there.
+        """
+        if self.attached:
+            gc.collect()  # a trainer that is gone keeps its optimizer until its cycles are collected
         if self.attached:
             raise AttachmentError(
                 "EnergyOptimizer(model)",
@@ -285,12 +298,13 @@ class EnergyModel(nn.Module):
                 "a model without an algorithm",
                 "Call detach() on the optimizer that is attached, or on the model.",
             )
-        self._algorithm, self.attached, self._state, self._latest = algorithm, True, None, None
+        self._holder = weakref.ref(self if optimizer is None else optimizer)
+        self._algorithm, self._state, self._latest = algorithm, None, None
         self.forwards, self.replicas = OpenForwards(), Replicas()
 
     def detach(self) -> None:
         """End the attachment: the model is ordinary backpropagation again."""
-        self._algorithm, self.attached, self._state = None, False, None
+        self._algorithm, self._holder, self._state = None, None, None
         self.forwards, self.replicas = OpenForwards(), Replicas()
 
     # capture
@@ -394,6 +408,15 @@ class EnergyModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._share(state["module"])
         self._granularity, self._algorithm = state["granularity"], state["algorithm"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EnergyModel.__new__, (EnergyModel,), self.__getstate__()
+
+
+def _class_for(module: nn.Module) -> type[EnergyModel]:
+    """The class with a forward that shows the module's arguments: it is where a trainer looks for what to pass."""
+    forward = with_signature_of(module.forward, EnergyModel.forward)
+    return type("EnergyModel", (EnergyModel,), {"forward": forward, "__module__": __name__})
 
 
 def _ordinary(leaf: Any) -> Any:

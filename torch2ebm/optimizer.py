@@ -45,7 +45,7 @@ class EnergyOptimizer(Optimizer):
             with the loss, and how the relaxation went. ``SummaryWriter.add_scalar`` of TensorBoard fits as it is.
 
     Raises:
-        AttachmentError: if the model is not converted, or has an algorithm attached.
+        AttachmentError: if the model is not converted, or has an algorithm attached whose optimizer is still there.
 
     Example:
         >>> import torch, torch2ebm
@@ -63,7 +63,7 @@ class EnergyOptimizer(Optimizer):
     ) -> None:
         converted = unwrapped(model)
         _check(optimizer, algorithm, monitor)
-        converted.attach(algorithm)
+        converted.attach(algorithm, self)
         self._be(optimizer, converted, algorithm)
         self.monitor, self.monitored = monitor, 0
 
@@ -248,7 +248,7 @@ class EnergyOptimizer(Optimizer):
         self._be(optimizer, model, algorithm)
         self.monitor, self.monitored = None, state["monitored"]
         if not model.attached:
-            model.attach(algorithm)
+            model.attach(algorithm, self)
 
     def __repr__(self) -> str:
         return f"EnergyOptimizer({self.optimizer!r}, {self.algorithm!r})"

@@ -185,13 +185,9 @@ def not_compiled(reason: str) -> CompilationWarning:
 
 
 def first_line(error: BaseException) -> str:
-    """What it says first, up to a line that does not go on."""
-    said = ""
-    for line in str(error).strip().splitlines():
-        said = f"{said} {line.strip()}".strip()
-        if not said.endswith(":"):
-            break
-    return said.rstrip(".:") or type(error).__name__
+    """The first that is no heading: the compiler's own says only which backend has failed."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line and not line.endswith(":")), type(error).__name__).rstrip(".")
 
 
 def record(function: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Program, Any]:

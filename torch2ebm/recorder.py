@@ -152,19 +152,19 @@ class Recorded(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if "torch._dynamo" in sys.modules:  # it would follow a compiled loss to here: what it makes of that is no tape
-            uncompiled = torch.compiler.disable(_undone_on_error)  # type: ignore[no-untyped-call]
-            return uncompiled(func, args, kwargs or {})
-        return _undone_on_error(func, args, kwargs or {})
+        try:
+            if "torch._dynamo" in sys.modules:  # it would follow a compiled loss to here, and make no tape of it
+                uncompiled = torch.compiler.disable(_modes_undone)  # type: ignore[no-untyped-call]
+                return uncompiled(func, args, kwargs or {})
+            return _modes_undone(func, args, kwargs or {})
+        except KeyboardInterrupt:
+            _undo_forwards((args, kwargs or {}))
+            raise
 
 
-def _undone_on_error(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    try:
-        stacks = Stacks.now()
-        return undone_by(stacks.restore, lambda: _run_and_recorded(func, args, kwargs))
-    except KeyboardInterrupt:
-        _undo_forwards((args, kwargs))
-        raise
+def _modes_undone(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    stacks = Stacks.now()
+    return undone_by(stacks.restore, lambda: _run_and_recorded(func, args, kwargs))
 
 
 def _run_and_recorded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

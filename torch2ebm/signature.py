@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,19 @@ def _checked(leaf: Any) -> Any:
             "Pass its tensors as a tuple or dict; turn arrays into tensors.",
         )
     return leaf
+
+
+def with_signature_of(shown: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    """The function ``method``, which has the arguments of a bound method ``shown`` for those who inspect it."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    signature = inspect.signature(shown)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [own, *signature.parameters.values()]
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward
 
 
 def assumed_signature(module: nn.Module) -> Signature:

@@ -70,8 +70,6 @@ class Run:
                 use_cpu=True,
                 report_to=[],
                 disable_tqdm=True,
-                remove_unused_columns=False,
-                label_names=["labels"],
                 **{"max_grad_norm": 0.0, "num_train_epochs": 1, "save_strategy": "no", **settings},
             ),
             train_dataset=texts(),
@@ -166,6 +164,21 @@ def test_a_resumed_run_is_the_straight_one(tmp_path: Path) -> None:
     fresh.trainer.train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(AssertionError, match="Tensor-likes are not equal"):
         assert_equal(fresh.net, straight.net)
+
+
+def test_columns_that_forward_does_not_take_are_left_out(tmp_path: Path) -> None:
+    """The trainer asks the converted model what its module takes; the negative twin does not ask."""
+    algorithm = ALGORITHMS["PredictiveCoding"]
+    asked, unasked = (
+        Run(algorithm, tmp_path, per_device_train_batch_size=5, remove_unused_columns=removed)
+        for removed in (True, False)
+    )
+    for run in (asked, unasked):
+        run.trainer.train_dataset = [{**text, "length": torch.tensor(6)} for text in texts()]
+        run.trainer.train()
+    assert all(batch.keys() == texts()[0].keys() for batch in asked.collator.batches)
+    assert all("length" in batch for batch in unasked.collator.batches)
+    assert_equal(asked.net, by_hand(algorithm, asked.collator.batches))
 
 
 def test_evaluation_and_prediction_are_the_modules_own(tmp_path: Path) -> None:

@@ -192,17 +192,21 @@ class Again(Classifier):
         return super().configure_optimizers()
 
 
-def test_a_second_fit_of_a_module_needs_a_detach(tmp_path: Path) -> None:
+def test_a_second_fit_of_a_module_needs_a_detach_while_the_first_trainer_is_there(tmp_path: Path) -> None:
     """``configure_optimizers`` is called again: a second optimizer, for a model that has an algorithm."""
     algorithm = ALGORITHMS["PredictiveCoding"]
-    refused, again = Classifier(algorithm), Again(algorithm)
-    trainer(tmp_path).fit(refused, loader())
+    refused, again, after = Classifier(algorithm), Again(algorithm), Classifier(algorithm)
+    kept = [trainer(tmp_path) for _ in range(3)]
+    kept[0].fit(refused, loader())
     with pytest.raises(torch2ebm.errors.AttachmentError, match=r"detach\(\)"):
         trainer(tmp_path).fit(refused, loader())
+    for each in kept[1:]:
+        each.fit(again, loader())
     for _ in range(2):
-        trainer(tmp_path).fit(again, loader())
+        trainer(tmp_path).fit(after, loader())
     first = plain_loop(algorithm, batches())[0]
-    assert same_bits(again.net, plain_loop(algorithm, batches(), net=first)[0])
+    twice = plain_loop(algorithm, batches(), net=first)[0]
+    assert same_bits(again.net, twice) and same_bits(after.net, twice)
 
 
 # ---- two processes; run as a script, this file is what starts them
