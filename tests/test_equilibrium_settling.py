@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import torch2ebm
 from torch2ebm.equilibrium import Equilibrium, Influence
-from torch2ebm.errors import NotSettledError, NotSettledWarning
+from torch2ebm.errors import NonFiniteError, NotSettledError, NotSettledWarning
 from torch2ebm.hopfield import HopfieldGraph
 from torch2ebm.settling import settle
 from torch2ebm.state import Call
@@ -170,6 +170,24 @@ def test_the_feedforward_values_go_when_the_states_have_settled(monkeypatch: pyt
     output = model(inputs())
     assert len(alive) == 1  # what the input alone makes, and nothing moves
     output.square().mean().backward()
+
+
+@every_free_phase
+def test_an_overflow_of_the_feedforward_pass_is_named_where_it_began(algorithm) -> None:
+    torch.manual_seed(0)
+    first, second, third = (nn.Linear(4, 4) for _ in range(3))
+    net = nn.Sequential(first, nn.Tanh(), second, nn.Softplus(), third, nn.Softplus(), nn.Linear(4, 3))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(0.3)  # it settles
+    model = attached(net, algorithm(20))
+    model(inputs().float())
+    with torch.no_grad():
+        for layer, bias in ((second, 1e38), (third, 1.0)):
+            layer.weight.fill_(1e30)
+            layer.bias.fill_(bias)
+    with pytest.raises(NonFiniteError, match=r"prediction of node '4', feed-forward pass"):
+        model(inputs().float())
 
 
 # Differences to the free state ----------------------------------------------------------------------------------------

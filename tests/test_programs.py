@@ -469,7 +469,8 @@ def test_a_compiler_that_computes_otherwise_is_not_believed(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("share", "dtype", "believed"), [
-    (1e-3, torch.float32, True), (0.05, torch.float32, False), (1e-3, torch.float64, False)
+    (1e-3, torch.float32, True), (0.05, torch.float32, False), (1e-3, torch.float64, False),
+    (1e-3, torch.bfloat16, True), (0.5, torch.bfloat16, False),
 ])  # fmt: skip
 def test_rounding_may_decide_a_few_whole_numbers(
     share: float, dtype: torch.dtype, believed: bool, monkeypatch: pytest.MonkeyPatch
@@ -490,6 +491,16 @@ def test_rounding_may_decide_a_few_whole_numbers(
     with contextlib.nullcontext() if believed else pytest.warns(CompilationWarning, match="other numbers"):
         _, found = program([x])
     assert int((found != places).sum()) == (2 if believed else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_compiler_that_makes_zeros_is_not_believed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(20, 3).to(dtype)
+    program, _ = programs.record(lambda: x.exp(), [x])
+    monkeypatch.setattr(torch, "compile", lambda module, **options: lambda x: [torch.zeros_like(x)])
+    program.compile()
+    with pytest.warns(CompilationWarning, match="other numbers"):
+        assert torch.equal(program([x]), x.exp())
 
 
 def test_the_literal_schedule_is_not_compiled() -> None:
@@ -603,6 +614,21 @@ def test_several_rounds_of_a_program_are_one_program() -> None:
     assert found[2] is given[2]
     assert [found[3], *found[5::2]] == ["a number", 7, 7, 7]
     assert torch.equal(torch.stack(found[4::2]), torch.stack(totals))
+
+
+def test_rounds_pass_on_what_they_do_not_read() -> None:
+    def state() -> list[Tensor]:
+        return [torch.linspace(-1.0, 1.0, 3), torch.ones(3), torch.full((3,), 0.5)]
+
+    moving = state()
+    program, _ = programs.record(lambda: ((moving[1], moving[2], torch.tanh(moving[0])), moving[0].sum()), moving)
+    expected, totals = state(), []
+    for _ in range(4):
+        totals.append(expected[0].sum())
+        expected = [expected[1], expected[2], torch.tanh(expected[0])]
+    found = program.repeated(4, count=3, first=0).leaves(state())
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[:3], expected, strict=True))
+    assert torch.equal(torch.stack(found[3:]), torch.stack(totals))
 
 
 @pytest.mark.usefixtures("recorded_only")

@@ -159,7 +159,8 @@ class FreePhase:
         outputs = equilibrium.outputs(settled.states)
         for slot, value in outputs.items():
             outputs[slot] = value.to(call.values[slot].dtype)
-        self._leave(call, equilibrium, settled)
+        if math.isfinite(settled.relaxation.residual):  # else the feed-forward values say where it began
+            self._leave(call, equilibrium, settled)
         call.values.update(outputs)
         free = Free(equilibrium, settled, update, _distance(outputs, feedforward))
         call.equilibrium = free
