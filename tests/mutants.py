@@ -221,8 +221,8 @@ WEIGHTS_MOVE = [
 ]  # fmt: skip
 
 EQUILIBRIA = [
-    Mutant("feedback without its weight", "equilibrium.py", "add(message, alpha=1 / self.weight[slot])", "add(message)",
-           "equilibrium"),
+    Mutant("feedback without its weight", "equilibrium.py", "add(messages.pop(slot), alpha=1 / self.weight[slot])",
+           "add(messages.pop(slot))", "equilibrium"),
     Mutant("a nudge without c_o", "equilibrium.py", "self.beta * equilibrium.output_weight / equilibrium.weight[slot]",
            "self.beta", "equilibrium_refusals::several_outputs_have_the_gradient_at_the_equilibrium"),
     Mutant("a message not conjugated", "equilibrium.py", "message.conj() if message.is_complex() else message",
@@ -238,7 +238,7 @@ EQUILIBRIA = [
            "-loss.scale / equilibrium.output_weight", "-loss.scale", "equilibrium"),
     Mutant("damping the other way round", "updates.py", "moved.lerp(states[slot], self.damping)",
            "states[slot].lerp(moved, self.damping)", "equilibrium"),
-    Mutant("a damped residual not undone", "settling.py", "residual = moved / update.share", "residual = moved",
+    Mutant("a damped residual not undone", "settling.py", "residual = paces[0] / update.share", "residual = paces[0]",
            "damped_residual"),
     Mutant("contrastive Hebbian learning without gamma's power", "algorithms/clamped.py",
            "loss.scale / (amount * free.equilibrium.output_weight)", "loss.scale / amount", "equilibrium_variants"),
@@ -263,7 +263,7 @@ PROGRAMS = [
            "programs::a_last_smaller_batch_and_the_other_mode_have_programs_of_their_own"),
     Mutant("a program that forgets which values have moved", "value_inference.py", "frozenset(self.moved)",
            "frozenset()", "programs"),
-    Mutant("a round that starts where the one before did", "programs.py", "current[first:] = [", "current[:0] = [",
+    Mutant("a round that starts where the one before did", "programs.py", "current |= {", "_ = {",
            "programs::several_rounds_of_a_program_are_one_program"),
 ]  # fmt: skip
 
