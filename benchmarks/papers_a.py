@@ -1,7 +1,7 @@
 """Paper A: how near predictive coding is to backprop, layer by layer, as the nudge (lambda) goes to 0.
 
 784-128-64-10, ReLU, linear output, half the squared error summed, batch 64, SGD with momentum .9 and lr 1e-4 on
-``.grad`` (Millidge et al. 2022; algorithms.md, A2). Each run trains its own network for one epoch by its own gradients
+``.grad`` (Millidge et al. 2022). Each run trains its own network for one epoch by its own gradients
 and compares every batch with autograd at the same parameters.
 """
 
@@ -34,7 +34,7 @@ LEARNING_RATE = 1e-4
 LAMBDAS = (1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
 LAYERS = {"0.weight": "layer 1, 784 to 128", "2.weight": "layer 2, 128 to 64", "4.weight": "layer 3, 64 to 10"}
 
-# relative error of the whole gradient, one-sided and symmetric, of a smooth net at equilibrium (algorithms.md, A1)
+# relative error of the whole gradient, one-sided and symmetric, of a smooth net at equilibrium (Millidge et al. 2022)
 SMOOTH = {1e-3: (3.5e-3, 1.26e-5), 1e-2: (3.4e-2, 1.3e-3), 0.1: (2.7e-1, 1.3e-1)}
 
 

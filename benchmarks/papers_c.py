@@ -35,7 +35,7 @@ SEEDS = (0, 1, 2)
 LAYERS = 5
 WITHIN = 0.7  # points of test accuracy that every algorithm is to stay within of backprop
 
-# Torch2PC's own two epochs on its GPU (algorithms.md, C3), as multiples of its backprop's 7.5 s
+# Torch2PC's own two epochs on its GPU (Rosenbaum 2022), as multiples of its backprop's 7.5 s
 STRICT, FIXED, EXACT = 30.9 / 7.5, 27.4 / 7.5, 13.0 / 7.5
 PAPER = {
     "Strict": STRICT,

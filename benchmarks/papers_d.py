@@ -1,4 +1,4 @@
-"""The stability of inference learning at any learning rate (Alonso et al. 2022; algorithms.md, D4 and D4b).
+"""The stability of inference learning at any learning rate (Alonso et al. 2022).
 
 python benchmarks/papers_d.py --digits
 python benchmarks/papers_d.py --mnist [--data ../shared/mnist_10k.npz] [--rules IL-prox] [--rates 1 10] [--samples 1000]
@@ -47,7 +47,7 @@ RULES = {
     "IL-SGD": Rule(lambda lr: torch2ebm.PredictiveCoding(25, 0.02), lambda lr: lr),
     "IL-prox": Rule(lambda lr: torch2ebm.ProximalInferenceLearning(alpha=lr), lambda lr: 1.0),
 }
-# test accuracies of prototypes on digits (D4), and of the authors' code on MNIST (D4b): after 1,000 / 2,500 / 10,000
+# test accuracies of prototypes on digits, and of the authors' code on MNIST: after 1,000 / 2,500 / 10,000
 DIGITS_REFERENCE = {
     "BP-SGD": {0.01: ".67-.73", 0.1: ".76-.86", 1.0: DIVERGED, 2.5: DIVERGED, 10.0: DIVERGED, 100.0: DIVERGED},
     "IL-SGD": {0.01: ".38-.48", 0.1: ".89-.91", 1.0: ".59-.91", 2.5: ".77-.93", 10.0: DIVERGED, 100.0: DIVERGED},
@@ -186,7 +186,7 @@ def _range(found: Sequence[float | str]) -> str:
 
 
 def table(runs: Sequence[Run], reference: dict[str, dict[float, str]]) -> str:
-    lines = ["| rule | lr | here | algorithms.md |", "|---|---|---|---|"]
+    lines = ["| rule | lr | here | reference |", "|---|---|---|---|"]
     for rule, rate in dict.fromkeys((run.rule, run.lr) for run in runs):
         ours = _figures([run for run in runs if (run.rule, run.lr) == (rule, rate)])
         lines.append(f"| {rule} | {rate:g} | {ours} | {reference[rule].get(rate, '')} |")

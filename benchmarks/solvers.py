@@ -1,4 +1,4 @@
-"""Steps and time of every solver to the same residual, on chains of growing depth (algorithms.md, A5).
+"""Steps and time of every solver to the same residual, on chains of growing depth (Goemaere et al. 2025).
 
 Tanh chains of width 64, orthogonal weights, ten classes, cross-entropy summed over the batch. A relaxation is done when
 no entry of dF/dv, by the energy as it is written out here, exceeds a fraction of what it was at the feed-forward pass:

@@ -1,14 +1,18 @@
 """Small pieces that several test files share."""
 
 import sys
-from collections.abc import Mapping
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from oracles import Inputs, Loss, call
 from torch import Tensor, nn
 
 import torch2ebm
+
+Made = TypeVar("Made")
 
 UNSETTLED = "ignore:The free phase has not settled"  # for tests of relaxations that are cut short on purpose
 LIGHTNINGS_OWN_WARNINGS = (
@@ -58,3 +62,15 @@ def relative_error(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) 
     """The largest over parameters of |g - r| / |r|; they must be the same parameters."""
     assert ours.keys() == reference.keys()
     return max(float((ours[name] - r).norm() / r.norm().clamp_min(1e-30)) for name, r in reference.items())
+
+
+def in_threads(functions: Sequence[Callable[[], Made]]) -> list[Made]:
+    """What each returns, in a thread of its own; all begin together."""
+    start = threading.Barrier(len(functions))
+
+    def run(function: Callable[[], Made]) -> Made:
+        start.wait()
+        return function()
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return list(pool.map(run, functions))

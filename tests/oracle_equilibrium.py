@@ -1,8 +1,8 @@
 """Hopfield energies written out by hand, and every estimate of the gradient at their equilibria as a plain formula.
 
-E = sum_n c_n [G_n(s_n) - <s_n, a_n(s_pa)>] (algorithms.md E1), c_n = feedback^depth. Nothing of the package under test:
-each network gives its pre-activations as a function of all states, and autograd differentiates Phi whole. The loss is
-summed over the samples.
+E = sum_n c_n [G_n(s_n) - <s_n, a_n(s_pa)>] (Scellier and Bengio 2017), c_n = feedback^depth. Nothing of the package
+under test: each network gives its pre-activations as a function of all states, and autograd differentiates Phi whole.
+The loss is summed over the samples.
 """
 
 import itertools

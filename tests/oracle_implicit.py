@@ -1,6 +1,6 @@
 """Implicit SGD without the engine: Newton's method with a dense Hessian, in float64, on formulas written out.
 
-Paper D (Alonso et al. 2022); algorithms.md, D1 and D3. Nothing here imports torch2ebm.
+Alonso et al. 2022. Nothing here imports torch2ebm.
 """
 
 from collections.abc import Callable, Mapping, Sequence

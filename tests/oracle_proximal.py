@@ -1,4 +1,4 @@
-"""IL-prox by explicit formulas (algorithms.md, D2), in float64, without autograd and without the package under test.
+"""IL-prox by explicit formulas (Alonso et al. 2022), in float64, without autograd and without the package under test.
 
 Values stand before the activation. Layer ``l`` reads ``a_l``, the sum of the activated values of its sources (a plain
 net has one; two are a skip connection), and predicts ``p_l = W_l a_l + b_l``. Value 0 is the input as it is.

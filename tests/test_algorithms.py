@@ -98,7 +98,7 @@ def test_both_schedules_give_the_literal_schedule_s_gradients_and_minus_delta(lo
 
 
 def test_errors_are_minus_delta_of_the_loss_summed_over_samples() -> None:
-    """algorithms.md, section 0: for a mean loss L over B samples, delta is that of B L."""
+    """For a mean loss L over B samples, delta is that of B L."""
     model = attached(tanh_chain(), torch2ebm.ZeroDivergence(), "children")
     local_gradients(model, (batch(),), cross_entropy)
     of_the_sum = model.state.error["1"]
@@ -300,7 +300,7 @@ def test_energy_falls_along_the_relaxation(problem: Problem, nodes: str) -> None
 
 
 def test_a_small_loss_makes_predictive_coding_backprop() -> None:
-    """Paper A: the gradient of the relaxed energy tends to backprop's as lambda -> 0, with an error of its order."""
+    """The relaxed energy's gradient tends to backprop's as lambda -> 0, to first order (Millidge et al. 2022)."""
     module, x = tanh_chain(), batch()
     reference = backprop(module, (x,), cross_entropy)
     solver = torch2ebm.GradientDescent(steps=3000, lr=0.4, tol=1e-15)
@@ -317,7 +317,7 @@ def test_a_small_loss_makes_predictive_coding_backprop() -> None:
 @every_granularity
 @pytest.mark.parametrize("problem", tagged(without=("batch_norm", "batch_coupled")), ids=lambda p: p.name)
 def test_one_full_step_of_error_descent_has_the_errors_of_zero_divergence(problem: Problem, nodes: str) -> None:
-    """dF/de at the feed-forward pass is backprop's delta (algorithms.md A5): e = -delta after a step of size 1."""
+    """dF/de at the feed-forward pass is backprop's delta (Goemaere et al. 2025): e = -delta after a step of size 1."""
     one = torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(1, 1.0))
     inputs = problem.inputs(4)
     states = []

@@ -6,15 +6,16 @@ is a net that all of them take.
 
 import copy
 import gc
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import in_threads
 from test_faults import InterruptedAt, no_cpu_memory, no_memory, points
 from test_resume import same
 from test_steady import deterministic, live_tensors
@@ -357,16 +358,7 @@ def test_the_order_of_a_batch_changes_nothing(algorithm: torch2ebm.Algorithm, or
 def test_threads_with_models_of_their_own_equal_serial_runs(algorithm: torch2ebm.Algorithm) -> None:
     serial = [Training(algorithm, seed).train(5) for seed in range(4)]
     trainings = [Training(algorithm, seed) for seed in range(4)]
-    parallel: dict[int, dict[str, Tensor]] = {}
-
-    def run(seed: int) -> None:
-        parallel[seed] = trainings[seed].train(5)
-
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    parallel = in_threads([partial(training.train, 5) for training in trainings])
     assert [seed for seed in range(4) if not same(dict(parallel[seed]), dict(serial[seed]))] == []
 
 

@@ -48,7 +48,7 @@ def test_every_form_of_a_batch_means_the_same() -> None:
 
 
 def test_along_inference_the_norm_ratio_is_the_binomial_law() -> None:
-    """algorithms.md C2: the direction is backprop's from t >= the level on, only the scale differs; before it, zero."""
+    """Rosenbaum 2022: the direction is backprop's from t >= the level on, only the scale differs; before it, zero."""
     comparison = torch2ebm.compare(chain(), F.cross_entropy, (X, LABELS), [FIXED], steps=[1, 3, 8])
     assert comparison.steps == (1, 3, 8)
     for steps, agreements in comparison.along["FixedPrediction"].items():

@@ -190,7 +190,7 @@ ACTIVATIONS = [nn.Tanh(), nn.Sigmoid(), nn.Softplus(), nn.SiLU(), nn.GELU(), nn.
 @pytest.mark.parametrize(("nudging", "order"), [(torch2ebm.OneSided, 1), (torch2ebm.Symmetric, 2)])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda each: type(each).__name__)
 def test_the_error_is_of_the_nudging_s_order(activation: nn.Module, nudging, order: int) -> None:
-    """Slopes 1 and 2 against recurrent backprop by a dense solve, equilibria to 1e-14 (algorithms.md E1)."""
+    """Slopes 1 and 2 against recurrent backprop by a dense solve, equilibria to 1e-14 (Scellier and Bengio 2019)."""
     example = mlp(activation, widths=(4, 6, 5, 2), gain=0.5)
     exact = recurrent_backprop(example.network, settled(example.network))
     errors = []

@@ -122,7 +122,7 @@ def test_the_error_is_minus_the_adjoint_of_each_state() -> None:
 
 
 def chain_gradients(weights: list[Tensor], biases: list[Tensor], x: Tensor, target: Tensor, gamma: float, steps: int):
-    """Xie and Seung's rule for a chain, written with indices (algorithms.md A3)."""
+    """Xie and Seung's rule for a chain, written with indices (Xie and Seung 2003)."""
     count = len(weights)
 
     def relax(states: list[Tensor], held: Tensor | None) -> list[Tensor]:
@@ -225,7 +225,7 @@ def test_coupled_learning_is_the_difference_of_two_phases(make, beta: float) -> 
 
 
 def test_it_is_no_estimate_of_the_gradient_but_a_direction_like_it() -> None:
-    """As beta goes to 0 the distance to the gradient stays, where a nudge's goes to 0 (algorithms.md E7)."""
+    """As beta goes to 0 the distance to the gradient stays, where a nudge's goes to 0."""
     example = mlp()
     exact = recurrent_backprop(example.network, settled(example.network))
     ours, _ = gradients(example, torch2ebm.CoupledLearning(1e-4, 3000, 3000, tol=1e-15))

@@ -1,4 +1,4 @@
-"""Implicit SGD by inference is implicit SGD on the parameters (algorithms.md, D1 to D3)."""
+"""Implicit SGD by inference is implicit SGD on the parameters (Alonso et al. 2022)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -82,7 +82,7 @@ def test_one_step_teaches_the_output_alone() -> None:
 
 
 def test_with_slow_weights_a_batch_moves_them_by_the_sum_of_strict_s_gradients() -> None:
-    """algorithms.md G: alpha -> 0. The t-th gradient is that of predictive coding after t value steps."""
+    """Salvatori et al. 2022: alpha -> 0. The t-th gradient is that of predictive coding after t value steps."""
     steps, lr = 6, 0.2
     total: dict[str, Tensor] = {}
     for done in range(steps):

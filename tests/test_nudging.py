@@ -1,4 +1,4 @@
-"""How the loss enters the energy: the infinitesimal limit (paper A), its orders, and what a large nudge destroys."""
+"""The loss in the energy: the infinitesimal limit (Millidge et al. 2022), its orders, what a large nudge destroys."""
 
 import math
 
@@ -47,7 +47,7 @@ def distance(nudging, loss=cross_entropy) -> float:
 @pytest.mark.parametrize("loss", [half_squared_error, cross_entropy])
 @pytest.mark.parametrize(("nudging", "order"), [(torch2ebm.OneSided, 1), (torch2ebm.Symmetric, 2)])
 def test_the_gradient_error_is_of_the_nudging_s_order(nudging, order: int, loss) -> None:
-    """Paper A (algorithms.md A1): slopes 1 and 2 on a tanh residual graph with a shared weight."""
+    """Millidge et al. 2022: slopes 1 and 2 on a tanh residual graph with a shared weight."""
     betas = [1e-3, 3e-3, 1e-2]
     errors = [distance(nudging(beta), loss) for beta in betas]
     for (beta, error), (larger, error_there) in zip(

@@ -1,4 +1,4 @@
-"""IL-prox against explicit formulas (algorithms.md, D), and what it promises: the target attained, no divergence."""
+"""IL-prox against explicit formulas (Alonso et al. 2022), and what it promises: the target attained, no divergence."""
 
 import copy
 import itertools

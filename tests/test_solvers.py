@@ -158,7 +158,7 @@ def test_all_solvers_reach_the_same_equilibrium(solver: torch2ebm.Solver, case: 
 
 
 def test_a_local_error_update_diverges_where_descent_converges() -> None:
-    """The linear chain of algorithms.md, A4: weights 3, 3, 1 after the first value, lambda 1."""
+    """A linear chain: weights 3, 3, 1 after the first value, lambda 1."""
     net = nn.Sequential(*[nn.Linear(1, 1, bias=False) for _ in range(4)]).double()
     for layer, weight in zip(net, (1.0, 3.0, 3.0, 1.0), strict=True):
         nn.init.constant_(layer.weight, weight)
@@ -212,7 +212,7 @@ def residual_in_the_values(net: nn.Sequential, model: torch2ebm.EnergyModel, x: 
 
 
 def test_error_descent_needs_thirty_times_fewer_steps_on_a_deep_chain() -> None:
-    """algorithms.md A5: 20 tanh layers of width 64 to a residual of dF/dv of 1e-3 of its start."""
+    """Goemaere et al. 2025: 20 tanh layers of width 64 to a residual of dF/dv of 1e-3 of its start."""
     net, x = deep(20, 64), inputs(8, 64)
 
     def run(solver: torch2ebm.Solver) -> torch2ebm.EnergyModel:
@@ -299,7 +299,7 @@ def test_steps_beyond_the_equilibrium_stay_there(solver: torch2ebm.Solver, dtype
 
 
 def test_in_single_precision_stored_errors_beat_stored_values() -> None:
-    """algorithms.md A4: relative gradient error at lambda 1e-5 about 3e-2 with values stored, 3e-5 with errors."""
+    """Goemaere et al. 2025: relative gradient error at lambda 1e-5 about 3e-2 with values stored, 3e-5 with errors."""
     net, x = deep(4), inputs()
     reference = backprop(net, (x,), mean_cross_entropy)
 

@@ -2,16 +2,17 @@
 
 import gc
 import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import in_threads
 from test_resume import same
 from torch import Tensor, nn
 
@@ -177,17 +178,8 @@ def test_the_order_of_a_batch_changes_nothing(algorithm: torch2ebm.Algorithm, or
 @every_algorithm
 def test_threads_with_models_of_their_own_equal_serial_runs(algorithm: torch2ebm.Algorithm) -> None:
     serial = [Training(algorithm, seed).train(20) for seed in range(4)]
-    parallel: dict[int, dict[str, Tensor]] = {}
     trainings = [Training(algorithm, seed) for seed in range(4)]  # what is drawn comes from the one generator
-
-    def run(seed: int) -> None:
-        parallel[seed] = trainings[seed].train(20)
-
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    parallel = in_threads([partial(training.train, 20) for training in trainings])
     assert all(same(dict(parallel[seed]), dict(serial[seed])) for seed in range(4))
 
 

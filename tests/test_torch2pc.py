@@ -155,7 +155,7 @@ def test_exact_is_autograd(problem):
 
 
 def test_fixed_prediction_at_unit_step_is_exact_after_as_many_steps_as_layers():
-    """The stale convention's n = L of algorithms.md C2, and not one step earlier."""
+    """The stale convention's n = L, and not one step earlier."""
     model, x, y = _problem()
     PCInfer(model, F.cross_entropy, x, y, "Exact")
     exact = _gradients(model)

@@ -1,4 +1,4 @@
-"""Nodes that are one dense layer: what the identities of paper D ask of a model, and the rows that the layer reads.
+"""Nodes that are one dense layer, which the identities of Alonso et al. 2022 ask for, and the rows that it reads.
 
 For such a node ``prediction = a @ weight.T + bias + (what is free of the node's parameters)``, one row ``a`` a sample.
 """

@@ -14,7 +14,7 @@ from torch2ebm.errors import ConfigurationError
 
 
 def gaussian_energy(error: Tensor) -> Tensor:
-    """Half the squared error of each sample, shape ``[batch]`` (paper A, eq. for I)."""
+    """Half the squared error of each sample, shape ``[batch]`` (Millidge et al. 2022)."""
     return 0.5 * error.square().flatten(1).sum(1) if error.ndim > 1 else 0.5 * error.square()
 
 
@@ -28,7 +28,7 @@ class Energy(ABC):
     """phi(value, prediction) of one node: zero, and smallest, where the value is the prediction.
 
     All three take the error (value minus prediction) beside the prediction: near the prediction a difference of
-    values would lose it to rounding (algorithms.md, A4).
+    values would lose it to rounding (Goemaere et al. 2025).
     """
 
     @abstractmethod

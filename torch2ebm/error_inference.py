@@ -1,4 +1,4 @@
-"""The errors of one call while they move; a value is its prediction plus its error (algorithms.md, A4 and A5).
+"""The errors of one call while they move; a value is its prediction plus its error (Goemaere et al. 2025).
 
 A sweep computes all values from the inputs onward, keeps one autograd graph a node, and sends messages back. The
 error of a node may be moved as soon as its gradient is yielded: the values of this sweep are computed already.

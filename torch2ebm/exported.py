@@ -114,7 +114,7 @@ def _custom_functions_refused() -> Iterator[None]:
     def refused(function: Any, *args: Any, **kwargs: Any) -> Any:
         if function.__module__.startswith("torch."):
             return apply.__func__(function, *args, **kwargs)
-        raise NotImplementedError(f"{function.__name__}.apply: export loses the backward of a custom autograd function")
+        raise TypeError(f"{function.__name__}.apply: export loses the backward of a custom autograd function")
 
     torch.autograd.Function.apply = classmethod(refused)  # type: ignore[assignment, method-assign]
     try:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+
+from torch2ebm.errors import ModuleChangedError
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,28 @@ class Fingerprint:
         )
 
 
-def inside_functional_call() -> bool:
+def swapped_parameters(
+    before: Fingerprint, now: Fingerprint, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """By name the tensors that ``torch.func.functional_call`` has put in the place of ``parameters``.
+
+    Raises :class:`ModuleChangedError` where layers or parameters were really replaced.
+    """
+    same_layers = len(before.modules) == len(now.modules) and all(map(operator.is_, before.modules, now.modules))
+    if not same_layers or len(before.parameters) != len(now.parameters) or not _inside_functional_call():
+        raise ModuleChangedError(
+            f"EnergyModel({type(now.modules[0]).__name__})",
+            _changes(before, now),
+            "the layers and parameters that torch2ebm.convert saw",
+            "Convert the changed module again (fully_shard first, convert after); change parameters in place "
+            "(copy_, data) to keep the model.",
+        )
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    pairs = zip(before.parameters, now.parameters, strict=True)
+    return {names[id(old)]: new for old, new in pairs if old is not None and new is not None and new is not old}
+
+
+def _inside_functional_call() -> bool:
     """Whether ``torch.func.functional_call`` is on the stack: only it may put other tensors in a module's place."""
     frame = inspect.currentframe()
     while frame is not None:
@@ -44,7 +68,7 @@ def inside_functional_call() -> bool:
     return False
 
 
-def changes(before: Fingerprint, now: Fingerprint) -> str:
+def _changes(before: Fingerprint, now: Fingerprint) -> str:
     known = set(map(id, (*before.modules, *before.parameters)))
     modules = [type(m).__name__ for m in now.modules if id(m) not in known]
     parameters = [str(tuple(p.shape)) for p in now.parameters if p is not None and id(p) not in known]

@@ -32,8 +32,8 @@ class Node:
     """One value node: its prediction is ``function(*values read, *constants)``.
 
     Most nodes have one value. A node whose function returns several tensors (an LSTM, a chunk) has one *slot* for
-    each that others read. A node without children is an output: the loss acts on its prediction (mode O1 of
-    algorithms.md, section 0), and it has no value that could move.
+    each that others read. A node without children is an output: the loss acts on its prediction, and it has no value
+    that could move.
 
     Attributes:
         name: Path of the module that gave the node its parameters, or of the operation.
@@ -166,7 +166,7 @@ class EnergyGraph:
         return leaves
 
     def levelled(self) -> EnergyGraph:
-        """The same model with ``k - 1`` identity nodes on every edge that spans ``k`` levels (algorithms.md B1)."""
+        """The same model, ``k - 1`` identity nodes on every edge that spans ``k`` levels (Salvatori et al. 2022)."""
         order: list[Node] = []
         for node in self.order:
             reads = []

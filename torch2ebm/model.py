@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import operator
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,11 +19,10 @@ from torch2ebm.drawing import draw_graph
 from torch2ebm.errors import (
     AttachmentError,
     ConfigurationError,
-    ModuleChangedError,
     NoStateError,
     NotCapturedError,
 )
-from torch2ebm.fingerprint import Fingerprint, changes, inside_functional_call
+from torch2ebm.fingerprint import Fingerprint, swapped_parameters
 from torch2ebm.finite import check_standing
 from torch2ebm.freezing import tensors_in_place
 from torch2ebm.graph import EnergyGraph, Node
@@ -321,7 +319,7 @@ class EnergyModel(nn.Module):
         fingerprint = Fingerprint.of(self._original)
         swapped: dict[str, Tensor] = {}
         if not fingerprint.same_objects(self._fingerprint):
-            swapped = self._swapped(fingerprint)
+            swapped = swapped_parameters(self._fingerprint, fingerprint, self._own)
         granularity = self._granularity
         if granularity == "auto":
             granularity = "layer" if algorithm is None else algorithm.partition
@@ -339,27 +337,6 @@ class EnergyModel(nn.Module):
         captured, self._latest = found
         self._captured_by = captured.captured_by
         return tensors, self._latest, swapped
-
-    def _swapped(self, fingerprint: Fingerprint) -> dict[str, Tensor]:
-        """By name the tensors that ``torch.func.functional_call`` has put in the place of parameters.
-
-        Raises :class:`ModuleChangedError` where layers or parameters were really replaced.
-        """
-        before = self._fingerprint
-        pairs = list(zip(before.parameters, fingerprint.parameters, strict=False))
-        same_layers = len(before.modules) == len(fingerprint.modules) and all(
-            map(operator.is_, before.modules, fingerprint.modules)
-        )
-        if not same_layers or len(before.parameters) != len(fingerprint.parameters) or not inside_functional_call():
-            raise ModuleChangedError(
-                f"EnergyModel({type(self._original).__name__})",
-                changes(before, fingerprint),
-                "the layers and parameters that torch2ebm.convert saw",
-                "Convert the changed module again (fully_shard first, convert after); change parameters in place "
-                "(copy_, data) to keep the model.",
-            )
-        names = {id(parameter): name for name, parameter in self._own.items()}
-        return {names[id(old)]: new for old, new in pairs if old is not None and new is not None and new is not old}
 
     # being the module
 

@@ -16,7 +16,7 @@ LARGEST_MEMORY = 0.9999
 
 
 class MQ(Optimizer):
-    """One adaptive learning rate a parameter tensor, never below a minimum (Alonso 2023; algorithms.md, D6).
+    """One adaptive learning rate a parameter tensor, never below a minimum (Alonso 2023).
 
     ``W <- W + (lr / (v + r) + minimum_rate) G`` with ``G = -W.grad``, then ``v <- rho v + (1 - rho) mean|G|`` with
     ``rho = min(N / (N + 1), 0.9999)`` in the N-th step; ``v`` starts at ``lr``. It can be wrapped by

@@ -29,7 +29,7 @@ class OutputLoss(ABC):
 
     Attributes:
         delivered: Gradient of the user's scalars with respect to each output slot, as autograd delivered it.
-        scale: Factor from dF/dtheta to ``.grad`` (algorithms.md, section 0): the outer factor over lambda B.
+        scale: Factor from dF/dtheta to ``.grad``: the outer factor over lambda B.
         unit: Factor from ``delivered`` to the gradient of the loss summed over samples: B for a mean, 1 for a sum.
         factor: The outer factor alone (accumulation's, a gradient scaler's).
     """
@@ -55,7 +55,7 @@ class OutputLoss(ABC):
 
 
 class NudgedLoss(OutputLoss):
-    """``beta`` times a loss; the scale divides by ``beta`` again (algorithms.md, section 0: lambda)."""
+    """``beta`` times a loss; the scale divides by ``beta`` again (lambda of Millidge et al. 2022)."""
 
     def __init__(self, loss: OutputLoss, beta: float) -> None:
         self._loss, self._beta = loss, beta

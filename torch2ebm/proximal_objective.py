@@ -1,4 +1,4 @@
-"""The objective of implicit SGD for one call, as inference on the values sees it (paper D; algorithms.md, D3).
+"""The objective of implicit SGD for one call, as inference on the values sees it (Alonso et al. 2022).
 
 A dense layer whose value ``h`` is off its prediction by ``e`` reaches it by the smallest change of its parameters,
 ``dW = e^T K^-1 A``, with ``A`` the rows that it reads and ``K = A A^T (+ 1)`` their Gram matrix, ``[batch, batch]``.

@@ -189,7 +189,7 @@ class Call:
 
 
 def at_least_single(tensor: Tensor, detach: bool = True) -> Tensor:
-    """Detached, and in single precision where it was in half: small updates are lost there (algorithms.md, A4)."""
+    """Detached, and in single precision where it was in half: small updates are lost there."""
     tensor = tensor.detach() if detach else tensor
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 

@@ -1,6 +1,6 @@
 """Torch2PC's own call, for people who come from it: the same arguments, results, sign and staleness (Rosenbaum 2022).
 
-Everything here keeps Torch2PC's conventions, which are not those of the rest of the package (algorithms.md, C1):
+Everything here keeps Torch2PC's conventions, which are not those of the rest of the package (Rosenbaum 2022):
 ``epsilon`` is prediction minus belief, so plus dL/dvhat for ``"Exact"``; it is that of before the last update of the
 beliefs; the loss enters the energy as it is written.
 """

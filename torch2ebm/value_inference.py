@@ -27,7 +27,7 @@ class ValueInference(Inference):
     """The moving values of one call, and F's gradient in them.
 
     Attributes:
-        values: Value of every slot that can move. Kept in at least single precision (algorithms.md, A4).
+        values: Value of every slot that can move. Kept in at least single precision.
         moved: Slots that have left their feed-forward value.
     """
 

@@ -20,7 +20,7 @@ from torch2ebm.value_inference import ValueInference
 
 
 class IncrementalPredictiveCoding(Algorithm):
-    """Values and weights descend the energy together (iPC; Salvatori et al. 2022; algorithms.md G).
+    """Values and weights descend the energy together (iPC; Salvatori et al. 2022).
 
     ``loss.backward()`` does the first of ``steps`` inference steps and fills ``.grad`` with the local gradients of
     that moment. ``optimizer.step()`` then makes the wrapped optimizer's step, and ``steps - 1`` more: each on the

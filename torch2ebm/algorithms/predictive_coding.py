@@ -27,7 +27,7 @@ class PredictiveCoding(Algorithm):
     The values start at the feed-forward pass and descend the energy: that of the prediction errors plus ``beta``
     times the loss. The gradient of a parameter is then local to its node, with errors taken at the final values, and
     divided by ``beta``. It tends to backprop's as ``beta`` goes to 0 (Millidge et al. 2022). The loss acts on the
-    prediction of the output (mode O1 of algorithms.md, section 0).
+    prediction of the output.
 
     Args:
         steps: Inference steps, each one vector-Jacobian product a node.

@@ -1,4 +1,4 @@
-"""IL-prox: inference learning as an approximate implicit gradient step (Alonso et al. 2022; algorithms.md, D2)."""
+"""IL-prox: inference learning as an approximate implicit gradient step (Alonso et al. 2022)."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class ZeroDivergence(Algorithm):
 def by_levels(
     call: Call, graph: EnergyGraph, delivered: Mapping[str, Tensor], unit: float, gamma: float
 ) -> LocalGradients:
-    """The literal schedule of algorithms.md, B1; exact where ``graph`` is levelled.
+    """The literal schedule of Salvatori et al. 2022; exact where ``graph`` is levelled.
 
     Everything is in the scale of the user's loss. The loss acts at level 0, at step 0, hence at the feed-forward
     prediction: the output's error is the delivered gradient throughout.

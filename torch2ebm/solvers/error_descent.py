@@ -10,7 +10,7 @@ from torch2ebm.solvers.base import ErrorSolver, check_positive, check_steps, che
 
 @dataclass(frozen=True)
 class ErrorDescent(ErrorSolver):
-    """``e <- e - lr dF/de``, a value being its prediction plus its error (Goemaere et al. 2025; algorithms.md A5).
+    """``e <- e - lr dF/de``, a value being its prediction plus its error (Goemaere et al. 2025).
 
     It has the minima of descent on the values, and the same energy. In these coordinates a deep network is far better
     conditioned: on a 20-layer tanh chain 10 steps do what 551 do on the values. Errors are stored, so float32 keeps

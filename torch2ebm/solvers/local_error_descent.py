@@ -13,7 +13,7 @@ from torch2ebm.solvers.base import ErrorSolver, check_positive, check_steps, che
 class LocalErrorDescent(ErrorSolver):
     """``e_n <- e_n + lr (sum_c J_c^T pi_c e_c - pi_n e_n)``, a value being its prediction plus its error.
 
-    The fixed points are those of descent on the values, and float32 keeps small errors (algorithms.md, A4). But the
+    The fixed points are those of descent on the values, and float32 keeps small errors (Goemaere et al. 2025). But the
     update is no gradient of F: it can diverge at a true minimum, for every step size. It is safe for small nudges;
     elsewhere :class:`ErrorDescent` is the same idea with the exact gradient.
 

@@ -18,7 +18,7 @@ from torch2ebm.value_inference import ValueInference
 class SequentialDescent(ValueSolver):
     """``v <- v - lr / (1 + t) dF/dv`` in reverse order, each node at the values that the moves before have left.
 
-    Sequential inference learning (Alonso et al. 2023; algorithms.md D6): a single step carries the error to all
+    Sequential inference learning (Alonso et al. 2023): a single step carries the error to all
     nodes, so few steps are enough. A child of several parents is evaluated again for each that moves.
 
     Args:
