@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from torch2ebm.signature import Signature
 from torch2ebm.tracing import still_hold, trace
 from torch2ebm.verification import holds_for, verified
 
-CAPTURING = threading.RLock()  # tracing patches torch itself, so two threads may not do so at once
 EXPORTS_KEPT = 8  # of one signature, one for each shape that no other serves
 
 

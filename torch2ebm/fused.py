@@ -1,7 +1,7 @@
 """A relaxation by recorded programs: the same steps and numbers as the eager one, without its Python and autograd.
 
 A step is recorded once for each state of the wave front; a program that follows itself, the step that repeats, goes to
-``torch.compile``. The programs are kept from batch to batch.
+the compiler of ``torch.compile``. The programs are kept from batch to batch.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def _chain(programs: Programs, solver: Any, inference: Inference) -> Chain | Non
         return None
     on_loss, tensors = fixed
     precisions = [leaf for leaf in leaves_of(inference.energies) if isinstance(leaf, Tensor)]
-    key = (solver, on_loss, signature(inference.energies), autocast_of(inference.call))
+    key = (solver, on_loss, signature(inference.energies), surroundings(inference.call))
     return Chain(programs, inference.graph, key, [*tensors, *precisions])
 
 
@@ -285,9 +285,12 @@ def fixed_tensors(programs: Programs, call: Call, loss: OutputLoss | None) -> tu
     return on_loss[0], [*call.held(), *on_loss[1]]
 
 
-def autocast_of(call: Call) -> Hashable:
+def surroundings(call: Call) -> Hashable:
+    """What is set for the whole process or thread, and stands in a program or in its compiled code."""
     device = call.device.type
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return autocast, torch.get_default_dtype(), deterministic, torch.get_num_threads()
 
 
 def _size(structure: Any) -> int:

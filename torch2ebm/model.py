@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.arguments import as_arguments, check_arguments, check_inputs, takes_any_arguments
 from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards
-from torch2ebm.captures import CAPTURING, Captures
+from torch2ebm.captures import Captures
 from torch2ebm.distributed import Replicas
 from torch2ebm.drawing import draw_graph
 from torch2ebm.errors import (
@@ -22,6 +22,7 @@ from torch2ebm.errors import (
     NoStateError,
     NotCapturedError,
 )
+from torch2ebm.exclusive import TRACING
 from torch2ebm.fingerprint import Fingerprint, swapped_parameters
 from torch2ebm.finite import check_standing
 from torch2ebm.freezing import tensors_in_place
@@ -92,7 +93,7 @@ class EnergyModel(nn.Module):
         leaves = named_leaves(module, nodes)
         self._granularity: Granularity = nodes if isinstance(nodes, str) else tuple(nodes)
         if example_inputs is None and not takes_any_arguments(module):
-            with CAPTURING, self.shards.gathered():
+            with TRACING, self.shards.gathered():
                 trace(module, assumed_signature(module), leaves, all_called=nodes != "children")
         elif example_inputs is not None:
             args, kwargs = as_arguments(example_inputs)
@@ -327,7 +328,7 @@ class EnergyModel(nn.Module):
         key = (fingerprint.modes, signature.key)
         found = self._captures.known(key, granularity, tensors)
         if found is None:
-            with CAPTURING, tensors_in_place(self._original, {name: self._own[name] for name in swapped}):
+            with TRACING, tensors_in_place(self._original, {name: self._own[name] for name in swapped}):
                 check_arguments(self._original, args, kwargs)
                 check_inputs(tensors)  # what a capture shows of each operation must not come from bad numbers
                 check_standing({**self._own, **self._standing_buffers()})

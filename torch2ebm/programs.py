@@ -6,7 +6,6 @@ that the caller names become inputs wherever the function finds them, in a modul
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from torch import Tensor, fx, nn
 
 from torch2ebm.draws import UnknownDrawError, is_draw
 from torch2ebm.errors import CompilationWarning, NodeEvaluationError
+from torch2ebm.exclusive import TRACING
 from torch2ebm.freezing import RandomState
 from torch2ebm.structure import fill, leaves_of, template_of
 
 _aten = torch.ops.aten
 _ALIASES = frozenset([_aten.detach.default, _aten.alias.default])  # without autograd each is its argument
 _LIFTS = frozenset([_aten.lift_fresh_copy.default, _aten.lift_fresh.default])  # a number in the code, made a tensor
-_RECORDING = threading.Lock()  # make_fx and the compiler change torch for the whole process
 
 
 class NotRecordableError(Exception):
@@ -54,7 +53,7 @@ class Program:
     Attributes:
         result: The structure of what the function returned, without its leaves.
         size: How many leaves that has.
-        is_compiled: Whether ``torch.compile`` has been asked to make it faster.
+        is_compiled: Whether the compiler has been asked to make it faster.
     """
 
     def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[int], sources: list[_Source], result: Any):
@@ -106,14 +105,14 @@ class Program:
         return Program(module, used, sources, list(range(len(sources))))
 
     def compile(self) -> None:
-        """Hand the program to ``torch.compile``; where that fails or computes otherwise, warn, and go on without."""
+        """Hand the program to the compiler of ``torch.compile``; where that fails or computes otherwise, warn, and go on without."""
         if not self.is_compiled:
             self.is_compiled, self._run = True, self._first_compiled
 
     def _first_compiled(self, *inputs: Tensor) -> Sequence[Tensor]:
         self._run = self._graph_module.forward
         if not any(each.is_complex() for each in inputs):  # the compiler makes no code for these
-            with _RECORDING:
+            with TRACING:
                 reason, compiled = _compiled(self._graph_module, inputs)
             if reason:
                 warnings.warn(not_compiled(reason), stacklevel=2)
@@ -124,8 +123,6 @@ class Program:
 
 def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[str, Callable[..., Sequence[Tensor]]]:
     """The compiled module, and what speaks against it; tried on copies, so that inputs and generators stay."""
-    options: dict[str, Any] = {"fallback_random": True}  # it draws what the module would have drawn
-    compiled = torch.compile(_without_alpha(module), dynamic=False, fullgraph=True, options=options)
     device = next((each.device for each in inputs), torch.device("cpu"))
     ours, theirs = ([_twin(each) for each in inputs] for _ in range(2))
     generators = RandomState(device)
@@ -134,12 +131,25 @@ def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[str, Ca
     try:
         with generators.replayed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the compiler about itself
+            compiled = _machine_code(module, theirs)
             found = [*compiled(*theirs), *theirs]
     except Exception as error:  # whatever a compiler may raise
-        return f"torch.compile failed: {first_line(error)}", compiled
+        return f"the compiler failed: {first_line(error)}", module.forward
     if not _agree(found, expected):
-        return "torch.compile computes other numbers", compiled
+        return "the compiler computes other numbers", module.forward
     return "", compiled
+
+
+def _machine_code(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """By the compiler behind ``torch.compile``, without what that puts before it.
+
+    A program is known by all that its guards would ask for, and they refuse to run while another thread traces.
+    """
+    import torch._inductor  # it loads sympy
+
+    options = {"fallback_random": True}  # it draws what the module would have drawn
+    compiled: Callable[..., Sequence[Tensor]] = torch._inductor.compile(_without_alpha(module), list(inputs), options)
+    return compiled
 
 
 def _twin(tensor: Tensor) -> Tensor:
@@ -280,7 +290,7 @@ def _traced(function: Callable[[], Any], named: Sequence[Tensor]) -> tuple[fx.Gr
         return [leaf for leaf in leaves_of(found[0]) if isinstance(leaf, Tensor) and not _is_one_of(leaf, named)]
 
     try:
-        with _RECORDING:
+        with TRACING:
             graph_module = make_fx(traced, tracing_mode="real")(*named)
     except torch.OutOfMemoryError:
         raise

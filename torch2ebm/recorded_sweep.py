@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.freezing import BufferSnapshot, RandomState
-from torch2ebm.fused import Family, Programs, autocast_of
+from torch2ebm.fused import Family, Programs, surroundings
 from torch2ebm.inference import GradientSum
 from torch2ebm.programs import NotRecordableError, Program, alias_pattern, record_in_two
 from torch2ebm.state import Call
@@ -109,7 +109,7 @@ class RecordedSweep:
 
 
 def _kind(call: Call, early: list[Tensor]) -> Hashable:
-    return signature(early), alias_pattern(early), autocast_of(call)
+    return signature(early), alias_pattern(early), surroundings(call)
 
 
 def _given(delivered: Tensor | None, value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from torch2ebm.equilibrium import Equilibrium, Influence, States
-from torch2ebm.fused import Chain, Programs, autocast_of, fixed_tensors
+from torch2ebm.fused import Chain, Programs, fixed_tensors, surroundings
 from torch2ebm.structure import fill, leaves_of
 from torch2ebm.updates import Past, Step, Update
 
@@ -51,6 +51,6 @@ def _chain(programs: Programs, update: Update, equilibrium: Equilibrium, influen
     on_loss, tensors = found
     readouts = tuple(node.name for node in equilibrium.hopfield.readouts)
     phase = (influence.beta, tuple(influence.held))
-    key = (update, equilibrium.feedback, readouts, phase, on_loss, autocast_of(equilibrium.call))
+    key = (update, equilibrium.feedback, readouts, phase, on_loss, surroundings(equilibrium.call))
     fixed = [*tensors, *equilibrium.fixed.values(), *influence.held.values()]
     return Chain(programs, equilibrium.call.graph, key, fixed)
