@@ -130,14 +130,21 @@ def gpt2(width: int = 256, dropout: float = 0.1, written_out: bool = False) -> n
     settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     if written_out:
         settings["attn_implementation"] = "eager"
-    config = GPT2Config(n_layer=12, n_embd=width, n_head=4, use_cache=False, **settings)
+    config = GPT2Config(n_layer=12, n_embd=width, n_head=width // 64, use_cache=False, **settings)
     model: nn.Module = GPT2LMHeadModel(config)
     return model
 
 
 def gpt2_case(width: int = 256, batch: int = 8, length: int = 64) -> Case:
     description = f"GPT-2, 12 layers of width {width}, no dropout, {batch} sequences of {length} tokens"
-    return Case("GPT-2", description, lambda: gpt2(width, 0.0, written_out=True), (batch, length), next_token, 1000)
+    return Case(
+        f"GPT-2, width {width}",
+        description,
+        lambda: gpt2(width, 0.0, written_out=True),
+        (batch, length),
+        next_token,
+        1000,
+    )
 
 
 class ResidualLayer(nn.Module):

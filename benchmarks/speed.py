@@ -80,7 +80,7 @@ SMALL = tuple(
     )
     for case in CASES
 )
-GPT = Part(gpt2_case(), (SLOW_STRICT,), efficiency=1.15, share=0.5)
+GPT = tuple(Part(gpt2_case(width), (SLOW_STRICT,), efficiency=1.15, share=0.25) for width in (256, 768))
 LEVELS = Part(residual_mlp_case(), (STRICT, FULL), reference=FULL.name, targets={STRICT.name: 0.3})
 
 
@@ -91,7 +91,7 @@ def resnet_part(batch: int, size: int, efficiency: float) -> Part:
 
 
 def parts_of(arguments: argparse.Namespace) -> tuple[Part, ...]:
-    parts = (*SMALL, resnet_part(8, arguments.size, 1.15), GPT, LEVELS)
+    parts = (*SMALL, resnet_part(8, arguments.size, 1.15), *GPT, LEVELS)
     return (*parts, resnet_part(256, 224, 1.1)) if arguments.device == "cuda" else parts
 
 

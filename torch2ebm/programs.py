@@ -105,7 +105,7 @@ class Program:
         return Program(module, used, sources, list(range(len(sources))))
 
     def compile(self) -> None:
-        """Hand the program to the compiler of ``torch.compile``; where that fails or computes otherwise, warn, and go on without."""
+        """Hand the program to torch's compiler; where that fails or computes otherwise, warn, and go on without."""
         if not self.is_compiled:
             self.is_compiled, self._run = True, self._first_compiled
 
