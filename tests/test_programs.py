@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -721,6 +722,23 @@ def test_a_compiled_program_runs_while_another_thread_traces_a_model() -> None:
 
     _, found = in_threads([lambda: torch2ebm.convert(waiting) and None, run])
     assert torch.allclose(found, x.exp() + x)
+
+
+@pytest.mark.slow
+def test_threads_compile_models_of_their_own() -> None:
+    """Each converts, records and compiles while the others do, too."""
+
+    def training(make: Make, **settings: Any) -> list[dict[str, Tensor]]:
+        net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 4)).double()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).sin().view_as(parameter))
+        return trained(net, make(**settings))[0]
+
+    expected = [training(make) for _, make in ALGORITHMS]
+    found = in_threads([partial(training, make, compile=True) for _, make in ALGORITHMS])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs)
 
 
 def test_no_warning_where_nothing_is_asked_for() -> None:

@@ -146,9 +146,9 @@ class Change:
     def between(before: States, after: States, batch_size: int) -> Change:
         largest, squares, rows = dict[str, Tensor](), list[Tensor](), list[Tensor]()
         for slot, state in after.items():
-            change = magnitude(state - before[slot])
+            change = _change(before[slot], state)
             largest[slot] = change.max()
-            squares.append(change.square().sum())
+            squares.append(torch.linalg.vector_norm(change).square())
             if change.ndim and change.shape[0] == batch_size:
                 rows.append(change.reshape(batch_size, -1).amax(1))
         by_sample = torch.stack(rows).amax(0) if len(rows) == len(after) else None
@@ -156,7 +156,7 @@ class Change:
 
 
 def _largest_change(before: States, after: States) -> Tensor:
-    return torch.stack([magnitude(state - before[slot]).max() for slot, state in after.items()]).max()
+    return torch.stack([_change(before[slot], state).max() for slot, state in after.items()]).max()
 
 
 def _largest(states: States) -> Tensor:
@@ -166,3 +166,8 @@ def _largest(states: States) -> Tensor:
 def magnitude(tensor: Tensor) -> Tensor:
     """Absolute values; of complex numbers by their parts, since ``abs`` is kept for what is holomorphic."""
     return torch.hypot(tensor.real, tensor.imag) if tensor.is_complex() else tensor.abs()
+
+
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    difference = after - before
+    return magnitude(difference) if difference.is_complex() else difference.abs_()
