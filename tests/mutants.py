@@ -265,6 +265,10 @@ PROGRAMS = [
            "frozenset()", "programs"),
     Mutant("a round that starts where the one before did", "programs.py", "current |= {", "_ = {",
            "programs::several_rounds_of_a_program_are_one_program"),
+    Mutant("one setting's program for another", "fused.py", "torch.get_num_threads(), settings",
+           "torch.get_num_threads()", "program_settings::a_setting_of_a_module_may_change"),
+    Mutant("a parameter's hook in a program", "recorded_sweep.py", "within([hooks],", "within([],",
+           "program_settings::hooks_of_parameters_run_once_in_a_backward"),
 ]  # fmt: skip
 
 AGREEMENT = [

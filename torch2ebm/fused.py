@@ -7,22 +7,24 @@ the compiler of ``torch.compile``. The programs are kept from batch to batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch2ebm.graph import EnergyGraph
 from torch2ebm.inference import Inference
 from torch2ebm.output_loss import OutputLoss
 from torch2ebm.programs import NotRecordableError, Program, alias_pattern, not_compiled, record
+from torch2ebm.signature import PLAIN
 from torch2ebm.state import Call, LocalGradients
 from torch2ebm.structure import fill, leaves_of, signature, template_of
 
-KINDS = 8  # of batches (shapes, losses, modes) that programs are kept for, a graph
+KINDS = 8  # of batches (shapes, losses, settings) that programs are kept for, a graph; and of graphs, a module
 OPERATIONS = 170  # at most in a program made of several steps, three or more: it takes longer to compile
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 Family = dict[Hashable, Any]  # what was recorded for one kind of batch
 
 
@@ -31,21 +33,23 @@ class Programs:
 
     def __init__(self) -> None:
         self._families: WeakKeyDictionary[EnergyGraph, dict[Hashable, Family | None]] = WeakKeyDictionary()
+        self._graphs: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many it has had
         self._warned: set[str] = set()
 
     def family(self, graph: EnergyGraph, key: Hashable) -> Family | None:
         """Those for one kind of batch; None where there are too many kinds, or it was refused."""
-        families = self._families.setdefault(graph, {})
+        families = self._families.get(graph, {})
         try:
             known = key in families
         except TypeError as error:  # something in it has no hash
             self.warn(f"a setting cannot be compared: {error}")
             return None
         if not known:
-            if len(families) >= KINDS:
-                self.warn(f"over {KINDS} kinds of batches (shapes, losses, modes); give batches one shape")
+            graphs = self._graphs.get(graph.module, 0) + (graph not in self._families)
+            if len(families) >= KINDS or graphs > KINDS:
+                self.warn(f"over {KINDS} kinds of batches (shapes, losses, settings); give batches one shape")
                 return None
-            families[key] = {}
+            families[key], self._families[graph], self._graphs[graph.module] = {}, families, graphs
         return families[key]
 
     def refuse(self, graph: EnergyGraph, key: Hashable, reason: str) -> None:
@@ -286,11 +290,27 @@ def fixed_tensors(programs: Programs, call: Call, loss: OutputLoss | None) -> tu
 
 
 def surroundings(call: Call) -> Hashable:
-    """What is set for the whole process or thread, and stands in a program or in its compiled code."""
+    """What is set for process, thread or parts of the module, and stands in a program or in its compiled code."""
     device = call.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return autocast, torch.get_default_dtype(), deterministic, torch.get_num_threads()
+    parts = call.graph.once(surroundings, lambda: tuple(_whole_modules(call.graph)))
+    settings = tuple([_settings(part) for part in parts])
+    return autocast, torch.get_default_dtype(), deterministic, torch.get_num_threads(), settings
+
+
+def _whole_modules(graph: EnergyGraph) -> Iterator[nn.Module]:
+    """Those that nodes call as they are; of the others, a capture holds for their settings alone."""
+    called = [operation.target for node in graph.order for operation in node.operations]
+    return (part for module in called if isinstance(module, nn.Module) for part in module.modules())
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """Its attributes that are no tensors and no objects, a dropout's probability for one."""
+    own = [(name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+    return tuple(
+        [(name, signature(value)) for name, value in own if all(isinstance(e, PLAIN) for e in leaves_of(value))]
+    )
 
 
 def _size(structure: Any) -> int:

@@ -62,10 +62,14 @@ class Program:
         self._run: Callable[..., Sequence[Tensor]] = graph_module.forward
         self.is_compiled = False
 
+    def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Those that it takes, of as many as are given."""
+        return [tensors[i] for i in self._inputs if i < len(tensors)]
+
     def leaves(self, tensors: Sequence[Tensor]) -> list[Any]:
         """The leaves of the function's result for other tensors, given in the order they had when recording."""
         with torch.no_grad():
-            outputs = self._run(*[tensors[i] for i in self._inputs])
+            outputs = self._run(*self.read(tensors))
         return [source.leaf(outputs, tensors) for source in self._sources]
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
@@ -111,7 +115,7 @@ class Program:
 
     def _first_compiled(self, *inputs: Tensor) -> Sequence[Tensor]:
         self._run = self._graph_module.forward
-        if not any(each.is_complex() for each in inputs):  # the compiler makes no code for these
+        if not any(each.is_complex() or each.is_neg() for each in inputs):  # the compiler makes no code for these
             with TRACING:
                 reason, compiled = _compiled(self._graph_module, inputs)
             if reason:
@@ -153,8 +157,10 @@ def _machine_code(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
 
 
 def _twin(tensor: Tensor) -> Tensor:
-    """A copy that is as good to the compiler: for another kind it would compile again, and nobody had tried that."""
-    copy = tensor.detach().clone()
+    """A copy that lies in memory alike, gaps and overlaps included: the code is made for its strides."""
+    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = tensor.detach().as_strided((length if tensor.numel() else 0,), (1,)).clone()
+    copy = memory.as_strided(tensor.shape, tensor.stride())
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(copy, tensor.requires_grad)
     return copy.requires_grad_(tensor.requires_grad)
@@ -296,7 +302,8 @@ def _traced(function: Callable[[], Any], named: Sequence[Tensor]) -> tuple[fx.Gr
         raise
     except (RuntimeError, UnknownDrawError, NodeEvaluationError, TypeError, ValueError) as error:
         raise NotRecordableError(first_line(error)) from error
-    _check(graph_module)
+    _check_sources(graph_module)
+    _check_shapes(graph_module)
     _simplify(graph_module)
     return graph_module, found[0]
 
@@ -325,7 +332,19 @@ def _sources(result: Any, inputs: Mapping[int, int]) -> list[_Source]:
     return sources
 
 
-def _check(graph_module: fx.GraphModule) -> None:
+def _check_shapes(graph_module: fx.GraphModule) -> None:
+    for node in graph_module.graph.nodes:
+        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+            continue
+        if node.target is not _aten.index.Tensor or any(_is_mask(index) for index in node.args[1]):
+            raise NotRecordableError(f"the shape of what {node.target} returns depends on numbers in a tensor")
+
+
+def _is_mask(index: fx.Node | None) -> bool:
+    return index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+def _check_sources(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and any(user.target not in _LIFTS for user in node.users):
             tensor = getattr(graph_module, node.target, None)

@@ -63,11 +63,7 @@ class RecordedLoss(OutputLoss):
 
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         values, leaves = self._replayed(predictions)
-        if self._weights is None:
-            self._weights = [
-                torch.full_like(v, self.multiplier * f) for f, v in zip(self.relative, values, strict=True)
-            ]
-        found = pull_back(values, self._weights, list(leaves.values()))
+        found = pull_back(values, self._weights_of(values), list(leaves.values()))
         if any(value.is_complex() for value in values):  # torch gives the conjugate of a holomorphic derivative
             found = [None if each is None else each.conj() for each in found]
         return self._total([value.detach() for value in values]), _present(leaves, found)
@@ -94,14 +90,23 @@ class RecordedLoss(OutputLoss):
         if on_tape is None:
             return None
         settings, tensors = on_tape
-        return (self.multiplier, tuple(self.relative), tuple(self.delivered), settings), [
+        return (self.multiplier, tuple(self.delivered), settings), [
             *tensors,
             *(self._weights or []),  # there since the loss was checked
         ]
 
     def _total(self, values: Sequence[Tensor]) -> Tensor:
-        parts = [value * (self.multiplier * factor) for factor, value in zip(self.relative, values, strict=True)]
+        parts = [value * weight for value, weight in zip(values, self._weights_of(values), strict=True)]
         return parts[0] if len(parts) == 1 else torch.stack([part.reshape(()) for part in parts]).sum()
+
+    def _weights_of(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors, so that coefficients which change from batch to batch are no settings of a program."""
+        if self._weights is None:
+            self._weights = [
+                torch.full_like(value.detach(), self.multiplier * factor)
+                for factor, value in zip(self.relative, values, strict=True)
+            ]
+        return self._weights
 
     def _replayed(self, predictions: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The scalars at other predictions, and the leaves that a gradient is wanted for, by slot."""

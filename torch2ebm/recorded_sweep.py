@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2ebm.freezing import BufferSnapshot, RandomState
+from torch2ebm.errors import NodeEvaluationError
+from torch2ebm.freezing import BufferSnapshot, RandomState, hooks_suspended
 from torch2ebm.fused import Family, Programs, surroundings
 from torch2ebm.inference import GradientSum
+from torch2ebm.interrupts import within
 from torch2ebm.programs import NotRecordableError, Program, alias_pattern, record_in_two
 from torch2ebm.state import Call
 from torch2ebm.structure import fill, signature
@@ -40,6 +42,16 @@ class _Pending:
 
     after: Program
     tensors: list[Tensor]
+    versions: list[tuple[Tensor, int]]  # of those that it reads, some of them views of parameters
+
+    def check(self) -> None:
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise NodeEvaluationError(
+                "loss.backward()",
+                "an input or parameter that was changed in place since model(...)",
+                "what the forward saw, which the gradient needs",
+                "Call backward before optimizer.step().",
+            )
 
 
 class RecordedSweep:
@@ -68,6 +80,7 @@ class RecordedSweep:
         pending: _Pending | None = call.recorded
         if pending is None:
             return self._sweep(call, delivered, retain_graph)
+        pending.check()
         late = [_given(delivered.get(slot), call.values[slot]) for slot in call.graph.output_slots]
         return pending.after([*pending.tensors, *late])  # type: ignore[no-any-return]
 
@@ -83,7 +96,10 @@ class RecordedSweep:
         leaves = halves.before.leaves(early)
         call.values, call.environment = fill(halves.before.result, leaves)
         saved = leaves[halves.before.size :]
-        call.recorded = _Pending(halves.after, [*early, *saved])
+        tensors = [*early, *saved]
+        buffers = set(map(id, call.graph.module.buffers()))  # another forward may move them
+        read = [each for each in halves.after.read(tensors) if id(each) not in buffers and not each.is_inference()]
+        call.recorded = _Pending(halves.after, tensors, [(each, each._version) for each in read])
 
     def _record(self, call: Call, family: Family, early: list[Tensor]) -> None:
         """The feed-forward pass of this call, whose own backward is the eager sweep."""
@@ -94,7 +110,8 @@ class RecordedSweep:
         def function() -> Any:
             call.feedforward(keep_graph=True)
             values = {slot: value.detach() for slot, value in call.values.items()}
-            return (values, dict(call.environment)), self._sweep(call, delivered, True)
+            hooks = hooks_suspended(call.parameters.values())  # they run in every backward
+            return (values, dict(call.environment)), within([hooks], lambda: self._sweep(call, delivered, True))
 
         buffers, generators = BufferSnapshot(dict(call.graph.module.named_buffers())), RandomState(call.device)
         try:

@@ -81,7 +81,8 @@ def fill(template: Any, leaves: Sequence[Any]) -> Any:
 def signature(structure: Any) -> Hashable:
     """What is the same in two structures that one program serves: shape, kinds of tensors, all other leaves."""
     if isinstance(structure, torch.Tensor):
-        return structure.shape, structure.stride(), structure.dtype, structure.device, structure.requires_grad
+        layout = structure.shape, structure.stride(), structure.is_neg()
+        return *layout, structure.dtype, structure.device, structure.requires_grad
     if isinstance(structure, Reference):
         return Reference, structure.index
     if isinstance(structure, (tuple, list)) and not isinstance(structure, torch.Size):
