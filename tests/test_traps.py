@@ -550,3 +550,32 @@ def test_under_autocast_buffers_of_values_and_errors_are_single_precision() -> N
 def test_under_autocast_every_error_of_the_state_is_single_precision(algorithm: torch2ebm.Algorithm) -> None:
     model, _ = in_bfloat16_and_in_double(algorithm)
     assert {model.state.error[name].dtype for name in model.nodes} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        torch2ebm.PredictiveCoding(5, 0.1),
+        torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(5, 0.1)),
+        torch2ebm.PredictiveCoding(solver=torch2ebm.SequentialDescent(5, 0.1)),
+        torch2ebm.FixedPrediction(5, 0.1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_group_norm_in_channels_last_has_the_same_gradients(algorithm: torch2ebm.Algorithm, whole: bool) -> None:
+    """Torch itself crashes where the gradients of the norm's parameters are wanted without its input's."""
+
+    def gradients(memory_format: torch.memory_format) -> list[Tensor]:
+        torch.manual_seed(0)
+        norm = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU()) if whole else nn.GroupNorm(2, 8)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)).double()
+        net.to(memory_format=memory_format)
+        x = torch.randn(2, 3, 6, 6, dtype=torch.float64).contiguous(memory_format=memory_format)
+        model = torch2ebm.convert(net, nodes=["0", "1", "4"])
+        torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, algorithm)
+        nn.functional.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+        return [parameter.grad for parameter in net.parameters()]
+
+    for ours, theirs in zip(gradients(torch.channels_last), gradients(torch.contiguous_format), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from torch2ebm.errors import PartitionError
 from torch2ebm.exported_writes import is_aliasing
@@ -18,6 +19,8 @@ from torch2ebm.graph import EnergyGraph, Node, Operation, OutputReference, ident
 from torch2ebm.observing import Capture
 from torch2ebm.partition import Granularity, Group, Partition, Roles, assign_roles
 from torch2ebm.structure import leaves_of
+
+_GROUP_NORMS = (functional.group_norm, torch.group_norm, torch.ops.aten.group_norm.default)
 
 
 def build_graph(capture: Capture, granularity: Granularity) -> EnergyGraph:
@@ -156,6 +159,7 @@ class _Assembly:
             exports=tuple(fixed[node] for node in self.exports[i]),
             random=any(facts[node].random for node in body),
             batch_statistics=any(facts[node].batch_statistics for node in body),
+            group_norm=any(_normalises_groups(self._called(node).target) for node in body),
             description=" > ".join(self._operations(self.groups[i])),
             operations=tuple(self._called(node) for node in self._sorted(self.core[i])),
         )
@@ -303,3 +307,9 @@ def _unique(name: str, taken: set[str]) -> str:
         candidate = f"{name}_{count}"
     taken.add(candidate)
     return candidate
+
+
+def _normalises_groups(target: Any) -> bool:
+    if isinstance(target, nn.Module):
+        return any(isinstance(part, nn.GroupNorm) for part in target.modules())
+    return target in _GROUP_NORMS

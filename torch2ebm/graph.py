@@ -48,6 +48,7 @@ class Node:
         exports: Names of what else its function returns for others to read as constants.
         random: Whether it draws random numbers.
         batch_statistics: Whether it normalises with the statistics of the batch.
+        group_norm: Whether it normalises groups of channels.
         operations: What its predictions are made of, in order.
     """
 
@@ -63,6 +64,7 @@ class Node:
     exports: tuple[str, ...] = ()
     random: bool = False
     batch_statistics: bool = False
+    group_norm: bool = False
     description: str = ""
     operations: tuple[Operation, ...] = ()
 

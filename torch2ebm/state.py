@@ -33,7 +33,13 @@ class NodePass:
         self, cotangents: Sequence[Tensor | None], wrt: Sequence[Tensor], retain_graph: bool = False
     ) -> Sequence[Tensor | None]:
         """J^T of the predictions with respect to ``wrt``, applied to one cotangent a slot (None: zero)."""
-        return pull_back(self.predictions, cotangents, wrt, retain_graph)
+        more = _leaves_beside(wrt, self.inputs) if self.node.group_norm else []
+        return pull_back(self.predictions, cotangents, [*wrt, *more], retain_graph)[: len(wrt)]
+
+
+def _leaves_beside(wrt: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Torch 2.13's group norm crashes, in channels_last on a CPU, where its input's gradient is not wanted too."""
+    return [each for each in inputs if each.requires_grad and all(each is not other for other in wrt)]
 
 
 def pull_back(
@@ -147,6 +153,8 @@ class Call:
 
     def evaluate(self, node: Node, inputs: Sequence[Tensor], freeze_statistics: bool = True) -> NodePass:
         """The node again at other values: the same dropout masks, and by default the same batch statistics."""
+        if node.group_norm:
+            inputs = [each if each.requires_grad else each.detach().requires_grad_() for each in inputs]
         arguments = [*inputs, *[self.environment[name] for name in node.constants]]
         if not node.random and not node.batch_statistics:
             results = node.evaluate(arguments)
