@@ -17,6 +17,7 @@ from test_resume import same
 from torch import Tensor, nn
 
 import torch2ebm
+from torch2ebm.graph import EnergyGraph
 from torch2ebm.state import Call
 
 ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
@@ -201,3 +202,38 @@ def test_detach_leaves_no_hook_and_no_reference(algorithm: torch2ebm.Algorithm) 
         F.cross_entropy(net(training.x), LABELS).backward()
     for ours, theirs in zip(training.net.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
+
+
+class Annealed(nn.Module):
+    """Has a number as an attribute and one as an argument; each makes another graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 3), 1.0
+
+    def forward(self, x: Tensor, power: float = 1.0) -> Tensor:
+        return torch.tanh(self.layer(x) * self.scale) * power
+
+
+@pytest.mark.parametrize("where", ["attribute", "argument"])
+def test_graphs_for_numbers_that_change_with_every_batch_are_forgotten(where: str) -> None:
+    net = Annealed()
+    model = torch2ebm.convert(net)
+    torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, torch2ebm.ZeroDivergence())
+    x = torch.rand(5, 4)
+
+    def graphs_after(steps: range) -> int:
+        for step in steps:
+            net.zero_grad()
+            number = 1 + 0.01 * step
+            net.scale = number if where == "attribute" else 1.0
+            arguments = () if where == "attribute" else (number,)
+            F.cross_entropy(model(x, *arguments), LABELS).backward()
+            ours = net.layer.weight.grad
+            (expected,) = torch.autograd.grad(F.cross_entropy(net(x, *arguments), LABELS), [net.layer.weight])
+            assert torch.allclose(ours, expected, atol=1e-6)
+        gc.collect()
+        return sum(type(each) is EnergyGraph for each in gc.get_objects())
+
+    before = graphs_after(range(33))
+    assert graphs_after(range(33, 43)) == before

@@ -22,6 +22,7 @@ from torch2ebm.tracing import still_hold, trace
 from torch2ebm.verification import holds_for, verified
 
 EXPORTS_KEPT = 8  # of one signature, one for each shape that no other serves
+KEPT = 32  # in all: an attribute, or a number among the arguments, may change with every batch
 
 
 @dataclass(eq=False)
@@ -72,6 +73,7 @@ class Captures:
         if entry is None:
             entry = self._captured(key, granularity, signature, tensors, leaves, all_called)
             self.entries.append(entry)
+            del self.entries[:-KEPT]
         return entry.capture, entry.graph(granularity)
 
     def _of(self, key: Any) -> Iterable[_Entry]:
