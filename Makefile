@@ -31,7 +31,7 @@ test test-all: $(STAMP)
 
 # Branch coverage makes tests half as slow again. These run the same lines for many modules, or other processes: they
 # go without, and what the others reach is at the gate.
-UNTRACED := $(patsubst %,tests/test_%.py,algorithms export families graph properties tutorials wheel)
+UNTRACED := $(patsubst %,tests/test_%.py,algorithms export families graph properties recorded_models tutorials wheel)
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q
 
 OLDEST := .venv-oldest
