@@ -47,7 +47,9 @@ class Programs:
         if not known:
             graphs = self._graphs.get(graph.module, 0) + (graph not in self._families)
             if len(families) >= KINDS or graphs > KINDS:
-                self.warn(f"over {KINDS} kinds of batches (shapes, losses, settings); give batches one shape")
+                self.warn(
+                    f"over {KINDS} kinds of batches (shapes, losses, settings); give batches one shape and settings one value"
+                )
                 return None
             families[key], self._families[graph], self._graphs[graph.module] = {}, families, graphs
         return families[key]

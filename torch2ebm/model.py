@@ -16,12 +16,7 @@ from torch2ebm.backward import EnergyFunction, OpenCall, OpenForwards
 from torch2ebm.captures import Captures
 from torch2ebm.distributed import Replicas
 from torch2ebm.drawing import draw_graph
-from torch2ebm.errors import (
-    AttachmentError,
-    ConfigurationError,
-    NoStateError,
-    NotCapturedError,
-)
+from torch2ebm.errors import AttachmentError, ConfigurationError, NoStateError, NotCapturedError
 from torch2ebm.exclusive import TRACING
 from torch2ebm.fingerprint import Fingerprint, swapped_parameters
 from torch2ebm.finite import check_standing

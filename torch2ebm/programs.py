@@ -63,13 +63,13 @@ class Program:
         self.is_compiled = False
 
     def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Those that it takes, of as many as are given."""
+        """Those that it takes, of its first inputs alone: the others come late."""
         return [tensors[i] for i in self._inputs if i < len(tensors)]
 
     def leaves(self, tensors: Sequence[Tensor]) -> list[Any]:
         """The leaves of the function's result for other tensors, given in the order they had when recording."""
         with torch.no_grad():
-            outputs = self._run(*self.read(tensors))
+            outputs = self._run(*[tensors[i] for i in self._inputs])
         return [source.leaf(outputs, tensors) for source in self._sources]
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
