@@ -47,9 +47,7 @@ class Programs:
         if not known:
             graphs = self._graphs.get(graph.module, 0) + (graph not in self._families)
             if len(families) >= KINDS or graphs > KINDS:
-                self.warn(
-                    f"over {KINDS} kinds of batches (shapes, losses, settings); give batches one shape and settings one value"
-                )
+                self.warn(f"over {KINDS} kinds of batches (shapes, losses, settings); keep shapes and settings")
                 return None
             families[key], self._families[graph], self._graphs[graph.module] = {}, families, graphs
         return families[key]
