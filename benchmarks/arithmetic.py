@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from measure import flops
 
-from torch2ebm.graph import EnergyGraph, Node
-from torch2ebm.state import Call, NodePass
+from torch2ebm.engine.call import Call, NodePass
+from torch2ebm.graph.energy_graph import EnergyGraph, Node
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 import torch2ebm
 from torch2ebm.errors import CompilationWarning
-from torch2ebm.solvers.base import ValueSolver
-from torch2ebm.value_inference import ValueInference
+from torch2ebm.inference.solver import ValueSolver
+from torch2ebm.inference.value_inference import ValueInference
 
 Gradients = list[Tensor]
 STEPS, LR = 20, 0.1

@@ -23,7 +23,7 @@ from reporting import arguments_of, save_json, table, this_machine
 from torch import nn
 
 import torch2ebm
-from torch2ebm.extras import MARKERS, PALETTE, new_figure, save
+from torch2ebm.reports.figures import MARKERS, PALETTE, new_figure, save
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,11 @@ from reporting import arguments_of, save_json, table, this_machine
 from torch import Tensor
 
 import torch2ebm
-from torch2ebm.equilibrium import Equilibrium
+from torch2ebm.engine.call import Call
+from torch2ebm.equilibrium.dynamics import Equilibrium
+from torch2ebm.equilibrium.hopfield import HopfieldGraph
 from torch2ebm.errors import NotSettledWarning
-from torch2ebm.extras import PALETTE, new_figure, save
-from torch2ebm.hopfield import HopfieldGraph
-from torch2ebm.state import Call
+from torch2ebm.reports.figures import PALETTE, new_figure, save
 
 if TYPE_CHECKING:
     from pathlib import Path

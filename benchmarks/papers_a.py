@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch2ebm
-from torch2ebm.agreement import Agreement, agreement
-from torch2ebm.extras import MARKERS, PALETTE, new_figure, save
+from torch2ebm.reports.agreement import Agreement, agreement
+from torch2ebm.reports.figures import MARKERS, PALETTE, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch2ebm
-from torch2ebm.error_inference import ErrorInference
-from torch2ebm.extras import MARKERS, PALETTE, new_figure, save
-from torch2ebm.inference import Inference
-from torch2ebm.solvers.base import Solver, ValueSolver
+from torch2ebm.inference.base import Inference
+from torch2ebm.inference.error_inference import ErrorInference
+from torch2ebm.inference.solver import Solver, ValueSolver
+from torch2ebm.reports.figures import MARKERS, PALETTE, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

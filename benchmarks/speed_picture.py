@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from contenders import COMPILED, REFERENCE
 
-from torch2ebm.extras import PALETTE, new_figure, save
+from torch2ebm.reports.figures import PALETTE, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,7 +22,7 @@ LIGHTNINGS_OWN_WARNINGS = (
 
 COMPILERS_OWN_WARNINGS = (  # Dynamo looks at .grad of every tensor that it meets, and hides this where it is printed
     r"ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning:"
-    r"(torch\._dynamo\.variables\.builder|torch\._subclasses\.meta_utils|torch2ebm\.recorder)",
+    r"(torch\._dynamo\.variables\.builder|torch\._subclasses\.meta_utils|torch2ebm\.loss\.taped_tensor)",
 )
 
 # What the oldest torch that is supported, the one of `make test-oldest`, does not do by itself.

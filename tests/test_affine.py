@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.affine import dense_layers
+from torch2ebm.engine.call import Call
 from torch2ebm.errors import DenseLayerError
-from torch2ebm.state import Call
+from torch2ebm.implicit.dense_layers import dense_layers
 
 BATCH = 4
 

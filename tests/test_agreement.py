@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch2ebm.agreement import agreement
+from torch2ebm.reports.agreement import agreement
 
 
 def turned(degrees: float, length: float) -> Tensor:

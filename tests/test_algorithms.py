@@ -27,8 +27,8 @@ from zoo import PROBLEMS, Problem, tagged
 
 import torch2ebm
 from torch2ebm.algorithms.zero_divergence import by_levels
-from torch2ebm.state import Call
-from torch2ebm.value_inference import ValueInference
+from torch2ebm.engine.call import Call
+from torch2ebm.inference.value_inference import ValueInference
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 every_granularity = pytest.mark.parametrize("nodes", ["layer", "preactivation", "module", "op", "children"])

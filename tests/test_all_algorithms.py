@@ -22,13 +22,7 @@ from test_steady import deterministic, live_tensors
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.errors import (
-    DivergenceError,
-    NonFiniteError,
-    NumericalError,
-    OutOfMemoryError,
-    Torch2EBMError,
-)
+from torch2ebm.errors import DivergenceError, NonFiniteError, NumericalError, OutOfMemoryError, Torch2EBMError
 
 SYMMETRIC, CIRCLE = torch2ebm.Symmetric(0.1), torch2ebm.Holomorphic(0.1, points=3)
 # Those of test_bad_input and test_steady

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import torch2ebm
 from torch2ebm import errors
-from torch2ebm.graph import Node
-from torch2ebm.state import NodePass
+from torch2ebm.engine.call import NodePass
+from torch2ebm.graph.energy_graph import Node
 
 ALGORITHMS = {
     "PredictiveCoding": torch2ebm.PredictiveCoding(steps=4),

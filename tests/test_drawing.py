@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo import PROBLEMS, Problem
 
 import torch2ebm
-from torch2ebm.drawing import Layout, layout
+from torch2ebm.reports.drawing import Layout, layout
 
 pytest.importorskip("matplotlib")
 from matplotlib import image

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch2ebm
-from torch2ebm.equilibrium import Equilibrium, Influence
+from torch2ebm.engine.call import Call
+from torch2ebm.equilibrium.dynamics import Equilibrium, Influence
+from torch2ebm.equilibrium.hopfield import HopfieldGraph
+from torch2ebm.equilibrium.settling import settle
+from torch2ebm.equilibrium.updates import Damped, Synchronous
 from torch2ebm.errors import NonFiniteError, NotSettledError, NotSettledWarning
-from torch2ebm.hopfield import HopfieldGraph
-from torch2ebm.settling import settle
-from torch2ebm.state import Call
-from torch2ebm.updates import Damped, Synchronous
 
 EP = torch2ebm.EquilibriumPropagation
 FREE_PHASES = {

@@ -25,13 +25,13 @@ from test_equilibrium import gradients, summed
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.equilibrium import Equilibrium, Influence
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.gradients import GradientSum
+from torch2ebm.equilibrium.dynamics import Equilibrium, Influence
+from torch2ebm.equilibrium.free_phase import FreePhase
+from torch2ebm.equilibrium.updates import Damped, GaussSeidel, Synchronous
 from torch2ebm.errors import ConfigurationError, NoEquilibriumError
-from torch2ebm.free_phase import FreePhase
-from torch2ebm.inference import GradientSum
-from torch2ebm.output_loss import OutputLoss
-from torch2ebm.state import Call
-from torch2ebm.updates import Damped, GaussSeidel, Synchronous
+from torch2ebm.loss.output_loss import OutputLoss
 
 
 class Cost(OutputLoss):

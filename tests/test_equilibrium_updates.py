@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import torch2ebm
 from torch2ebm import AndersonMixing, GaussSeidel
-from torch2ebm.equilibrium import Equilibrium
+from torch2ebm.equilibrium.dynamics import Equilibrium
 from torch2ebm.errors import ConfigurationError, NotSettledWarning
 
 UPDATES = [AndersonMixing(), AndersonMixing(memory=2), GaussSeidel()]

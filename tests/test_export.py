@@ -16,12 +16,12 @@ from torch.nn import functional
 
 import torch2ebm
 from torch2ebm import errors
-from torch2ebm.drawing import layout
-from torch2ebm.exported import export
-from torch2ebm.observing import capture
-from torch2ebm.signature import flatten_arguments
-from torch2ebm.structure import leaves_of
-from torch2ebm.verification import verified
+from torch2ebm.capture.export import export
+from torch2ebm.capture.observation import capture
+from torch2ebm.capture.signature import flatten_arguments
+from torch2ebm.common.nested import leaves_of
+from torch2ebm.model.verification import verified
+from torch2ebm.reports.drawing import layout
 
 # Modules that torch.fx cannot follow ----------------------------------------------------------------------------------
 

@@ -34,8 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch2ebm
 from torch2ebm.errors import NodeEvaluationError, OutOfMemoryError, Torch2EBMError
-from torch2ebm.interrupts import Change, InterruptsDeferred, undone_by, within
-from torch2ebm.modes import Modes
+from torch2ebm.isolation.interrupts import Change, InterruptsDeferred, undone_by, within
+from torch2ebm.isolation.torch_modes import Modes
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,7 @@ def assert_next_step_works(training: Training, algorithm: torch2ebm.Algorithm) -
 
 # Where autograd enters a backward, before anything is done or guarded: as in the user's own lines after the forward, an
 # interruption leaves buffers as the forward has moved them, which is what plain torch leaves.
-ENTRY = {("backward.py", "backward"), ("backward.py", "without_a_trace"), ("recorder.py", "<lambda>")}
+ENTRY = {("backward.py", "backward"), ("backward.py", "without_a_trace"), ("taped_tensor.py", "<lambda>")}
 
 # Lines that only open or close a guard. A with is traced once more before its end runs, and raising there would leave
 # it out; a signal cannot: CPython looks for one after calls and jumps back, which a guard covers.
@@ -539,7 +539,7 @@ def test_without_memory_the_message_says_what_to_do_and_nothing_has_changed(
         if part == "forward":
             patch.setattr(torch.nn.functional, "linear", fails)
             patch.setattr(torch._C._nn, "linear", fails)
-            patch.setattr(torch2ebm.graph.Node, "evaluate", _evaluated_with(fails))
+            patch.setattr(torch2ebm.Node, "evaluate", _evaluated_with(fails))
         else:
             patch.setattr(type(algorithm), "backward", fails)
         with pytest.raises(torch.OutOfMemoryError) as caught:
@@ -554,7 +554,7 @@ def test_without_memory_the_message_says_what_to_do_and_nothing_has_changed(
 
 def _evaluated_with(fails: Callable[..., Any]) -> Callable[..., Any]:
     """A node whose function finds no memory, in the node's own handling of what its function raises."""
-    real = torch2ebm.graph.Node.evaluate
+    real = torch2ebm.Node.evaluate
     return lambda node, arguments: real(replace(node, function=fails), arguments)
 
 
@@ -563,7 +563,7 @@ def test_a_later_step_without_memory_undoes_the_first(monkeypatch: pytest.Monkey
     torch.manual_seed(3)
     training.backward()
     before = training.snapshot()
-    monkeypatch.setattr(torch2ebm.graph.Node, "evaluate", _evaluated_with(no_memory))
+    monkeypatch.setattr(torch2ebm.Node, "evaluate", _evaluated_with(no_memory))
     with pytest.raises(OutOfMemoryError, match=r"optimizer\.step\(\)"):
         training.optimizer.step()
     monkeypatch.undo()

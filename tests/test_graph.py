@@ -9,8 +9,8 @@ from torch.utils import _pytree as pytree
 from zoo import PROBLEMS, Problem
 
 import torch2ebm
-from torch2ebm.state import Call
-from torch2ebm.structure import fill
+from torch2ebm.common.nested import fill
+from torch2ebm.engine.call import Call
 
 GRANULARITIES = ("layer", "preactivation", "activation", "module", "op", "children")
 

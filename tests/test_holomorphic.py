@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch2ebm.equilibrium.holomorphic import HolomorphicOperations
 from torch2ebm.errors import NoEquilibriumError
-from torch2ebm.holomorphic import HolomorphicOperations
 
 POINTS, RADIUS = 32, 0.3  # the error falls like (radius / radius of convergence) ** points
 

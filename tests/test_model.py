@@ -570,7 +570,7 @@ def test_a_single_frozen_batch_norm_is_followed(algorithm: torch2ebm.Algorithm) 
 
 
 def test_mode_flips_cost_one_capture_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch2ebm import captures as under_test
+    from torch2ebm.model import capture_cache as under_test
 
     captures: list[int] = []
     real = under_test.capture

@@ -31,7 +31,7 @@ def test_the_tests_that_have_to_notice_are_there(argument: str) -> None:
 
 
 def test_a_defect_whose_place_is_gone_is_an_error() -> None:
-    gone, twice = (Mutant("no place", "energies.py", old, "", "solvers") for old in ("no such text", "error"))
+    gone, twice = (Mutant("no place", "engine/energies.py", old, "", "solvers") for old in ("no such text", "error"))
     for mutant in (gone, twice):
         with pytest.raises(ValueError, match="not once"):
             mutant.applied_to((PACKAGE / mutant.file).read_text())

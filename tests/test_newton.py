@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch2ebm.solvers.newton import Minimum, Point, Vector, minimise, moved
+from torch2ebm.implicit.newton import Minimum, Point, Vector, minimise, moved
 
 Function = Callable[[Tensor], Tensor]
 

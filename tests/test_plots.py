@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import torch2ebm
-from torch2ebm import extras, plots
+from torch2ebm.reports import figures as extras
+from torch2ebm.reports import plots
 
 pytest.importorskip("matplotlib")
 from matplotlib import image

@@ -19,8 +19,8 @@ from test_programs import (
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm import programs
 from torch2ebm.errors import CompilationWarning
+from torch2ebm.programs import program as programs
 
 __all__ = ["recorded_only", "recordings"]  # fixtures
 

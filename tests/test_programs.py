@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch2ebm
-from torch2ebm import programs
-from torch2ebm.draws import Draws, Repeated, UnknownDrawError
 from torch2ebm.errors import CompilationWarning
-from torch2ebm.graph import Node
+from torch2ebm.graph.energy_graph import Node
+from torch2ebm.isolation.random_numbers import Draws, Repeated, UnknownDrawError
+from torch2ebm.programs import program as programs
 
 Make = Callable[..., torch2ebm.Algorithm]
 Losses = Callable[[int], Callable[[Tensor], Tensor]]
@@ -623,7 +623,7 @@ def test_two_programs_meet_at_what_comes_late() -> None:
         hidden = torch.tanh(x @ weight)
         return hidden.sum(1), x.T @ (late * (1 - hidden**2))
 
-    before, after = programs.record_in_two(function, [x, weight], [late])
+    before, after = programs.record_two_programs(function, [x, weight], [late])
     x, weight, late = torch.randn(3, 4), torch.randn(4, 4), torch.randn(3, 4)
     leaves = before.leaves([x, weight])
     expected = function()

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import torch2ebm
-from torch2ebm.graph import EnergyGraph
+from torch2ebm.common.nested import fill
+from torch2ebm.engine.call import Call
+from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.solvers import base as solvers
-from torch2ebm.state import Call
-from torch2ebm.structure import fill
 
 Instruction = tuple[str, int, int]  # kind, variant, pick
 Step = Callable[..., Tensor]  # of the module and the values so far

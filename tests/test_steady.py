@@ -17,8 +17,8 @@ from test_resume import same
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.graph import EnergyGraph
-from torch2ebm.state import Call
+from torch2ebm.engine.call import Call
+from torch2ebm.graph.energy_graph import EnergyGraph
 
 ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
     "PredictiveCoding": torch2ebm.PredictiveCoding(steps=3),

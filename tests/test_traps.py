@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torch2ebm
+from torch2ebm.engine.call import Call
 from torch2ebm.errors import Torch2EBMError
-from torch2ebm.state import Call
 
 WIDTH, STEPS, BATCH = 8, 6, 5
 

@@ -1,7 +1,6 @@
 """torch2ebm: train the PyTorch model that you have by energy-based local learning, in the loop that you have."""
 
 from torch2ebm import errors, torch2pc
-from torch2ebm.agreement import Agreement
 from torch2ebm.algorithms import (
     Algorithm,
     Backprop,
@@ -17,30 +16,29 @@ from torch2ebm.algorithms import (
     ZeroDivergence,
 )
 from torch2ebm.compare import GradientComparison, compare
-from torch2ebm.energies import Categorical, Energy, Gaussian
+from torch2ebm.engine.energies import Categorical, Energy, Gaussian
+from torch2ebm.engine.nudging import Holomorphic, OneSided, RandomSign, Symmetric
+from torch2ebm.engine.results import InferenceState, Relaxation
+from torch2ebm.equilibrium.linear_solvers import ConjugateGradient, FixedPointSolve, Neumann
+from torch2ebm.equilibrium.updates import AndersonMixing, GaussSeidel
 from torch2ebm.errors import Torch2EBMError
-from torch2ebm.graph import EnergyGraph, Node
-from torch2ebm.idx import load_mnist, read_idx
-from torch2ebm.model import EnergyModel, convert
+from torch2ebm.graph.energy_graph import EnergyGraph, Node
+from torch2ebm.loss.energy_loss import EnergyLoss
+from torch2ebm.mnist import load_mnist, read_idx
+from torch2ebm.model.energy_model import EnergyModel, convert
 from torch2ebm.mq import MQ
-from torch2ebm.nudging import Holomorphic, OneSided, RandomSign, Symmetric
 from torch2ebm.optimizer import EnergyOptimizer
-from torch2ebm.recorder import EnergyLoss
+from torch2ebm.reports.agreement import Agreement
 from torch2ebm.solvers import (
     Adam,
     Anderson,
-    ConjugateGradient,
     ErrorDescent,
-    FixedPointSolve,
     GradientDescent,
     LocalErrorDescent,
     Momentum,
-    Neumann,
     SequentialDescent,
     Solver,
 )
-from torch2ebm.state import InferenceState, Relaxation
-from torch2ebm.updates import AndersonMixing, GaussSeidel
 
 __all__ = [
     "MQ",

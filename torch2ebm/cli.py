@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch2ebm.algorithms import FixedPrediction, PredictiveCoding, ZeroDivergence
 from torch2ebm.compare import compare
 from torch2ebm.errors import ConfigurationError, Torch2EBMError
-from torch2ebm.model import convert
-from torch2ebm.partition import Granularity
+from torch2ebm.graph.granularity import Granularity
+from torch2ebm.model.energy_model import convert
 
 DTYPES: Final = {"float32": torch.float32, "int64": torch.int64}
 GRANULARITIES: Final = ("auto", "layer", "preactivation", "module", "op", "children")

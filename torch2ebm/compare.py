@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.agreement import Agreement, agreement
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.errors import ConfigurationError, PartitionError, ShardingError
-from torch2ebm.model import EnergyModel, convert
-from torch2ebm.plots import plot_comparison
-from torch2ebm.references import untouched
-from torch2ebm.summary import aligned
+from torch2ebm.isolation.module_state import untouched
+from torch2ebm.model.energy_model import EnergyModel, convert
+from torch2ebm.reports.agreement import Agreement, agreement
+from torch2ebm.reports.plots import plot_comparison
+from torch2ebm.reports.tables import aligned
 
 Gradients = Mapping[str, Tensor]
 

@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from torch2ebm.algorithms import Algorithm, FixedPrediction, PredictiveCoding, ZeroDivergence
 from torch2ebm.compare import GradientComparison, compare
-from torch2ebm.distributed import process_count
-from torch2ebm.extras import require
-from torch2ebm.model import convert
+from torch2ebm.engine.results import Relaxation
+from torch2ebm.model.energy_model import convert
+from torch2ebm.model.replicas import process_count
 from torch2ebm.optimizer import EnergyOptimizer
-from torch2ebm.plots import plot_energy, plot_error_map
-from torch2ebm.state import Relaxation
-from torch2ebm.summary import aligned
+from torch2ebm.reports.figures import require
+from torch2ebm.reports.plots import plot_energy, plot_error_map
+from torch2ebm.reports.tables import aligned
 
 BATCH = 64
 

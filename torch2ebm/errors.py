@@ -184,3 +184,9 @@ class DivergenceWarning(UserWarning):
 
 class CompilationWarning(UserWarning):
     """``compile=True`` could not be followed; the same inference runs without, and the message says why."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says, the first line that is no heading: a compiler's own names only the backend that failed."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line and not line.endswith(":")), type(error).__name__).rstrip(".")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch2ebm.common.checks import check_positive
 from torch2ebm.errors import ConfigurationError
-from torch2ebm.solvers.base import check_positive
 
 LARGEST_MEMORY = 0.9999
 

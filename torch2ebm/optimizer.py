@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.errors import AttachmentError, CheckpointError, LossIndependentError, NoStateError
-from torch2ebm.interrupts import InterruptsDeferred
-from torch2ebm.memory import exhausted_memory_named
-from torch2ebm.model import EnergyModel
+from torch2ebm.isolation.interrupts import InterruptsDeferred
+from torch2ebm.isolation.out_of_memory import exhausted_memory_named
+from torch2ebm.model.energy_model import EnergyModel
 
 Monitor = Callable[[str, float, int], Any]
 

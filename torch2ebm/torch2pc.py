@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torch2ebm.engine.call import Call, NodePass
+from torch2ebm.engine.gradients import GradientSum
 from torch2ebm.errors import ConfigurationError, NonFiniteError
-from torch2ebm.freezing import BufferSnapshot, RandomState
-from torch2ebm.graph import EnergyGraph, Node, OutputReference
-from torch2ebm.inference import GradientSum
-from torch2ebm.state import Call, NodePass
+from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
+from torch2ebm.isolation.module_state import BufferSnapshot
+from torch2ebm.isolation.random_numbers import RandomState
 
 ERROR_TYPES = ("Strict", "FixedPred", "Exact")
 INPUT = "X"

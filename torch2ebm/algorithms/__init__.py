@@ -1,4 +1,7 @@
-"""One algorithm a file: a call and its loss in, local gradients out."""
+"""One algorithm a file: a call and its loss in, local gradients out.
+
+May import all wings up to `solvers`, `equilibrium` and `implicit`.
+"""
 
 from torch2ebm.algorithms.backprop import Backprop
 from torch2ebm.algorithms.base import Algorithm

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.output_loss import OutputLoss
-from torch2ebm.state import Call, InferenceState, LocalGradients
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.results import InferenceState, LocalGradients
+from torch2ebm.loss.output_loss import OutputLoss
 
 
 class Backprop(Algorithm):

@@ -5,11 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from torch2ebm.errors import ConfigurationError
-from torch2ebm.output_loss import OutputLoss
-from torch2ebm.state import Call, LocalGradients
-
-REDUCTIONS = ("mean", "sum")
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.results import LocalGradients
+from torch2ebm.loss.output_loss import OutputLoss
 
 
 class Algorithm(ABC):
@@ -50,18 +48,3 @@ class Algorithm(ABC):
     def with_steps(self, steps: int) -> Algorithm:
         """The same algorithm with another number of inference steps; itself, if it has none."""
         return self
-
-
-def check_reduction(where: str, loss_reduction: str) -> None:
-    if loss_reduction not in REDUCTIONS:
-        raise ConfigurationError(
-            f"{where}(loss_reduction=...)",
-            repr(loss_reduction),
-            "'mean' or 'sum'",
-            "'mean' fits a loss that is a mean over the batch, 'sum' takes the loss as it is written.",
-        )
-
-
-def check_choice(where: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigurationError(f"{where}({name}=...)", repr(value), f"one of {choices}", "Choose one of them.")

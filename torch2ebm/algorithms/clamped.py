@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch2ebm.equilibrium import Influence, pulled_through
-from torch2ebm.free_phase import Free, check_drift, check_finite, check_nudged
-from torch2ebm.hopfield import Term
-from torch2ebm.inference import GradientSum
-from torch2ebm.output_loss import OutputLoss
-from torch2ebm.settling import Settled, settle
-from torch2ebm.state import Call, LocalGradients
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.gradients import GradientSum
+from torch2ebm.engine.results import LocalGradients
+from torch2ebm.equilibrium.dynamics import Influence, pulled_through
+from torch2ebm.equilibrium.hopfield import Term
+from torch2ebm.equilibrium.settling import Free, Settled, settle
+from torch2ebm.equilibrium.settling_checks import check_drift, check_finite, check_nudged
+from torch2ebm.loss.output_loss import OutputLoss
 
 
 def contrast_with_clamped(

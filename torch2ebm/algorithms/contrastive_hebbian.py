@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.algorithms.clamped import contrast_with_clamped
+from torch2ebm.common.checks import check_steps
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.results import LocalGradients
+from torch2ebm.equilibrium.free_phase import FreePhase
+from torch2ebm.equilibrium.settling import Free
+from torch2ebm.equilibrium.settling_checks import check_signal
+from torch2ebm.equilibrium.updates import Update
 from torch2ebm.errors import PartitionError
-from torch2ebm.free_phase import Free, FreePhase, check_signal
-from torch2ebm.output_loss import OutputLoss
-from torch2ebm.solvers.base import check_steps
-from torch2ebm.state import Call, LocalGradients
-from torch2ebm.updates import Update
+from torch2ebm.loss.output_loss import OutputLoss
 
 FLOOR = 1e3  # times the precision: below it rounding is more than about a hundredth of the signal
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.algorithms.clamped import contrast_with_clamped
-from torch2ebm.free_phase import FreePhase
-from torch2ebm.nudging import check_beta
-from torch2ebm.output_loss import OutputLoss
-from torch2ebm.solvers.base import check_steps
-from torch2ebm.state import Call, LocalGradients
-from torch2ebm.updates import Update
+from torch2ebm.common.checks import check_steps
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.nudging import check_beta
+from torch2ebm.engine.results import LocalGradients
+from torch2ebm.equilibrium.free_phase import FreePhase
+from torch2ebm.equilibrium.updates import Update
+from torch2ebm.loss.output_loss import OutputLoss
 
 
 class CoupledLearning(Algorithm):

@@ -7,21 +7,23 @@ from collections.abc import Sequence
 
 import torch
 
-from torch2ebm.algorithms.base import Algorithm, check_reduction
-from torch2ebm.algorithms.divergence import of_phase
-from torch2ebm.equilibrium import Influence, States, cost_gradients
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.common.checks import check_reduction, check_steps
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.gradients import GradientSum
+from torch2ebm.engine.nudging import Holomorphic, Nudging, Symmetric
+from torch2ebm.engine.results import LocalGradients
+from torch2ebm.equilibrium.dynamics import Influence, States, cost_gradients
+from torch2ebm.equilibrium.free_phase import FreePhase
+from torch2ebm.equilibrium.holomorphic import HolomorphicOperations, check_holomorphic
+from torch2ebm.equilibrium.settling import Free, Settled
+from torch2ebm.equilibrium.settling_checks import check_drift, check_finite, check_nudged, check_signal
+from torch2ebm.equilibrium.updates import Update
 from torch2ebm.errors import ConfigurationError, DivergenceError
-from torch2ebm.free_phase import Free, FreePhase, check_drift, check_finite, check_nudged, check_signal
-from torch2ebm.fused import Programs
-from torch2ebm.holomorphic import HolomorphicOperations, check_holomorphic
-from torch2ebm.inference import GradientSum
-from torch2ebm.modes import entered
-from torch2ebm.nudging import Holomorphic, Nudging, Symmetric
-from torch2ebm.output_loss import OutputLoss
-from torch2ebm.settling import Settled
-from torch2ebm.solvers.base import check_steps
-from torch2ebm.state import Call, LocalGradients
-from torch2ebm.updates import Update
+from torch2ebm.inference.divergence import of_phase
+from torch2ebm.isolation.torch_modes import entered
+from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.programs.cache import Programs
 
 FLOOR = 1.0  # times the precision: below it nothing of the nudge is left at the first states
 

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from torch2ebm.algorithms.base import Algorithm, check_choice, check_reduction
-from torch2ebm.fused import Programs
-from torch2ebm.inference import GradientSum
-from torch2ebm.output_loss import OutputLoss
-from torch2ebm.recorded_sweep import RecordedSweep, Swept
-from torch2ebm.solvers.base import check_positive, check_steps
-from torch2ebm.state import Call, InferenceState, LocalGradients, Relaxation, at_least_single
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.common.checks import check_choice, check_positive, check_reduction, check_steps
+from torch2ebm.engine.call import Call, at_least_single
+from torch2ebm.engine.gradients import GradientSum, Swept
+from torch2ebm.engine.results import InferenceState, LocalGradients, Relaxation
+from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.programs.cache import Programs
+from torch2ebm.programs.sweep import ProgramSweep
 
 METHODS = ("closed_form", "sweep")
 
@@ -61,7 +62,7 @@ class FixedPrediction(Algorithm):
         self.steps, self.lr, self.method, self.loss_reduction = steps, lr, method, loss_reduction
         self.compile = compile
         sweep = self._sweep if method == "sweep" else self._closed_form
-        self._recorded = RecordedSweep(Programs() if compile else None, sweep)
+        self._recorded = ProgramSweep(Programs() if compile else None, sweep)
 
     def __repr__(self) -> str:
         return (

@@ -8,15 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from torch2ebm.affine import DenseLayer, dense_layers
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.common.checks import check_positive, check_tolerance
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.results import InferenceState, LocalGradients, Relaxation
 from torch2ebm.errors import ConfigurationError, NonFiniteError
-from torch2ebm.inference import LOSS
-from torch2ebm.output_loss import OutputLoss
-from torch2ebm.proximal_objective import LocalTerm, ProximalObjective, ProximalPoint
-from torch2ebm.solvers.base import check_positive, check_tolerance
-from torch2ebm.solvers.newton import Minimum, minimise
-from torch2ebm.state import Call, InferenceState, LocalGradients, Relaxation
+from torch2ebm.implicit.dense_layers import DenseLayer, dense_layers
+from torch2ebm.implicit.newton import Minimum, minimise
+from torch2ebm.implicit.objective import LocalTerm, ProximalObjective, ProximalPoint
+from torch2ebm.inference.base import LOSS
+from torch2ebm.loss.output_loss import OutputLoss
 
 TOLERANCES = {torch.float64: 1e-10}  # by the precision that values are kept in
 COARSE = 1e-5  # in single precision rounding leaves about a tenth of this of a gradient of order one

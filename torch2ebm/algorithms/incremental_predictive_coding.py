@@ -7,16 +7,18 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from torch2ebm.algorithms.base import Algorithm, check_reduction
-from torch2ebm.algorithms.node_energies import check_names, node_energies
-from torch2ebm.energies import Energy
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.common.checks import check_positive, check_reduction, check_steps
+from torch2ebm.engine.call import Call, NodePass
+from torch2ebm.engine.energies import Energy
+from torch2ebm.engine.gradients import GradientSum
+from torch2ebm.engine.node_energies import check_names, node_energies
+from torch2ebm.engine.results import InferenceState, LocalGradients
 from torch2ebm.errors import ConfigurationError
-from torch2ebm.graph import Node
-from torch2ebm.inference import GradientSum
-from torch2ebm.output_loss import OutputLoss
-from torch2ebm.solvers.base import check_positive, check_steps, report
-from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass
-from torch2ebm.value_inference import ValueInference
+from torch2ebm.graph.energy_graph import Node
+from torch2ebm.inference.relaxation import report
+from torch2ebm.inference.value_inference import ValueInference
+from torch2ebm.loss.output_loss import OutputLoss
 
 
 class IncrementalPredictiveCoding(Algorithm):
@@ -124,7 +126,7 @@ class _Step:
     def _hidden(self, node: Node) -> Sequence[Tensor | None]:
         evaluated = self.inference.evaluate(node, requires_grad=True)
         errors = self.inference.subtract(node, evaluated.predictions)
-        own, cotangents = self.inference.recorded_pulls(node, errors, evaluated.predictions)
+        own, cotangents = self.inference.pulls_into_history(node, errors, evaluated.predictions)
         self._send(evaluated, errors, cotangents)
         return own
 

@@ -8,17 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-from torch2ebm.algorithms.base import Algorithm, check_reduction
-from torch2ebm.algorithms.divergence import check_on_divergence, check_phases, no_gradients, of_phase
-from torch2ebm.algorithms.node_energies import check_names, node_energies
-from torch2ebm.energies import Energy
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.common.checks import check_reduction
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.energies import Energy
+from torch2ebm.engine.node_energies import check_names, node_energies
+from torch2ebm.engine.nudging import Nudging, OneSided
+from torch2ebm.engine.results import LocalGradients
 from torch2ebm.errors import ConfigurationError, DivergenceError
-from torch2ebm.fused import Programs
-from torch2ebm.nudging import Nudging, OneSided
-from torch2ebm.output_loss import NudgedLoss, OutputLoss
+from torch2ebm.inference.divergence import check_on_divergence, check_phases, no_gradients, of_phase
+from torch2ebm.inference.relaxation import relax
+from torch2ebm.loss.output_loss import NudgedLoss, OutputLoss
+from torch2ebm.programs.cache import Programs
 from torch2ebm.solvers import GradientDescent, Solver
-from torch2ebm.solvers.base import relax
-from torch2ebm.state import Call, LocalGradients
 
 
 class PredictiveCoding(Algorithm):

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.equilibrium import pulled_through
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.gradients import GradientSum
+from torch2ebm.engine.results import InferenceState, LocalGradients, Relaxation
+from torch2ebm.equilibrium.dynamics import pulled_through
+from torch2ebm.equilibrium.free_phase import FreePhase
+from torch2ebm.equilibrium.hopfield import Term
+from torch2ebm.equilibrium.linear_solvers import LinearSolver, Neumann, Solution, Vector
+from torch2ebm.equilibrium.linearised import LinearisedStep
+from torch2ebm.equilibrium.settling import Free
+from torch2ebm.equilibrium.updates import Update
 from torch2ebm.errors import ConfigurationError
-from torch2ebm.free_phase import Free, FreePhase
-from torch2ebm.hopfield import Term
-from torch2ebm.inference import GradientSum
-from torch2ebm.linearised import LinearisedStep
-from torch2ebm.output_loss import OutputLoss
-from torch2ebm.solvers.linear import LinearSolver, Neumann, Solution, Vector
-from torch2ebm.state import Call, InferenceState, LocalGradients, Relaxation
-from torch2ebm.updates import Update
+from torch2ebm.loss.output_loss import OutputLoss
 
 
 class RecurrentBackprop(Algorithm):

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from torch2ebm.algorithms.base import Algorithm, check_choice
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.common.checks import check_choice, check_positive
+from torch2ebm.engine.call import Call, NodePass
+from torch2ebm.engine.gradients import GradientSum, Swept
+from torch2ebm.engine.results import InferenceState, LocalGradients
+from torch2ebm.engine.reverse_sweep import reverse_sweep
 from torch2ebm.errors import ConfigurationError
-from torch2ebm.fused import Programs
-from torch2ebm.graph import EnergyGraph
-from torch2ebm.inference import GradientSum
-from torch2ebm.output_loss import OutputLoss
-from torch2ebm.recorded_sweep import RecordedSweep, Swept
-from torch2ebm.solvers.base import check_positive
-from torch2ebm.state import Call, InferenceState, LocalGradients, NodePass
+from torch2ebm.graph.energy_graph import EnergyGraph
+from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.programs.cache import Programs
+from torch2ebm.programs.sweep import ProgramSweep
 
 SCHEDULES = ("reverse", "levels")
 
@@ -51,7 +53,7 @@ class ZeroDivergence(Algorithm):
             got, remedy = f"schedule={schedule!r}", "The literal schedule is there to be looked at, not for speed."
             raise ConfigurationError("ZeroDivergence(compile=True)", got, "schedule='reverse'", remedy)
         self.schedule, self.gamma, self.compile = schedule, gamma, compile
-        self._recorded = RecordedSweep(Programs() if compile else None, self._reverse)
+        self._recorded = ProgramSweep(Programs() if compile else None, self._sweep)
 
     def __repr__(self) -> str:
         compiled = ", compile=True" if self.compile else ""
@@ -67,21 +69,8 @@ class ZeroDivergence(Algorithm):
         state = InferenceState(call.graph, call.batch_size, call.values, swept.deltas, -loss.unit)
         return LocalGradients(swept.gradients.parameters, call.input_gradients(swept.gradients.clamped), state)
 
-    def _reverse(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
-        gradients = GradientSum()
-        deltas = dict(delivered)
-        for node in reversed(tuple(call.graph.nodes.values())):
-            evaluated = call.passes[node.name] if retain_graph else call.passes.pop(node.name)
-            messages = gradients.add(
-                call, evaluated, [deltas.get(slot) for slot in node.slots], evaluated.inputs, retain_graph
-            )
-            for slot, message in zip(node.reads, messages, strict=True):
-                if message is None:
-                    continue
-                if self.gamma != 1.0:
-                    message = message * self.gamma ** (call.graph.owner[slot].level - node.level)
-                deltas[slot] = deltas[slot] + message if slot in deltas else message
-        return Swept(gradients, deltas)
+    def _sweep(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
+        return reverse_sweep(call, delivered, retain_graph, self.gamma)
 
 
 def by_levels(

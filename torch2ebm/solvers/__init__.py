@@ -1,11 +1,13 @@
-"""How values relax: one solver a file."""
+"""How values relax: one solver a file, each with `start` and `step`.
 
+May import all wings up to `inference`.
+"""
+
+from torch2ebm.inference.solver import Solver
 from torch2ebm.solvers.adam import Adam
 from torch2ebm.solvers.anderson import Anderson
-from torch2ebm.solvers.base import Solver
 from torch2ebm.solvers.error_descent import ErrorDescent
 from torch2ebm.solvers.gradient_descent import GradientDescent
-from torch2ebm.solvers.linear import ConjugateGradient, FixedPointSolve, LinearSolver, Neumann
 from torch2ebm.solvers.local_error_descent import LocalErrorDescent
 from torch2ebm.solvers.momentum import Momentum
 from torch2ebm.solvers.sequential_descent import SequentialDescent
@@ -13,14 +15,10 @@ from torch2ebm.solvers.sequential_descent import SequentialDescent
 __all__ = [
     "Adam",
     "Anderson",
-    "ConjugateGradient",
     "ErrorDescent",
-    "FixedPointSolve",
     "GradientDescent",
-    "LinearSolver",
     "LocalErrorDescent",
     "Momentum",
-    "Neumann",
     "SequentialDescent",
     "Solver",
 ]

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from torch2ebm.solvers.base import ValueSolver, check_positive, check_steps, check_tolerance
+from torch2ebm.common.checks import check_positive, check_steps, check_tolerance
+from torch2ebm.inference.solver import ValueSolver
+from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.solvers.momentum import check_fraction
-from torch2ebm.value_inference import ValueInference
 
 
 @dataclass

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from torch2ebm.error_inference import ErrorInference
-from torch2ebm.solvers.base import ErrorSolver, check_positive, check_steps, check_tolerance
-from torch2ebm.solvers.rows import Rows, least_squares
+from torch2ebm.common.checks import check_positive, check_steps, check_tolerance
+from torch2ebm.common.rows import Rows, least_squares
+from torch2ebm.inference.error_inference import ErrorInference
+from torch2ebm.inference.solver import ErrorSolver
 
 
 @dataclass
-class Past:
+class AndersonHistory:
     """The last errors and gradients, all slots of a sample in one row; the newest last."""
 
     errors: list[Tensor] = field(default_factory=list)  # [batch, entries]
@@ -55,10 +56,10 @@ class Anderson(ErrorSolver):
     def with_steps(self, steps: int) -> Anderson:
         return replace(self, steps=steps)
 
-    def start(self, inference: ErrorInference) -> Past:
-        return Past()
+    def start(self, inference: ErrorInference) -> AndersonHistory:
+        return AndersonHistory()
 
-    def step(self, inference: ErrorInference, state: Past) -> Past:
+    def step(self, inference: ErrorInference, state: AndersonHistory) -> AndersonHistory:
         found = dict(inference.total_sweep())
         rows = Rows(inference.values, tuple(inference.values), inference.call.batch_size)
         state.errors.append(rows.pack(inference.errors))
@@ -67,7 +68,7 @@ class Anderson(ErrorSolver):
         rows.unpack(self._next(state), inference.errors)
         return state
 
-    def _next(self, state: Past) -> Tensor:
+    def _next(self, state: AndersonHistory) -> Tensor:
         error, gradient = state.errors[-1], state.gradients[-1]
         if len(state.errors) == 1:
             return error - self.lr * gradient

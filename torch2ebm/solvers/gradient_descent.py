@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch2ebm.solvers.base import ValueSolver, check_positive, check_steps, check_tolerance
-from torch2ebm.value_inference import ValueInference
+from torch2ebm.common.checks import check_positive, check_steps, check_tolerance
+from torch2ebm.inference.solver import ValueSolver
+from torch2ebm.inference.value_inference import ValueInference
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch2ebm.error_inference import ErrorInference
-from torch2ebm.solvers.base import ErrorSolver, check_positive, check_steps, check_tolerance
+from torch2ebm.common.checks import check_positive, check_steps, check_tolerance
+from torch2ebm.inference.error_inference import ErrorInference
+from torch2ebm.inference.solver import ErrorSolver
 
 
 @dataclass(frozen=True)

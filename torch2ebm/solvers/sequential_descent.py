@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from torch2ebm.graph import Node
-from torch2ebm.inference import LOSS
-from torch2ebm.solvers.base import ValueSolver, check_positive, check_steps, check_tolerance
-from torch2ebm.state import NodePass
-from torch2ebm.value_inference import ValueInference
+from torch2ebm.common.checks import check_positive, check_steps, check_tolerance
+from torch2ebm.engine.call import NodePass
+from torch2ebm.graph.energy_graph import Node
+from torch2ebm.inference.base import LOSS
+from torch2ebm.inference.solver import ValueSolver
+from torch2ebm.inference.value_inference import ValueInference
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class _Sweep:
     def own_gradients(self, node: Node) -> Sequence[Tensor]:
         """dphi/dv of a node; neither it nor its parents have moved in this sweep."""
         errors, predictions = self._errors(node)
-        return self.inference.recorded_pulls(node, errors, predictions)[0]
+        return self.inference.pulls_into_history(node, errors, predictions)[0]
 
     def messages_to(self, node: Node) -> dict[str, Tensor]:
         """The sum of what all children send to each slot of the node."""

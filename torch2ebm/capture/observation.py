@@ -1,0 +1,187 @@
+"""What a real run shows of each operation of a trace: the :class:`Capture` that is cut in nodes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from torch2ebm.capture.in_place_fx import copied, expand_tuples
+from torch2ebm.capture.real_run import RealRun, is_live, real_run
+from torch2ebm.capture.signature import Signature
+from torch2ebm.capture.trace import Settings, Trace, untraceable
+from torch2ebm.common.nested import leaves_of, map_leaves
+from torch2ebm.errors import CaptureMismatchError, StaleAttributeWarning, UntraceableError
+from torch2ebm.isolation.batch_statistics import Statistics, keeping_statistics
+from torch2ebm.isolation.module_state import all_parameters_trainable, plain_autograd, untouched
+from torch2ebm.isolation.random_numbers import RandomState
+from torch2ebm.isolation.torch_modes import entered
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a real run showed of one operation."""
+
+    live: bool  # floating point, and differentiable with respect to parameters or to a node that the user named
+    tensor: bool
+    random: bool = False
+    batch_statistics: bool = False
+    finite: bool = True
+    shape: tuple[int, ...] = ()
+    data: bool = False  # tensors, or a tuple of them (a chunk of an input): not a shape
+
+
+class _Observer(fx.Interpreter):
+    def __init__(self, module: nn.Module, traced: Trace, device: torch.device) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=traced.graph)  # storages must not be used again
+        self.device, self.leaves = device, traced.leaves
+        self.facts: dict[fx.Node, Fact] = {}
+        self.outputs: dict[fx.Node, Any] = {}  # of operations with several outputs
+        self.storages: dict[fx.Node, set[int]] = {}
+        self.wrote: set[fx.Node] = set()  # modules kept whole that wrote their input
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op in ("placeholder", "get_attr", "output"):
+            value = super().run_node(n)
+            self.facts[n] = Fact(live=False, tensor=isinstance(value, Tensor), data=_has_data(value))
+            return value
+        random_before, statistics = RandomState(self.device), Statistics()
+        versions = [tensor._version for tensor in self._read(n)]
+        with entered(keeping_statistics(statistics)):
+            value = super().run_node(n)
+        if n.op == "call_module" and versions != [tensor._version for tensor in self._read(n)]:
+            self.wrote.add(n)
+        if n.op == "call_module" and n.target in self.leaves:
+            value = map_leaves(_made_live, value)
+        self.facts[n] = Fact(
+            live=any(is_live(leaf) for leaf in leaves_of(value)),
+            tensor=isinstance(value, Tensor),
+            random=random_before.advanced(),
+            batch_statistics=bool(statistics),
+            finite=not (isinstance(value, Tensor) and value.is_floating_point()) or bool(torch.isfinite(value).all()),
+            shape=tuple(value.shape) if isinstance(value, Tensor) else (),
+            data=_has_data(value),
+        )
+        if not isinstance(value, Tensor):
+            self.outputs[n] = value
+        return value
+
+    def _read(self, n: fx.Node) -> list[Tensor]:
+        return [value for source in n.all_input_nodes if isinstance(value := self.env.get(source), Tensor)]
+
+    def check_writes(self, writes: Mapping[fx.Node, fx.Node]) -> None:
+        """Raise where what was written in place is read later under another name: a view, its base, the input."""
+        position = {node: i for i, node in enumerate(self.facts)}
+        storage = {node: _storages(value) for node, value in self.env.items() if node in position}
+        for write, written in [*writes.items(), *((n, n.all_input_nodes[0]) for n in self.wrote)]:
+            original = written.all_input_nodes[0] if written.target is copied else written
+            shared = storage.get(original, set())
+            for other in position:
+                if position[other] >= position[write] or not shared & storage.get(other, set()):
+                    continue
+                readers = [user for user in other.users if position.get(user, -1) > position[write]]
+                if readers and (other is not original or write in self.wrote):
+                    raise _aliased(self.module, write, other)
+
+
+def _storages(value: Any) -> set[int]:
+    return {leaf.untyped_storage().data_ptr() for leaf in leaves_of(value) if isinstance(leaf, Tensor)} - {0}
+
+
+def _aliased(module: Any, write: fx.Node, other: fx.Node) -> UntraceableError:
+    return UntraceableError(
+        f"torch2ebm cannot capture {type(module).__name__}",
+        f"{write.format_node()} writes in place what '{other.name}' is read as afterwards",
+        "writes in place whose result is read through the tensor that was written",
+        "Write to a copy (x = x.clone()), use the form that is not in place, or make the submodule around both one "
+        "node with nodes=[...].",
+    )
+
+
+def _has_data(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in leaves_of(value))
+
+
+def _made_live(value: Any) -> Any:
+    """A node that the user named has a value of its own even where no parameter feeds it."""
+    if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
+        return value.detach().requires_grad_()
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """A verified-to-be graph of one module in one mode for one signature."""
+
+    module: nn.Module
+    graph: fx.Graph
+    constants: Mapping[str, Tensor]
+    leaves: frozenset[str]
+    signature: Signature
+    facts: Mapping[fx.Node, Fact]
+    reference: RealRun
+    settings: Settings
+    captured_by: str
+
+
+def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Sequence[Tensor]) -> Capture:
+    """Run the module and its trace once on ``tensors``; generators and buffers are restored afterwards."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    with plain_autograd(), untouched(module, device):
+        tensors = [tensor.detach().clone() for tensor in tensors]
+        reference = real_run(module, signature, tensors)
+        _check_settings(traced.settings)
+    _warn_of_kept(module, reference.kept, traced.leaves)
+    with plain_autograd(), untouched(module, device):
+        observer = _Observer(module, traced, device)
+        with all_parameters_trainable(module):
+            try:
+                observer.run(*[constant.to(device) for constant in traced.constants.values()], *tensors)
+            except Exception as error:
+                raise untraceable(module, "", error) from error
+    observer.check_writes(traced.writes)
+    expand_tuples(traced.graph, observer.outputs, observer.facts, _fact_of_part)
+    return Capture(
+        module,
+        traced.graph,
+        traced.constants,
+        traced.leaves,
+        signature,
+        observer.facts,
+        reference,
+        traced.settings,
+        traced.captured_by,
+    )
+
+
+def _warn_of_kept(module: nn.Module, kept: frozenset[str], whole: frozenset[str]) -> None:
+    """An attribute is no output, and nobody could give it a gradient; a submodule kept whole assigns it itself."""
+    stale = sorted(path for path in kept if not any(path.startswith(f"{name}.") for name in whole))
+    if stale:
+        warnings.warn(
+            f"{type(module).__name__}.forward leaves tensors in its attributes {stale}. Under an algorithm a graph "
+            "runs in the place of forward, and they keep what the last plain forward left in them. Return them from "
+            "forward, or make each a buffer (register_buffer).",
+            StaleAttributeWarning,
+            stacklevel=2,
+        )
+
+
+def _check_settings(settings: Settings) -> None:
+    for module, name, value in settings:
+        if module.__dict__.get(name) != value:
+            raise CaptureMismatchError(
+                f"{type(module).__name__}.forward",
+                f"a forward that changes its attribute '{name}'",
+                "a forward that changes nothing but buffers",
+                "Make the attribute a buffer (register_buffer), or make that submodule one node with nodes=[...].",
+            )
+
+
+def _fact_of_part(value: Any) -> Fact:
+    tensor = isinstance(value, Tensor)
+    return Fact(live=is_live(value), tensor=tensor, shape=tuple(value.shape) if tensor else (), data=_has_data(value))

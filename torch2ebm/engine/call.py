@@ -1,0 +1,204 @@
+"""Value and error buffers of one call, and the frozen result that a backward leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch2ebm.graph.energy_graph import EnergyGraph, Node
+from torch2ebm.isolation.batch_statistics import Statistics, frozen_statistics, keeping_statistics
+from torch2ebm.isolation.interrupts import within
+from torch2ebm.isolation.random_numbers import Draws, RandomState, Repeated
+from torch2ebm.isolation.torch_modes import entered
+
+_ENGINE = torch.autograd.Variable._execution_engine  # what torch.autograd.grad calls; its checks cost 20 us a node
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NodePass:
+    """One evaluation of a node whose inputs are leaves: the autograd graph of this node, and of no other."""
+
+    node: Node
+    inputs: tuple[Tensor, ...]  # one leaf a slot read
+    predictions: tuple[Tensor, ...]  # one a slot
+
+    def pullback(
+        self, cotangents: Sequence[Tensor | None], wrt: Sequence[Tensor], retain_graph: bool = False
+    ) -> Sequence[Tensor | None]:
+        """J^T of the predictions with respect to ``wrt``, applied to one cotangent a slot (None: zero)."""
+        more = _leaves_beside(wrt, self.inputs) if self.node.group_norm else []
+        return pull_back(self.predictions, cotangents, [*wrt, *more], retain_graph)[: len(wrt)]
+
+
+def _leaves_beside(wrt: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Torch 2.13's group norm crashes, in channels_last on a CPU, where its input's gradient is not wanted too."""
+    return [each for each in inputs if each.requires_grad and all(each is not other for other in wrt)]
+
+
+def pull_back(
+    predictions: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    wrt: Sequence[Tensor],
+    retain_graph: bool = False,
+) -> Sequence[Tensor | None]:
+    """J^T of the predictions, of one node or of several, applied to one cotangent each (None: zero)."""
+    pairs = [
+        (prediction, cotangent if cotangent.dtype == prediction.dtype else cotangent.to(prediction.dtype))
+        for prediction, cotangent in zip(predictions, cotangents, strict=True)
+        if cotangent is not None and prediction.requires_grad
+    ]
+    if not pairs or not wrt:
+        return (None,) * len(wrt)
+    outputs, directions = zip(*pairs, strict=True)
+    found: tuple[Tensor | None, ...] = _ENGINE.run_backward(
+        outputs, directions, retain_graph, False, tuple(wrt), allow_unreachable=True, accumulate_grad=False
+    )
+    return found
+
+
+class Call:
+    """What one forward call leaves for its backward.
+
+    It belongs to the call, never to the module, so several forwards may be open at once.
+
+    Attributes:
+        values: The feed-forward value of every slot; with ``keep_graph`` each is a leaf that its readers share.
+        parameters: The tensors that stand for the graph's parameters, in this call (``torch.func.functional_call``
+            puts others in their place, which then are ``swapped``).
+        environment: Clamped inputs and what else the feed-forward pass fixed, by name.
+        passes: With ``keep_graph``, the evaluation of every node.
+    """
+
+    def __init__(
+        self, graph: EnergyGraph, tensors: Sequence[Tensor], swapped: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        self.graph = graph
+        self.parameters: Mapping[str, Tensor] = {**graph.parameters, **swapped}
+        self.swapped = swapped
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.batch_size = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
+        self.tensors = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        self.values: dict[str, Tensor] = {}
+        self.passes: dict[str, NodePass] = {}
+        self.environment: dict[str, Any] = {}
+        self.clamped_leaves: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (as computed from inputs, leaf)
+        self.recorded: Any = None  # of an algorithm that runs recorded programs: what its forward left for its backward
+        self.equilibrium: Any = None  # of an algorithm that defines the output: what its forward relaxed to
+        self._random: dict[str, RandomState] = {}
+        self._draws: dict[str, list[Tensor]] = {}
+        self._statistics: dict[str, Statistics] = {}
+
+    def release(self) -> None:
+        """No backward will follow: drop what holds the call in a circle, which only a collector would find."""
+        self.equilibrium = self.recorded = None
+
+    # the feed-forward pass
+
+    def feedforward(self, keep_graph: bool, cut: bool = True, keep_draws: bool = False) -> None:
+        """Evaluate every node once, in order. The only pass that moves buffers and draws new random numbers.
+
+        Without ``cut`` autograd's graph runs through all nodes; only backprop may want that. With ``keep_draws`` later
+        evaluations take the draws themselves and not the generator's state.
+        """
+        with torch.enable_grad():
+            self._clamp(cut)
+            if keep_draws:
+                self._draws = {node.name: [] for node in self.graph.order if node.random}
+            for node in self.graph.order:
+                inputs = tuple(self.values[slot] for slot in node.reads)
+                arguments = [*inputs, *[self.environment[name] for name in node.constants]]
+                results = self._first_evaluation(node, arguments, freeze_statistics=not keep_graph)
+                predictions = tuple(results[: len(node.slots)])
+                self.environment.update(zip(node.exports, _detached(results[len(node.slots) :]), strict=True))
+                for slot, prediction in zip(node.slots, predictions, strict=True):
+                    self.values[slot] = prediction.detach().requires_grad_(keep_graph) if cut else prediction
+                if keep_graph and cut and node.name in self.graph.nodes:
+                    self.passes[node.name] = NodePass(node, inputs, predictions)
+
+    def _clamp(self, cut: bool) -> None:
+        self.environment = self.graph.clamp(self.tensors)
+        if not cut:
+            return
+        for name, value in self.environment.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                leaf = value.detach().requires_grad_()
+                self.clamped_leaves[name] = (value, leaf)
+                self.environment[name] = leaf
+
+    def _first_evaluation(self, node: Node, arguments: Sequence[Any], freeze_statistics: bool) -> Sequence[Any]:
+        """Evaluate, and keep what later evaluations have to repeat; with the graph kept, values do not move."""
+        if not node.random and not (node.batch_statistics and freeze_statistics):
+            return node.evaluate(arguments)
+        changes = []
+        if node.random:
+            self._random[node.name] = RandomState(self.device)
+        if node.name in self._draws:
+            changes.append(entered(Draws(self._draws[node.name])))
+        if node.batch_statistics and freeze_statistics:
+            changes.append(entered(keeping_statistics(self._statistics.setdefault(node.name, []))))
+        return within(changes, lambda: node.evaluate(arguments))
+
+    def output(self) -> list[Any]:
+        """The leaves of the model's output."""
+        return self.graph.output(self.values, self.environment)
+
+    # later evaluations
+
+    def evaluate(self, node: Node, inputs: Sequence[Tensor], freeze_statistics: bool = True) -> NodePass:
+        """The node again at other values: the same dropout masks, and by default the same batch statistics."""
+        if node.group_norm:
+            inputs = [each if each.requires_grad else each.detach().requires_grad_() for each in inputs]
+        arguments = [*inputs, *[self.environment[name] for name in node.constants]]
+        if not node.random and not node.batch_statistics:
+            results = node.evaluate(arguments)
+        else:
+            changes = []
+            if node.name in self._draws:
+                changes.append(entered(Repeated(self._draws[node.name])))
+            elif node.random:
+                changes.append(self._random[node.name].replayed())
+            if node.batch_statistics and freeze_statistics:
+                changes.append(entered(frozen_statistics(self._statistics[node.name])))
+            results = within(changes, lambda: node.evaluate(arguments))
+        return NodePass(node, tuple(inputs), tuple(results[: len(node.slots)]))
+
+    def forget_draws(self) -> None:
+        """Repeat draws by the generators' states, which serves operations that mix their input with what they draw."""
+        self._draws = {}
+
+    def held(self) -> list[Tensor]:
+        """All tensors that later evaluations read and that may be others in the next call."""
+        named = [*self.parameters.values(), *self.graph.module.buffers()]
+        passed = [value for value in self.environment.values() if isinstance(value, Tensor)]
+        drawn = [tensor for draws in self._draws.values() for tensor in draws]
+        statistics = [t for recorded in self._statistics.values() for pair in recorded for t in pair]
+        return [*named, *passed, *drawn, *statistics]
+
+    def clamped_inputs(self, node: Node) -> dict[str, Tensor]:
+        """The clamped leaves that the node reads and that a gradient is wanted for."""
+        return {name: self.clamped_leaves[name][1] for name in node.constants if name in self.clamped_leaves}
+
+    def input_gradients(self, messages: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """From gradients of the clamped leaves to those of the inputs, through what lies between them."""
+        wanted = [tensor for tensor in self.tensors if tensor.requires_grad]
+        attached = [(self.clamped_leaves[name][0], message) for name, message in messages.items()]
+        if not wanted or not attached:
+            return [None] * len(self.tensors)
+        outputs, directions = zip(*attached, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, directions, retain_graph=True, allow_unused=True))
+        return [next(found) if tensor.requires_grad else None for tensor in self.tensors]
+
+
+def at_least_single(tensor: Tensor, detach: bool = True) -> Tensor:
+    """Detached, and in single precision where it was in half: small updates are lost there."""
+    tensor = tensor.detach() if detach else tensor
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _detached(results: Sequence[Any]) -> list[Any]:
+    return [result.detach() if isinstance(result, Tensor) else result for result in results]

@@ -1,0 +1,180 @@
+"""What a backward leaves: how the relaxation went, the values and errors of every node, and local gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch2ebm.engine.call import at_least_single
+from torch2ebm.engine.energies import Energy, gaussian_energy
+from torch2ebm.errors import BatchDimensionError, NoStateError
+from torch2ebm.graph.energy_graph import EnergyGraph
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """How a relaxation went.
+
+    Attributes:
+        steps: Inference steps done.
+        converged: Whether ``residual`` is at most the solver's ``tol``; None where no ``tol`` was asked for.
+        residual: Largest absolute entry of the last step's driving term (dF/dv for values), over nodes and samples;
+            NaN where no step was made one by one.
+        sample_residual: The same for each sample, shape ``[batch]``; None where a value has no batch dimension.
+        tol: What the solver was asked for; 0 for nothing.
+        beta: The nudge of this phase.
+        angle: Its angle in the complex plane, in radians, where ``beta`` is its size (Holomorphic).
+        update: How an equilibrium algorithm moved the values: ``"synchronous"``, ``"damped"``, ``"sequential"`` or
+            ``"anderson"``.
+        energy: F, summed over samples, at the start of every step and at the end, in units of lambda times the loss.
+        node_energy: The share of each node with a value; ``loss`` is the rest.
+        loss: lambda times the loss summed over samples.
+    """
+
+    steps: int = 0
+    converged: bool | None = None
+    residual: float = 0.0
+    energy: tuple[float, ...] = ()
+    node_energy: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    loss: tuple[float, ...] = ()
+    sample_residual: Tensor | None = field(default=None, compare=False)
+    tol: float = 0.0
+    beta: float = 1.0
+    angle: float = 0.0
+    update: str = ""
+
+    @property
+    def sample_converged(self) -> Tensor | None:
+        """Which samples met ``tol``, shape ``[batch]``; None where no ``tol`` was asked for."""
+        return None if self.sample_residual is None or not self.tol else self.sample_residual <= self.tol
+
+
+class PerNode(Mapping[str, Any]):
+    """Node name to tensor (a tuple of tensors for a node of several slots), computed when asked for."""
+
+    def __init__(self, graph: EnergyGraph, of_slot: Callable[[str], Tensor]) -> None:
+        self._graph, self._of_slot = graph, of_slot
+
+    def __getitem__(self, name: str) -> Any:
+        found = tuple(self._of_slot(slot) for slot in self._graph.nodes[name].slots)
+        return found[0] if len(found) == 1 else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._graph.nodes)
+
+    def __len__(self) -> int:
+        return len(self._graph.nodes)
+
+    def __repr__(self) -> str:
+        return f"PerNode({', '.join(self)})"
+
+
+@dataclass(frozen=True, eq=False)
+class InferenceState:
+    """The values of the last backward: one frozen result, without any ``grad_fn``.
+
+    Attributes:
+        graph: The graph that the names belong to.
+        relaxation: How the relaxation went.
+        unreached: Nodes whose error is exactly zero since no error has reached them yet (too few steps):
+            the gradients of their parameters are exactly zero.
+        phases: One relaxation a nudged phase; the first of them, whose values these are, is ``relaxation``.
+    """
+
+    graph: EnergyGraph
+    batch_size: int
+    predictions: Mapping[str, Tensor]  # by slot
+    errors: Mapping[str, Tensor]  # by slot, to be multiplied by error_unit; a missing one is zero
+    error_unit: float = 1.0
+    relaxation: Relaxation = Relaxation()
+    unreached: tuple[str, ...] = ()
+    energies: Mapping[str, Energy] = field(default_factory=dict)  # by node; a missing one is Gaussian of precision 1
+    phases: tuple[Relaxation, ...] = ()
+    feedforward_distance: float | None = None  # |equilibrium - feed-forward| / |feed-forward|, of the outputs
+
+    @property
+    def value(self) -> Mapping[str, Any]:
+        """Value of each node, shape of its prediction; for an output the prediction plus its error."""
+        return PerNode(self.graph, lambda slot: self._prediction(slot) + self._error(slot))
+
+    @property
+    def prediction(self) -> Mapping[str, Any]:
+        """Prediction of each node at the values of its parents."""
+        return PerNode(self.graph, self._prediction)
+
+    @property
+    def error(self) -> Mapping[str, Any]:
+        """Value minus prediction; for an output -dL/dmu, L being lambda times the loss summed over samples."""
+        return PerNode(self.graph, self._error)
+
+    @property
+    def energy(self) -> Mapping[str, Any]:
+        """Energy of each node and sample, shape ``[batch]``: half the squared error unless another energy was given.
+
+        For an output, whose energy is the loss itself, this is half the squared loss gradient: the loss of
+        a summed half squared error. Raises :class:`BatchDimensionError` for a value without a batch dimension.
+        """
+        return PerNode(self.graph, self._energy)
+
+    def scalars(self) -> dict[str, float]:
+        """Numbers to watch, summed over samples: ``energy/<node>``, and from a relaxation also ``energy`` (their sum
+        with the loss), ``loss`` (lambda times it), ``relaxation/steps`` and ``relaxation/residual``.
+        """
+        last = self.relaxation
+        if self.feedforward_distance is not None:
+            steps = {"relaxation/steps": float(last.steps), "relaxation/residual": last.residual}
+            return {**steps, "feedforward_distance": self.feedforward_distance}
+        if not last.node_energy:
+            return {f"energy/{name}": float(_sum_of(energy)) for name, energy in self.energy.items()}
+        return {
+            **{f"energy/{name}": column[-1] for name, column in last.node_energy.items()},
+            "energy": last.energy[-1],
+            "loss": last.loss[-1],
+            "relaxation/steps": float(last.steps),
+            "relaxation/residual": last.residual,
+        }
+
+    def _prediction(self, slot: str) -> Tensor:
+        if slot not in self.predictions:
+            raise NoStateError(
+                f"state of '{self.graph.owner[slot].name}'",
+                "a relaxation that ran away",
+                "one that ended in finite numbers",
+                "Look at state.relaxation.energy, and take a smaller step size.",
+            )
+        return self.predictions[slot].detach()
+
+    def _error(self, slot: str) -> Tensor:
+        if slot not in self.errors:
+            return torch.zeros_like(self._prediction(slot))
+        return at_least_single(self.errors[slot]) * self.error_unit
+
+    def _energy(self, slot: str) -> Tensor:
+        error = self._error(slot)
+        if error.ndim == 0 or error.shape[0] != self.batch_size:
+            raise BatchDimensionError(
+                f"state.energy['{self.graph.owner[slot].name}']",
+                f"a value of shape {tuple(error.shape)}",
+                f"a leading batch dimension of {self.batch_size}",
+                "Use state.error, or make it part of a larger node.",
+            )
+        energy = self.energies.get(self.graph.owner[slot].name)
+        return gaussian_energy(error) if energy is None else energy.of_samples(error, self._prediction(slot).to(error))
+
+
+def _sum_of(energy: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return sum((each.sum() for each in energy), torch.zeros(())) if isinstance(energy, tuple) else energy.sum()
+
+
+@dataclass(frozen=True, eq=False)
+class LocalGradients:
+    """What an algorithm hands to autograd, in the scale of the user's loss."""
+
+    parameters: Mapping[str, Tensor]  # a missing one has no path to an output
+    inputs: Sequence[Tensor | None]
+    state: InferenceState
+    later: Iterator[LocalGradients] | None = None  # each to be taken once the weights have moved on the one before

@@ -1,0 +1,37 @@
+"""The reverse sweep: backpropagation's gradients from local products alone (Salvatori et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.gradients import GradientSum, Swept
+
+
+def reverse_sweep(call: Call, delivered: Mapping[str, Tensor], retain_graph: bool = False, gamma: float = 1.0) -> Swept:
+    """Every node once, in reverse topological order, by vector-Jacobian products that end at its own inputs.
+
+    Needs a feed-forward pass with ``keep_graph=True``, whose passes it consumes unless ``retain_graph``.
+
+    Args:
+        call: The call that was evaluated.
+        delivered: Gradient of the loss in each output slot; a missing one is zero.
+        retain_graph: Whether the call may be swept again.
+        gamma: What an error is multiplied by at each level that it descends; 1 gives backprop's gradients.
+    """
+    gradients = GradientSum()
+    deltas = dict(delivered)
+    for node in reversed(tuple(call.graph.nodes.values())):
+        evaluated = call.passes[node.name] if retain_graph else call.passes.pop(node.name)
+        messages = gradients.add(
+            call, evaluated, [deltas.get(slot) for slot in node.slots], evaluated.inputs, retain_graph
+        )
+        for slot, message in zip(node.reads, messages, strict=True):
+            if message is None:
+                continue
+            if gamma != 1.0:
+                message = message * gamma ** (call.graph.owner[slot].level - node.level)
+            deltas[slot] = deltas[slot] + message if slot in deltas else message
+    return Swept(gradients, deltas)

@@ -1,0 +1,249 @@
+"""One call's Hopfield-type energy: the drive of its states, what the loss does to them, and the gradient of Phi.
+
+A node is evaluated on leaves, so no autograd graph crosses a node boundary; one call of the engine pulls the states
+back through all nodes, s_n <- act_n(d(Phi - beta c_o C)/ds_n / c_n) (Scellier and Bengio 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torch2ebm.engine.call import Call, NodePass, at_least_single, pull_back
+from torch2ebm.engine.gradients import GradientSum
+from torch2ebm.equilibrium.hopfield import HopfieldGraph, Term
+from torch2ebm.loss.output_loss import OutputLoss
+
+States = Mapping[str, Tensor]  # by slot
+
+
+class Equilibrium:
+    """The states of one call: Phi, its gradient, and the step.
+
+    Attributes:
+        states: The feed-forward values, where the free phase starts; once it has ended, where it led.
+        weight: c_n of each state, by slot.
+        output_weight: c_o.
+        nudged: Slots of the states that the loss acts on.
+        precision: Of the coarsest numbers that states are read as, relative to their size.
+    """
+
+    def __init__(self, call: Call, hopfield: HopfieldGraph, feedback: float) -> None:
+        self.call, self.hopfield, self.feedback = call, hopfield, feedback
+        self.states = {slot: at_least_single(call.values[slot]) for slot in hopfield.states}
+        self._read_as = {slot: call.values[slot].dtype for slot in hopfield.states}
+        self.weight = {slot: feedback**state.depth for slot, state in hopfield.states.items()}
+        self.output_weight = feedback**hopfield.output_depth
+        self.nudged = hopfield.nudged()
+        self.precision = max(torch.finfo(dtype).eps for dtype in self._read_as.values())
+        self.fixed = {
+            made: at_least_single(call.values[slot])
+            for term in hopfield.fixed
+            for slot, made in zip(term.node.slots, term.states, strict=True)
+        }
+
+    # Phi
+
+    def evaluate(self, term: Term, states: States, leaves: bool = True) -> NodePass:
+        """The pre-activations of one node; with ``leaves`` the states that it reads are leaves of its graph."""
+        reads = term.node.reads
+        inputs = [states[slot].to(self._reading(slot, states[slot])) for slot in reads]
+        if leaves:
+            inputs = [value.detach().requires_grad_() for value in inputs]
+        return self.call.evaluate(term.node, inputs)
+
+    def _reading(self, slot: str, value: Tensor) -> torch.dtype:
+        return value.dtype if value.is_complex() else self._read_as[slot]
+
+    def drive(self, states: States, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
+        """dPhi/ds_n / c_n of the ``wanted`` states, by default of all: a_n, and the feedback of those that read it."""
+        drives = {slot: a for slot, a in self.fixed.items() if wanted is None or slot in wanted}
+        passes = [(term, self._pass(term, states)) for term in self.hopfield.terms if _concerns(term, wanted)]
+        for term, evaluated in passes:
+            for slot, prediction in zip(term.states, evaluated.predictions, strict=True):
+                if wanted is None or slot in wanted:
+                    drives[slot] = at_least_single(prediction)
+        messages = self._feedback(passes, states, wanted)
+        passes.clear()  # so that each drive is freed when it is replaced
+        for slot in list(messages):
+            drives[slot] = drives[slot].add(messages.pop(slot), alpha=1 / self.weight[slot])
+        return drives
+
+    def _pass(self, term: Term, states: States) -> NodePass:
+        with torch.enable_grad():
+            return self.evaluate(term, states)
+
+    def _feedback(
+        self, passes: Sequence[tuple[Term, NodePass]], states: States, wanted: Collection[str] | None
+    ) -> dict[str, Tensor]:
+        """sum over children of c_c (da_c/ds_n)^T s_c, by one call of the engine for all nodes."""
+        sources = [
+            (slot, leaf)
+            for term, evaluated in passes
+            for slot, leaf in zip(term.node.reads, evaluated.inputs, strict=True)
+            if wanted is None or slot in wanted
+        ]
+        predictions = [prediction for _, evaluated in passes for prediction in evaluated.predictions]
+        cotangents = [self._weighted(slot, states[slot]) for term, _ in passes for slot in term.states]
+        cotangents = [match(each, a) for each, a in zip(cotangents, predictions, strict=True)]
+        messages: dict[str, Tensor] = {}
+        products = pull_back(predictions, cotangents, [leaf for _, leaf in sources])
+        for (slot, _), message in zip(sources, products, strict=True):
+            if message is not None:
+                message = at_least_single(message.conj() if message.is_complex() else message)
+                messages[slot] = messages[slot] + message if slot in messages else message
+        return messages
+
+    def _weighted(self, slot: str, state: Tensor, factor: complex = 1.0) -> Tensor:
+        factor = factor * self.weight[slot]
+        return state if factor == 1.0 else state * factor
+
+    def activate(self, drives: States) -> dict[str, Tensor]:
+        """s_n = act_n(drive_n)."""
+        states = {}
+        with torch.no_grad():
+            for slot, drive in drives.items():
+                activation = self.hopfield.states[slot].activation
+                if activation is None:
+                    states[slot] = drive
+                else:
+                    read = drive.to(self._reading(slot, drive))
+                    states[slot] = at_least_single(activation.evaluate((read,))[0])
+        return states
+
+    # the output
+
+    def outputs(self, states: States) -> dict[str, Tensor]:
+        """What the loss reads, by slot of the model's output."""
+        found = {slot: states[state] for slot, state in self.hopfield.outputs.items()}
+        with torch.no_grad():
+            for node in self.hopfield.readouts:
+                evaluated = self.evaluate(Term(node, ()), states, leaves=False)
+                found.update(zip(node.slots, evaluated.predictions, strict=True))
+        return found
+
+    # gradients of Phi in the parameters
+
+    def contrast(self, phases: Sequence[tuple[States, complex]], result: GradientSum) -> None:
+        """Add the real part of sum_k w_k dPhi/dtheta(s_k) over pairs of states and weight."""
+        for term in self.hopfield.terms:
+            if not self._is_learning(term):
+                continue
+            for states, factor in phases:
+                with torch.enable_grad():
+                    evaluated = self.evaluate(term, states, leaves=False)
+                weighted = [self._weighted(slot, states[slot], factor) for slot in term.states]
+                self._add(evaluated, weighted, result)
+        for term in self.hopfield.fixed:
+            if self._is_learning(term):  # linear in the states: differences first, then one product
+                with torch.enable_grad():
+                    evaluated = self.evaluate(term, {})
+                sums = [sum_of([states[slot] * factor for states, factor in phases]) for slot in term.states]
+                weighted = [self._weighted(slot, each) for slot, each in zip(term.states, sums, strict=True)]
+                self._add(evaluated, weighted, result)
+
+    def _add(self, evaluated: NodePass, weighted: Sequence[Tensor], result: GradientSum) -> None:
+        pairs = zip(weighted, evaluated.predictions, strict=True)
+        result.add(self.call, evaluated, [match(each, a) for each, a in pairs])
+
+    def _is_learning(self, term: Term) -> bool:
+        own = any(self.call.parameters[name].requires_grad for name in term.node.parameters)
+        return own or bool(self.call.clamped_inputs(term.node))
+
+
+def match(cotangent: Tensor, prediction: Tensor) -> Tensor:
+    """What autograd takes for the factor of a prediction: torch differentiates real parts, by conjugates."""
+    if not cotangent.is_complex():
+        return cotangent
+    return cotangent.conj() if prediction.is_complex() else cotangent.real
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
+
+
+def _concerns(term: Term, wanted: Collection[str] | None) -> bool:
+    return wanted is None or any(slot in wanted for slot in (*term.states, *term.node.reads))
+
+
+@dataclass(frozen=True, eq=False)
+class Influence:
+    """What the loss does to the states of a phase; by default nothing.
+
+    Attributes:
+        loss: C, summed over samples, which stands in the energy as beta c_o C.
+        beta: The nudge.
+        held: States that are clamped, by slot.
+    """
+
+    loss: OutputLoss | None = None
+    beta: complex = 0.0
+    held: States = field(default_factory=dict)
+
+    def nudge(self, equilibrium: Equilibrium, states: States, drives: dict[str, Tensor]) -> None:
+        """Subtract beta c_o dC/ds_n / c_n from the drives that are there."""
+        if self.loss is None or drives.keys().isdisjoint(equilibrium.nudged):
+            return
+        for slot, gradient in cost_gradients(equilibrium, states, self.loss).items():
+            if slot in drives:
+                factor = self.beta * equilibrium.output_weight / equilibrium.weight[slot]
+                drives[slot] = drives[slot].sub(gradient, alpha=factor)
+
+    def hold(self, states: dict[str, Tensor]) -> None:
+        """Put what is held in the place of what a step has made."""
+        states.update({slot: value for slot, value in self.held.items() if slot in states})
+
+
+def cost_gradients(
+    equilibrium: Equilibrium, states: States, loss: OutputLoss, collected: GradientSum | None = None, scale: float = 1.0
+) -> dict[str, Tensor]:
+    """dC/ds of every state that the loss acts on; with ``collected``, scale * dC/dtheta of read-outs is added to it."""
+    hopfield = equilibrium.hopfield
+    with torch.enable_grad():
+        passes = [equilibrium.evaluate(Term(node, ()), states) for node in hopfield.readouts]
+    predictions = {slot: states[state] for slot, state in hopfield.outputs.items()}
+    for each in passes:
+        predictions.update(zip(each.node.slots, [p.detach() for p in each.predictions], strict=True))
+    _, gradients = loss.gradients(predictions)
+    return pulled_through(equilibrium, passes, gradients, collected, scale)
+
+
+def pulled_through(
+    equilibrium: Equilibrium,
+    passes: Sequence[NodePass],
+    gradients: Mapping[str, Tensor],
+    collected: GradientSum | None,
+    scale: float,
+) -> dict[str, Tensor]:
+    """From dC/doutput to dC/ds: of outputs that are states, and of what read-outs read."""
+    found = by_state(equilibrium.hopfield, gradients)
+    for each in passes:
+        given = [gradients.get(slot) for slot in each.node.slots]
+        pairs = zip(given, each.predictions, strict=True)
+        cotangents = [None if gradient is None else match(gradient, a) for gradient, a in pairs]
+        products = each.pullback(cotangents, each.inputs, retain_graph=collected is not None)
+        if collected is not None:
+            scaled = [None if cotangent is None else cotangent * scale for cotangent in cotangents]
+            collected.add(equilibrium.call, each, scaled)
+        for slot, product in zip(each.node.reads, products, strict=True):
+            if product is not None:
+                product = at_least_single(product.conj() if product.is_complex() else product)
+                found[slot] = found[slot] + product if slot in found else product
+    return found
+
+
+def by_state(hopfield: HopfieldGraph, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients by output slot, summed by the state that several of them may be."""
+    found: dict[str, Tensor] = {}
+    for slot, state in hopfield.outputs.items():
+        gradient = gradients.get(slot)
+        if gradient is None:
+            continue
+        found[state] = found[state] + gradient if state in found else at_least_single(gradient)
+    return found

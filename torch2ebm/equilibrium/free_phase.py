@@ -1,0 +1,148 @@
+"""The free phase of equilibrium algorithms: what ``model(x)`` is, and what is done where it does not settle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torch2ebm.common.checks import check_steps, check_tolerance
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.results import Relaxation
+from torch2ebm.equilibrium.dynamics import Equilibrium, Influence, States
+from torch2ebm.equilibrium.hopfield import HopfieldGraph
+from torch2ebm.equilibrium.settling import Free, Settled, settle
+from torch2ebm.equilibrium.settling_checks import are_finite, warn_if_unsettled
+from torch2ebm.equilibrium.updates import Damped, GaussSeidel, Synchronous, Update
+from torch2ebm.errors import ConfigurationError
+from torch2ebm.programs.cache import Programs
+
+
+@dataclass(frozen=True)
+class FreePhase:
+    """How an algorithm relaxes without a loss; the settings that all equilibrium algorithms share.
+
+    Args:
+        steps: Steps of all states.
+        feedback: Strength of the feedback per depth.
+        damping: The part of a step that is taken back.
+        tol: Largest change at which the phase ends early; 0 takes all steps.
+        readout: Whether the outputs are read out of the states, and have none.
+        update: How a step moves the states; None for all at once.
+        programs: Where recorded steps are kept; None records none.
+    """
+
+    steps: int
+    feedback: float = 1.0
+    damping: float = 0.0
+    tol: float = 0.0
+    readout: bool = False
+    update: Update | None = None
+    programs: Programs | None = field(default=None, compare=False)
+
+    def check(self, where: str) -> None:
+        """Raise :class:`ConfigurationError` for an illegal setting of the algorithm ``where``."""
+        check_steps(where, self.steps)
+        check_tolerance(where, self.tol)
+        _check_between(where, "feedback", self.feedback, 0 < self.feedback <= 1 if _number(self.feedback) else False)
+        _check_between(where, "damping", self.damping, 0 <= self.damping < 1 if _number(self.damping) else False)
+        if self.update is not None and not isinstance(self.update, Update):
+            remedy = "For example AndersonMixing()."
+            raise ConfigurationError(f"{where}(update=...)", repr(self.update), "AndersonMixing or GaussSeidel", remedy)
+        if self.update is not None and self.damping:
+            got = f"damping={self.damping:g} and update={self.update!r}"
+            raise ConfigurationError(where, got, "one of them", "Damping belongs to the update of all states at once.")
+
+    def settings(self) -> str:
+        """Those that are not the default, as they stand in an algorithm's ``repr``."""
+        parts = [f"free_steps={self.steps}"]
+        parts += [f"feedback={self.feedback:g}"] * (self.feedback != 1)
+        parts += [f"damping={self.damping:g}"] * (self.damping != 0)
+        parts += [f"tol={self.tol:g}"] * (self.tol != 0) + ["readout=True"] * self.readout
+        parts += [f"update={self.update!r}"] * (self.update is not None)
+        parts += ["compile=True"] * (self.programs is not None)
+        return ", ".join(parts)
+
+    def run(self, call: Call) -> Free:
+        """Feed-forward, then relax; the call's values become the equilibrium's.
+
+        Raises :class:`DivergenceError` where the states run away, :class:`NoEquilibriumError` and
+        :class:`PartitionError` where the graph has no energy.
+        """
+        key = ("Hopfield", self.readout)
+        hopfield = call.graph.once(key, lambda: HopfieldGraph(call.graph, self.readout))
+        call.feedforward(keep_graph=False)
+        equilibrium = Equilibrium(call, hopfield, self.feedback)
+        feedforward = {slot: call.values[slot].detach() for slot in call.graph.output_slots}
+        update, settled = self._settled(equilibrium)
+        outputs = equilibrium.outputs(settled.states)
+        for slot, value in outputs.items():
+            outputs[slot] = value.to(call.values[slot].dtype)
+        if math.isfinite(settled.relaxation.residual):  # else the feed-forward values say where it began
+            self._leave(call, equilibrium, settled)
+        call.values.update(outputs)
+        free = Free(equilibrium, settled, update, _distance(outputs, feedforward))
+        call.equilibrium = free
+        return free
+
+    def _leave(self, call: Call, equilibrium: Equilibrium, settled: Settled) -> None:
+        """The feed-forward values go: where the states have settled is what the call is about."""
+        for slot, state in equilibrium.hopfield.states.items():
+            call.values[state.source], call.values[slot] = settled.drives[slot], settled.states[slot]
+        equilibrium.states = dict(settled.states)
+
+    def settled(
+        self,
+        equilibrium: Equilibrium,
+        start: States,
+        steps: int,
+        update: Update,
+        influence: Influence,
+        beta: float = 0.0,
+        angle: float = 0.0,
+    ) -> Settled:
+        """Where ``steps`` lead from ``start``, by these settings; a nudged phase too."""
+        return settle(equilibrium, start, steps, update, influence, self.tol, beta, angle, self.programs)
+
+    def _settled(self, equilibrium: Equilibrium) -> tuple[Update, Settled]:
+        """The first update, or another where states cycle or run away; where one was asked for, unless it settles."""
+        tried: list[tuple[Update, Settled]] = []
+        for update in self._updates():
+            settled = self.settled(equilibrium, equilibrium.states, self.steps, update, Influence())
+            tried.append((update, settled))
+            if math.isfinite(settled.relaxation.residual):
+                if not settled.unsettled or not (settled.cycling or self.update is not None):
+                    break
+            elif not are_finite(equilibrium.states):  # bad numbers came in: who checks these says which
+                break
+        best = min(tried, key=lambda pair: _badness(pair[1].relaxation))
+        warn_if_unsettled(equilibrium, best[1])
+        return best
+
+    def _updates(self) -> Sequence[Update]:
+        plain = Damped(self.damping) if self.damping else Synchronous()
+        first = plain if self.update is None else self.update
+        return tuple(dict.fromkeys([first, Damped(max(self.damping, 0.5)), GaussSeidel()]))
+
+
+def _badness(relaxation: Relaxation) -> float:
+    return relaxation.residual if math.isfinite(relaxation.residual) else math.inf
+
+
+def _distance(outputs: States, feedforward: States) -> Tensor:
+    difference = torch.stack([(outputs[slot] - value).square().sum() for slot, value in feedforward.items()]).sum()
+    size = torch.stack([value.square().sum() for value in feedforward.values()]).sum()
+    return (difference / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_between(where: str, name: str, value: object, legal: bool) -> None:
+    if not legal:
+        expected = "a number above 0, at most 1" if name == "feedback" else "a number from 0 to below 1"
+        raise ConfigurationError(f"{where}({name}=...)", repr(value), expected, "Choose another.")

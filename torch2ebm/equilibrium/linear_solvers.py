@@ -1,0 +1,211 @@
+"""Solvers of (I - J^T) z = b, the linear system of recurrent backprop (Almeida 1987; Pineda 1987)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from torch2ebm.common.checks import check_steps, check_tolerance
+from torch2ebm.errors import ConfigurationError
+
+Vector = dict[str, Tensor]
+
+
+class System(Protocol):
+    """Products with the Jacobian of a step."""
+
+    def transposed(self, z: Vector) -> Vector: ...
+
+    def product(self, v: Vector) -> Vector: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """``z``, the steps that were made, and the largest entry of b - (I - J^T) z."""
+
+    z: Vector
+    steps: int
+    residual: float
+
+
+class LinearSolver(ABC):
+    """How recurrent backprop solves (I - J^T) z = b.
+
+    Attributes:
+        steps: Most steps, each of one product with J^T, or of one with J and one with J^T.
+        tol: Largest entry of the residual at which it ends early; 0 takes all steps.
+    """
+
+    steps: int
+    tol: float
+
+    @abstractmethod
+    def solve(self, system: System, b: Vector) -> Solution:
+        """One linear system for all samples of a batch."""
+
+
+@dataclass(frozen=True)
+class Neumann(LinearSolver):
+    """z = sum of (J^T)^k b for k = 0, ..., ``terms``: backprop through the last ``terms`` + 1 steps of a settled net.
+
+    Converges like rho(J)^terms, where the spectral radius rho(J) is below 1.
+
+    Args:
+        terms: The highest power of J^T; 0 takes b alone.
+
+    Raises:
+        ConfigurationError: for a number of terms that is no whole number, 0 or more.
+
+    Example:
+        >>> import torch2ebm
+        >>> torch2ebm.Neumann(terms=5).steps
+        5
+    """
+
+    terms: int = 20
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.terms, int) or isinstance(self.terms, bool) or self.terms < 0:
+            raise ConfigurationError(
+                "Neumann(terms=...)", repr(self.terms), "a whole number, 0 or more", "Choose another."
+            )
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]
+        return self.terms
+
+    @property
+    def tol(self) -> float:  # type: ignore[override]
+        return 0.0
+
+    def solve(self, system: System, b: Vector) -> Solution:
+        power = z = b
+        for _ in range(self.terms):
+            power = system.transposed(power)
+            z = _plus(z, power)
+        return Solution(z, self.terms, largest(system.transposed(power)))
+
+
+@dataclass(frozen=True)
+class FixedPointSolve(LinearSolver):
+    """z <- J^T z + b until it stands still: the Neumann series, until ``tol`` is met.
+
+    Args:
+        steps: Most steps.
+        tol: Largest change at which it ends early; 0 takes all steps.
+
+    Raises:
+        ConfigurationError: for an illegal number of steps or tolerance.
+
+    Example:
+        >>> import torch2ebm
+        >>> torch2ebm.FixedPointSolve(steps=50, tol=1e-6)
+        FixedPointSolve(steps=50, tol=1e-06)
+    """
+
+    steps: int = 100
+    tol: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_steps("FixedPointSolve", self.steps)
+        check_tolerance("FixedPointSolve", self.tol)
+
+    def solve(self, system: System, b: Vector) -> Solution:
+        z, steps, residual = b, 0, torch.inf
+        while steps < self.steps:
+            moved = _plus(system.transposed(z), b)
+            steps += 1
+            if self.tol > 0 or steps == self.steps:
+                residual = largest(_plus(moved, z, -1.0))
+            z = moved
+            if residual <= self.tol:
+                break
+        return Solution(z, steps, residual)
+
+
+@dataclass(frozen=True)
+class ConjugateGradient(LinearSolver):
+    """Conjugate gradients on the normal equations (I - J)(I - J^T) z = (I - J) b, each sample with its own step sizes.
+
+    Needs no spectral radius below 1, and ends in about as many steps as a sample has states, a few more where the
+    system is ill-conditioned.
+
+    Args:
+        steps: Most steps, each one product with J and one with J^T.
+        tol: Largest entry of b - (I - J^T) z at which it ends early; 0 takes all steps.
+
+    Raises:
+        ConfigurationError: for an illegal number of steps or tolerance.
+
+    Example:
+        >>> import torch2ebm
+        >>> torch2ebm.ConjugateGradient(steps=30)
+        ConjugateGradient(steps=30, tol=0.0)
+    """
+
+    steps: int = 50
+    tol: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_steps("ConjugateGradient", self.steps)
+        check_tolerance("ConjugateGradient", self.tol)
+
+    def solve(self, system: System, b: Vector) -> Solution:
+        # CGNR on A z = b with A = I - J^T: the residual of the system itself is carried along
+        z: Vector = {slot: torch.zeros_like(each) for slot, each in b.items()}
+        residual = b
+        gradient = direction = _plus(residual, system.product(residual), -1.0)
+        size = dot(gradient, gradient)
+        steps = 0
+        while steps < self.steps and not (self.tol > 0 and largest(residual) <= self.tol):
+            image = _plus(direction, system.transposed(direction), -1.0)
+            rate = _ratio(size, dot(image, image))
+            z = _along(z, direction, rate)
+            residual = _along(residual, image, -rate)
+            gradient = _plus(residual, system.product(residual), -1.0)
+            before, size = size, dot(gradient, gradient)
+            direction = _along(gradient, direction, _ratio(size, before))
+            steps += 1
+        return Solution(z, steps, largest(residual))
+
+
+def _plus(a: Vector, b: Vector, factor: float = 1.0) -> Vector:
+    return {slot: a[slot].add(b[slot], alpha=factor) for slot in a}
+
+
+def _along(a: Vector, b: Vector, rate: Tensor) -> Vector:
+    """a + rate b, one rate a sample, or one in all."""
+    return {slot: a[slot] + b[slot] * _spread(rate, b[slot]) for slot in a}
+
+
+def _spread(rate: Tensor, like: Tensor) -> Tensor:
+    return rate.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype) if rate.ndim else rate.to(like.dtype)
+
+
+def dot(a: Vector, b: Vector) -> Tensor:
+    """Inner product of each sample, shape ``[batch]``; one number where the states do not share a batch dimension."""
+    whole = len({each.shape[0] if each.ndim else 0 for each in a.values()}) > 1 or any(not v.ndim for v in a.values())
+    of: Callable[[Tensor], Tensor] = torch.sum if whole else _of_samples
+    parts = [of(a[slot] * b[slot]) for slot in a]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _of_samples(product: Tensor) -> Tensor:
+    return product.reshape(len(product), -1).sum(1)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """0 where a sample is solved exactly."""
+    return torch.where(denominator > 0, numerator / denominator.clamp_min(torch.finfo(denominator.dtype).tiny), 0.0)
+
+
+def largest(vector: Mapping[str, Tensor]) -> float:
+    return float(torch.stack([each.abs().max() for each in vector.values()]).max())

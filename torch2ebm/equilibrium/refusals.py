@@ -1,0 +1,94 @@
+"""Modules whose equilibrium does not exist or would not settle, refused with every reason at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from torch2ebm.errors import NoEquilibriumError, PartitionError
+from torch2ebm.graph.activations import activation_kind, is_activation, operation_name
+from torch2ebm.graph.energy_graph import EnergyGraph, Node, Operation
+
+_NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
+_NORMALISING = frozenset(["layer_norm", "group_norm", "rms_norm", "instance_norm"])
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_WHOLE_NUMBERS = frozenset(["round", "floor", "ceil", "trunc", "sign", "heaviside", "argmax", "argmin", "one_hot"])
+_MAX_POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
+_WATCHED_MODULES = (*_MAX_POOLS, nn.Softmax, nn.MultiheadAttention)
+_WATCHED = ("max_pool", "adaptive_max_pool", "softmax", "scaled_dot_product_attention", "multi_head_attention")
+
+
+def check_cut(graph: EnergyGraph) -> None:
+    """The nodes must be cut around the activations: inside a larger node one could not be told from the rest."""
+    for node in graph.nodes.values():
+        larger = [operation for operation in node.operations if activation_kind(operation.target)]
+        if node.reads and larger and not is_activation(node) and not _cut_by_partition(node, larger):
+            raise PartitionError(
+                f"node '{node.name}' ({node.description})",
+                "a node with an activation inside",
+                "nodes that are cut around the activations",
+                "Convert with nodes='auto', which asks the algorithm, or with nodes='activation'.",
+            )
+        for operation in node.operations:
+            if isinstance(operation.target, nn.Module) and not _is_known(operation.target):
+                raise PartitionError(
+                    f"node '{node.name}'",
+                    f"a {type(operation.target).__name__} kept whole, whose activations cannot be seen",
+                    "nodes that are cut around the activations",
+                    "Convert with nodes='auto', or with nodes='activation'.",
+                )
+
+
+def _cut_by_partition(node: Node, larger: Sequence[Operation]) -> bool:
+    """An activation of what no state feeds, or with tensors for bounds, is no state but part of a pre-activation."""
+    return not node.reads or bool(node.constants)
+
+
+def _is_known(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def refuse(graph: EnergyGraph) -> None:
+    """Raise :class:`NoEquilibriumError` with every part of the module that a relaxation cannot settle."""
+    found = [problem for node in graph.nodes.values() for problem in _problems(node)]
+    if found:
+        raise NoEquilibriumError(
+            "equilibrium of the module",
+            "; ".join(dict.fromkeys(found)),
+            "parts with an energy: linear maps, convolutions, pooling, sums, activations without parameters",
+            "Use model.eval() for batch norm and dropout, leave the part out, or take PredictiveCoding, whose values "
+            "need no equilibrium of the module.",
+        )
+
+
+def _problems(node: Node) -> Iterator[str]:
+    if node.random:
+        yield f"'{node.name}' ({node.description}) draws random numbers, so each step would have another energy"
+    if node.batch_statistics:
+        yield f"'{node.name}' ({node.description}) normalises by the batch, whose statistics move with the states"
+    for operation in node.operations:
+        yield from _problem(node, operation)
+
+
+def _problem(node: Node, operation: Operation) -> Iterator[str]:
+    target, name = operation.target, operation_name(operation.target)
+    if isinstance(target, _RECURRENT):
+        yield f"'{operation.name}' ({type(target).__name__}) has a state and an order in time of its own"
+    elif isinstance(target, nn.PReLU) or name == "prelu":
+        yield f"'{operation.name}' (PReLU) is an activation with parameters, whose share the energy would miss"
+    elif node.reads and (isinstance(target, _NORMALISATIONS) or name in _NORMALISING):
+        label = type(target).__name__ if isinstance(target, nn.Module) else name
+        yield f"'{operation.name}' ({label}) normalises each sample by its own states, and does not settle in a loop"
+    elif node.reads and name in _WHOLE_NUMBERS:
+        yield f"'{operation.name}' ({name}) makes whole numbers of states, through which no feedback comes"
+
+
+def watched_operations(node: Node) -> Iterator[str]:
+    """Operations that may settle or not: max-pooling and softmax."""
+    for operation in node.operations:
+        name = operation_name(operation.target)
+        if isinstance(operation.target, _WATCHED_MODULES) or (
+            not isinstance(operation.target, nn.Module) and name.startswith(_WATCHED)
+        ):
+            yield operation.name

@@ -1,0 +1,261 @@
+"""From groups of operations to an :class:`EnergyGraph`: one compiled function a node, one for the static part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from torch2ebm.capture.in_place_fx import attribute
+from torch2ebm.capture.observation import Capture
+from torch2ebm.common.nested import leaves_of
+from torch2ebm.errors import PartitionError
+from torch2ebm.graph.energy_graph import EnergyGraph, Node, Operation, OutputReference, identity
+from torch2ebm.graph.granularity import Granularity
+from torch2ebm.graph.naming import described, name_of, unique_name
+from torch2ebm.graph.partition import Group, Partition
+from torch2ebm.graph.roles import Roles, assign_roles
+
+_GROUP_NORMS = (functional.group_norm, torch.group_norm, torch.ops.aten.group_norm.default)
+
+
+def build_graph(capture: Capture, granularity: Granularity) -> EnergyGraph:
+    """Cut a captured graph in value nodes.
+
+    Raises :class:`PartitionError` where no output depends on a parameter, or a value is no floating point tensor.
+    """
+    roles = assign_roles(capture)
+    partition = Partition(capture, roles, granularity)
+    return _Assembly(capture, roles, partition.groups()).graph()
+
+
+class _Assembly:
+    def __init__(self, capture: Capture, roles: Roles, groups: Sequence[Group]) -> None:
+        self.capture, self.roles, self.groups = capture, roles, groups
+        self.position = {node: i for i, node in enumerate(capture.graph.nodes)}
+        self.group_of = {node: i for i, group in enumerate(groups) for node in group.members}
+        self.names_of_parameters = {id(p): name for name, p in capture.module.named_parameters()}
+        self.returned = list(next(n for n in capture.graph.nodes if n.op == "output").all_input_nodes)
+        self._assign_once()
+        self.core = [self._with_repeated(group.members) for group in groups]
+        self.body = [
+            core | self._with_repeated(n for n in roles.once if self.group_of[n] == i)
+            for i, core in enumerate(self.core)
+        ]
+        self._assign_results()
+
+    def _assign_once(self) -> None:
+        """What the feed-forward pass fixes is computed in the last of the groups that it needs."""
+        for node in self.roles.once:
+            self.group_of[node] = max(self.group_of[source] for source in self._computed_sources(node))
+
+    def _computed_sources(self, node: fx.Node) -> Iterator[fx.Node]:
+        for source in node.all_input_nodes:
+            if source in self.group_of:
+                yield source
+            elif source in self.roles.repeated:
+                yield from self._computed_sources(source)
+
+    def _with_repeated(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        found = set(nodes)
+        pending = list(found)
+        while pending:
+            for source in pending.pop().all_input_nodes:
+                if source in self.roles.repeated and source not in found:
+                    found.add(source)
+                    pending.append(source)
+        return found
+
+    def _assign_results(self) -> None:
+        """Slots: what is read as a value by another group. Exports: what is read as a constant."""
+        self.slots: list[list[fx.Node]] = [[] for _ in self.groups]
+        self.exports: list[list[fx.Node]] = [[] for _ in self.groups]
+        for i, body in enumerate(self.body):
+            for node in self._sorted(body):
+                for source in node.all_input_nodes:
+                    if self.group_of.get(source, i) != i:
+                        read_as_value = source in self.roles.live and node in self.core[i]
+                        _add(self.slots if read_as_value else self.exports, self.group_of[source], source)
+        self.read = [bool(slots) for slots in self.slots]
+        for node in self.returned:
+            if node in self.group_of:
+                _add(self.slots if node in self.roles.live else self.exports, self.group_of[node], node)
+
+    def _sorted(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        return sorted(nodes, key=self.position.__getitem__)
+
+    # nodes
+
+    def graph(self) -> EnergyGraph:
+        taken: set[str] = set()
+        nodes: list[Node] = []
+        output_slot: dict[fx.Node, str] = {}
+        for i, group in enumerate(self.groups):
+            node = self._node(i, unique_name(name_of(group, self.capture.module, self.roles), taken))
+            nodes.append(node)
+            for operation in self.slots[i]:
+                self._check_value(node, operation)
+                if operation not in self.returned:
+                    continue
+                output_slot[operation] = operation.name
+                if self.read[i]:  # a returned value that others read keeps its value: an output of its own follows it
+                    slot = output_slot[operation] = f"{operation.name}.output"
+                    name = unique_name(f"{node.name}.output", taken)
+                    nodes.append(
+                        Node(name, (), (), identity, {}, 0, (slot,), (operation.name,), description="identity")
+                    )
+        if not output_slot:
+            raise PartitionError(
+                f"torch2ebm.convert({type(self.capture.module).__name__})",
+                "no output that depends on a parameter",
+                "at least one",
+                "A model without parameters has nothing to learn; check that forward uses them.",
+            )
+        outputs, structure = self._outputs(output_slot)
+        buffers = tuple(self.capture.reference.changed_buffers)
+        shapes = {operation.name: self.capture.facts[operation].shape for slots in self.slots for operation in slots}
+        shapes |= {slot: shapes[operation.name] for operation, slot in output_slot.items()}
+        return EnergyGraph(
+            self.capture.module, nodes, self._clamp(), outputs, structure, buffers, shapes, self._inputs()
+        )
+
+    def _inputs(self) -> dict[str, tuple[str, ...]]:
+        """What is made of the input tensors' contents, not of their shapes alone, and of which."""
+        found: dict[fx.Node, tuple[str, ...]] = {}
+        for node in self.capture.graph.nodes:
+            fact = self.capture.facts.get(node)
+            if node.op == "placeholder":
+                found[node] = () if node.target in self.capture.constants else (node.name,)
+            elif node not in self.roles.live and fact is not None and (fact.tensor or fact.data):
+                found[node] = tuple(dict.fromkeys(n for s in node.all_input_nodes for n in found.get(s, ())))
+        return {node.name: names for node, names in found.items() if names}
+
+    def _node(self, i: int, name: str) -> Node:
+        body = self._sorted(self.body[i])
+        external = [source for node in body for source in node.all_input_nodes if source not in self.body[i]]
+        values = [
+            source
+            for source in dict.fromkeys(external)
+            if source in self.roles.live and any(source in node.all_input_nodes for node in self.core[i])
+        ]
+        constants = [s for s in dict.fromkeys(external) if s not in values and s.op != "get_attr"]
+        fixed = {s: f"{s.name}.fixed" if s in self.roles.live else s.name for s in (*constants, *self.exports[i])}
+        results = [*self.slots[i], *self.exports[i]]
+        facts = self.capture.facts
+        return Node(
+            name,
+            parents=(),
+            children=(),
+            function=self._compiled(name, [*values, *constants], body, results),
+            parameters=self._parameters(body),
+            level=0,
+            slots=tuple(node.name for node in self.slots[i]),
+            reads=tuple(node.name for node in values),
+            constants=tuple(fixed[node] for node in constants),
+            exports=tuple(fixed[node] for node in self.exports[i]),
+            random=any(facts[node].random for node in body),
+            batch_statistics=any(facts[node].batch_statistics for node in body),
+            group_norm=any(_normalises_groups(self._called(node).target) for node in body),
+            description=described(self._sorted(self.groups[i].members), self.capture.module, self.roles),
+            operations=tuple(self._called(node) for node in self._sorted(self.core[i])),
+        )
+
+    def _called(self, node: fx.Node) -> Operation:
+        if node.op == "call_module":
+            return Operation(str(node.target), self.capture.module.get_submodule(str(node.target)))
+        return Operation(node.name, node.target)
+
+    def _compiled(
+        self, name: str, arguments: Sequence[fx.Node], body: Sequence[fx.Node], results: Sequence[fx.Node]
+    ) -> Callable[..., Any]:
+        graph = fx.Graph()
+        copies = {node: graph.placeholder(node.name) for node in arguments}
+        for node in body:
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and source not in copies:
+                    copies[source] = graph.node_copy(source)
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        for node in results:
+            if node.op == "get_attr" and node not in copies:
+                copies[node] = graph.node_copy(node)
+        outputs = tuple(copies[node] for node in results)
+        graph.output(outputs[0] if len(outputs) == 1 else outputs)
+        code = graph.python_code("self")
+        namespace = dict(code.globals)
+        exec(compile(code.src, f"<torch2ebm node {name}>", "exec"), namespace)
+        return partial(namespace["forward"], self.capture.module)
+
+    def _parameters(self, body: Iterable[fx.Node]) -> dict[str, nn.Parameter]:
+        found: dict[str, nn.Parameter] = {}
+        for node in body:
+            if node.op == "call_module":
+                own: Iterable[Any] = self.capture.module.get_submodule(str(node.target)).parameters()
+            else:
+                own = [
+                    attribute(self.capture.module, str(s.target)) for s in node.all_input_nodes if s.op == "get_attr"
+                ]
+            for parameter in own:
+                if isinstance(parameter, nn.Parameter):
+                    found[self.names_of_parameters[id(parameter)]] = parameter
+        return found
+
+    def _check_value(self, node: Node, operation: fx.Node) -> None:
+        if not self.capture.facts[operation].tensor:
+            raise PartitionError(
+                f"node '{node.name}'",
+                f"a result of {operation.format_node()} that is no tensor",
+                "tensors, tuples, lists or dicts of them",
+                "Make the submodule that uses it one node: nodes=[...].",
+            )
+
+    # the rest of the model
+
+    def _clamp(self) -> Callable[[Sequence[Tensor]], dict[str, Any]]:
+        body = self._sorted({*self.roles.static, *self._with_repeated(self._returned_static())})
+        read = {source for group in self.body for node in group for source in node.all_input_nodes} | set(self.returned)
+        results = [n for n in body if n in read] + [n for n in self.returned if n.op == "get_attr"]
+        placeholders = [node for node in self.capture.graph.nodes if node.op == "placeholder"]
+        function = self._compiled("static", placeholders, body, results)
+        constants = list(self.capture.constants.values())
+
+        def clamp(tensors: Sequence[Tensor]) -> dict[str, Any]:
+            device = tensors[0].device if tensors else torch.device("cpu")
+            arguments = [*[constant.to(device) for constant in constants], *tensors]
+            environment = {node.name: argument for node, argument in zip(placeholders, arguments, strict=True)}
+            if body or results:
+                values = function(*arguments)
+                values = (values,) if len(results) == 1 else values
+                environment.update(zip([node.name for node in results], values, strict=True))
+            return environment
+
+        return clamp
+
+    def _returned_static(self) -> list[fx.Node]:
+        return [node for node in self.returned if node in self.roles.repeated]
+
+    def _outputs(self, output_slot: dict[fx.Node, str]) -> tuple[tuple[OutputReference, ...], Any]:
+        output = next(node for node in self.capture.graph.nodes if node.op == "output")
+        references = []
+        for leaf in leaves_of(output.args[0]):
+            if leaf in output_slot:
+                references.append(OutputReference(slot=output_slot[leaf]))
+            elif isinstance(leaf, fx.Node):
+                references.append(OutputReference(constant=leaf.name))
+            else:
+                references.append(OutputReference(literal=leaf))
+        return tuple(references), self.capture.reference.structure
+
+
+def _add(results: list[list[fx.Node]], index: int, node: fx.Node) -> None:
+    if node not in results[index]:
+        results[index].append(node)
+
+
+def _normalises_groups(target: Any) -> bool:
+    if isinstance(target, nn.Module):
+        return any(isinstance(part, nn.GroupNorm) for part in target.modules())
+    return target in _GROUP_NORMS

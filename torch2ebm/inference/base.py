@@ -1,0 +1,248 @@
+"""One call's relaxation: what its two forms, moving values and moving errors, have in common.
+
+A node is evaluated on leaves, so only one node's autograd graph exists at a time, or one a node, never one across.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch2ebm.engine.call import Call, NodePass, at_least_single
+from torch2ebm.engine.energies import Energy, gaussian_energy_of_batch
+from torch2ebm.engine.gradients import GradientSum
+from torch2ebm.engine.results import InferenceState, LocalGradients
+from torch2ebm.graph.energy_graph import Node
+from torch2ebm.loss.output_loss import OutputLoss
+
+LOSS = "loss"
+UNIT_GAUSSIAN: Mapping[str, Energy] = MappingProxyType({})  # what nodes without an entry have
+
+
+class Inference(ABC):
+    """What moves in one call, and F's gradient in it.
+
+    Attributes:
+        energies: Energy of each node, by name; a node without one has a Gaussian of precision 1.
+        history: For every sweep the energy of each active node, and of the loss, as tensors of no dimension.
+        measuring: Whether the next sweep keeps the largest entries of its gradients.
+        driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep, a sample or in all.
+        evaluations: How many node functions have run.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        loss: OutputLoss,
+        energies: Mapping[str, Energy] = UNIT_GAUSSIAN,
+        retain_call: bool = True,
+    ) -> None:
+        self.call, self.graph, self.loss, self.energies = call, call.graph, loss, energies
+        hidden = [slot for node in self.graph.hidden_nodes for slot in node.slots]
+        self.values = {slot: at_least_single(call.values[slot]) for slot in hidden}
+        self._read_as = {slot: call.values[slot].dtype for slot in hidden}
+        if not retain_call:  # the feed-forward values go as soon as the values have left them
+            for slot in self.values:
+                del call.values[slot]
+        self.history: list[dict[str, Tensor]] = []
+        self.measuring = False
+        self.driving: list[Tensor] = []
+        self.evaluations = 0
+        self.scale: float | Tensor = loss.scale
+
+    # what moves, for a solver's step that is recorded and run again
+
+    @abstractmethod
+    def moving(self) -> dict[str, Any]:
+        """All that a sweep or a move changes, and all tensors of this call that they read."""
+
+    @abstractmethod
+    def restore(self, moving: Mapping[str, Any]) -> None:
+        """Be as when :meth:`moving` gave this."""
+
+    # the driving term
+
+    def begin_sweep(self) -> None:
+        self.history.append({})
+        self.driving = []
+
+    def _measure(self, gradient: Tensor) -> None:
+        if not self.measuring:
+            return
+        if gradient.ndim and gradient.shape[0] == self.call.batch_size:
+            self.driving.append(gradient.reshape(len(gradient), -1).abs().amax(1))
+        else:
+            self.driving.append(gradient.abs().max())
+
+    def residual(self) -> Tensor:
+        """Largest absolute entry of the gradient in the last measured sweep."""
+        return torch.stack([each.max() for each in self.driving]).max() if self.driving else torch.zeros(())
+
+    def residual_of_samples(self) -> Tensor | None:
+        """The same for each sample, shape ``[batch]``; None where a value has no batch dimension."""
+        if not self.driving or any(each.ndim == 0 for each in self.driving):
+            return None
+        return torch.stack(self.driving).amax(0)
+
+    # one node
+
+    def _inputs(self, node: Node, requires_grad: bool) -> list[Tensor]:
+        """Leaves in the precision that the feed-forward pass read."""
+        found = []
+        for slot in node.reads:
+            value, dtype = self.values[slot], self._read_as[slot]
+            found.append((value if value.dtype == dtype else value.to(dtype)).detach().requires_grad_(requires_grad))
+        return found
+
+    def evaluate(self, node: Node, requires_grad: bool) -> NodePass:
+        self.evaluations += 1
+        with torch.enable_grad():
+            return self.call.evaluate(node, self._inputs(node, requires_grad))
+
+    def pulls_into_history(
+        self, node: Node, errors: Sequence[Tensor], predictions: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """dphi/dvalue and -dphi/dprediction of each slot; the energy goes to the history."""
+        energy = self.energies.get(node.name)
+        if energy is None:
+            parts = [gaussian_energy_of_batch(error) for error in errors]
+        else:
+            parts = [energy.of_batch(*pair) for pair in _pairs(errors, predictions)]
+        self.history[-1][node.name] = _total(parts)
+        return self.pulls(node, errors, predictions)
+
+    def pulls(
+        self, node: Node, errors: Sequence[Tensor], predictions: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        energy = self.energies.get(node.name)
+        if energy is None:
+            return list(errors), list(errors)
+        own, backward = zip(*[energy.gradients(*pair) for pair in _pairs(errors, predictions)], strict=True)
+        return list(own), list(backward)
+
+    def send(self, evaluated: NodePass, cotangents: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
+        """Add J^T of the cotangents to the message of each parent."""
+        self.add_messages(evaluated, evaluated.pullback(cotangents, evaluated.inputs), messages)
+
+    def add_messages(self, evaluated: NodePass, products: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
+        for slot, message in zip(evaluated.node.reads, products, strict=True):
+            if message is not None:
+                message = at_least_single(message, detach=False)
+                messages[slot] = messages[slot] + message if slot in messages else message
+
+    # outputs: the loss acts on their predictions (O1)
+
+    def output_errors(self, passes: Sequence[NodePass]) -> dict[str, Tensor]:
+        """e_o = -dL/dmu_o of every output slot, L being lambda times the loss summed over samples."""
+        predictions = {s: p.detach() for each in passes for s, p in zip(each.node.slots, each.predictions, strict=True)}
+        value, gradients = self.loss.gradients(predictions)
+        self.history[-1][LOSS] = value
+        return {slot: gradient.neg() for slot, gradient in gradients.items()}
+
+    # the end
+
+    def local_gradients(self) -> LocalGradients:
+        """dF/dtheta where the relaxation ended, in the scale of the user's loss."""
+        return self.finished(self.collected())
+
+    def collected(self) -> Collected:
+        """The last pass over all nodes: errors, predictions and gradients of parameters."""
+        self.history.append({})
+        result = Collected()
+        self._collect_all(result)
+        return result
+
+    def finished(self, result: Collected) -> LocalGradients:
+        state = InferenceState(
+            self.graph,
+            self.call.batch_size,
+            result.predictions,
+            result.errors,
+            error_unit=-1 / self.loss.scale if self.loss.scale else 0.0,
+            unreached=tuple(result.unreached),
+            energies=self.energies,
+        )
+        inputs = self.call.input_gradients(result.gradients.clamped)
+        return LocalGradients(result.gradients.parameters, inputs, state)
+
+    @abstractmethod
+    def _collect_all(self, result: Collected) -> None:
+        """The last pass over all nodes: errors, predictions and gradients of parameters."""
+
+    def _collect_outputs(self, passes: Sequence[NodePass], result: Collected) -> None:
+        errors = self.output_errors(passes)
+        for evaluated in passes:
+            own = [errors.get(slot) for slot in evaluated.node.slots]
+            self._collect(evaluated, own, own, result)
+
+    def _collect(
+        self,
+        evaluated: NodePass,
+        errors: Sequence[Tensor | None],
+        cotangents: Sequence[Tensor | None],
+        result: Collected,
+    ) -> None:
+        """The gradient of a node's parameters, -J^T of the cotangents, scaled as ``.grad`` is."""
+        scaled = [None if error is None else error.mul_(-self.scale) for error in errors]
+        for slot, prediction, error in zip(evaluated.node.slots, evaluated.predictions, scaled, strict=True):
+            result.predictions[slot] = prediction.detach()
+            if error is not None:
+                result.errors[slot] = error
+        pulled = [
+            own if cotangent is error or cotangent is None else cotangent * -self.scale
+            for own, error, cotangent in zip(scaled, errors, cotangents, strict=True)
+        ]
+        result.gradients.add(self.call, evaluated, pulled)
+
+    def _collect_unreached(self, node: Node, result: Collected) -> None:
+        """No error has reached the node: its gradients are exactly zero, its predictions its values."""
+        result.unreached.insert(0, node.name)
+        result.gradients.add_zeros(self.call, node)
+        result.predictions.update({slot: self.values.pop(slot) for slot in node.slots})
+
+
+@dataclass
+class Collected:
+    """What the last pass over the nodes collects, by slot."""
+
+    gradients: GradientSum = field(default_factory=lambda: GradientSum())
+    predictions: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, Tensor] = field(default_factory=dict)  # times minus the loss's scale
+    unreached: list[str] = field(default_factory=list)
+
+
+def _pairs(errors: Sequence[Tensor], predictions: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(error, mu.detach().to(error.dtype)) for error, mu in zip(errors, predictions, strict=True)]
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def energies(history: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """The recorded energies as numbers, with one transfer to the host."""
+    rows = [[sweep[name] for name in names if name in sweep] for sweep in history]
+    numbers = iter(_on_host([entry for row in rows for entry in row]))
+    return _columns([{name: next(numbers) for name in names if name in sweep} for sweep in history], names)
+
+
+def _on_host(entries: Sequence[Tensor]) -> list[float]:
+    if not entries:
+        return []
+    alike = all(entry.ndim == 0 and entry.dtype == entries[0].dtype for entry in entries)
+    stacked = torch.stack(list(entries) if alike else [entry.double().reshape(()) for entry in entries])
+    numbers: list[float] = stacked.double().tolist()
+    return numbers
+
+
+def _columns(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    return {name: tuple(row.get(name, 0.0) for row in rows) for name in names}

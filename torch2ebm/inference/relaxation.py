@@ -1,0 +1,93 @@
+"""The one loop that drives every solver, with its energy curve, convergence report and divergence check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch2ebm.engine.results import LocalGradients, Relaxation
+from torch2ebm.errors import DivergenceError, NonFiniteError
+from torch2ebm.inference.base import LOSS, Inference, energies
+from torch2ebm.inference.runs import EagerRun, ProgramRun
+from torch2ebm.inference.solver import REMEDY, Form, Solver
+from torch2ebm.programs.cache import Programs
+
+RISE = 1e3  # an energy that has risen by so many times its start is no overshoot any more
+WATCHED = 100  # steps between two looks at the energy; each waits for the device
+
+
+def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Programs | None = None) -> LocalGradients:
+    """Relax, take the local gradients where the relaxation ends, and check both; by recorded programs where given.
+
+    Raises :class:`NonFiniteError` where the first energy is no number, :class:`DivergenceError` where a later one is.
+    """
+    run = EagerRun(solver, inference) if programs is None else ProgramRun(programs, solver, inference)
+    steps, residual = 0, math.inf
+    while steps < solver.steps:
+        inference.measuring = solver.tol > 0 or steps == solver.steps - 1
+        steps += run.advance(_steps_unwatched(solver, steps))
+        if inference.measuring:
+            residual = float(inference.residual())
+            if residual <= solver.tol:
+                break
+        if steps % WATCHED == 0 and _has_run_away(inference):
+            break
+    gradients = run.local_gradients()
+    relaxation = report(inference, steps, residual, solver.tol, beta, solver.remedy)
+    return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
+
+
+def _steps_unwatched(solver: Solver[Any], steps: int) -> int:
+    """How many may be taken before somebody looks at the relaxation."""
+    return 1 if solver.tol > 0 else max(1, min(solver.steps - 1 - steps, WATCHED - steps % WATCHED))
+
+
+def _has_run_away(inference: Inference) -> bool:
+    """Whether the last energy is past what :func:`report` lets through: the steps that are left would be wasted."""
+    first, last = (float(sum(inference.history[i].values())) for i in (0, -1))
+    return not (math.isfinite(last) and last <= _ceiling(first))
+
+
+def _ceiling(first: float) -> float:
+    return first + RISE * abs(first) + 1.0
+
+
+def report(
+    inference: Inference, steps: int, residual: float, tol: float, beta: float = 1.0, remedy: str = REMEDY
+) -> Relaxation:
+    """How the relaxation went. Raises :class:`NonFiniteError` or :class:`DivergenceError` where it went wrong."""
+    names = [node.name for node in inference.graph.hidden_nodes]
+    table = energies(inference.history, [*names, LOSS])
+    loss = table.pop(LOSS)
+    total = tuple(sum(column) for column in zip(loss, *table.values(), strict=True))
+    check_energies(total, {**table, "the loss": loss}, remedy)
+    converged = residual <= tol if tol > 0 else None
+    return Relaxation(
+        steps, converged, residual, total, table, loss, inference.residual_of_samples(), tol=tol, beta=beta
+    )
+
+
+def check_energies(total: tuple[float, ...], parts: Mapping[str, tuple[float, ...]], remedy: str = REMEDY) -> None:
+    """Raise :class:`NonFiniteError` for a start, :class:`DivergenceError` for a later energy, that went wrong."""
+    ceiling = _ceiling(total[0])
+    bad = next((step for step, energy in enumerate(total) if not (math.isfinite(energy) and energy <= ceiling)), None)
+    if bad is None:
+        return
+    broken = (name for name, column in parts.items() if not math.isfinite(column[bad]))
+    where = next(broken, max(parts, key=lambda name: parts[name][bad]))
+    if not math.isfinite(total[0]):
+        raise NonFiniteError(
+            f"{where}, feed-forward pass (inference step 0)",
+            f"energy {total[0]}",
+            "a finite number",
+            "Look for NaN or infinity in the input, the target and the parameters.",
+        )
+    raise DivergenceError(
+        f"{where}, inference step {bad}",
+        f"energy {total[bad]:.4g} after {total[0]:.4g} at the start",
+        "an energy that falls",
+        remedy,
+        total[: bad + 1],
+    )

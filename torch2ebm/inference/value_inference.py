@@ -1,0 +1,131 @@
+"""The values of one call while they move: the gradient of the energy in them, and the local gradients at the end.
+
+The sweep visits outputs first, then parents after children, one node at a time. Since a node's own value and those of
+its parents are still the old ones when its turn comes, moving each value as soon as its gradient is complete *is* the
+synchronous update, and only one node's autograd graph exists at a time.
+
+From a feed-forward start all errors are zero until the output's error reaches them, one level a step. A node that has
+not moved, and whose parents have not, has an error of exactly zero: it is not evaluated (the wave front).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.energies import Energy
+from torch2ebm.graph.energy_graph import Node
+from torch2ebm.inference.base import UNIT_GAUSSIAN, Collected, Inference
+from torch2ebm.loss.output_loss import OutputLoss
+
+
+class ValueInference(Inference):
+    """The moving values of one call, and F's gradient in them.
+
+    Attributes:
+        values: Value of every slot that can move. Kept in at least single precision.
+        moved: Slots that have left their feed-forward value.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        loss: OutputLoss,
+        energies: Mapping[str, Energy] = UNIT_GAUSSIAN,
+        retain_call: bool = True,
+    ) -> None:
+        super().__init__(call, loss, energies, retain_call)
+        self.moved: set[str] = set()
+        # fed by clamped inputs only: these predictions cannot change
+        self._fixed = {slot: self.values[slot] for n in self.graph.hidden_nodes if not n.reads for slot in n.slots}
+
+    def moving(self) -> dict[str, Any]:
+        return {"values": dict(self.values), "moved": frozenset(self.moved), "fixed": dict(self._fixed)}
+
+    def restore(self, moving: Mapping[str, Any]) -> None:
+        self.values, self.moved = dict(moving["values"]), set(moving["moved"])
+        self._fixed = dict(moving["fixed"])
+
+    def move(self, slot: str, direction: Tensor, rate: float) -> None:
+        """``value += rate * direction``; the feed-forward value itself is never written."""
+        if slot in self.moved:
+            self.values[slot].add_(direction, alpha=rate)
+        else:
+            self.values[slot] = torch.add(self.values[slot], direction, alpha=rate)
+            self.moved.add(slot)
+
+    def sweep(self) -> Iterator[tuple[str, Tensor]]:
+        """dF/dv of each slot that it is not exactly zero for; the slot may be moved as soon as it is yielded."""
+        self.begin_sweep()
+        messages = self._messages_of_outputs()
+        for node in reversed(self.graph.hidden_nodes):
+            own = self._own_gradients(node, messages)
+            yield from self.completed(node, own, messages)
+
+    def completed(
+        self, node: Node, own: Sequence[Tensor | None], messages: dict[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """dF/dv = dphi/dv - sum_c J_c^T e_c of each slot that it is not exactly zero for."""
+        for slot, gradient in zip(node.slots, own, strict=True):
+            message = messages.pop(slot, None)
+            if gradient is not None and message is not None:
+                gradient = gradient - message  # not in place: a sum passes e on as it is
+            elif message is not None:
+                gradient = message.neg()
+            elif gradient is None:
+                continue
+            self._measure(gradient)
+            yield slot, gradient
+
+    # one node
+
+    def is_active(self, node: Node) -> bool:
+        return not self.moved.isdisjoint(node.slots) or not self.moved.isdisjoint(node.reads)
+
+    def _own_gradients(self, node: Node, messages: dict[str, Tensor]) -> Sequence[Tensor | None]:
+        """dphi/dv of a node, after sending its error to its parents. None is exactly zero."""
+        if not self.is_active(node):
+            return [None] * len(node.slots)
+        if not node.reads:
+            predictions: Sequence[Tensor] = [self._fixed[slot] for slot in node.slots]
+            return self.pulls_into_history(node, self.subtract(node, predictions), predictions)[0]
+        evaluated = self.evaluate(node, requires_grad=True)
+        own, cotangents = self.pulls_into_history(
+            node, self.subtract(node, evaluated.predictions), evaluated.predictions
+        )
+        self.send(evaluated, cotangents, messages)
+        return own
+
+    def subtract(self, node: Node, predictions: Sequence[Tensor]) -> list[Tensor]:
+        return [self.values[s] - prediction.detach() for s, prediction in zip(node.slots, predictions, strict=True)]
+
+    def _messages_of_outputs(self) -> dict[str, Tensor]:
+        passes = [self.evaluate(node, requires_grad=True) for node in self.graph.output_nodes]
+        errors = self.output_errors(passes)
+        messages: dict[str, Tensor] = {}
+        for evaluated in passes:
+            self.send(evaluated, [errors.get(slot) for slot in evaluated.node.slots], messages)
+        return messages
+
+    # the end
+
+    def _collect_all(self, result: Collected) -> None:
+        self._fixed.clear()
+        self._collect_outputs([self.evaluate(node, requires_grad=False) for node in self.graph.output_nodes], result)
+        for node in reversed(self.graph.hidden_nodes):
+            if self.is_active(node):
+                self._collect_hidden(node, result)
+            else:
+                self._collect_unreached(node, result)
+
+    def _collect_hidden(self, node: Node, result: Collected) -> None:
+        evaluated = self.evaluate(node, requires_grad=False)
+        errors = self.subtract(node, evaluated.predictions)
+        _, cotangents = self.pulls_into_history(node, errors, evaluated.predictions)
+        for slot in node.slots:
+            del self.values[slot]  # all its readers are done
+        self._collect(evaluated, errors, cotangents, result)

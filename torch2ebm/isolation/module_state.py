@@ -1,0 +1,159 @@
+"""What must stand still while the values of one batch move: dropout masks, batch statistics, running buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch2ebm.isolation.interrupts import Change, restored_by
+from torch2ebm.isolation.random_numbers import RandomState
+
+
+class BufferSnapshot:
+    """Copies of the buffers that a forward pass changes."""
+
+    def __init__(self, buffers: Mapping[str, Tensor]) -> None:
+        self.copies = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
+
+    def restore(self) -> None:
+        for buffer, copy in self.copies:
+            buffer.data.copy_(copy)  # .data: autograd graphs that saved the buffer keep their version of it
+
+    def preserved(self) -> Change:
+        return restored_by(self.restore)
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+
+class BufferHistory:
+    """The buffers before and after one forward, so that a step that is refused leaves no trace in them."""
+
+    def __init__(self, buffers: Mapping[str, Tensor]) -> None:
+        self.buffers = buffers
+        self.before = BufferSnapshot(buffers)
+        self.after = self.before
+        self._undoing = False
+
+    def forward_ended(self) -> None:
+        self.after = BufferSnapshot(self.buffers)
+
+    def undo(self) -> None:
+        """Give them their contents from before, unless something else has changed them since."""
+        self._undoing |= all(torch.equal(buffer, copy) for buffer, copy in self.after.copies)
+        if self._undoing:  # and not finished, where it is called again
+            self.before.restore()
+
+
+def hooks_suspended(parameters: Iterable[Tensor]) -> Change:
+    """Keep the hooks of parameters out of the gradients taken inside: they run once, when ``.grad`` is filled."""
+    hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+
+    def suspend() -> None:
+        for parameter, _ in hooked:
+            parameter._backward_hooks = None
+
+    def restore() -> None:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks
+
+    return Change(suspend, restore)
+
+
+def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Change:
+    """Put ``tensors`` where the parameters of these names are, a shared one everywhere it stands."""
+    own = {name: parameter for name, parameter in module.named_parameters() if name in tensors}
+    places = [
+        (registry, key, name)
+        for name, parameter in own.items()
+        for registry in (each._parameters for each in module.modules())
+        for key, entry in registry.items()
+        if entry is parameter
+    ]
+
+    def replace() -> None:
+        for registry, key, name in places:
+            registry[key] = tensors[name]  # type: ignore[assignment]
+
+    def restore() -> None:
+        for registry, key, name in places:
+            registry[key] = own[name]
+
+    return Change(replace, restore)
+
+
+@contextmanager
+def plain_autograd() -> Iterator[None]:
+    """Gradients on, whatever the caller has switched: inference mode, no_grad, or the hooks of a checkpoint."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged),
+    ):
+        yield
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@contextmanager
+def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore generators, buffers and attributes at the end; no hook of a parameter runs inside."""
+    random = RandomState(device)
+    buffers = BufferSnapshot(dict(module.named_buffers()))
+    with ExitStack() as stack:
+        stack.callback(random.restore)
+        stack.callback(buffers.restore)
+        stack.enter_context(attributes_restored(module))
+        stack.enter_context(hooks_suspended(module.parameters()))
+        yield
+
+
+@contextmanager
+def attributes_restored(module: nn.Module) -> Iterator[None]:
+    """Tracing runs forward with proxies, and forward may put them in attributes, buffers, lists and dicts."""
+    before = [(m, dict(m.__dict__), _contents(m)) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, attributes, contents in before:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+            for collection, content in contents:
+                _restore(collection, content)
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The lists and dicts among the attributes, the module's registries included, each with a copy."""
+    return [(value, value.copy()) for value in module.__dict__.values() if isinstance(value, (list, dict))]
+
+
+def _restore(collection: Any, content: Any) -> None:
+    if isinstance(collection, list):
+        collection[:] = content
+    elif [(key, id(value)) for key, value in collection.items()] != [(k, id(value)) for k, value in content.items()]:
+        collection.clear()
+        collection.update(content)
+
+
+@contextmanager
+def all_parameters_trainable(module: nn.Module) -> Iterator[None]:
+    """Whether an operation is differentiable must not depend on what is frozen today."""
+    frozen = [p for p in module.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -1,0 +1,33 @@
+"""The error for memory that has run out, with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from torch2ebm.errors import OutOfMemoryError
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch on the CPU has no class for it
+
+
+@contextmanager
+def exhausted_memory_named(where: str, algorithm: object) -> Iterator[None]:
+    """Say what to do where torch or Python finds no memory."""
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise OutOfMemoryError(
+            f"{where}, {algorithm!r}",
+            first.removesuffix("."),
+            "memory for the values, predictions and errors of every node",
+            "Take a smaller batch (with gradients accumulated, the result is the same), fewer inference steps, or "
+            "coarser nodes (nodes='children'); nothing was changed.",
+        ) from error

@@ -1,0 +1,131 @@
+"""Tracing, recording and compiling patch torch itself, for the whole process: one thread at a time may do so."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch2ebm.isolation.interrupts import Change
+
+# whether a dispatch mode is entered, which torch keeps beside the stack of them
+_FLAGS = tuple(
+    name
+    for name in (
+        "_is_in_torch_dispatch_mode",
+        "_is_in_non_infra_torch_dispatch_mode",
+        "_is_in_any_mode_without_ignore_compile_internals",
+    )
+    if hasattr(_python_dispatch, name)
+)
+_set_native_flag = getattr(_python_dispatch, "set_is_in_mode_without_ignore_compile_internals", None)
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """The function modes and the dispatch modes that are entered, outermost first."""
+
+    functions: tuple[Any, ...]
+    dispatched: tuple[Any, ...]
+    flags: tuple[bool, ...]
+
+    @staticmethod
+    def now() -> Stacks:
+        flags = tuple([getattr(_python_dispatch, name) for name in _FLAGS])
+        return Stacks(_functions(), _dispatched(), flags)
+
+    def restore(self) -> None:
+        excess, missing = _differences(_functions(), self.functions)
+        for _ in excess:
+            torch._C._pop_torch_function_stack()
+        for mode in missing:
+            torch._C._push_on_torch_function_stack(mode)
+        excess, missing = _differences(_dispatched(), self.dispatched)
+        for mode in reversed(excess):  # torch's own kinds (fake, functional, proxy) have a place of their own, by key
+            torch._C._pop_torch_dispatch_stack(getattr(mode, "_mode_key", None))
+        for mode in missing:
+            torch._C._push_on_torch_dispatch_stack(mode)
+        for name, flag in zip(_FLAGS, self.flags, strict=True):
+            setattr(_python_dispatch, name, flag)
+        if _set_native_flag is not None and len(_FLAGS) == 3:
+            _set_native_flag(self.flags[2])
+
+
+def _functions() -> tuple[Any, ...]:
+    length = torch._C._len_torch_function_stack()
+    return tuple([torch._C._get_function_stack_at(i) for i in range(length)]) if length else ()
+
+
+def _dispatched() -> tuple[Any, ...]:
+    length = torch._C._len_torch_dispatch_stack()
+    return tuple([torch._C._get_dispatch_stack_at(i) for i in range(length)]) if length else ()
+
+
+def _differences(found: tuple[Any, ...], expected: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """From the first mode on that is another: those to pop, those to push."""
+    same = 0
+    while same < min(len(found), len(expected)) and found[same] is expected[same]:
+        same += 1
+    return found[same:], expected[same:]
+
+
+def entered(mode: TorchFunctionMode | TorchDispatchMode) -> Change:
+    """The mode, undone by the stacks as they are now and not by a pop."""
+    return Change(mode.__enter__, Stacks.now().restore)
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """Autocasting on one type of device.
+
+    ``torch.autocast`` also counts how deep it is nested, to clear its cache at the outermost end. Nothing can read that
+    count without changing it, so it is left alone here, and the cache is cleared.
+    """
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+    cache: bool
+
+    @staticmethod
+    def now(device: str) -> Autocast:
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return Autocast(device, enabled, dtype, torch.is_autocast_cache_enabled())
+
+    def set(self) -> None:
+        torch.set_autocast_enabled(self.device, self.enabled)
+        torch.set_autocast_dtype(self.device, self.dtype)
+        torch.set_autocast_cache_enabled(self.cache)
+
+    def restore(self) -> None:
+        torch.clear_autocast_cache()
+        self.set()
+
+    def entered(self) -> Change:
+        return Change(self.set, Autocast.now(self.device).restore)
+
+
+@dataclass(frozen=True)
+class Modes:
+    """All of them, and whether gradients are on."""
+
+    stacks: Stacks
+    autocast: Autocast
+    grad: bool
+
+    @staticmethod
+    def now(device: str) -> Modes:
+        return Modes(Stacks.now(), Autocast.now(device), torch.is_grad_enabled())
+
+    def restore(self) -> None:
+        self.stacks.restore()
+        self.autocast.restore()
+        torch._C._set_grad_enabled(self.grad)
+
+
+TRACING = threading.RLock()

@@ -1,0 +1,45 @@
+"""The explicit form of a loss, for one that the tape cannot follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from torch2ebm.errors import LossNotRecordedError
+from torch2ebm.loss.taped_tensor import name_of, plain, put_on_tape
+
+
+class EnergyLoss:
+    """The explicit form of a loss, for one that the recorder cannot follow.
+
+    The loss function is called on ordinary tensors, and again whenever the prediction has moved, whatever it does
+    inside (NumPy, compiled code, custom autograd functions).
+
+    Args:
+        loss_fn: From the model's output, and whatever else it is called with, to a loss of no dimension.
+
+    Raises:
+        LossNotRecordedError: when called, if the loss has a dimension.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> criterion = torch2ebm.EnergyLoss(torch.nn.functional.cross_entropy)
+        >>> criterion(torch.zeros(2, 4), torch.tensor([0, 1]))
+        tensor(1.3863)
+    """
+
+    def __init__(self, loss_fn: Callable[..., Tensor]) -> None:
+        self.loss_fn = loss_fn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = self.loss_fn(*plain(args), **plain(kwargs))
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise LossNotRecordedError(
+                f"EnergyLoss({name_of(self.loss_fn)})", got, "a tensor of no dimension", "Reduce it to one number."
+            )
+        given = {**getattr(self.loss_fn, "keywords", {}), **kwargs}  # those of a functools.partial
+        summed = getattr(self.loss_fn, "reduction", given.get("reduction")) == "sum"
+        return put_on_tape(self.loss_fn, args, kwargs, loss, summed, writes=True)  # type: ignore[no-any-return]

@@ -1,0 +1,213 @@
+"""What ``loss.backward()`` runs: an autograd function whose inputs are the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.finite import (
+    check_delivered,
+    check_gradients,
+    check_predictions,
+    check_standing,
+    first_bad,
+)
+from torch2ebm.engine.results import InferenceState, LocalGradients
+from torch2ebm.errors import GraphFreedError, HigherOrderGradientError, InputGradientError
+from torch2ebm.isolation.interrupts import Result, undone_by, within
+from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, hooks_suspended, tensors_in_place
+from torch2ebm.isolation.out_of_memory import exhausted_memory_named
+from torch2ebm.isolation.torch_modes import Autocast, Modes
+from torch2ebm.loss.replayed_loss import ReplayedLoss, make_loss
+from torch2ebm.loss.tape import Tape
+from torch2ebm.model.open_forwards import OpenForwards
+from torch2ebm.model.shards import Shards
+
+
+class OpenCall:
+    """One forward call and all that its backward needs; what a second backward may not find is released.
+
+    ``buffers`` are those that the forward changes, ``finite`` those in which NaN or infinity would be new.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        algorithm: Algorithm,
+        buffers: Mapping[str, Tensor],
+        finite: Mapping[str, Tensor],
+        forwards: OpenForwards,
+        keep: Callable[[InferenceState], None],
+        shards: Shards,
+    ) -> None:
+        self.call: Call | None = call
+        self.algorithm, self.buffers, self.forwards = algorithm, buffers, forwards
+        self.keep, self.shards = keep, shards
+        self.finite = {**call.parameters, **finite}
+        self.history = BufferHistory(buffers)
+        self.tape = Tape(len(call.graph.output_slots), call.device, forwards.undo)
+        self.parameters = {name: p for name, p in call.parameters.items() if p.requires_grad}
+        self.device = call.device
+        self.autocast = Autocast.now(self.device.type)
+
+    def withdrawn_on_error(self, function: Callable[[], Result]) -> Result:
+        """Call it; an exception before the caller has its output is as if there had been no forward."""
+        opened, modes = self.forwards.opened_since_step, Modes.now(self.device.type)
+
+        def withdraw() -> None:
+            modes.restore()
+            self.history.before.restore()
+            if self.history in self.forwards.histories:
+                self.forwards.histories.remove(self.history)
+            self.forwards.opened_since_step = opened
+
+        return undone_by(withdraw, function)
+
+    def run(self) -> list[Tensor]:
+        """The forward pass: recordable outputs, in the order of the graph's output slots."""
+        assert self.call is not None
+        self.algorithm.forward(self.call)
+        check_standing(self.finite)  # a clamp can hide it from the prediction
+        check_predictions(self.call)
+        self.history.forward_ended()
+        self.forwards.opened(self.history)
+        # copies: what the user writes on the output is no value of the call
+        return [self.call.values[slot].detach().clone() for slot in self.call.graph.output_slots]
+
+    def answer(self, delivered: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients of what :class:`EnergyFunction` was applied to."""
+        modes = Modes.now(self.device.type)
+        with exhausted_memory_named("loss.backward()", self.algorithm):
+            with self.shards.gathered():
+                gradients = undone_by(modes.restore, lambda: self.gradients(delivered, _retains_graph()))
+            synchronised = self.shards.scattered(gradients.parameters)
+            of_parameters = [synchronised.get(name) for name in self.parameters]
+            return (None, *of_parameters, *gradients.inputs)
+
+    def gradients(self, delivered: Sequence[Tensor | None], retain_graph: bool) -> LocalGradients:
+        """What the algorithm makes of the delivered gradients, checked."""
+        call = self._opened()
+        by_slot = {s: g for s, g in zip(call.graph.output_slots, delivered, strict=True) if g is not None}
+        loss = make_loss(call, self.tape, by_slot, self.algorithm.loss_reduction, type(self.algorithm).__name__)
+        if not self._delivered_finite(loss):
+            return self._overflowed(call)
+        if self.algorithm.reevaluates_loss:
+            loss.check()
+        gradients = self._as_in_forward(call, lambda: self.algorithm.backward(call, loss, retain_graph))
+        self._check_inputs(call, gradients)
+        self._check_parameters(gradients, loss)
+        self.keep(gradients.state)
+        self.forwards.closed(self.history)
+        if gradients.later is not None:
+            self.forwards.later.append(self._later(call, gradients.later))
+        if not retain_graph:
+            call.release()
+            self.call = None
+        return gradients
+
+    def _later(self, call: Call, gradients: Iterator[LocalGradients]) -> Iterator[LocalGradients]:
+        while True:
+            with self.shards.gathered():
+                found = self._as_in_forward(call, lambda: next(gradients, None))
+            if found is None:
+                return
+            self.keep(found.state)
+            yield found
+
+    def _as_in_forward(self, call: Call, function: Callable[[], Result]) -> Result:
+        """Autocast and swapped parameters as the forward had them; what a pass changes is put back, hooks stay out."""
+        changes = []
+        if self.buffers:
+            changes.append(BufferSnapshot(self.buffers).preserved())
+        if any(parameter._backward_hooks for parameter in self.parameters.values()):
+            changes.append(hooks_suspended(self.parameters.values()))
+        if call.swapped:
+            changes.append(tensors_in_place(call.graph.module, call.swapped))
+        if self.autocast.enabled:
+            changes.append(self.autocast.entered())
+        return within(changes, function)
+
+    def _opened(self) -> Call:
+        if self.call is None:
+            raise GraphFreedError(
+                "loss.backward()",
+                "a second backward through one forward call",
+                "one, unless retain_graph=True",
+                "Call backward(retain_graph=True) the first time, or run the model again.",
+            )
+        return self.call
+
+    def _delivered_finite(self, loss: ReplayedLoss) -> bool:
+        """Whether there is anything to learn from; raises where no outer factor is to blame."""
+        if first_bad(loss.delivered) is None:
+            return True
+        if not (loss.magnified and loss.finite):
+            check_delivered(loss.delivered)
+        self.forwards.overflowed.append(self.history)
+        return False
+
+    def _overflowed(self, call: Call) -> LocalGradients:
+        """The outer factor (a gradient scaler's) overflowed: say so in every gradient, so that the scaler skips."""
+        self.forwards.closed(self.history)
+        self.call = None
+        nothing = InferenceState(call.graph, call.batch_size, {}, {})
+        return LocalGradients(
+            {name: torch.full_like(parameter, torch.nan) for name, parameter in self.parameters.items()},
+            [torch.full_like(t, torch.nan) if t.requires_grad else None for t in call.tensors],
+            nothing,
+        )
+
+    def _check_parameters(self, gradients: LocalGradients, loss: ReplayedLoss) -> None:
+        """Gradients are linear in the outer factor: up to a factor of one what is not finite is not its doing.
+
+        A larger one may be a scaler's, which skips the step and comes down; ``optimizer.step()`` looks whether it did.
+        """
+        if not loss.magnified:
+            check_gradients(gradients.parameters)
+        elif first_bad(gradients.parameters) is not None:
+            self.forwards.overflowed.append(self.history)
+
+    def _check_inputs(self, call: Call, gradients: LocalGradients) -> None:
+        wanted = any(tensor.requires_grad for tensor in call.tensors)
+        if wanted and not self.algorithm.has_input_gradients:
+            raise InputGradientError(
+                f"{self.algorithm!r}",
+                "inputs that require a gradient",
+                "none, or an algorithm that has one",
+                "Detach the input, or use ZeroDivergence.",
+            )
+
+
+class EnergyFunction(torch.autograd.Function):
+    """From parameters and inputs to outputs; backwards the algorithm's local gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, open_call: OpenCall, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.open_call = open_call
+        ctx.set_materialize_grads(False)
+        return tuple(open_call.run())
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *delivered: Tensor | None) -> tuple[Tensor | None, ...]:
+        open_call: OpenCall = ctx.open_call  # type: ignore[attr-defined]
+        if torch.is_grad_enabled():
+            open_call.forwards.undo()
+            raise HigherOrderGradientError(
+                "loss.backward(create_graph=True)",
+                "a request for gradients of local gradients",
+                "create_graph=False",
+                "Use model.feedforward(x), or the module itself, for a higher-order term.",
+            )
+        return open_call.forwards.without_a_trace(lambda: open_call.answer(delivered))
+
+
+def _retains_graph() -> bool:
+    """Whether this backward was asked to keep its graph; where torch does not tell, assume that it was."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return bool(ask()) if ask is not None else True

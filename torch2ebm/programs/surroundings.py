@@ -1,0 +1,50 @@
+"""What a program takes for granted beside its inputs: settings of torch, of the thread and of called submodules."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from torch2ebm.capture.signature import PLAIN
+from torch2ebm.common.nested import leaves_of, signature
+from torch2ebm.engine.call import Call
+from torch2ebm.graph.energy_graph import EnergyGraph
+from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.programs.cache import Programs
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def fixed_tensors(programs: Programs, call: Call, loss: OutputLoss | None) -> tuple[Hashable, list[Tensor]] | None:
+    """What of the loss stays from call to call, and the tensors of call and loss; None, with a warning, for some."""
+    on_loss = (None, []) if loss is None else loss.program_inputs()
+    if on_loss is None:
+        programs.warn("the loss is no composition of torch functions (an EnergyLoss, a write in place)")
+        return None
+    return on_loss[0], [*call.held(), *on_loss[1]]
+
+
+def surroundings(call: Call) -> Hashable:
+    """What is set for process, thread or parts of the module, and stands in a program or in its compiled code."""
+    device = call.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    parts = call.graph.once(surroundings, lambda: tuple(_whole_modules(call.graph)))
+    settings = tuple([_settings(part) for part in parts])
+    return autocast, torch.get_default_dtype(), deterministic, torch.get_num_threads(), settings
+
+
+def _whole_modules(graph: EnergyGraph) -> Iterator[nn.Module]:
+    """Those that nodes call as they are; of the others, a capture holds for their settings alone."""
+    called = [operation.target for node in graph.order for operation in node.operations]
+    return (part for module in called if isinstance(module, nn.Module) for part in module.modules())
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """Its attributes that are no tensors and no objects, a dropout's probability for one."""
+    own = [(name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+    return tuple(
+        [(name, signature(value)) for name, value in own if all(isinstance(e, PLAIN) for e in leaves_of(value))]
+    )

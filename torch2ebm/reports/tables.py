@@ -1,0 +1,40 @@
+"""Text tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch2ebm.engine.results import InferenceState
+from torch2ebm.graph.energy_graph import EnergyGraph
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns padded to their widest entry; the first ``left`` columns aligned left, the others right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def node_table(graph: EnergyGraph, state: InferenceState | None = None) -> str:
+    """One row a node, then what there is to know of the last relaxation."""
+    rows = []
+    for node in graph.nodes.values():
+        size = sum(parameter.numel() for parameter in node.parameters.values())
+        reads = ", ".join(node.parents) or "(input)"
+        kind = "output" if node.is_output else ""
+        shape = " ".join(str(graph.shapes.get(slot, "?")) for slot in node.slots)
+        rows.append([node.name, node.description, reads, kind, str(node.level), shape, f"{size:,}"])
+    header = ["node", "function", "reads", "", "level", "shape", "parameters"]
+    return "\n".join([aligned(header, rows, left=4), *(_remarks(state) if state is not None else ())])
+
+
+def _remarks(state: InferenceState) -> Iterator[str]:
+    if state.unreached:
+        yield f"no error has reached {', '.join(state.unreached)}: their gradients are exactly zero; take more steps"
+    energy = state.relaxation.energy
+    if energy and energy[-1] > energy[0]:
+        yield f"the energy rose from {energy[0]:.4g} to {energy[-1]:.4g}; take a smaller step size"
