@@ -31,7 +31,8 @@ test test-all: $(STAMP)
 
 # Branch coverage makes tests half as slow again. These run the same lines for many modules, or other processes: they
 # go without, and what the others reach is at the gate.
-UNTRACED := $(patsubst %,tests/test_%.py,algorithms export families graph properties recorded_models tutorials wheel)
+UNTRACED := $(patsubst %,tests/%.py,algorithms/test_algorithms capture/test_export graph/test_graph \
+	programs/test_models_by_programs properties/test_families properties/test_random_modules test_tutorials test_wheel)
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q
 
 OLDEST := .venv-oldest

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from oracles import Inputs
+from oracles.graphs import Inputs
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import Problem

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
-from oracles import Inputs, Loss, call
+from oracles.graphs import Inputs, Loss, call
 from torch import Tensor, nn
 
 import torch2ebm
+from torch2ebm.inference.value_inference import ValueInference
 
 Made = TypeVar("Made")
 
@@ -74,3 +75,21 @@ def in_threads(functions: Sequence[Callable[[], Made]]) -> list[Made]:
 
     with ThreadPoolExecutor(len(functions)) as pool:
         return list(pool.map(run, functions))
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Bit for bit."""
+    if isinstance(ours, Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(value, theirs[key]) for key, value in ours.items())
+    if isinstance(ours, (list, tuple)):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return bool(ours == theirs)
+
+
+class FullSweep(ValueInference):
+    """The same inference without the wave front: every node is evaluated in every sweep."""
+
+    def is_active(self, node: torch2ebm.Node) -> bool:
+        return True

@@ -37,7 +37,7 @@ class Mutant:
     def arguments(self) -> tuple[str, ...]:
         """What pytest is given."""
         named = (each.partition("::") for each in self.tests.split())
-        return tuple(f"tests/test_{file}.py" + (separator and f"::test_{test}") for file, separator, test in named)
+        return tuple(f"{_place(file)}{separator and f'::test_{test}'}" for file, separator, test in named)
 
     def applied_to(self, text: str) -> str:
         if text.count(self.old) != 1:
@@ -54,10 +54,18 @@ BINOMIAL = "algorithms::on_a_graph_fixed_prediction_is_the_literal_sweep"
 ALONE = "loop::a_sample_relaxes_the_same_alone_or_in_a_batch"
 FACTOR = "loop::an_outer_factor_scales_the_gradients_and_its_sign_enters_the_energy"
 
+
+def _place(file: str) -> str:
+    """The test file of this name, in whichever wing it stands."""
+    (found,) = (ROOT / "tests").rglob(f"test_{file}.py")
+    return str(found.relative_to(ROOT))
+
+
 ENERGIES = [
     Mutant("a sample's energy without its half", "engine/energies.py", "0.5 * error.square().flatten(1)",
            "error.square().flatten(1)", "solvers"),
-    Mutant("a batch's energy without its half", "engine/energies.py", "return 0.5 * flat.dot(flat)", "return flat.dot(flat)",
+    Mutant("a batch's energy without its half", "engine/energies.py", "return 0.5 * flat.dot(flat)",
+           "return flat.dot(flat)",
            "solvers"),
     Mutant("a precision missing in the gradient", "engine/energies.py", "weighted = error * self._like(error)",
            "weighted = error", "solvers"),
@@ -90,14 +98,16 @@ VALUES_AND_ERRORS = [
            STRICT),
     Mutant("a shared parameter's contribution dropped", "engine/gradients.py",
            "total[name] = total[name] + product if name in total else product", "total[name] = product", LEVELS),
-    Mutant("errors that do not pass the message on", "inference/error_inference.py", "message + (cotangent - own)", "message",
+    Mutant("errors that do not pass the message on", "inference/error_inference.py", "message + (cotangent - own)",
+           "message",
            "solvers"),
     Mutant("the error's own gradient in place of the message", "inference/error_inference.py",
            "    if own is cotangent:\n        return message", "    if own is cotangent:\n        return own",
            "solvers"),
     Mutant("stale predictions below a moved one", "inference/error_inference.py",
            "                self._changed.update(node.slots)", "                pass", "solvers"),
-    Mutant("a value without its error", "inference/error_inference.py", "self.values[slot] = prediction + self.errors[slot]",
+    Mutant("a value without its error", "inference/error_inference.py",
+           "self.values[slot] = prediction + self.errors[slot]",
            "self.values[slot] = prediction", "solvers"),
 ]  # fmt: skip
 
@@ -106,7 +116,8 @@ STANDING_STILL = [
            "changes.append(entered(frozen_statistics(self._statistics[node.name])))", "pass", "traps"),
     Mutant("a new dropout mask for each evaluation", "engine/call.py",
            "changes.append(self._random[node.name].replayed())", "pass", "traps"),
-    Mutant("the variance of a sample for the batch's", "isolation/batch_statistics.py", "correction=0", "correction=1", "traps"),
+    Mutant("the variance of a sample for the batch's", "isolation/batch_statistics.py", "correction=0",
+           "correction=1", "traps"),
     Mutant("values kept in half precision", "engine/call.py",
            "return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor", "return tensor",
            "traps"),
@@ -122,7 +133,8 @@ LOSS = [
     Mutant("a nudged gradient that is not divided by beta", "loss/output_loss.py",
            "self.scale, self.unit = loss.scale / beta,",
            "self.scale, self.unit = loss.scale,", "nudging"),
-    Mutant("two nudges of one sign", "engine/nudging.py", "return (self.beta, -self.beta)", "return (self.beta, self.beta)",
+    Mutant("two nudges of one sign", "engine/nudging.py", "return (self.beta, -self.beta)",
+           "return (self.beta, self.beta)",
            "nudging"),
     Mutant("the sum of two phases for their mean", "algorithms/predictive_coding.py",
            "parameters[name] = parameters[name] / len(phases)", "pass", "nudging"),
@@ -131,7 +143,8 @@ LOSS = [
 ]  # fmt: skip
 
 EXACT = [
-    Mutant("one identity too many on a skip", "graph/energy_graph.py", "for step in range(span - 1):", "for step in range(span):",
+    Mutant("one identity too many on a skip", "graph/energy_graph.py", "for step in range(span - 1):",
+           "for step in range(span):",
            "graph::levelling_adds_one_identity_less_than_the_levels_an_edge_spans"),
     Mutant("levels by shortest paths", "graph/energy_graph.py", "max(levels, default=0)", "min(levels, default=0)",
            "graph::levels_are_longest_paths_to_an_output"),
@@ -197,7 +210,8 @@ WEIGHTS_MOVE = [
            "self.inference.is_active(node)", "incremental"),
     Mutant("IL-prox: an explicit step for the proximal one", "implicit/proximal_inference.py",
            "norm / (-1 / self.rates.alpha - norm)", "norm / (-1 / self.rates.alpha)", "proximal"),
-    Mutant("IL-prox: the bias missing in the norm", "implicit/proximal_inference.py", "(self.rates.eps + layer.has_bias)",
+    Mutant("IL-prox: the bias missing in the norm", "implicit/proximal_inference.py",
+           "(self.rates.eps + layer.has_bias)",
            "self.rates.eps", "proximal"),
     Mutant("IL-prox: the norm summed over the batch", "implicit/proximal_inference.py", "flat.dot(flat) / len(rows)",
            "flat.dot(flat)", "proximal"),
@@ -206,7 +220,8 @@ WEIGHTS_MOVE = [
            "proximal"),
     Mutant("IL-prox: errors pushed away", "implicit/proximal_inference.py", "alpha=-self.rates.error_rate",
            "alpha=self.rates.error_rate", "proximal"),
-    Mutant("IL-prox: a step that is not normalised", "implicit/proximal_inference.py", "-mean / norm, 0.0", "-mean, 0.0",
+    Mutant("IL-prox: a step that is not normalised", "implicit/proximal_inference.py", "-mean / norm, 0.0",
+           "-mean, 0.0",
            "proximal"),
     Mutant("implicit SGD: the energy without its half", "implicit/objective.py", "0.5 * self.alpha *", "self.alpha *",
            "implicit_sgd"),
@@ -221,13 +236,16 @@ WEIGHTS_MOVE = [
 ]  # fmt: skip
 
 EQUILIBRIA = [
-    Mutant("feedback without its weight", "equilibrium/dynamics.py", "add(messages.pop(slot), alpha=1 / self.weight[slot])",
+    Mutant("feedback without its weight", "equilibrium/dynamics.py",
+           "add(messages.pop(slot), alpha=1 / self.weight[slot])",
            "add(messages.pop(slot))", "equilibrium"),
-    Mutant("a nudge without c_o", "equilibrium/dynamics.py", "self.beta * equilibrium.output_weight / equilibrium.weight[slot]",
+    Mutant("a nudge without c_o", "equilibrium/dynamics.py",
+           "self.beta * equilibrium.output_weight / equilibrium.weight[slot]",
            "self.beta", "equilibrium_refusals::several_outputs_have_the_gradient_at_the_equilibrium"),
     Mutant("a message not conjugated", "equilibrium/dynamics.py", "message.conj() if message.is_complex() else message",
            "message", "equilibrium_theorems"),
-    Mutant("a holomorphic loss conjugated", "loss/replayed_loss.py", "None if each is None else each.conj() for", "each for",
+    Mutant("a holomorphic loss conjugated", "loss/replayed_loss.py", "None if each is None else each.conj() for",
+           "each for",
            "equilibrium_theorems"),
     Mutant("conjugate nudges counted once", "engine/nudging.py", "(1 if one else 2)", "1", "equilibrium_theorems"),
     Mutant("a symmetric estimate over beta, not twice beta", "algorithms/equilibrium_propagation.py",
@@ -238,16 +256,19 @@ EQUILIBRIA = [
            "-loss.scale / equilibrium.output_weight", "-loss.scale", "equilibrium"),
     Mutant("damping the other way round", "equilibrium/updates.py", "moved.lerp(states[slot], self.damping)",
            "states[slot].lerp(moved, self.damping)", "equilibrium"),
-    Mutant("a damped residual not undone", "equilibrium/settling.py", "residual = paces[0] / update.share", "residual = paces[0]",
+    Mutant("a damped residual not undone", "equilibrium/settling.py", "residual = paces[0] / update.share",
+           "residual = paces[0]",
            "damped_residual"),
     Mutant("contrastive Hebbian learning without gamma's power", "algorithms/clamped.py",
            "loss.scale / (amount * free.equilibrium.output_weight)", "loss.scale / amount", "equilibrium_variants"),
     Mutant("coupled learning: outputs of other depths held too far", "algorithms/clamped.py",
            "alpha=amount * equilibrium.output_weight / equilibrium.weight[slot]", "alpha=amount",
            "clamped_outputs"),
-    Mutant("the adjoint without the slope", "equilibrium/linearised.py", "self._hessian(self._divided(self.at_drives(z)))",
+    Mutant("the adjoint without the slope", "equilibrium/linearised.py",
+           "self._hessian(self._divided(self.at_drives(z)))",
            "self._hessian(self._divided(z))", "equilibrium_variants"),
-    Mutant("the adjoint without its weights", "equilibrium/linearised.py", "slot: each / self.equilibrium.weight[slot] for",
+    Mutant("the adjoint without its weights", "equilibrium/linearised.py",
+           "slot: each / self.equilibrium.weight[slot] for",
            "slot: each for", "equilibrium_variants"),
 ]  # fmt: skip
 
@@ -272,8 +293,10 @@ PROGRAMS = [
 ]  # fmt: skip
 
 AGREEMENT = [
-    Mutant("half of the angle", "reports/agreement.py", "math.degrees(2 * math.atan2", "math.degrees(math.atan2", "agreement"),
-    Mutant("an error relative to ours", "reports/agreement.py", "/ norm_r, norm_g / norm_r", "/ norm_g, norm_g / norm_r",
+    Mutant("half of the angle", "reports/agreement.py", "math.degrees(2 * math.atan2", "math.degrees(math.atan2",
+           "agreement"),
+    Mutant("an error relative to ours", "reports/agreement.py", "/ norm_r, norm_g / norm_r",
+           "/ norm_g, norm_g / norm_r",
            "agreement"),
 ]  # fmt: skip
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import binomial_tail
+from oracles.graphs import binomial_tail
 from torch import Tensor, nn
 
 import torch2ebm

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SCHEDULERS_OWN_WARNING
-from test_resume import same
+from helpers import SCHEDULERS_OWN_WARNING, same
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook

@@ -4,9 +4,9 @@ import copy
 from pathlib import Path
 
 import numpy as np
-import oracles
 import pytest
 import torch
+from oracles import graphs as oracles
 from torch import Tensor, nn
 from torch.nn import functional as F
 

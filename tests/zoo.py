@@ -31,7 +31,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from oracles import Inputs, Loss, SkipDag, call
+from oracles.graphs import Inputs, Loss, SkipDag, call
 from torch import Tensor, nn
 
 __all__ = ["PROBLEMS", "Problem", "call", "tagged"]

@@ -1,0 +1,448 @@
+"""Architectures that people have: each converts, is the module, learns; and docs/supported.md says so.
+
+``UPDATE_DOCS=1 pytest tests/test_families.py`` writes docs/supported.md anew.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, SPECIAL, leaves
+from oracles.graphs import backprop, call
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from zoo import PROBLEMS, Problem
+
+import torch2ebm
+from torch2ebm.errors import Torch2EBMError
+
+DOCS = Path(__file__).parents[2] / "docs" / "supported.md"
+BATCH, OTHER_BATCH = 4, 3
+
+every_model = pytest.mark.parametrize("problem", [*FAMILIES, *PROBLEMS], ids=lambda problem: problem.name)
+every_family = pytest.mark.parametrize("problem", FAMILIES, ids=lambda problem: problem.name)
+
+
+def attached(
+    module: nn.Module, problem: Problem, algorithm: torch2ebm.Algorithm, nodes: Any = "auto"
+) -> tuple[torch2ebm.EnergyModel, torch2ebm.EnergyOptimizer]:
+    """Converted with a batch of another size than those that the tests run."""
+    model = torch2ebm.convert(module, nodes=nodes, example_inputs=problem.inputs(BATCH + 1))
+    optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(module.parameters(), lr=0.05), model, algorithm)
+    return model, optimizer
+
+
+def seeded_call(module: Callable[..., Any], problem: Problem, batch: int) -> Any:
+    torch.manual_seed(0)
+    return call(module, copy.deepcopy(problem.inputs(batch)))
+
+
+def assert_same_output(ours: Any, expected: Any) -> None:
+    assert isinstance(ours, type(expected))  # a recording tensor is one
+    assert len(leaves(ours)) == len(leaves(expected))
+    assert all(torch.equal(a, b) for a, b in zip(leaves(ours), leaves(expected), strict=True))
+
+
+def assert_same_buffers(module: nn.Module, twin: nn.Module) -> None:
+    for name, buffer in twin.named_buffers():
+        assert torch.equal(module.get_buffer(name), buffer), name
+
+
+def assert_same_gradients(module: nn.Module, expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    """In norm for each parameter. A bias before a batch norm has a gradient of zero: rounding of the whole decides."""
+    whole = torch.stack([g.norm() for g in expected.values()]).norm()
+    for name, parameter in module.named_parameters():
+        reference = expected[name]
+        found = torch.zeros_like(reference) if parameter.grad is None else parameter.grad
+        assert (found - reference).norm() <= tolerance * max(float(reference.norm()), 1e-4 * float(whole)), name
+
+
+# ---- properties
+
+
+@every_model
+def test_outputs_and_buffers_are_the_modules_bit_for_bit_in_both_modes(problem: Problem) -> None:
+    module, twin = problem.build(), problem.build()
+    model, _ = attached(module, problem, torch2ebm.ZeroDivergence())
+    for training, batch in ((True, BATCH), (False, BATCH), (True, OTHER_BATCH), (False, OTHER_BATCH)):
+        model.train(training), twin.train(training)
+        assert_same_output(seeded_call(model, problem, batch), seeded_call(twin, problem, batch))
+        assert_same_buffers(module, twin)
+
+
+@every_family  # for the zoo see test_algorithms
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_zero_divergence_is_autograd_for_two_batch_sizes(problem: Problem, training: bool) -> None:
+    module, twin = problem.build().train(training), problem.build().train(training)
+    model, optimizer = attached(module, problem, torch2ebm.ZeroDivergence())
+    for batch in (BATCH, OTHER_BATCH):
+        optimizer.zero_grad()
+        problem.loss(seeded_call(model, problem, batch)).backward()
+        assert_same_gradients(module, backprop(twin, problem.inputs(batch), problem.loss))
+
+
+@every_model
+def test_a_step_of_predictive_coding_lowers_the_energy_and_moves_only_what_a_step_moves(problem: Problem) -> None:
+    module, twin = problem.build(), problem.build()
+    own = dict(module.named_parameters())
+    before = {name: p.detach().clone() for name, p in own.items()}
+    model, optimizer = attached(module, problem, torch2ebm.PredictiveCoding(steps=3, lr=1e-3))
+    problem.loss(seeded_call(model, problem, BATCH)).backward()
+    seeded_call(twin, problem, BATCH)  # running statistics of one forward pass
+    relaxation = model.state.relaxation
+    if relaxation.node_energy:
+        assert relaxation.energy[-1] < relaxation.energy[0]
+    optimizer.step()
+    assert_same_buffers(module, twin)
+    assert all(p is own[name] for name, p in model.named_parameters())
+    in_nodes = {name: p for node in model.nodes.values() for name, p in node.parameters.items()}
+    assert all(p is own[name] for name, p in in_nodes.items())
+    trainable = [name for name, p in own.items() if p.requires_grad]
+    assert any(not torch.equal(own[name], before[name]) for name in trainable)
+    problem.loss(seeded_call(model, problem, OTHER_BATCH)).backward()
+
+
+@pytest.mark.parametrize("problem", FAMILIES[:3], ids=lambda problem: problem.name)
+@pytest.mark.parametrize("example", [True, False], ids=["example", "no example"])
+def test_converting_a_module_in_eval_mode_leaves_it_there(problem: Problem, example: bool) -> None:
+    module = problem.build().eval()
+    model = torch2ebm.convert(module, example_inputs=problem.inputs(BATCH) if example else None)
+    assert not any(part.training for part in module.modules())
+    assert not model.training
+
+
+def test_the_energy_test_sees_a_relaxation_that_climbs() -> None:
+    problem = next(p for p in FAMILIES if p.name == "VGG")
+    model, _ = attached(problem.build(), problem, torch2ebm.PredictiveCoding(steps=3, lr=3.0))
+    problem.loss(seeded_call(model, problem, BATCH)).backward()
+    assert model.state.relaxation.energy[-1] > model.state.relaxation.energy[0]
+
+
+# ---- granularity
+
+
+def by_name(name: str) -> Problem:
+    return next(problem for problem in FAMILIES if problem.name == name)
+
+
+RESIDUAL_BLOCKS = [f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2)]
+TRANSFORMER_BLOCKS = [f"h.{block}" for block in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("ResNet-18", RESIDUAL_BLOCKS), ("GPT-2", TRANSFORMER_BLOCKS)], ids=["ResNet-18", "GPT-2"]
+)
+def test_named_blocks_are_one_node_each_compose_to_the_model_and_are_exact(name: str, blocks: list[str]) -> None:
+    problem = by_name(name)
+    module, twin = problem.build(), problem.build()
+    model, _ = attached(module, problem, torch2ebm.ZeroDivergence(), nodes=blocks)
+    output = seeded_call(model, problem, BATCH)
+    assert [node for node in model.nodes if node in blocks] == blocks
+    for block in blocks:
+        inside = {f"{block}.{name}" for name, _ in module.get_submodule(block).named_parameters()}
+        assert set(model.nodes[block].parameters) == inside
+        assert not any(node.startswith(f"{block}.") for node in model.nodes)
+    assert all(model.nodes[b].children[0] == c for b, c in pairwise(blocks))
+    reference = backprop(twin, problem.inputs(BATCH), problem.loss)
+    assert_same_output(output, seeded_call(twin, problem, BATCH))
+    assert_same_buffers(module, twin)
+    problem.loss(output).backward()
+    assert_same_gradients(module, reference)
+
+
+def test_a_layer_of_resnet18_takes_in_its_batch_norm_s_relu_and_the_residual_add() -> None:
+    problem = by_name("ResNet-18")
+    model = torch2ebm.convert(problem.build(), nodes="layer", example_inputs=problem.inputs(BATCH))
+    assert len(model.nodes) == 38
+    adding = [node for node in model.nodes.values() if "add" in node.description]
+    assert len(adding) == 8  # one a block, each after its last parameterised operation
+    for node in adding:
+        operations = node.description.split(" > ")
+        norms, after = operations[: operations.index("add")], operations[operations.index("add") + 1 :]
+        assert set(norms) == {"BatchNorm2d"} and after[0] == "relu"
+        assert len(norms) == (2 if ".0" in node.name and "layer1" not in node.name else 1)  # with the shortcut's
+        assert len(node.parents) == 2
+
+
+@pytest.mark.parametrize("nodes", ["layer", "module", "op"])
+@pytest.mark.parametrize("name", ["GPT-2", "BERT", "Swin", "Graph convolution"])
+def test_integers_masks_and_constants_carry_no_value(name: str, nodes: str) -> None:
+    problem = by_name(name)
+    module = problem.build()
+    model = torch2ebm.convert(module, nodes=nodes, example_inputs=problem.inputs(BATCH))
+    call(model, problem.inputs(BATCH))
+    model_parents = {slot: node for node in model.nodes.values() for slot in node.slots}
+    tokens = {"input_ids", "attention_mask", "idx", "edge_index", "edges", "x_1"}
+    assert tokens.isdisjoint(model.nodes) and tokens.isdisjoint(model_parents)
+    for node in model.nodes.values():  # every node depends on a parameter: its own, or that of a node above it
+        assert node.parameters or node.parents, node.name
+        assert not any(word in node.description for word in ("arange", "new_zeros", "ones", "tril")), node.name
+
+
+# ---- what others ship
+
+
+def test_torchvision_resnet18_has_38_layer_nodes() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    module = torchvision.models.resnet18(num_classes=4).double()
+    problem = Problem("torchvision", lambda: module, by_name("ResNet-18").inputs, by_name("ResNet-18").loss)
+    model, _ = attached(module, problem, torch2ebm.ZeroDivergence())
+    assert_same_output(seeded_call(model, problem, 2), seeded_call(copy.deepcopy(module), problem, 2))
+    assert len(model.nodes) == 38
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto", "efficientnet_b0"])
+def test_timm_models_are_exact(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    module = timm.create_model(name, num_classes=4).double()
+    x = torch.randn(2, 3, 224, 224, dtype=torch.float64)
+    problem = Problem(name, lambda: module, lambda batch: (x[:batch],), by_name("ViT").loss)
+    expected = backprop(module, problem.inputs(2), problem.loss)
+    model, _ = attached(module, problem, torch2ebm.ZeroDivergence())
+    problem.loss(seeded_call(model, problem, 2)).backward()
+    assert_same_gradients(module, expected)
+
+
+# ---- what is refused, and the way round
+
+
+class Net(nn.Module):
+    """Two layers around a piece of Python."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 6), middle, nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.middle(torch.sin(self.first(x))))
+
+
+class Branch(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h * 2 if h.sum() > 0 else h
+
+
+class Where(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.where(h.sum() > 0, h * 2, h)
+
+
+class ItemLoop(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        for _ in range(int(h.abs().max().item() * 3) + 1):
+            h = torch.sin(h)
+        return h
+
+
+class FixedLoop(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        rounds = (h.abs().max() * 3).floor() + 1
+        for i in range(5):
+            h = torch.where(i < rounds, torch.sin(h), h)
+        return h
+
+
+class ViaNumpy(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h * torch.from_numpy(np.tanh(h.detach().numpy()))
+
+
+class ViaTorch(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h * torch.tanh(h.detach())
+
+
+class AsList(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h * torch.tensor([max(row) for row in h.tolist()], dtype=h.dtype).unsqueeze(1)
+
+
+class AsAmax(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h * h.detach().amax(1, keepdim=True)
+
+
+class PythonCounter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.calls += 1
+        return h / self.calls
+
+
+class BufferCounter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.calls += 1
+        return h / self.calls
+
+
+class Written(nn.Module):
+    """A piece of forward, between two layers."""
+
+    def __init__(self, statement: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.statement = statement
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.statement(h)
+
+
+def gate_without_gradient(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = torch.sigmoid(h)
+    return h * gate
+
+
+# Some stand beside a branch on a shape, which only torch.export can follow: that must not cost them their meaning.
+CONSTRUCTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "`h.index_put` with a mask": lambda h: h.index_put((h.abs() > 1,), torch.zeros((), dtype=h.dtype)),
+    "`torch.where(h > 0, ...)`": lambda h: torch.where(h > 0, h, 0.1 * h),
+    "`torch.sort`, `torch.topk`": lambda h: h.sort(1).values + h.topk(1, 1).values,
+    "`torch.cumsum`, `torch.flip`": lambda h: h.cumsum(1).flip(1),
+    "`torch.fft`": lambda h: torch.fft.rfft(h, n=10).abs(),
+    "`torch.linalg`": lambda h: h @ torch.linalg.inv(h.t() @ h + torch.eye(6, dtype=h.dtype)),
+    "`h.detach()`": lambda h: h * torch.sigmoid(h.detach()),
+    "`torch.zeros((h.shape[0], 6))`": lambda h: h + torch.zeros((h.shape[0], 6), dtype=h.dtype),
+    "`torch.ones(h.shape[0], 6)`": lambda h: h * torch.ones(h.shape[0], 6, dtype=h.dtype),
+    "`torch.arange(h.shape[0])`": lambda h: h + torch.arange(h.shape[0], dtype=h.dtype)[:, None],
+    "`h.view(h.size(0), 2, -1)`": lambda h: h.view(h.size(0), 2, -1).transpose(1, 2).reshape(h.size(0), -1),
+    "`math.sqrt(h.size(-1))`": lambda h: h / math.sqrt(h.size(-1)),
+    "`if h.dim() == 2`": lambda h: h.sin() if h.dim() == 2 else h,
+    "`if h.shape[1] == 6`": lambda h: h.sin() if h.shape[1] == 6 else h,
+    "`for i in range(h.size(1))`": lambda h: torch.stack([h[:, i] * i for i in range(h.size(1))], 1),
+    "`for row in h.unbind(1)`": lambda h: torch.stack([row * 2 for row in h.unbind(1)], 1),
+    "`isinstance(h, Tensor)`": lambda h: h.sin() if isinstance(h, Tensor) else h,
+    "`len(h)`": lambda h: h * len(h),
+    "`torch.no_grad` in part of forward": gate_without_gradient,
+    "`torch.no_grad` beside a branch on a shape": lambda h: gate_without_gradient(h) if h.dim() == 2 else h,
+    "`torch.utils.checkpoint`": lambda h: checkpoint(torch.sin, h, use_reentrant=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("construct", CONSTRUCTS)
+def test_a_forward_with_this_construct_is_exact(construct: str) -> None:
+    assert_learns_exactly(lambda: Written(CONSTRUCTS[construct]), "auto")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    construct: str
+    reason: str
+    way_round: str
+    bad: Callable[[], nn.Module]
+    good: Callable[[], nn.Module] | None  # rewritten; None: only as a node of its own
+    named: bool = True  # whether nodes=["middle"] helps
+
+
+REFUSALS = (
+    Refusal("`if` on a tensor's value", "the graph would hold one branch for ever",
+            "`torch.where`, or `nodes=[...]`", Branch, Where),
+    Refusal("a loop of `.item()` rounds", "the number of nodes would depend on the data",
+            "a fixed number with `torch.where`, or `nodes=[...]`", ItemLoop, FixedLoop),
+    Refusal("numpy in forward", "an array cannot be traced", "the same in torch, or `nodes=[...]`", ViaNumpy, ViaTorch),
+    Refusal("`.tolist()` in forward", "Python numbers cannot be traced",
+            "the same in torch, or `nodes=[...]`", AsList, AsAmax),
+    Refusal("a Python number that forward changes", "a graph has no attributes to write",
+            "a buffer: `register_buffer`", PythonCounter, BufferCounter, named=False),
+)  # fmt: skip
+
+every_refusal = pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.construct)
+
+
+def net(middle: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return Net(middle()).double()
+
+
+def samples() -> Tensor:
+    return torch.randn(BATCH, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def assert_learns_exactly(middle: Callable[[], nn.Module], nodes: Any) -> None:
+    module, twin = net(middle), net(middle)
+    x = samples()
+    problem = Problem("mended", lambda: module, lambda batch: (x[:batch],), lambda output: output.square().mean())
+    expected = backprop(twin, (x,), problem.loss)
+    model = torch2ebm.convert(module, nodes=nodes, example_inputs=x)
+    torch2ebm.EnergyOptimizer(torch.optim.SGD(module.parameters(), lr=0.05), model, torch2ebm.ZeroDivergence())
+    output = seeded_call(model, problem, BATCH)
+    assert_same_output(output, seeded_call(twin, problem, BATCH))
+    problem.loss(output).backward()
+    assert_same_gradients(module, expected)
+
+
+@every_refusal
+def test_what_cannot_be_captured_is_a_typed_error_with_a_place(refusal: Refusal) -> None:
+    x = samples()
+    with pytest.raises(Torch2EBMError) as caught:
+        torch2ebm.convert(net(refusal.bad), example_inputs=x)
+    assert caught.value.remedy
+    assert "middle" in str(caught.value) or type(refusal.bad()).__name__ in str(caught.value)
+
+
+@every_refusal
+def test_the_way_round_works(refusal: Refusal) -> None:
+    if refusal.good is not None:
+        assert_learns_exactly(refusal.good, "auto")
+    if refusal.named:
+        assert_learns_exactly(refusal.bad, ["middle"])
+
+
+# ---- the page
+
+
+def supported_table() -> str:
+    """The text of docs/supported.md, from conversions done now."""
+    lines = [
+        "# Supported models",
+        "",
+        "Written by `tests/test_families.py`, which converts each of these families (true structure, toy widths),",
+        "holds its outputs and running statistics bit for bit against the plain module in train and eval mode,",
+        "holds `ZeroDivergence` to autograd within 1e-10 in float64, and takes a step of `PredictiveCoding`.",
+        "",
+        "| family | captured by | layer nodes | special |",
+        "|---|---|---|---|",
+    ]
+    for problem in FAMILIES:
+        model = torch2ebm.convert(problem.build(), nodes="layer", example_inputs=problem.inputs(BATCH))
+        lines.append(f"| {problem.name} | {model.captured_by} | {len(model.nodes)} | {SPECIAL[problem.name]} |")
+    lines += ["", "| in forward | captured by |", "|---|---|"]
+    for construct, statement in CONSTRUCTS.items():
+        model = torch2ebm.convert(net(lambda statement=statement: Written(statement)), example_inputs=samples())
+        lines.append(f"| {construct} | {model.captured_by} |")
+    lines += [
+        "",
+        "Node counts are those of the toy depths of the tests; ResNet-18 and ResNet-50 have their true depths.",
+        "A layer of `torch.nn` that consists of several operations (LSTM, GRU, MultiheadAttention, TransformerEncoder)",
+        "is one node; write it out, or name its parts, for a finer cut.",
+        "",
+        "## What is refused, and the way round",
+        "",
+        "A refusal is a `torch2ebm` error at `convert`, or at the first call, that names the place in forward.",
+        "",
+        "| in forward | why | way round |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {r.construct} | {r.reason} | {r.way_round} |" for r in REFUSALS]
+    return "\n".join([*lines, ""])
+
+
+def test_the_page_of_supported_models_is_what_the_tests_show() -> None:
+    text = supported_table()
+    if os.environ.get("UPDATE_DOCS"):
+        DOCS.write_text(text)
+    assert DOCS.read_text() == text, "run UPDATE_DOCS=1 pytest tests/test_families.py"
