@@ -17,7 +17,6 @@ from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.isolation.module_state import plain_autograd, untouched
 
-
 DRAWN_AGAIN = 4  # masks of few entries are equal by chance, one time in fifteen on a module that was found at random
 
 
