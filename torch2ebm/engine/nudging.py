@@ -6,6 +6,7 @@ import cmath
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -13,12 +14,22 @@ from torch2ebm.errors import ConfigurationError
 
 
 class Nudging(ABC):
-    """The nudged phases of an estimate: F = E + beta * loss is relaxed once for each beta."""
+    """The nudged phases of an estimate: F = E + beta * loss is relaxed once for each beta.
+
+    Attributes:
+        is_complex: Whether its nudges are complex numbers, for which only an equilibrium algorithm has states.
+    """
+
+    is_complex: ClassVar[bool] = False
 
     @property
     @abstractmethod
-    def betas(self) -> tuple[float, ...]:
+    def betas(self) -> tuple[complex, ...]:
         """The nudge of each phase; the estimate is the mean over phases of (dF/dtheta - dE/dtheta at rest) / beta."""
+
+    def drawn(self) -> tuple[complex, ...]:
+        """The nudges of one backward: all of :attr:`betas`, or those that a random nudging takes of them this time."""
+        return self.betas
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,9 @@ class Symmetric(Nudging):
 
 @dataclass(frozen=True)
 class RandomSign(Nudging):
-    """One phase at ``beta`` or ``-beta``, drawn anew for each backward (Scellier and Bengio 2017): an error of first
-    order in each, of second order on average. Draws from torch's generator.
+    """One phase at ``beta`` or ``-beta``, drawn anew for each backward (Scellier and Bengio 2017).
+
+    The error is of first order in each backward, and of second order on average. It draws from torch's generator.
 
     Args:
         beta: Factor of the loss in the energy.
@@ -88,7 +100,7 @@ class RandomSign(Nudging):
 
     Example:
         >>> import torch2ebm
-        >>> abs(torch2ebm.RandomSign(beta=0.1).betas[0])
+        >>> abs(torch2ebm.RandomSign(beta=0.1).drawn()[0])
         0.1
     """
 
@@ -99,11 +111,14 @@ class RandomSign(Nudging):
 
     @property
     def betas(self) -> tuple[float, ...]:
-        return (self.beta if bool(torch.rand(()) < 0.5) else -self.beta,)
+        return (self.beta, -self.beta)
+
+    def drawn(self) -> tuple[float, ...]:
+        return self.betas[:1] if bool(torch.rand(()) < 0.5) else self.betas[1:]
 
 
 @dataclass(frozen=True)
-class Holomorphic:
+class Holomorphic(Nudging):
     """Nudges on a circle of complex numbers (Laborieux and Zenke 2022), for
     :class:`EquilibriumPropagation` alone: the error falls geometrically in ``points``, for a beta that is not small.
 
@@ -122,6 +137,8 @@ class Holomorphic:
         >>> [complex(round(b.real, 3), round(b.imag, 3)) for b in torch2ebm.Holomorphic(0.1, points=4).betas]
         [(0.1+0j), 0.1j, (-0.1+0j)]
     """
+
+    is_complex = True
 
     beta: float
     points: int = 4
