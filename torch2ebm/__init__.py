@@ -30,8 +30,8 @@ from torch2ebm.mq import MQ
 from torch2ebm.optimizer import EnergyOptimizer
 from torch2ebm.reports.agreement import Agreement
 from torch2ebm.solvers import (
-    Adam,
-    Anderson,
+    AdamDescent,
+    AndersonErrorDescent,
     ErrorDescent,
     GradientDescent,
     LocalErrorDescent,
@@ -42,10 +42,10 @@ from torch2ebm.solvers import (
 
 __all__ = [
     "MQ",
-    "Adam",
+    "AdamDescent",
     "Agreement",
     "Algorithm",
-    "Anderson",
+    "AndersonErrorDescent",
     "AndersonMixing",
     "Backprop",
     "Categorical",

@@ -13,7 +13,7 @@ import torch2ebm
 from torch2ebm.errors import ConfigurationError, DivergenceError, DivergenceWarning, LostMinimumError, NoStateError
 
 NAMES = [vertex.name for vertex in skip_dag().vertices]
-CONVERGED = torch2ebm.Anderson(200, 0.3, tol=1e-14)
+CONVERGED = torch2ebm.AndersonErrorDescent(200, 0.3, tol=1e-14)
 
 
 def summed(loss):
