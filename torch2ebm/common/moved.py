@@ -142,7 +142,8 @@ def _moved(old: str, name: str) -> Any:
     if f"{old}.{name}" in MOVED:
         return import_module(f"{PACKAGE}.{old}.{name}")
     known_as = RENAMED.get(name, name)
-    for new in () if name.startswith("_") else MOVED[old]:  # Python asks modules for __path__, __file__, __wrapped__
+    places = () if name.startswith("_") else MOVED[old]  # Python asks any module for __path__, __file__, __wrapped__
+    for new in places:
         module = import_module(f"{PACKAGE}.{new}")
         if known_as in vars(module):
             found = vars(module)[known_as]
@@ -152,7 +153,7 @@ def _moved(old: str, name: str) -> Any:
 
 
 def _home(found: object, name: str, module: ModuleType) -> str:
-    """From where to import it: a public place if there is one, else where it is defined, which a constant cannot say."""
+    """Where to import it from: a public place if there is one, else where it is defined; a constant does not say."""
     for place in PUBLIC:
         if place in sys.modules and vars(sys.modules[place]).get(name) is found:
             return place
