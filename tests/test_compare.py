@@ -134,11 +134,11 @@ def test_another_number_of_steps_keeps_every_other_setting(made: torch2ebm.Algor
     [
         torch2ebm.GradientDescent(7, 0.3, 1e-3),
         torch2ebm.Momentum(7, 0.3, 0.5, 1e-3),
-        torch2ebm.Adam(7, 0.3, (0.5, 0.6), 1e-4, 1e-3),
+        torch2ebm.AdamDescent(7, 0.3, (0.5, 0.6), 1e-4, 1e-3),
         torch2ebm.ErrorDescent(7, 0.3, 1e-3),
         torch2ebm.LocalErrorDescent(7, 0.3, 1e-3),
         torch2ebm.SequentialDescent(7, 0.3, 1e-3),
-        torch2ebm.Anderson(7, 0.3, 4, 1e-3),
+        torch2ebm.AndersonErrorDescent(7, 0.3, 4, 1e-3),
     ],
     ids=lambda solver: type(solver).__name__,
 )

@@ -43,11 +43,11 @@ SOLVERS = [
     torch2ebm.GradientDescent(8, 0.05),
     torch2ebm.GradientDescent(60, 0.2, tol=1e-4),
     torch2ebm.Momentum(8, 0.05, 0.8),
-    torch2ebm.Adam(6, 0.01),
+    torch2ebm.AdamDescent(6, 0.01),
     torch2ebm.SequentialDescent(3, 0.1),
     torch2ebm.ErrorDescent(8, 0.3),
     torch2ebm.LocalErrorDescent(8, 0.1),
-    torch2ebm.Anderson(8),
+    torch2ebm.AndersonErrorDescent(8),
 ]
 by_algorithm = pytest.mark.parametrize("make", [make for _, make in ALGORITHMS], ids=[name for name, _ in ALGORITHMS])
 by_long_algorithm = pytest.mark.parametrize("make", [make for _, make in LONG], ids=[name for name, _ in LONG])

@@ -35,7 +35,7 @@ COVERED_THERE: dict[str, torch2ebm.Algorithm] = {
 OTHERS: dict[str, torch2ebm.Algorithm] = {
     "Backprop": torch2ebm.Backprop(),
     "LevelSchedule": torch2ebm.ZeroDivergence("levels"),
-    "Anderson": torch2ebm.PredictiveCoding(solver=torch2ebm.Anderson(steps=4)),
+    "Anderson": torch2ebm.PredictiveCoding(solver=torch2ebm.AndersonErrorDescent(steps=4)),
     "Recorded": torch2ebm.PredictiveCoding(steps=4, compile=True),
     "Sequential": torch2ebm.PredictiveCoding(solver=torch2ebm.SequentialDescent(steps=3)),
     "EquilibriumPropagation": torch2ebm.EquilibriumPropagation(SYMMETRIC, 8, 4, feedback=0.1),

@@ -10,8 +10,8 @@ import torch2ebm
 from torch2ebm.errors import ConfigurationError
 
 VALUE_AND_ERROR = (
-    *(torch2ebm.GradientDescent, torch2ebm.Momentum, torch2ebm.Adam, torch2ebm.ErrorDescent, torch2ebm.Anderson),
-    *(torch2ebm.LocalErrorDescent, torch2ebm.SequentialDescent),
+    *(torch2ebm.GradientDescent, torch2ebm.Momentum, torch2ebm.AdamDescent, torch2ebm.SequentialDescent),
+    *(torch2ebm.ErrorDescent, torch2ebm.LocalErrorDescent, torch2ebm.AndersonErrorDescent),
 )
 LINEAR = (torch2ebm.Neumann, torch2ebm.FixedPointSolve, torch2ebm.ConjugateGradient)
 BAD: dict[str, tuple[Any, ...]] = {

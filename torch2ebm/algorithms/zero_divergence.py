@@ -80,6 +80,8 @@ class ZeroDivergence(Algorithm):
     def _reverse(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
         return reverse_sweep(call, delivered, retain_graph, self.gamma)
 
+    _reverse = _sweep  # pickles of 0.1 hold the bound method by this name
+
 
 def by_levels(
     call: Call, graph: EnergyGraph, delivered: Mapping[str, Tensor], unit: float, gamma: float
