@@ -77,10 +77,9 @@ class ZeroDivergence(Algorithm):
     def _program_sweep(self) -> ProgramSweep:
         return ProgramSweep(self._programs if self.compile else None, self, self._reverse)
 
+    # pickles of 0.1 hold this bound method by its name
     def _reverse(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
         return reverse_sweep(call, delivered, retain_graph, self.gamma)
-
-    _reverse = _sweep  # pickles of 0.1 hold the bound method by this name
 
 
 def by_levels(
