@@ -1,6 +1,6 @@
 """Architectures that people have: each converts, is the module, learns; and docs/supported.md says so.
 
-``UPDATE_DOCS=1 pytest tests/test_families.py`` writes docs/supported.md anew.
+``UPDATE_DOCS=1 pytest tests/properties/test_families.py`` writes docs/supported.md anew.
 """
 
 import copy
@@ -410,9 +410,15 @@ def supported_table() -> str:
     lines = [
         "# Supported models",
         "",
-        "Written by `tests/test_families.py`, which converts each of these families (true structure, toy widths),",
-        "holds its outputs and running statistics bit for bit against the plain module in train and eval mode,",
-        "holds `ZeroDivergence` to autograd within 1e-10 in float64, and takes a step of `PredictiveCoding`.",
+        "The tables come from `tests/properties/test_families.py`. It converts each family at its true structure and toy",
+        "widths, and checks three things:",
+        "",
+        "- Outputs and running statistics equal those of the plain module bit for bit, in training and evaluation mode.",
+        "- The gradients of `ZeroDivergence` equal those of autograd within 1e-10 in float64.",
+        "- A step of `PredictiveCoding` lowers the energy.",
+        "",
+        "*Captured by* says how the graph was made: `fx` is symbolic tracing, `export` is `torch.export`. *Layer nodes* is",
+        "the number of value nodes, one for each layer with the activations that follow it.",
         "",
         "| family | captured by | layer nodes | special |",
         "|---|---|---|---|",
@@ -426,13 +432,15 @@ def supported_table() -> str:
         lines.append(f"| {construct} | {model.captured_by} |")
     lines += [
         "",
-        "Node counts are those of the toy depths of the tests; ResNet-18 and ResNet-50 have their true depths.",
-        "A layer of `torch.nn` that consists of several operations (LSTM, GRU, MultiheadAttention, TransformerEncoder)",
-        "is one node; write it out, or name its parts, for a finer cut.",
+        "The node counts belong to the toy depths of the tests. ResNet-18 and ResNet-50 have their true depths.",
+        "",
+        "A layer of `torch.nn` that consists of several operations is one node (LSTM, GRU, MultiheadAttention,",
+        "TransformerEncoder). For a finer cut, write it out or name its parts.",
         "",
         "## What is refused, and the way round",
         "",
-        "A refusal is a `torch2ebm` error at `convert`, or at the first call, that names the place in forward.",
+        "A module that cannot be converted raises an error at `convert`, or at the first call. The error names the place",
+        "in forward.",
         "",
         "| in forward | why | way round |",
         "|---|---|---|",
@@ -445,4 +453,4 @@ def test_the_page_of_supported_models_is_what_the_tests_show() -> None:
     text = supported_table()
     if os.environ.get("UPDATE_DOCS"):
         DOCS.write_text(text)
-    assert DOCS.read_text() == text, "run UPDATE_DOCS=1 pytest tests/test_families.py"
+    assert DOCS.read_text() == text, "run UPDATE_DOCS=1 pytest tests/properties/test_families.py"
