@@ -10,7 +10,6 @@ import argparse
 import time
 import warnings
 from collections.abc import Sequence
-from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +87,13 @@ def accuracy(algorithm: torch2ebm.Algorithm, epochs: int, seed: int) -> float:
         return float((net(test).argmax(1) == test_labels).float().mean())
 
 
+def outcome(algorithm: torch2ebm.Algorithm, epochs: int, seed: int) -> str:
+    try:
+        return f"{accuracy(algorithm, epochs, seed):.3f}"
+    except torch2ebm.errors.DivergenceError:
+        return "diverged"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=3)
@@ -97,9 +103,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for algorithm in ALGORITHMS:
         began = time.perf_counter()
-        found = [accuracy(algorithm, chosen.epochs, seed) for seed in range(chosen.seeds)]
-        each = ", ".join(f"{one:.3f}" for one in found)
-        print(f"{mean(found):.3f}  ({each})  {time.perf_counter() - began:4.0f} s  {algorithm!r}", flush=True)
+        each = ", ".join(outcome(algorithm, chosen.epochs, seed) for seed in range(chosen.seeds))
+        print(f"{each:24}  {time.perf_counter() - began:4.0f} s  {algorithm!r}", flush=True)
 
 
 if __name__ == "__main__":
