@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles.graphs import binomial_tail
+from solvers_list import ROWS as SOLVERS
 from torch import Tensor, nn
 
 import torch2ebm
@@ -129,19 +130,7 @@ def test_another_number_of_steps_keeps_every_other_setting(made: torch2ebm.Algor
     assert re.sub(r"(steps)=\d+", r"\1=n", repr(other)) == re.sub(r"(steps)=\d+", r"\1=n", repr(made)) != repr(other)
 
 
-@pytest.mark.parametrize(
-    "solver",
-    [
-        torch2ebm.GradientDescent(7, 0.3, 1e-3),
-        torch2ebm.Momentum(7, 0.3, 0.5, 1e-3),
-        torch2ebm.Adam(7, 0.3, (0.5, 0.6), 1e-4, 1e-3),
-        torch2ebm.ErrorDescent(7, 0.3, 1e-3),
-        torch2ebm.LocalErrorDescent(7, 0.3, 1e-3),
-        torch2ebm.SequentialDescent(7, 0.3, 1e-3),
-        torch2ebm.Anderson(7, 0.3, 4, 1e-3),
-    ],
-    ids=lambda solver: type(solver).__name__,
-)
+@pytest.mark.parametrize("solver", [row.settings for row in SOLVERS], ids=lambda solver: type(solver).__name__)
 def test_another_number_of_steps_keeps_every_other_setting_of_a_solver(solver: torch2ebm.Solver) -> None:
     other = solver.with_steps(3)
     assert type(other) is type(solver) and {**vars(solver), "steps": 3} == vars(other)
