@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from torch2ebm.common.nested import fill, leaves_of
+from torch2ebm.common.nested import attributes_of, fill, leaves_of, settings_of
 from torch2ebm.common.rows import Rows, least_squares
 from torch2ebm.equilibrium.dynamics import Equilibrium, Influence, States
 from torch2ebm.errors import ConfigurationError
@@ -323,6 +323,7 @@ def _chain(programs: Programs, update: Update, equilibrium: Equilibrium, influen
     on_loss, tensors = found
     readouts = tuple(node.name for node in equilibrium.hopfield.readouts)
     phase = (influence.beta, tuple(influence.held))
-    key = (update, equilibrium.feedback, readouts, phase, on_loss, surroundings(equilibrium.call))
-    fixed = [*tensors, *equilibrium.fixed.values(), *influence.held.values()]
+    key = (settings_of(update), equilibrium.feedback, readouts, phase, on_loss, surroundings(equilibrium.call))
+    own = [leaf for leaf in leaves_of(attributes_of(update)) if isinstance(leaf, Tensor)]
+    fixed = [*tensors, *own, *equilibrium.fixed.values(), *influence.held.values()]
     return Chain(programs, equilibrium.call.graph, key, fixed)
