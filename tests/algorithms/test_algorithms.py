@@ -341,7 +341,7 @@ def test_the_wave_front_changes_no_bit(problem: Problem, steps: int, monkeypatch
         return local_gradients(model, problem.inputs(3), problem.loss)
 
     waved = run()
-    monkeypatch.setattr("torch2ebm.solvers.base.ValueInference", FullSweep)
+    monkeypatch.setattr("torch2ebm.inference.solver.ValueInference", FullSweep)
     full = run()
     assert waved.keys() == full.keys()
     for name, g in waved.items():
@@ -356,7 +356,7 @@ def test_the_wave_front_evaluates_only_what_the_error_has_reached(monkeypatch: p
             counts.append(self.evaluations)
             return super().local_gradients()
 
-    monkeypatch.setattr("torch2ebm.solvers.base.ValueInference", Counted)
+    monkeypatch.setattr("torch2ebm.inference.solver.ValueInference", Counted)
     depth, steps = 12, 5
     model = attached(tanh_chain(depth), torch2ebm.PredictiveCoding(steps, 0.1), "children")
     local_gradients(model, (batch(),), mean_cross_entropy)

@@ -242,7 +242,7 @@ def test_some_of_these_minima_lie_on_kinks() -> None:
 
 
 def test_without_holding_values_on_the_kink_the_relaxation_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch2ebm.proximal_objective.ProximalObjective._has_kink", lambda self, slot: False)
+    monkeypatch.setattr("torch2ebm.implicit.objective.ProximalObjective._has_kink", lambda self, slot: False)
     _, model = step_of(Case("relu", True, 1, squared), 0.1)
     relaxation = model.state.relaxation
     assert relaxation.converged is False and relaxation.residual > 1e-4

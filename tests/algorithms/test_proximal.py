@@ -477,6 +477,17 @@ def test_a_loss_of_curvature_one_or_less_is_taken(loss: Callable[[Tensor], Tenso
         assert all(parameter.grad is not None for parameter in net.parameters())
 
 
+@pytest.mark.parametrize("curvature", [1.01, 1.5, 1.9])
+def test_the_limit_of_curvature_is_one(curvature: float) -> None:
+    """Half of the squared error times c has curvature c in every sample's prediction."""
+
+    def loss(output: Tensor) -> Tensor:
+        return (0.5 * curvature * (output - target(len(output))).square()).sum(1).mean()
+
+    with pytest.raises(LossCurvatureError, match=f"{curvature:.3g}"):
+        loss(attached(chain(), IL())(x_of(4))).backward()
+
+
 def test_a_curved_loss_divided_inside_the_mean_is_the_way_out() -> None:
     """As its error says: half of it has curvature 1."""
     net = chain()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import torch2ebm
 from torch2ebm.errors import ConfigurationError, DivergenceError, DivergenceWarning, LostMinimumError, NoStateError
+from torch2ebm.inference.divergence import check_phases
 
 NAMES = [vertex.name for vertex in skip_dag().vertices]
 CONVERGED = torch2ebm.Anderson(200, 0.3, tol=1e-14)
@@ -142,6 +143,59 @@ def test_near_the_minimum_of_the_loss_a_symmetric_nudge_is_taken() -> None:
     target = SkipDag()(x).detach() + 1e-3 * torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
     _, model = estimate(torch2ebm.Symmetric(0.1), lambda y: (0.5 * (y - target).square()).sum())
     assert len(model.state.phases) == 2
+
+
+def quadratic_minimum(curvature: float) -> torch2ebm.EnergyModel:
+    """One value v with F = (v - mu)^2 / 2 + beta (w v - t)^2 in equilibrium, beta = 1/10, 2 w^2 = ``curvature``."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)).double()
+    with torch.no_grad():
+        net[1].weight.fill_((curvature / 2) ** 0.5)
+    settled = torch2ebm.GradientDescent(2000, 0.3, tol=1e-13)
+    return attached(net, torch2ebm.PredictiveCoding(solver=settled, nudging=torch2ebm.Symmetric(0.1)))
+
+
+def backward_of_squared_error(model: torch2ebm.EnergyModel) -> None:
+    x, target = torch.ones(1, 1).double(), torch.full((1, 1), 3.0).double()
+    nn.functional.mse_loss(model(x), target).backward()
+
+
+def test_the_bound_of_a_lost_minimum_is_where_beta_times_the_curvature_is_one_half() -> None:
+    """e(beta) = -beta g / (1 + beta h): the squares at -beta and beta are as ((1 + beta h) / (1 - beta h))^2 = 9."""
+    kept = quadratic_minimum(4.9)
+    backward_of_squared_error(kept)
+    positive, negative = (sum(c[-1] for c in phase.node_energy.values()) for phase in kept.state.phases)
+    assert negative / positive == pytest.approx((1.49 / 0.51) ** 2, rel=1e-6)
+    with pytest.raises(LostMinimumError, match="times the prediction error"):
+        backward_of_squared_error(quadratic_minimum(5.1))
+
+
+@pytest.mark.parametrize(("energy", "is_lost"), [(2.2, False), (2.3, True)])
+def test_phases_of_unequal_nudges_are_compared_at_one_nudge(energy: float, is_lost: bool) -> None:
+    """Errors go like beta, energies like its square: half of the nudge mirrors a quarter of the energy, times 9."""
+
+    def phase(beta: float, of_errors: float) -> torch2ebm.Relaxation:
+        return torch2ebm.Relaxation(steps=1, beta=beta, node_energy={"node": (0.0, of_errors)})
+
+    phases = [phase(0.2, 1.0), phase(-0.1, energy)]
+    if is_lost:
+        with pytest.raises(LostMinimumError, match="node"):
+            check_phases(phases)
+    else:
+        check_phases(phases)
+
+
+def test_the_gradient_of_an_input_is_the_mean_of_the_phases() -> None:
+    """It tends to autograd's as beta goes to 0, at second order; the sum of the phases would be twice that."""
+    distances = []
+    for beta in (1e-2, 1e-3):
+        model = attached(SkipDag(), torch2ebm.PredictiveCoding(solver=CONVERGED, nudging=torch2ebm.Symmetric(beta)))
+        x = skip_dag().inputs["x"].clone().requires_grad_()
+        reference = x.detach().clone().requires_grad_()
+        nn.functional.mse_loss(model(x), torch.zeros(4, 3).double()).backward()
+        nn.functional.mse_loss(SkipDag()(reference), torch.zeros(4, 3).double()).backward()
+        distances.append(float((x.grad - reference.grad).norm() / reference.grad.norm()))
+    assert distances[1] < 1e-5
+    assert math.log10(distances[0] / distances[1]) == pytest.approx(2, abs=0.1)
 
 
 # What a run-away relaxation does --------------------------------------------------------------------------------------

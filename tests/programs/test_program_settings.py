@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import torch2ebm
 from torch2ebm.errors import CompilationWarning
-from torch2ebm.programs import program as programs
+from torch2ebm.programs.record import record_program
 
 __all__ = ["recorded_only", "recordings"]  # fixtures
 
@@ -152,7 +152,7 @@ def test_a_loss_of_as_many_samples_as_a_mask_takes_runs_as_it_is(chosen: str) ->
     ids=["gaps", "overlaps", "later", "transposed"],
 )
 def test_a_compiled_program_takes_tensors_as_they_lie_in_memory(x: Tensor) -> None:
-    program, expected = programs.record(lambda: x.exp() + x, [x])
+    program, expected = record_program(lambda: x.exp() + x, [x])
     program.compile()
     for _ in range(2):
         torch.testing.assert_close(program([x]), expected)

@@ -22,7 +22,9 @@ import torch2ebm
 from torch2ebm.errors import CompilationWarning
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.isolation.random_numbers import Draws, Repeated, UnknownDrawError
-from torch2ebm.programs import program as programs
+from torch2ebm.programs import record
+from torch2ebm.programs.program import Program
+from torch2ebm.programs.record import NotRecordableError, record_program, record_two_programs
 
 Make = Callable[..., torch2ebm.Algorithm]
 Losses = Callable[[int], Callable[[Tensor], Tensor]]
@@ -46,15 +48,15 @@ by_long_algorithm = pytest.mark.parametrize("make", [make for _, make in LONG], 
 @pytest.fixture
 def recorded_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs run as they were recorded: what they compute does not hang on a compiler."""
-    monkeypatch.setattr(programs.Program, "compile", lambda self: None)
+    monkeypatch.setattr(Program, "compile", lambda self: None)
 
 
 @pytest.fixture
 def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every function that is traced."""
     count: list[int] = []
-    traced = programs._traced
-    monkeypatch.setattr(programs, "_traced", lambda *a: count.append(1) or traced(*a))
+    traced = record._traced
+    monkeypatch.setattr(record, "_traced", lambda *a: count.append(1) or traced(*a))
     return count
 
 
@@ -203,7 +205,7 @@ def test_compiled_programs_in_single_precision(make: Make) -> None:
 )
 def test_an_equilibrium_settles_the_same_by_programs(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     if settings:  # the compiler's turn is without
-        monkeypatch.setattr(programs.Program, "compile", lambda self: None)
+        monkeypatch.setattr(Program, "compile", lambda self: None)
     gradients = []
     for compile in ({}, {"compile": True}):
         torch.manual_seed(0)
@@ -432,7 +434,7 @@ def test_rounding_may_decide_a_few_whole_numbers(
         return run
 
     x = torch.rand(2000, 3, dtype=dtype)
-    program, (_, places) = programs.record(lambda: x.max(1), [x])
+    program, (_, places) = record_program(lambda: x.max(1), [x])
     monkeypatch.setattr(torch._inductor, "compile", elsewhere)
     program.compile()
     with contextlib.nullcontext() if believed else pytest.warns(CompilationWarning, match="other numbers"):
@@ -443,7 +445,7 @@ def test_rounding_may_decide_a_few_whole_numbers(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_compiler_that_makes_zeros_is_not_believed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.rand(20, 3).to(dtype)
-    program, _ = programs.record(lambda: x.exp(), [x])
+    program, _ = record_program(lambda: x.exp(), [x])
     monkeypatch.setattr(torch._inductor, "compile", lambda *_: lambda x: [torch.zeros_like(x)])
     program.compile()
     with pytest.warns(CompilationWarning, match="other numbers"):
@@ -518,13 +520,13 @@ def test_what_mixes_its_input_with_its_draws_is_no_repeat() -> None:
 
 def test_a_tensor_from_nowhere_is_refused() -> None:
     known, unknown = torch.ones(2), torch.ones(2)
-    with pytest.raises(programs.NotRecordableError, match=r"shape \(2,\)"):
-        programs.record(lambda: known + unknown, [known])
+    with pytest.raises(NotRecordableError, match=r"shape \(2,\)"):
+        record_program(lambda: known + unknown, [known])
 
 
 def test_a_program_runs_on_other_tensors_and_keeps_the_structure() -> None:
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
-    program, first = programs.record(lambda: {"sum": a + b, "same": a, "number": 3, "both": (a * b, b)}, [a, b])
+    program, first = record_program(lambda: {"sum": a + b, "same": a, "number": 3, "both": (a * b, b)}, [a, b])
     assert torch.equal(first["sum"], torch.tensor([4.0, 6.0]))
     c, d = torch.tensor([5.0, 6.0]), torch.tensor([7.0, 8.0])
     found = program([c, d])
@@ -547,7 +549,7 @@ def test_several_rounds_of_a_program_are_one_program() -> None:
         b.add_(a, alpha=0.1)  # in place: the leaf is the input itself
         return (torch.tanh(a @ weight + b), b, still, "a number"), (total, 7)
 
-    program, _ = programs.record(lambda: round_of(*moving), [weight, *moving])
+    program, _ = record_program(lambda: round_of(*moving), [weight, *moving])
     several = program.repeated(3, count=4, first=1)
     assert len(several) == 3 * len(program)
     expected, given, totals = state(), state(), []
@@ -568,7 +570,7 @@ def test_rounds_pass_on_what_they_do_not_read() -> None:
         return [torch.linspace(-1.0, 1.0, 3), torch.ones(3), torch.full((3,), 0.5)]
 
     moving = state()
-    program, _ = programs.record(lambda: ((moving[1], moving[2], torch.tanh(moving[0])), moving[0].sum()), moving)
+    program, _ = record_program(lambda: ((moving[1], moving[2], torch.tanh(moving[0])), moving[0].sum()), moving)
     expected, totals = state(), []
     for _ in range(4):
         totals.append(expected[0].sum())
@@ -583,8 +585,8 @@ def test_steps_that_repeat_run_several_at_a_time(monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
     calls: list[int] = []
-    leaves = programs.Program.leaves
-    monkeypatch.setattr(programs.Program, "leaves", lambda *a: calls.append(1) or leaves(*a))
+    leaves = Program.leaves
+    monkeypatch.setattr(Program, "leaves", lambda *a: calls.append(1) or leaves(*a))
     expected, eager = trained(copy.deepcopy(net), torch2ebm.PredictiveCoding(40, 0.05), steps=3)
     assert not calls
     found, model = trained(net, torch2ebm.PredictiveCoding(40, 0.05, compile=True), steps=3)
@@ -615,7 +617,7 @@ def test_two_programs_meet_at_what_comes_late() -> None:
         hidden = torch.tanh(x @ weight)
         return hidden.sum(1), x.T @ (late * (1 - hidden**2))
 
-    before, after = programs.record_two_programs(function, [x, weight], [late])
+    before, after = record_two_programs(function, [x, weight], [late])
     x, weight, late = torch.randn(3, 4), torch.randn(4, 4), torch.randn(3, 4)
     leaves = before.leaves([x, weight])
     expected = function()
@@ -654,7 +656,7 @@ def test_a_program_is_recorded_while_another_thread_traces_a_model() -> None:
 
     def recorded() -> Tensor:
         waiting.is_traced.wait(10)
-        program, _ = programs.record(function, [x])
+        program, _ = record_program(function, [x])
         return program([x])
 
     _, found = in_threads([convert, recorded])
@@ -664,7 +666,7 @@ def test_a_program_is_recorded_while_another_thread_traces_a_model() -> None:
 
 def test_a_compiled_program_runs_while_another_thread_traces_a_model() -> None:
     x, waiting = torch.rand(3), Waiting()
-    program, _ = programs.record(lambda: x.exp() + x, [x])
+    program, _ = record_program(lambda: x.exp() + x, [x])
     program.compile()
     program([x])
 

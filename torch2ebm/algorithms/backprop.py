@@ -27,7 +27,7 @@ class Backprop(Algorithm):
     def forward(self, call: Call) -> None:
         call.feedforward(keep_graph=True, cut=False)
 
-    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+    def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         parameters = {name: p for name, p in call.parameters.items() if p.requires_grad}
         inputs = [tensor for tensor in call.tensors if tensor.requires_grad]
         values = {slot: value for slot, value in call.values.items() if value.requires_grad}

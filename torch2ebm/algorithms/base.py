@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import LocalGradients
@@ -35,14 +35,17 @@ class Algorithm(ABC):
     loss_reduction: str | None = None
 
     @abstractmethod
-    def forward(self, call: Call) -> None:
-        """The feed-forward pass: fill ``call`` so that it has an output, and what ``backward`` needs."""
+    def forward(self, call: Call) -> Any:
+        """The feed-forward pass: fill ``call`` so that it has an output.
+
+        Returns what ``backward`` needs beside the call, for example an equilibrium; None for nothing.
+        """
 
     @abstractmethod
-    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+    def backward(self, call: Call, kept: Any, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         """Local gradients, without writing anything anywhere.
 
-        With ``retain_graph`` the call may be asked again.
+        ``kept`` is what ``forward`` returned. With ``retain_graph`` the call may be asked again.
         """
 
     def with_steps(self, steps: int) -> Algorithm:

@@ -77,13 +77,14 @@ class ContrastiveHebbian(Algorithm):
     def __repr__(self) -> str:
         return f"ContrastiveHebbian({self.free_phase.settings()}, clamped_steps={self.clamped_steps})"
 
-    def forward(self, call: Call) -> None:
+    def forward(self, call: Call) -> Free:
         free = self.free_phase.run(call)
         _check_outputs(free)
         check_signal(f"ContrastiveHebbian(feedback={self.free_phase.feedback:g})", free, 1.0, FLOOR)
+        return free
 
-    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        return contrast_with_clamped(call, call.equilibrium, loss, 1.0, self.clamped_steps, self.free_phase.tol)
+    def backward(self, call: Call, kept: Free, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        return contrast_with_clamped(call, kept, loss, 1.0, self.clamped_steps, self.free_phase.tol)
 
     def with_steps(self, steps: int) -> ContrastiveHebbian:
         """The same with another number of steps in both phases."""

@@ -9,6 +9,7 @@ from torch2ebm.engine.call import Call
 from torch2ebm.engine.nudging import check_beta
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.equilibrium.free_phase import FreePhase
+from torch2ebm.equilibrium.settling import Free
 from torch2ebm.equilibrium.updates import Update
 from torch2ebm.loss.output_loss import OutputLoss
 
@@ -75,11 +76,11 @@ class CoupledLearning(Algorithm):
     def __repr__(self) -> str:
         return f"CoupledLearning({self.beta:g}, {self.free_phase.settings()}, clamped_steps={self.clamped_steps})"
 
-    def forward(self, call: Call) -> None:
-        self.free_phase.run(call)
+    def forward(self, call: Call) -> Free:
+        return self.free_phase.run(call)
 
-    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        return contrast_with_clamped(call, call.equilibrium, loss, self.beta, self.clamped_steps, self.free_phase.tol)
+    def backward(self, call: Call, kept: Free, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        return contrast_with_clamped(call, kept, loss, self.beta, self.clamped_steps, self.free_phase.tol)
 
     def with_steps(self, steps: int) -> CoupledLearning:
         """The same with another number of steps in both phases."""

@@ -105,13 +105,13 @@ class EquilibriumPropagation(Algorithm):
         parts += [f"loss_reduction={self.loss_reduction!r}"] * (self.loss_reduction != "mean")
         return f"EquilibriumPropagation({', '.join(parts)})"
 
-    def forward(self, call: Call) -> None:
+    def forward(self, call: Call) -> Free:
         free = self.free_phase.run(call)
         if isinstance(self.nudging, Holomorphic):
             check_holomorphic(free.equilibrium.hopfield)
+        return free
 
-    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        free: Free = call.equilibrium
+    def backward(self, call: Call, free: Free, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         betas = self.nudging.betas  # read once: a random sign is drawn
         check_signal("EquilibriumPropagation", free, abs(betas[0]), FLOOR)
         if isinstance(self.nudging, Holomorphic):

@@ -14,7 +14,7 @@ from torch2ebm.engine.gradients import GradientSum, Swept
 from torch2ebm.engine.results import InferenceState, LocalGradients, Relaxation
 from torch2ebm.loss.output_loss import OutputLoss
 from torch2ebm.programs.cache import Programs
-from torch2ebm.programs.sweep import ProgramSweep
+from torch2ebm.programs.sweep import PendingSweep, ProgramSweep
 
 METHODS = ("closed_form", "sweep")
 
@@ -62,7 +62,7 @@ class FixedPrediction(Algorithm):
         self.steps, self.lr, self.method, self.loss_reduction = steps, lr, method, loss_reduction
         self.compile = compile
         sweep = self._sweep if method == "sweep" else self._closed_form
-        self._recorded = ProgramSweep(Programs() if compile else None, sweep)
+        self._program_sweep = ProgramSweep(Programs() if compile else None, sweep)
 
     def __repr__(self) -> str:
         return (
@@ -70,11 +70,11 @@ class FixedPrediction(Algorithm):
             f"loss_reduction={self.loss_reduction!r}{', compile=True' if self.compile else ''})"
         )
 
-    def forward(self, call: Call) -> None:
-        self._recorded.forward(call)
+    def forward(self, call: Call) -> PendingSweep | None:
+        return self._program_sweep.forward(call)
 
-    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        swept = self._recorded.backward(call, loss.delivered, retain_graph)
+    def backward(self, call: Call, kept: PendingSweep | None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        swept = self._program_sweep.backward(call, kept, loss.delivered, retain_graph)
         unreached = tuple(n.name for n in call.graph.hidden_nodes if not any(s in swept.deltas for s in n.slots))
         relaxation = Relaxation(steps=self.steps, residual=math.nan)  # in closed form no step shows a residual
         unit, phases = -loss.unit, (relaxation,)

@@ -88,7 +88,7 @@ class ImplicitSGD(Algorithm):
     def forward(self, call: Call) -> None:
         call.feedforward(keep_graph=False)
 
-    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+    def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         layers = dense_layers(call, freeze_statistics=False)
         direct = self._minimum(ProximalObjective(call, loss, layers, self.alpha).start())
         minimum = min(

@@ -86,7 +86,7 @@ class IncrementalPredictiveCoding(Algorithm):
         check_names("IncrementalPredictiveCoding", self.energies, call.graph)
         call.feedforward(keep_graph=False)
 
-    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+    def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         _check_factor(loss)
         inference = ValueInference(call, loss, self.energies, retain_call=retain_graph)
         steps = self._steps(inference)

@@ -96,7 +96,7 @@ class PredictiveCoding(Algorithm):
         check_names("PredictiveCoding", self.energies, call.graph)
         call.feedforward(keep_graph=False, keep_draws=self.programs is not None)
 
-    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+    def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         try:
             *others, last = self.nudging.betas
             phases = [self._phase(call, loss, beta, retain_call=True) for beta in others]

@@ -109,7 +109,7 @@ class ProximalInferenceLearning(Algorithm):
     def forward(self, call: Call) -> None:
         call.feedforward(keep_graph=False)
 
-    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+    def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         rates = ProximalRates(
             self.alpha, self.steps, self.feedback_rate, self.error_rate, self.eps, self.loss_reduction
         )

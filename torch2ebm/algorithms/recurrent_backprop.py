@@ -80,11 +80,10 @@ class RecurrentBackprop(Algorithm):
     def __repr__(self) -> str:
         return f"RecurrentBackprop({self.solver!r}, {self.free_phase.settings()})"
 
-    def forward(self, call: Call) -> None:
-        self.free_phase.run(call)
+    def forward(self, call: Call) -> Free:
+        return self.free_phase.run(call)
 
-    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        free: Free = call.equilibrium
+    def backward(self, call: Call, free: Free, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         step, result = LinearisedStep(free.equilibrium, free.settled.states), GradientSum()
         cost = _cost(free, loss, result)
         b = {slot: cost.get(slot, torch.zeros_like(value)) for slot, value in free.settled.states.items()}

@@ -17,7 +17,7 @@ from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.loss.output_loss import OutputLoss
 from torch2ebm.programs.cache import Programs
-from torch2ebm.programs.sweep import ProgramSweep
+from torch2ebm.programs.sweep import PendingSweep, ProgramSweep
 
 SCHEDULES = ("reverse", "levels")
 
@@ -53,19 +53,19 @@ class ZeroDivergence(Algorithm):
             got, remedy = f"schedule={schedule!r}", "The literal schedule is there to be looked at, not for speed."
             raise ConfigurationError("ZeroDivergence(compile=True)", got, "schedule='reverse'", remedy)
         self.schedule, self.gamma, self.compile = schedule, gamma, compile
-        self._recorded = ProgramSweep(Programs() if compile else None, self._sweep)
+        self._program_sweep = ProgramSweep(Programs() if compile else None, self._sweep)
 
     def __repr__(self) -> str:
         compiled = ", compile=True" if self.compile else ""
         return f"ZeroDivergence(schedule={self.schedule!r}, gamma={self.gamma!r}{compiled})"
 
-    def forward(self, call: Call) -> None:
-        self._recorded.forward(call)
+    def forward(self, call: Call) -> PendingSweep | None:
+        return self._program_sweep.forward(call)
 
-    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+    def backward(self, call: Call, kept: PendingSweep | None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         if self.schedule == "levels":
             return by_levels(call, call.graph.levelled(), loss.delivered, loss.unit, self.gamma)
-        swept = self._recorded.backward(call, loss.delivered, retain_graph)
+        swept = self._program_sweep.backward(call, kept, loss.delivered, retain_graph)
         state = InferenceState(call.graph, call.batch_size, call.values, swept.deltas, -loss.unit)
         return LocalGradients(swept.gradients.parameters, call.input_gradients(swept.gradients.clamped), state)
 

@@ -135,15 +135,9 @@ class Call:
         self.passes: dict[str, NodePass] = {}
         self.environment: dict[str, Any] = {}
         self.clamped_leaves: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (as computed from inputs, leaf)
-        self.recorded: Any = None  # of an algorithm that runs recorded programs: what its forward left for its backward
-        self.equilibrium: Any = None  # of an algorithm that defines the output: what its forward relaxed to
         self._random: dict[str, RandomState] = {}
         self._draws: dict[str, list[Tensor]] = {}
         self._statistics: dict[str, Statistics] = {}
-
-    def release(self) -> None:
-        """No backward will follow: drop what holds the call in a circle, which only a collector would find."""
-        self.equilibrium = self.recorded = None
 
     # the feed-forward pass
 

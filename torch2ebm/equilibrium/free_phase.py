@@ -84,9 +84,7 @@ class FreePhase:
         if math.isfinite(settled.relaxation.residual):  # else the feed-forward values say where it began
             self._leave(call, equilibrium, settled)
         call.values.update(outputs)
-        free = Free(equilibrium, settled, update, _distance(outputs, feedforward))
-        call.equilibrium = free
-        return free
+        return Free(equilibrium, settled, update, _distance(outputs, feedforward))
 
     def _leave(self, call: Call, equilibrium: Equilibrium, settled: Settled) -> None:
         """The feed-forward values go: where the states have settled is what the call is about."""

@@ -47,6 +47,7 @@ class OpenCall:
         shards: Shards,
     ) -> None:
         self.call: Call | None = call
+        self.kept: Any = None  # what the algorithm's forward returned
         self.algorithm, self.buffers, self.forwards = algorithm, buffers, forwards
         self.keep, self.shards = keep, shards
         self.finite = {**call.parameters, **finite}
@@ -72,7 +73,7 @@ class OpenCall:
     def run(self) -> list[Tensor]:
         """The forward pass: recordable outputs, in the order of the graph's output slots."""
         assert self.call is not None
-        self.algorithm.forward(self.call)
+        self.kept = self.algorithm.forward(self.call)
         check_standing(self.finite)  # a clamp can hide it from the prediction
         check_predictions(self.call)
         self.history.forward_ended()
@@ -92,14 +93,14 @@ class OpenCall:
 
     def gradients(self, delivered: Sequence[Tensor | None], retain_graph: bool) -> LocalGradients:
         """What the algorithm makes of the delivered gradients, checked."""
-        call = self._opened()
+        call, kept = self._opened(), self.kept
         by_slot = {s: g for s, g in zip(call.graph.output_slots, delivered, strict=True) if g is not None}
         loss = make_loss(call, self.tape, by_slot, self.algorithm.loss_reduction, type(self.algorithm).__name__)
         if not self._delivered_finite(loss):
             return self._overflowed(call)
         if self.algorithm.reevaluates_loss:
             loss.check()
-        gradients = self._as_in_forward(call, lambda: self.algorithm.backward(call, loss, retain_graph))
+        gradients = self._as_in_forward(call, lambda: self.algorithm.backward(call, kept, loss, retain_graph))
         self._check_inputs(call, gradients)
         self._check_parameters(gradients, loss)
         self.keep(gradients.state)
@@ -107,8 +108,7 @@ class OpenCall:
         if gradients.later is not None:
             self.forwards.later.append(self._later(call, gradients.later))
         if not retain_graph:
-            call.release()
-            self.call = None
+            self._released()
         return gradients
 
     def _later(self, call: Call, gradients: Iterator[LocalGradients]) -> Iterator[LocalGradients]:
@@ -133,6 +133,10 @@ class OpenCall:
             changes.append(self.autocast.entered())
         return within(changes, function)
 
+    def _released(self) -> None:
+        """No backward will follow: the values go at once, and with them what forward has kept."""
+        self.call = self.kept = None
+
     def _opened(self) -> Call:
         if self.call is None:
             raise GraphFreedError(
@@ -155,7 +159,7 @@ class OpenCall:
     def _overflowed(self, call: Call) -> LocalGradients:
         """The outer factor (a gradient scaler's) overflowed: say so in every gradient, so that the scaler skips."""
         self.forwards.closed(self.history)
-        self.call = None
+        self._released()
         nothing = InferenceState(call.graph, call.batch_size, {}, {})
         return LocalGradients(
             {name: torch.full_like(parameter, torch.nan) for name, parameter in self.parameters.items()},

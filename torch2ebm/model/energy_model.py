@@ -151,7 +151,6 @@ class EnergyModel(nn.Module):
             call = Call(graph, [tensor.detach() for tensor in tensors], swapped)
             with tensors_in_place(self._original, swapped):
                 algorithm.forward(call)
-            call.release()
             return fill(graph.structure, graph.output(call.values, call.environment))
 
     def feedforward(self, *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ class _Halves:
 
 
 @dataclass(frozen=True)
-class _Pending:
+class PendingSweep:
     """A call whose backward is the second program."""
 
     after: Program
@@ -54,24 +54,27 @@ class ProgramSweep:
     def __init__(self, programs: Programs | None, sweep: Sweep) -> None:
         self._programs, self._sweep = programs, sweep
 
-    def forward(self, call: Call) -> None:
+    def forward(self, call: Call) -> PendingSweep | None:
+        """Evaluate the call; returns the second program where the first one has done so."""
         if self._programs is None:
             call.feedforward(keep_graph=True)
-            return
+            return None
         early = [*call.tensors, *call.parameters.values(), *call.graph.module.buffers()]
         family = self._family(self._programs, call, early)
         if family is None:
             call.feedforward(keep_graph=True)
         elif "halves" in family:
-            self._run(call, family["halves"], early)
+            return self._run(call, family["halves"], early)
         elif "late" in family:
             self._record(call, family, early)
         else:
             call.feedforward(keep_graph=True)
             family["late"] = [call.values[slot].detach() for slot in call.graph.output_slots]
+        return None
 
-    def backward(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
-        pending: _Pending | None = call.recorded
+    def backward(
+        self, call: Call, pending: PendingSweep | None, delivered: Mapping[str, Tensor], retain_graph: bool
+    ) -> Swept:
         if pending is None:
             return self._sweep(call, delivered, retain_graph)
         pending.check()
@@ -84,7 +87,7 @@ class ProgramSweep:
             return None
         return programs.family(call.graph, _kind(call, early))
 
-    def _run(self, call: Call, halves: _Halves, early: list[Tensor]) -> None:
+    def _run(self, call: Call, halves: _Halves, early: list[Tensor]) -> PendingSweep:
         for program in (halves.before, halves.after):
             program.compile()
         leaves = halves.before.leaves(early)
@@ -93,7 +96,7 @@ class ProgramSweep:
         tensors = [*early, *saved]
         buffers = set(map(id, call.graph.module.buffers()))  # another forward may move them
         read = [each for each in halves.after.read(tensors) if id(each) not in buffers and not each.is_inference()]
-        call.recorded = _Pending(halves.after, tensors, [(each, each._version) for each in read])
+        return PendingSweep(halves.after, tensors, [(each, each._version) for each in read])
 
     def _record(self, call: Call, family: Family, early: list[Tensor]) -> None:
         """The feed-forward pass of this call, whose own backward is the eager sweep."""
