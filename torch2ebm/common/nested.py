@@ -102,7 +102,7 @@ def attributes_of(thing: Any) -> Any:
 
 
 def settings_of(thing: Any) -> Hashable:
-    """What is the same in two objects that one program serves: the class and, tensors by their kinds, the attributes."""
+    """What is the same in two objects that one program serves: the class and its attributes, tensors by their kinds."""
     return type(thing), signature(attributes_of(thing))
 
 

@@ -68,7 +68,7 @@ class _Given(Algorithm):
     def forward(self, call: Call) -> None:
         call.feedforward(keep_graph=True)
 
-    def backward(self, call: Call, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+    def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         self.found.append((call, loss))
         state = InferenceState(call.graph, call.batch_size, call.values, {})
         return LocalGradients({}, [None] * len(call.tensors), state)
