@@ -38,7 +38,7 @@ class Energy(ABC):
         >>> from torch2ebm.extend import Energy
         >>> class HalfSquares(Energy):
         ...     def of_samples(self, error, prediction):
-        ...         return 0.5 * error.square().flatten(1).sum(1)
+        ...         return (0.5 * error**2).flatten(1).sum(1)
         ...     def of_batch(self, error, prediction):
         ...         return self.of_samples(error, prediction).sum()
         ...     def gradients(self, error, prediction):

@@ -1,7 +1,7 @@
 """One call's Hopfield-type energy: the drive of its states, what the loss does to them, and the gradient of Phi.
 
-A node is evaluated on leaves, so no autograd graph crosses a node boundary; one call of the engine pulls the states
-back through all nodes, s_n <- act_n(d(Phi - beta c_o C)/ds_n / c_n) (Scellier and Bengio 2017).
+A node is evaluated on leaves, so no autograd graph crosses a node boundary. One call of the engine pulls the states
+back through all nodes: s_n <- act_n(d(Phi - beta c_o C)/ds_n / c_n) (Scellier and Bengio 2017).
 """
 
 from __future__ import annotations

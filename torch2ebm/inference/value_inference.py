@@ -1,7 +1,7 @@
 """The values of one call while they move: the gradient of the energy in them, and the local gradients at the end.
 
-The sweep visits outputs first, then parents after children, one node at a time. Since a node's own value and those of
-its parents are still the old ones when its turn comes, moving each value as soon as its gradient is complete *is* the
+The sweep visits outputs first, then parents after children, one node at a time. When a node's turn comes, its own value
+and those of its parents are still the old ones. So moving each value as soon as its gradient is complete *is* the
 synchronous update, and only one node's autograd graph exists at a time.
 
 From a feed-forward start all errors are zero until the output's error reaches them, one level a step. A node that has
