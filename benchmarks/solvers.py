@@ -43,7 +43,7 @@ GRIDS: Mapping[str, Sequence[Solver[Any]]] = {
     ],
     "LocalErrorDescent": [torch2ebm.LocalErrorDescent(lr=lr) for lr in RATES],
     "ErrorDescent": [torch2ebm.ErrorDescent(lr=lr) for lr in RATES],
-    "Anderson": [torch2ebm.Anderson(lr=lr, memory=memory) for lr in RATES for memory in (1, 2, 5)],
+    "Anderson": [torch2ebm.AndersonErrorDescent(lr=lr, memory=memory) for lr in RATES for memory in (1, 2, 5)],
 }
 
 

@@ -69,7 +69,7 @@ ROWS = (
     ),
     Row("Backprop", torch2ebm.Backprop()),
     Row("LevelSchedule", torch2ebm.ZeroDivergence("levels")),
-    Row("Anderson", torch2ebm.PredictiveCoding(solver=torch2ebm.Anderson(steps=4))),
+    Row("Anderson", torch2ebm.PredictiveCoding(solver=torch2ebm.AndersonErrorDescent(steps=4))),
     Row("Recorded", torch2ebm.PredictiveCoding(steps=4, compile=True), ("test_steady",)),
     Row("Sequential", torch2ebm.PredictiveCoding(solver=torch2ebm.SequentialDescent(steps=3))),
     Row(

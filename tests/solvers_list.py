@@ -59,9 +59,9 @@ ROWS = (
         torch2ebm.Momentum(20_000, 0.1, 0.8, tol=1e-13),
     ),
     Row(
-        torch2ebm.Adam(7, 0.3, (0.5, 0.6), 1e-4, 1e-3),
-        torch2ebm.Adam(6, 0.01),
-        lambda steps: torch2ebm.Adam(steps, 0.02, betas=(0.8, 0.99), eps=1e-3),
+        torch2ebm.AdamDescent(7, 0.3, (0.5, 0.6), 1e-4, 1e-3),
+        torch2ebm.AdamDescent(6, 0.01),
+        lambda steps: torch2ebm.AdamDescent(steps, 0.02, betas=(0.8, 0.99), eps=1e-3),
         lambda problem, steps: by_optimizer(
             problem, steps, lambda v: torch.optim.Adam(v, lr=0.02, betas=(0.8, 0.99), eps=1e-3)
         ),
@@ -87,8 +87,8 @@ ROWS = (
         torch2ebm.LocalErrorDescent(5_000, 0.3, tol=1e-13),
     ),
     Row(
-        torch2ebm.Anderson(7, 0.4, 4, 1e-3),
-        torch2ebm.Anderson(8),
-        tight=torch2ebm.Anderson(500, 0.2, tol=1e-13),
+        torch2ebm.AndersonErrorDescent(7, 0.4, 4, 1e-3),
+        torch2ebm.AndersonErrorDescent(8),
+        tight=torch2ebm.AndersonErrorDescent(500, 0.2, tol=1e-13),
     ),
 )

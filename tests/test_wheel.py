@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Iterator
+from configparser import ConfigParser
 from email import message_from_string
 from email.message import Message
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -141,5 +142,9 @@ def test_without_extras_a_net_learns_and_a_picture_names_what_to_install(environ
     assert "Linear" in printed
 
 
-def test_the_command_of_the_wheel_is_there(environment: Path) -> None:
-    assert "compare" in run(python_of(environment).with_name("torch2ebm"), "--help", cwd=environment)
+def test_the_command_of_the_wheel_is_there_and_has_the_version_of_the_sources(environment: Path) -> None:
+    command = python_of(environment).with_name("torch2ebm")
+    assert "compare" in run(command, "--help", cwd=environment)
+    settings = ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    assert run(command, "--version", cwd=environment) == f"torch2ebm {settings['metadata']['version']}\n"

@@ -1,5 +1,7 @@
 """torch2ebm: train the PyTorch model that you have by energy-based local learning, in the loop that you have."""
 
+from typing import TYPE_CHECKING
+
 from torch2ebm import errors, torch2pc
 from torch2ebm.algorithms import (
     Algorithm,
@@ -15,6 +17,7 @@ from torch2ebm.algorithms import (
     RecurrentBackprop,
     ZeroDivergence,
 )
+from torch2ebm.common.moved import old_name, serve_old_paths
 from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.engine.energies import Categorical, Energy, Gaussian
 from torch2ebm.engine.nudging import Holomorphic, OneSided, RandomSign, Symmetric
@@ -30,8 +33,8 @@ from torch2ebm.mq import MQ
 from torch2ebm.optimizer import EnergyOptimizer
 from torch2ebm.reports.agreement import Agreement
 from torch2ebm.solvers import (
-    Adam,
-    Anderson,
+    AdamDescent,
+    AndersonErrorDescent,
     ErrorDescent,
     GradientDescent,
     LocalErrorDescent,
@@ -42,10 +45,10 @@ from torch2ebm.solvers import (
 
 __all__ = [
     "MQ",
-    "Adam",
+    "AdamDescent",
     "Agreement",
     "Algorithm",
-    "Anderson",
+    "AndersonErrorDescent",
     "AndersonMixing",
     "Backprop",
     "Categorical",
@@ -91,3 +94,23 @@ __all__ = [
     "read_idx",
     "torch2pc",
 ]
+
+__version__: str  # read from setup.cfg, or from what the installation has noted, when it is asked for
+
+
+def __dir__() -> list[str]:
+    """The public names, and nothing of how the package is built."""
+    return [*__all__, *(name for name in globals() if name.startswith("__")), "__version__"]
+
+
+if not TYPE_CHECKING:  # a type checker would take it to have every name
+
+    def __getattr__(name):
+        if name == "__version__":
+            from torch2ebm.common.version import version
+
+            return version()
+        return old_name(name)
+
+
+serve_old_paths()

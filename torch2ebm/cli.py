@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch2ebm.algorithms import FixedPrediction, PredictiveCoding, ZeroDivergence
+from torch2ebm.common.version import version
 from torch2ebm.compare import compare
 from torch2ebm.errors import ConfigurationError, Torch2EBMError
 from torch2ebm.graph.granularity import Granularity
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m torch2ebm", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"torch2ebm {version()}")
     parser.set_defaults(seed=0)
     commands = parser.add_subparsers(required=True, metavar="demo | compare | graph")
     _demo_arguments(commands.add_parser("demo", help="train a small network three ways; takes less than a minute"))

@@ -443,10 +443,10 @@ torch.testing.assert_close(alone, batched[:1], rtol=1e-10, atol=1e-12)
 # |---|---|---|
 # | `GradientDescent` | values | the papers' own |
 # | `Momentum` | values | a heavy ball |
-# | `Adam` | values | a step size for each entry |
+# | `AdamDescent` | values | a step size for each entry |
 # | `LocalErrorDescent` | errors | $e_n \leftarrow e_n + \text{lr}\,(J_{n+1}^\top e_{n+1} - e_n)$, $v_n = \mu_n + e_n$ |
 # | `ErrorDescent` | errors | the gradient of the energy in the errors: one sweep reaches all layers |
-# | `Anderson` | errors | the same, extrapolated from the last iterates |
+# | `AndersonErrorDescent` | errors | the same, extrapolated from the last iterates |
 #
 # The yardstick is the same for all: the largest entry of dF/dv, computed by hand as in section 2, as a fraction of what
 # it was at the start.
@@ -456,10 +456,10 @@ MOST = 200
 SOLVERS = {
     "GradientDescent": torch2ebm.GradientDescent(MOST, lr=0.5),
     "Momentum": torch2ebm.Momentum(MOST, lr=0.3),
-    "Adam": torch2ebm.Adam(MOST, lr=0.01),
+    "AdamDescent": torch2ebm.AdamDescent(MOST, lr=0.01),
     "LocalErrorDescent": torch2ebm.LocalErrorDescent(MOST, lr=0.5),
     "ErrorDescent": torch2ebm.ErrorDescent(MOST, lr=0.3),
-    "Anderson": torch2ebm.Anderson(MOST, lr=0.3),
+    "AndersonErrorDescent": torch2ebm.AndersonErrorDescent(MOST, lr=0.3),
 }
 STYLES = dict(zip(SOLVERS, zip((BLUE, PINK, GREY, GREEN, ORANGE, BLACK), "oDPs^v", strict=True), strict=True))
 
@@ -487,14 +487,14 @@ for name, solver in SOLVERS.items():
 
 # %% [markdown]
 # And the number of steps to a thousandth, for networks of 5, 10, 20 and 50 layers. Where a solver's own driving term is
-# dF/dv, its `tol` finds it in one run. The driving term of `ErrorDescent` and `Anderson` is dF/de; for them we look
-# after every step.
+# dF/dv, its `tol` finds it in one run. The driving term of `ErrorDescent` and `AndersonErrorDescent` is dF/de; for them
+# we look after every step.
 
 
 # %%
 def steps_to_a_thousandth(net, solver):
     target = 1e-3 * start_of(net)
-    if not isinstance(solver, (torch2ebm.ErrorDescent, torch2ebm.Anderson)):
+    if not isinstance(solver, (torch2ebm.ErrorDescent, torch2ebm.AndersonErrorDescent)):
         stopping = type(solver)(MOST, solver.lr, tol=target)
         relaxation = relax(net, torch2ebm.PredictiveCoding(solver=stopping), images=16).relaxation
         return relaxation.steps - 1 if relaxation.converged else None  # the step that finds it makes one more move
@@ -537,14 +537,14 @@ show(PICTURES / "2_solvers.png")
 
 # %% [markdown]
 # `GradientDescent` and `LocalErrorDescent` need more steps the deeper the network is: what a layer hears has come
-# through all layers behind it, one step each. A heavy ball helps; `Adam`, whose first steps have the length `lr` for
-# every entry, large or small, does not. `ErrorDescent` does not care about depth: moving an error moves all values
+# through all layers behind it, one step each. A heavy ball helps; `AdamDescent`, whose first steps have the length `lr`
+# for every entry, large or small, does not. `ErrorDescent` does not care about depth: moving an error moves all values
 # behind it at once, and one reverse sweep tells every error what that does to the loss. What is given up is locality in
 # time: a step runs through all layers, one after another.
 
 # %%
 assert max(needed["ErrorDescent"]) <= 25
-assert max(needed["Anderson"]) <= 15
+assert max(needed["AndersonErrorDescent"]) <= 15
 assert None in needed["GradientDescent"]
 assert needed["GradientDescent"][0] > 3 * needed["ErrorDescent"][0]
 assert needed["LocalErrorDescent"][-1] > 5 * needed["LocalErrorDescent"][0]
@@ -559,7 +559,7 @@ assert needed["LocalErrorDescent"][-1] > 5 * needed["LocalErrorDescent"][0]
 PRECISIONS = [0.1, 0.3, 1.0, 3.0, 10.0]
 lengths = {name: [] for name in ("first", "second", "third")}
 for precision in PRECISIONS:
-    solver = torch2ebm.Anderson(300, lr=0.3 / max(precision, 1), tol=1e-8)
+    solver = torch2ebm.AndersonErrorDescent(300, lr=0.3 / max(precision, 1), tol=1e-8)
     state = relax(model, torch2ebm.PredictiveCoding(solver=solver, precisions={"second": precision}))
     assert state.relaxation.converged
     for name, column in lengths.items():
@@ -669,5 +669,5 @@ assert all(torch.equal(was, parameter) for was, parameter in zip(before, model.p
 # - At least as many steps as hidden layers; `state.unreached` names what was not reached.
 # - What rests is at a distance from backpropagation that the pull of the loss decides, not the solver.
 #   `tutorials/3_infinitesimal_limit.py` takes the pull to zero.
-# - In deep networks take `ErrorDescent`, or `Anderson` with a `tol`.
+# - In deep networks take `ErrorDescent`, or `AndersonErrorDescent` with a `tol`.
 # - Give a `tol` while you look for a step size, and read `relaxation.converged`.

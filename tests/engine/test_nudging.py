@@ -14,7 +14,7 @@ from torch2ebm.errors import ConfigurationError, DivergenceError, DivergenceWarn
 from torch2ebm.inference.divergence import check_phases
 
 NAMES = [vertex.name for vertex in skip_dag().vertices]
-CONVERGED = torch2ebm.Anderson(200, 0.3, tol=1e-14)
+CONVERGED = torch2ebm.AndersonErrorDescent(200, 0.3, tol=1e-14)
 
 
 def summed(loss):

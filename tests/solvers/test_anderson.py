@@ -52,7 +52,9 @@ def test_values_are_those_of_the_definition(memory: int, steps: int) -> None:
     """The engine solves normal equations with a ridge of 10 epsilon: half of the digits stay."""
     problem = EnergyProblem(skip_dag(), half_squared_error)
     expected = by_anderson(problem, steps, 0.2, memory)
-    algorithm = torch2ebm.PredictiveCoding(solver=torch2ebm.Anderson(steps, 0.2, memory=memory), loss_reduction="sum")
+    algorithm = torch2ebm.PredictiveCoding(
+        solver=torch2ebm.AndersonErrorDescent(steps, 0.2, memory=memory), loss_reduction="sum"
+    )
     model = attached(SkipDag(), algorithm, nodes=NAMES)
     local_gradients(model, (skip_dag().inputs["x"],), torch2ebm.EnergyLoss(summed))
     for name, value in expected.items():

@@ -185,7 +185,7 @@ def test_error_descent_needs_thirty_times_fewer_steps_on_a_deep_chain() -> None:
         n for n in range(1, 40) if residual_in_the_values(net, run(torch2ebm.ErrorDescent(n, 0.4)), x) <= tol
     )
     accelerated = next(
-        n for n in range(1, 40) if residual_in_the_values(net, run(torch2ebm.Anderson(n, 0.4)), x) <= tol
+        n for n in range(1, 40) if residual_in_the_values(net, run(torch2ebm.AndersonErrorDescent(n, 0.4)), x) <= tol
     )
     assert on_values.state.relaxation.steps >= 30 * on_errors
     assert on_errors > accelerated
@@ -199,7 +199,7 @@ def test_a_met_tolerance_ends_the_relaxation_and_an_unmet_one_is_reported() -> N
         local_gradients(model, (x,), mean_cross_entropy)
         return model.state.relaxation
 
-    for make in (torch2ebm.GradientDescent, torch2ebm.Momentum, torch2ebm.ErrorDescent, torch2ebm.Adam):
+    for make in (torch2ebm.GradientDescent, torch2ebm.Momentum, torch2ebm.ErrorDescent, torch2ebm.AdamDescent):
         free = run(make(steps=30, lr=0.1))
         assert free.converged is None and free.steps == 30 and free.sample_converged is None
         loose = run(make(steps=30, lr=0.1, tol=1e3))
@@ -237,11 +237,13 @@ def test_anderson_needs_fewer_steps_than_error_descent() -> None:
         assert model.state.relaxation.converged
         return model.state.relaxation.steps
 
-    assert steps(torch2ebm.Anderson(200, 0.3, tol=tol)) < 0.6 * steps(torch2ebm.ErrorDescent(2000, 0.3, tol=tol))
+    assert steps(torch2ebm.AndersonErrorDescent(200, 0.3, tol=tol)) < 0.6 * steps(
+        torch2ebm.ErrorDescent(2000, 0.3, tol=tol)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("solver", [torch2ebm.Anderson(150, 0.3), torch2ebm.ErrorDescent(150, 0.3)])
+@pytest.mark.parametrize("solver", [torch2ebm.AndersonErrorDescent(150, 0.3), torch2ebm.ErrorDescent(150, 0.3)])
 def test_steps_beyond_the_equilibrium_stay_there(solver: torch2ebm.Solver, dtype: torch.dtype) -> None:
     """Without a tol there are steps left when nothing changes any more, to the last bit."""
     for net in (deep(4).to(dtype), nn.Sequential(nn.Linear(16, 1, bias=False), nn.Linear(1, 5, bias=False)).to(dtype)):

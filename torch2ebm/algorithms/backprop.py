@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from torch2ebm.algorithms.base import Algorithm
@@ -10,6 +12,7 @@ from torch2ebm.engine.results import InferenceState, LocalGradients
 from torch2ebm.loss.output_loss import OutputLoss
 
 
+@dataclass(frozen=True)
 class Backprop(Algorithm):
     """Autograd through the whole model at once; ``state.error`` is minus backprop's delta of every node.
 
@@ -20,9 +23,6 @@ class Backprop(Algorithm):
     """
 
     reevaluates_loss = False
-
-    def __repr__(self) -> str:
-        return "Backprop()"
 
     def forward(self, call: Call) -> None:
         call.feedforward(keep_graph=True, cut=False)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch2ebm.engine.call import Call
@@ -14,7 +19,8 @@ class Algorithm(ABC):
     """From one call and its loss to local gradients.
 
     An algorithm holds its settings and nothing of a call, so one object serves many models. Write it as a frozen
-    dataclass: two with the same settings are then equal, and ``repr`` shows them. It is pickled with the model, so its
+    dataclass, as those of the library are. ``dataclasses.replace(algorithm, lr=0.2)`` is then the same algorithm with
+    another setting, two with the same settings are equal, and ``repr`` shows them. It is pickled with the model, so its
     class has to be importable.
 
     Attributes:
@@ -26,7 +32,7 @@ class Algorithm(ABC):
         weights_move: Whether ``optimizer.step()`` makes further steps, on ``LocalGradients.later``.
         loss_reduction: ``"mean"``: the loss is a mean over the batch, and inference uses the sum over samples, so a
             sample relaxes the same alone or in a batch. ``"sum"``: the loss enters the energy as it is written.
-            None: taken from the loss as it was recorded.
+            None: taken from the loss as it was computed.
 
     Example:
         Backpropagation by one reverse sweep. The examples of the methods go on from it.
@@ -60,6 +66,19 @@ class Algorithm(ABC):
     has_input_gradients: ClassVar[bool] = True
     weights_move: ClassVar[bool] = False
     loss_reduction: str | None = None
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        own = vars(cls).get("backward")
+        if inspect.isfunction(own) and _is_of_0_1(own):
+            warnings.warn(
+                f"{cls.__qualname__}.backward(call, loss, retain_graph) is the form of torch2ebm 0.1. Write "
+                "backward(call, kept, loss, retain_graph): kept is what forward returned. This form goes with the "
+                "next version.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            cls.backward = _without_kept(own)  # type: ignore[method-assign]
 
     @abstractmethod
     def forward(self, call: Call) -> Any:
@@ -127,3 +146,38 @@ class Algorithm(ABC):
             3
         """
         return self
+
+    # copies and pickles: the settings, from which programs and all else are made again
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        return _settings(self) if dataclasses.is_dataclass(self) else dict(self.__dict__)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        if not dataclasses.is_dataclass(self):
+            self.__dict__.update(state)
+            return
+        names = {field.name for field in dataclasses.fields(self) if field.init}
+        if not state.keys() <= names:
+            state = self._settings_of_0_1(state)
+        self.__init__(**{name: value for name, value in state.items() if name in names})
+
+    @classmethod
+    def _settings_of_0_1(cls, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """From the attributes that a pickle of torch2ebm 0.1 holds to settings."""
+        return state
+
+
+def _settings(algorithm: Any) -> dict[str, Any]:
+    return {field.name: getattr(algorithm, field.name) for field in dataclasses.fields(algorithm) if field.init}
+
+
+def _is_of_0_1(backward: Callable[..., Any]) -> bool:
+    return list(inspect.signature(backward).parameters)[1:] == ["call", "loss", "retain_graph"]
+
+
+def _without_kept(backward: Callable[..., LocalGradients]) -> Callable[..., LocalGradients]:
+    @functools.wraps(backward)
+    def of_0_2(self: Algorithm, call: Call, kept: Any, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        return backward(self, call, loss, retain_graph)
+
+    return of_0_2

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.algorithms.clamped import contrast_with_clamped
 from torch2ebm.common.checks import check_steps
@@ -17,6 +21,7 @@ from torch2ebm.loss.output_loss import OutputLoss
 FLOOR = 1e3  # times the precision: below it rounding is more than about a hundredth of the signal
 
 
+@dataclass(frozen=True, repr=False)
 class ContrastiveHebbian(Algorithm):
     """Contrastive Hebbian learning (Xie and Seung 2003) on any graph and loss.
 
@@ -59,20 +64,17 @@ class ContrastiveHebbian(Algorithm):
     defines_output = True
     reevaluates_loss = False
 
-    def __init__(
-        self,
-        feedback: float = 0.1,
-        free_steps: int = 20,
-        clamped_steps: int = 20,
-        *,
-        damping: float = 0.0,
-        tol: float = 0.0,
-        update: Update | None = None,
-    ) -> None:
-        check_steps("ContrastiveHebbian", clamped_steps)
-        self.free_phase = FreePhase(free_steps, feedback, damping, tol, update=update)
-        self.free_phase.check("ContrastiveHebbian")
-        self.clamped_steps = clamped_steps
+    feedback: float = 0.1
+    free_steps: int = 20
+    clamped_steps: int = 20
+    damping: float = field(default=0.0, kw_only=True)
+    tol: float = field(default=0.0, kw_only=True)
+    update: Update | None = field(default=None, kw_only=True)
+    free_phase: FreePhase = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_steps("ContrastiveHebbian", self.clamped_steps)
+        object.__setattr__(self, "free_phase", FreePhase.of(self))
 
     def __repr__(self) -> str:
         return f"ContrastiveHebbian({self.free_phase.settings()}, clamped_steps={self.clamped_steps})"
@@ -88,8 +90,11 @@ class ContrastiveHebbian(Algorithm):
 
     def with_steps(self, steps: int) -> ContrastiveHebbian:
         """The same with another number of steps in both phases."""
-        free = self.free_phase
-        return ContrastiveHebbian(free.feedback, steps, steps, damping=free.damping, tol=free.tol, update=free.update)
+        return replace(self, free_steps=steps, clamped_steps=steps)
+
+    @classmethod
+    def _settings_of_0_1(cls, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**state, **state["free_phase"].as_settings()}
 
 
 def _check_outputs(free: Free) -> None:

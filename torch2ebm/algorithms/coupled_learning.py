@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.algorithms.clamped import contrast_with_clamped
 from torch2ebm.common.checks import check_steps
@@ -14,6 +18,7 @@ from torch2ebm.equilibrium.updates import Update
 from torch2ebm.loss.output_loss import OutputLoss
 
 
+@dataclass(frozen=True, repr=False)
 class CoupledLearning(Algorithm):
     """Coupled learning (Stern et al. 2021; Scellier et al. 2023) on any graph and loss.
 
@@ -56,22 +61,19 @@ class CoupledLearning(Algorithm):
     defines_output = True
     reevaluates_loss = False
 
-    def __init__(
-        self,
-        beta: float = 0.25,
-        free_steps: int = 20,
-        clamped_steps: int = 10,
-        *,
-        feedback: float = 1.0,
-        damping: float = 0.0,
-        tol: float = 0.0,
-        update: Update | None = None,
-    ) -> None:
-        check_beta("CoupledLearning", beta)
-        check_steps("CoupledLearning", clamped_steps)
-        self.free_phase = FreePhase(free_steps, feedback, damping, tol, update=update)
-        self.free_phase.check("CoupledLearning")
-        self.beta, self.clamped_steps = beta, clamped_steps
+    beta: float = 0.25
+    free_steps: int = 20
+    clamped_steps: int = 10
+    feedback: float = field(default=1.0, kw_only=True)
+    damping: float = field(default=0.0, kw_only=True)
+    tol: float = field(default=0.0, kw_only=True)
+    update: Update | None = field(default=None, kw_only=True)
+    free_phase: FreePhase = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_beta("CoupledLearning", self.beta)
+        check_steps("CoupledLearning", self.clamped_steps)
+        object.__setattr__(self, "free_phase", FreePhase.of(self))
 
     def __repr__(self) -> str:
         return f"CoupledLearning({self.beta:g}, {self.free_phase.settings()}, clamped_steps={self.clamped_steps})"
@@ -84,7 +86,8 @@ class CoupledLearning(Algorithm):
 
     def with_steps(self, steps: int) -> CoupledLearning:
         """The same with another number of steps in both phases."""
-        free = self.free_phase
-        return CoupledLearning(
-            self.beta, steps, steps, feedback=free.feedback, damping=free.damping, tol=free.tol, update=free.update
-        )
+        return replace(self, free_steps=steps, clamped_steps=steps)
+
+    @classmethod
+    def _settings_of_0_1(cls, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**state, **state["free_phase"].as_settings()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import cmath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -23,11 +25,11 @@ from torch2ebm.errors import ConfigurationError, DivergenceError
 from torch2ebm.inference.divergence import of_phase
 from torch2ebm.isolation.torch_modes import entered
 from torch2ebm.loss.output_loss import OutputLoss
-from torch2ebm.programs.cache import Programs
 
 FLOOR = 1.0  # times the precision: below it nothing of the nudge is left at the first states
 
 
+@dataclass(frozen=True, repr=False)
 class EquilibriumPropagation(Algorithm):
     """Equilibrium propagation (Scellier and Bengio 2017; symmetric: Laborieux et al. 2021) on any graph and loss.
 
@@ -74,31 +76,26 @@ class EquilibriumPropagation(Algorithm):
     partition = "activation"
     defines_output = True
 
-    def __init__(
-        self,
-        nudging: Nudging | Holomorphic | None = None,
-        free_steps: int = 20,
-        nudged_steps: int = 10,
-        *,
-        feedback: float = 1.0,
-        damping: float = 0.0,
-        tol: float = 0.0,
-        readout: bool = False,
-        loss_reduction: str = "mean",
-        update: Update | None = None,
-        compile: bool = False,
-    ) -> None:
-        check_reduction("EquilibriumPropagation", loss_reduction)
-        check_steps("EquilibriumPropagation", nudged_steps)
-        if nudging is not None and not isinstance(nudging, (Nudging, Holomorphic)):
-            got, remedy = repr(nudging), "For example Symmetric(beta=0.5)."
+    nudging: Nudging = None  # type: ignore[assignment]  # Symmetric(0.5)
+    free_steps: int = 20
+    nudged_steps: int = 10
+    feedback: float = field(default=1.0, kw_only=True)
+    damping: float = field(default=0.0, kw_only=True)
+    tol: float = field(default=0.0, kw_only=True)
+    readout: bool = field(default=False, kw_only=True)
+    loss_reduction: str = field(default="mean", kw_only=True)
+    update: Update | None = field(default=None, kw_only=True)
+    compile: bool = field(default=False, kw_only=True)
+    free_phase: FreePhase = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_reduction("EquilibriumPropagation", self.loss_reduction)
+        check_steps("EquilibriumPropagation", self.nudged_steps)
+        if self.nudging is not None and not isinstance(self.nudging, Nudging):
+            got, remedy = repr(self.nudging), "For example Symmetric(beta=0.5)."
             raise ConfigurationError("EquilibriumPropagation(nudging=...)", got, "a nudging object", remedy)
-        self.nudging: Nudging | Holomorphic = Symmetric(0.5) if nudging is None else nudging
-        programs = Programs() if compile else None
-        self.free_phase = FreePhase(free_steps, feedback, damping, tol, readout, update, programs)
-        self.free_phase.check("EquilibriumPropagation")
-        self.nudged_steps = nudged_steps
-        self.loss_reduction: str = loss_reduction
+        object.__setattr__(self, "nudging", Symmetric(0.5) if self.nudging is None else self.nudging)
+        object.__setattr__(self, "free_phase", FreePhase.of(self))
 
     def __repr__(self) -> str:
         parts = [f"{self.nudging!r}", f"nudged_steps={self.nudged_steps}", self.free_phase.settings()]
@@ -112,7 +109,7 @@ class EquilibriumPropagation(Algorithm):
         return free
 
     def backward(self, call: Call, free: Free, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        betas = self.nudging.betas  # read once: a random sign is drawn
+        betas = self.nudging.drawn()  # once: a random sign is drawn
         check_signal("EquilibriumPropagation", free, abs(betas[0]), FLOOR)
         if isinstance(self.nudging, Holomorphic):
             with entered(HolomorphicOperations()):
@@ -163,16 +160,8 @@ class EquilibriumPropagation(Algorithm):
 
     def with_steps(self, steps: int) -> EquilibriumPropagation:
         """The same with other numbers of steps, of the free phase and of the nudged ones."""
-        free = self.free_phase
-        return EquilibriumPropagation(
-            self.nudging,
-            steps,
-            steps,
-            feedback=free.feedback,
-            damping=free.damping,
-            tol=free.tol,
-            readout=free.readout,
-            update=free.update,
-            compile=free.programs is not None,
-            loss_reduction=self.loss_reduction,
-        )
+        return replace(self, free_steps=steps, nudged_steps=steps)
+
+    @classmethod
+    def _settings_of_0_1(cls, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**state, **state["free_phase"].as_settings()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from torch2ebm.programs.sweep import PendingSweep, ProgramSweep
 METHODS = ("closed_form", "sweep")
 
 
+@dataclass(frozen=True, repr=False)
 class FixedPrediction(Algorithm):
     """Predictive coding under the fixed-prediction assumption (Rosenbaum 2022; Millidge, Tschantz and Buckley 2020).
 
@@ -46,23 +48,18 @@ class FixedPrediction(Algorithm):
 
     reevaluates_loss = False
 
-    def __init__(
-        self,
-        steps: int = 20,
-        lr: float = 0.1,
-        *,
-        method: str = "closed_form",
-        loss_reduction: str = "mean",
-        compile: bool = False,
-    ) -> None:
-        check_steps("FixedPrediction", steps)
-        check_positive("FixedPrediction", lr=lr)
-        check_choice("FixedPrediction", "method", method, METHODS)
-        check_reduction("FixedPrediction", loss_reduction)
-        self.steps, self.lr, self.method, self.loss_reduction = steps, lr, method, loss_reduction
-        self.compile = compile
-        sweep = self._sweep if method == "sweep" else self._closed_form
-        self._program_sweep = ProgramSweep(Programs() if compile else None, sweep)
+    steps: int = 20
+    lr: float = 0.1
+    method: str = field(default="closed_form", kw_only=True)
+    loss_reduction: str = field(default="mean", kw_only=True)
+    compile: bool = field(default=False, kw_only=True)
+    _programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_steps("FixedPrediction", self.steps)
+        check_positive("FixedPrediction", lr=self.lr)
+        check_choice("FixedPrediction", "method", self.method, METHODS)
+        check_reduction("FixedPrediction", self.loss_reduction)
 
     def __repr__(self) -> str:
         return (
@@ -71,10 +68,10 @@ class FixedPrediction(Algorithm):
         )
 
     def forward(self, call: Call) -> PendingSweep | None:
-        return self._program_sweep.forward(call)
+        return self._program_sweep().forward(call)
 
     def backward(self, call: Call, kept: PendingSweep | None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        swept = self._program_sweep.backward(call, kept, loss.delivered, retain_graph)
+        swept = self._program_sweep().backward(call, kept, loss.delivered, retain_graph)
         unreached = tuple(n.name for n in call.graph.hidden_nodes if not any(s in swept.deltas for s in n.slots))
         relaxation = Relaxation(steps=self.steps, residual=math.nan)  # in closed form no step shows a residual
         unit, phases = -loss.unit, (relaxation,)
@@ -84,9 +81,11 @@ class FixedPrediction(Algorithm):
         return LocalGradients(swept.gradients.parameters, call.input_gradients(swept.gradients.clamped), state)
 
     def with_steps(self, steps: int) -> FixedPrediction:
-        return FixedPrediction(
-            steps, self.lr, method=self.method, loss_reduction=self.loss_reduction or "mean", compile=self.compile
-        )
+        return replace(self, steps=steps)
+
+    def _program_sweep(self) -> ProgramSweep:
+        sweep = self._sweep if self.method == "sweep" else self._closed_form
+        return ProgramSweep(self._programs if self.compile else None, self, sweep)
 
     def _closed_form(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
         arrived = arrivals(self.steps, self.lr, call.graph.depth)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ SEVERAL_MINIMA = 1.0  # an alpha above it is also reached from smaller ones, eac
 CONTINUATION = 4.0
 
 
+@dataclass(frozen=True)
 class ImplicitSGD(Algorithm):
     """The exact step of implicit SGD, found by inference (Alonso et al. 2022, theorem on the proximal operator).
 
@@ -72,18 +74,17 @@ class ImplicitSGD(Algorithm):
     has_input_gradients = False
     loss_reduction = "sum"
 
-    def __init__(self, alpha: float = 0.1, tol: float | None = None, *, max_steps: int = 100) -> None:
-        check_positive("ImplicitSGD", alpha=alpha)
-        if tol is not None:
-            check_tolerance("ImplicitSGD", tol)
-        if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
-            raise ConfigurationError(
-                "ImplicitSGD(max_steps=...)", repr(max_steps), "a whole number, 1 or more", "Choose another."
-            )
-        self.alpha, self.tol, self.max_steps = alpha, tol, max_steps
+    alpha: float = 0.1
+    tol: float | None = None
+    max_steps: int = field(default=100, kw_only=True)
 
-    def __repr__(self) -> str:
-        return f"ImplicitSGD(alpha={self.alpha!r}, tol={self.tol!r}, max_steps={self.max_steps!r})"
+    def __post_init__(self) -> None:
+        check_positive("ImplicitSGD", alpha=self.alpha)
+        if self.tol is not None:
+            check_tolerance("ImplicitSGD", self.tol)
+        if not isinstance(self.max_steps, int) or isinstance(self.max_steps, bool) or self.max_steps < 1:
+            got = repr(self.max_steps)
+            raise ConfigurationError("ImplicitSGD(max_steps=...)", got, "a whole number, 1 or more", "Choose another.")
 
     def forward(self, call: Call) -> None:
         call.feedforward(keep_graph=False)
@@ -115,7 +116,7 @@ class ImplicitSGD(Algorithm):
             yield self._minimum(point)
 
     def with_steps(self, steps: int) -> ImplicitSGD:
-        return ImplicitSGD(self.alpha, self.tol, max_steps=steps)
+        return replace(self, max_steps=steps)
 
     def _tolerance(self, values: Iterable[Tensor]) -> float:
         if self.tol is not None:

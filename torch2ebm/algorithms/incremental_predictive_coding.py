@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import InitVar, dataclass, field, replace
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from torch2ebm.common.checks import check_positive, check_reduction, check_steps
 from torch2ebm.engine.call import Call, NodePass
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.gradients import GradientSum
-from torch2ebm.engine.node_energies import check_names, node_energies
+from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
 from torch2ebm.engine.results import InferenceState, LocalGradients
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import Node
@@ -21,6 +21,7 @@ from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.loss.output_loss import OutputLoss
 
 
+@dataclass(frozen=True, repr=False)
 class IncrementalPredictiveCoding(Algorithm):
     """Values and weights descend the energy together (iPC; Salvatori et al. 2022).
 
@@ -59,21 +60,18 @@ class IncrementalPredictiveCoding(Algorithm):
 
     weights_move = True
 
-    def __init__(
-        self,
-        steps: int = 20,
-        lr: float = 0.1,
-        *,
-        precisions: Mapping[str, float | Tensor] | None = None,
-        energies: Mapping[str, Energy] | None = None,
-        loss_reduction: str = "mean",
-    ) -> None:
-        check_steps("IncrementalPredictiveCoding", steps)
-        check_positive("IncrementalPredictiveCoding", lr=lr)
-        check_reduction("IncrementalPredictiveCoding", loss_reduction)
-        self.steps, self.lr = steps, lr
-        self.energies = node_energies("IncrementalPredictiveCoding", precisions or {}, energies or {})
-        self.loss_reduction: str = loss_reduction
+    steps: int = 20
+    lr: float = 0.1
+    precisions: InitVar[Mapping[str, float | Tensor] | None] = field(default=None, kw_only=True)
+    energies: Mapping[str, Energy] = field(default_factory=NodeEnergies, kw_only=True)
+    loss_reduction: str = field(default="mean", kw_only=True)
+
+    def __post_init__(self, precisions: Mapping[str, float | Tensor] | None) -> None:
+        check_steps("IncrementalPredictiveCoding", self.steps)
+        check_positive("IncrementalPredictiveCoding", lr=self.lr)
+        check_reduction("IncrementalPredictiveCoding", self.loss_reduction)
+        energies = node_energies("IncrementalPredictiveCoding", precisions or {}, self.energies or {})
+        object.__setattr__(self, "energies", energies)
 
     def __repr__(self) -> str:
         energies = f", energies={dict(self.energies)!r}" if self.energies else ""
@@ -93,7 +91,7 @@ class IncrementalPredictiveCoding(Algorithm):
         return replace(next(steps), later=steps)
 
     def with_steps(self, steps: int) -> IncrementalPredictiveCoding:
-        return IncrementalPredictiveCoding(steps, self.lr, energies=self.energies, loss_reduction=self.loss_reduction)
+        return replace(self, steps=steps)
 
     def _steps(self, inference: ValueInference) -> Iterator[LocalGradients]:
         for step in range(1, self.steps + 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.common.checks import check_reduction
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.node_energies import check_names, node_energies
+from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
 from torch2ebm.engine.nudging import Nudging, OneSided
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.errors import ConfigurationError, DivergenceError
@@ -23,6 +23,33 @@ from torch2ebm.programs.cache import Programs
 from torch2ebm.solvers import GradientDescent, Solver
 
 
+class _Default:
+    """Marks a number that nobody has given, so that it contradicts nothing."""
+
+
+class _DefaultSteps(_Default, int):
+    pass
+
+
+class _DefaultRate(_Default, float):
+    pass
+
+
+def _plain(number: Any) -> Any:
+    """The number alone, for the solver to show and to check."""
+    return (
+        int(number)
+        if isinstance(number, _DefaultSteps)
+        else float(number)
+        if isinstance(number, _DefaultRate)
+        else number
+    )
+
+
+STEPS, RATE = _DefaultSteps(20), _DefaultRate(0.1)
+
+
+@dataclass(frozen=True, repr=False)
 class PredictiveCoding(Algorithm):
     """Strict predictive coding (Rosenbaum 2022; Whittington and Bogacz 2017) on any graph and loss.
 
@@ -60,45 +87,57 @@ class PredictiveCoding(Algorithm):
         torch.Size([5, 8])
     """
 
-    def __init__(
-        self,
-        steps: int = 20,
-        lr: float = 0.1,
-        *,
-        solver: Solver[Any] | None = None,
-        nudging: Nudging | None = None,
-        precisions: Mapping[str, float | Tensor] | None = None,
-        energies: Mapping[str, Energy] | None = None,
-        loss_reduction: str = "mean",
-        on_divergence: str = "raise",
-        compile: bool = False,
-    ) -> None:
-        check_reduction("PredictiveCoding", loss_reduction)
-        check_on_divergence("PredictiveCoding", on_divergence)
-        _check_kind("solver", solver, Solver, "For example GradientDescent(steps=50).")
-        _check_kind("nudging", nudging, Nudging, "For example Symmetric(beta=0.1).")
-        self.solver = GradientDescent(steps, lr) if solver is None else solver
-        self.nudging = OneSided() if nudging is None else nudging
-        self.energies = node_energies("PredictiveCoding", precisions or {}, energies or {})
-        self.loss_reduction: str = loss_reduction
-        self.on_divergence = on_divergence
-        self.programs = Programs() if compile else None
+    steps: int = STEPS
+    lr: float = RATE
+    solver: Solver[Any] = field(default=None, kw_only=True)  # type: ignore[arg-type]  # then made of steps and lr
+    nudging: Nudging = field(default_factory=OneSided, kw_only=True)
+    precisions: InitVar[Mapping[str, float | Tensor] | None] = field(default=None, kw_only=True)
+    energies: Mapping[str, Energy] = field(default_factory=NodeEnergies, kw_only=True)
+    loss_reduction: str = field(default="mean", kw_only=True)
+    on_divergence: str = field(default="raise", kw_only=True)
+    compile: bool = field(default=False, kw_only=True)
+    _programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
+
+    def __post_init__(self, precisions: Mapping[str, float | Tensor] | None) -> None:
+        check_reduction("PredictiveCoding", self.loss_reduction)
+        check_on_divergence("PredictiveCoding", self.on_divergence)
+        _check_kind("solver", self.solver, Solver, "For example GradientDescent(steps=50).")
+        _check_kind("nudging", self.nudging, Nudging, "For example Symmetric(beta=0.1).")
+        if self.solver is None:
+            solver: Solver[Any] = GradientDescent(_plain(self.steps), _plain(self.lr))
+        else:
+            solver = self.solver
+            _check_agreement(self.steps, self.lr, solver)
+        settings = {
+            "solver": solver,
+            "steps": solver.steps,
+            "lr": getattr(solver, "lr", None),
+            "nudging": OneSided() if self.nudging is None else self.nudging,
+            "energies": node_energies("PredictiveCoding", precisions or {}, self.energies or {}),
+        }
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def programs(self) -> Programs | None:
+        """Where its programs are kept; None where it does not compile."""
+        return self._programs if self.compile else None
 
     def __repr__(self) -> str:
         parts = [f"solver={self.solver!r}", f"loss_reduction={self.loss_reduction!r}"]
         parts += [f"nudging={self.nudging!r}"] * (self.nudging != OneSided())
         parts += [f"energies={dict(self.energies)!r}"] * bool(self.energies)
-        parts += ["compile=True"] * (self.programs is not None)
+        parts += ["compile=True"] * self.compile
         parts += [f"on_divergence={self.on_divergence!r}"] * (self.on_divergence != "raise")
         return f"PredictiveCoding({', '.join(parts)})"
 
     def forward(self, call: Call) -> None:
         check_names("PredictiveCoding", self.energies, call.graph)
-        call.feedforward(keep_graph=False, keep_draws=self.programs is not None)
+        call.feedforward(keep_graph=False, keep_draws=self.compile)
 
     def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         try:
-            *others, last = self.nudging.betas
+            *others, last = (beta.real for beta in self.nudging.drawn())  # real anyway: complex ones are refused
             phases = [self._phase(call, loss, beta, retain_call=True) for beta in others]
             phases.append(self._phase(call, loss, last, retain_call=retain_graph))
             check_phases([phase.state.relaxation for phase in phases])
@@ -107,14 +146,11 @@ class PredictiveCoding(Algorithm):
         return mean_of(phases)
 
     def with_steps(self, steps: int) -> PredictiveCoding:
-        return PredictiveCoding(
-            solver=self.solver.with_steps(steps),
-            nudging=self.nudging,
-            energies=self.energies,
-            loss_reduction=self.loss_reduction,
-            on_divergence=self.on_divergence,
-            compile=self.programs is not None,
-        )
+        return replace(self, solver=self.solver.with_steps(steps), steps=STEPS, lr=RATE)
+
+    @classmethod
+    def _settings_of_0_1(cls, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**state, "compile": state["programs"] is not None}
 
     def _phase(self, call: Call, loss: OutputLoss, beta: float, retain_call: bool) -> LocalGradients:
         nudged = loss if beta == 1.0 else NudgedLoss(loss, beta)
@@ -146,7 +182,21 @@ def _mean(parts: list[Tensor | None]) -> Tensor | None:
     return sum(found[1:], start=found[0]) / len(parts) if found else None
 
 
+def _check_agreement(steps: int, lr: float, solver: Solver[Any]) -> None:
+    """Refuse ``steps`` or ``lr`` beside a solver that has others: one of them would be ignored."""
+    own = {"steps": solver.steps, "lr": getattr(solver, "lr", None)}
+    given = {name: value for name, value in (("steps", steps), ("lr", lr)) if not isinstance(value, _Default)}
+    contradicting = [f"{name}={value!r}" for name, value in given.items() if value != own[name]]
+    if contradicting:
+        raise ConfigurationError(
+            "PredictiveCoding(steps, lr, solver=...)",
+            f"{', '.join(contradicting)} beside solver={solver!r}",
+            "steps and lr, or a solver, which has its own",
+            f"Give them to the solver: {type(solver).__name__}({', '.join(contradicting)}).",
+        )
+
+
 def _check_kind(name: str, value: object, kind: type, example: str) -> None:
-    if value is not None and not isinstance(value, kind):
+    if value is not None and (not isinstance(value, kind) or getattr(value, "is_complex", False)):
         got, expected = repr(value), f"a {kind.__name__.lower()} object"
         raise ConfigurationError(f"PredictiveCoding({name}=...)", got, expected, example)

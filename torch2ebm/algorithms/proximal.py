@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
+
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.common.checks import check_positive, check_reduction, check_steps
 from torch2ebm.engine.call import Call
@@ -15,6 +17,7 @@ from torch2ebm.implicit.proximal_inference import (
 from torch2ebm.loss.output_loss import OutputLoss
 
 
+@dataclass(frozen=True)
 class ProximalInferenceLearning(Algorithm):
     """Inference learning whose weights take a normalised step (IL-prox; Alonso et al. 2022), stable at any ``alpha``.
 
@@ -66,24 +69,19 @@ class ProximalInferenceLearning(Algorithm):
     partition = "preactivation"
     has_input_gradients = False
 
-    def __init__(
-        self,
-        alpha: float = 1.0,
-        steps: int = 25,
-        feedback_rate: float = 0.015,
-        error_rate: float = 0.015,
-        eps: float = 0.0,
-        *,
-        loss_reduction: str = "mean",
-    ) -> None:
+    alpha: float = 1.0
+    steps: int = 25
+    feedback_rate: float = 0.015
+    error_rate: float = 0.015
+    eps: float = 0.0
+    loss_reduction: str = field(default="mean", kw_only=True)
+
+    def __post_init__(self) -> None:
         where = "ProximalInferenceLearning"
-        check_positive(where, alpha=alpha, feedback_rate=feedback_rate)
-        check_steps(where, steps)
-        check_not_negative(where, error_rate=error_rate, eps=eps)
-        check_reduction(where, loss_reduction)
-        self.alpha, self.steps, self.eps = alpha, steps, eps
-        self.feedback_rate, self.error_rate = feedback_rate, error_rate
-        self.loss_reduction: str = loss_reduction
+        check_positive(where, alpha=self.alpha, feedback_rate=self.feedback_rate)
+        check_steps(where, self.steps)
+        check_not_negative(where, error_rate=self.error_rate, eps=self.eps)
+        check_reduction(where, self.loss_reduction)
 
     @classmethod
     def fast(cls, alpha: float = 1.0, eps: float = 0.0, *, loss_reduction: str = "mean") -> ProximalInferenceLearning:
@@ -95,16 +93,8 @@ class ProximalInferenceLearning(Algorithm):
         """The authors' Adam form: its normalised changes go into ``torch.optim.Adam(parameters, lr=3e-5)``."""
         return cls(alpha, 20, 0.02, 0.015, eps, loss_reduction=loss_reduction)
 
-    def __repr__(self) -> str:
-        return (
-            f"ProximalInferenceLearning(alpha={self.alpha}, steps={self.steps}, feedback_rate={self.feedback_rate}, "
-            f"error_rate={self.error_rate}, eps={self.eps}, loss_reduction={self.loss_reduction!r})"
-        )
-
     def with_steps(self, steps: int) -> ProximalInferenceLearning:
-        return ProximalInferenceLearning(
-            self.alpha, steps, self.feedback_rate, self.error_rate, self.eps, loss_reduction=self.loss_reduction
-        )
+        return replace(self, steps=steps)
 
     def forward(self, call: Call) -> None:
         call.feedforward(keep_graph=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch2ebm.errors import ConfigurationError
 from torch2ebm.loss.output_loss import OutputLoss
 
 
+@dataclass(frozen=True, repr=False)
 class RecurrentBackprop(Algorithm):
     """Recurrent backpropagation (Almeida 1987; Pineda 1987) at the equilibrium of the energy that
     :class:`EquilibriumPropagation` uses, whose estimate tends to this gradient (Scellier and Bengio 2019).
@@ -59,23 +62,21 @@ class RecurrentBackprop(Algorithm):
     defines_output = True
     reevaluates_loss = False
 
-    def __init__(
-        self,
-        solver: LinearSolver | None = None,
-        free_steps: int = 20,
-        tol: float = 0.0,
-        *,
-        feedback: float = 1.0,
-        damping: float = 0.0,
-        readout: bool = False,
-        update: Update | None = None,
-    ) -> None:
-        if solver is not None and not isinstance(solver, LinearSolver):
+    solver: LinearSolver = field(default_factory=Neumann)
+    free_steps: int = 20
+    tol: float = 0.0
+    feedback: float = field(default=1.0, kw_only=True)
+    damping: float = field(default=0.0, kw_only=True)
+    readout: bool = field(default=False, kw_only=True)
+    update: Update | None = field(default=None, kw_only=True)
+    free_phase: FreePhase = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.solver is not None and not isinstance(self.solver, LinearSolver):
             expected, remedy = "Neumann, FixedPointSolve or ConjugateGradient", "For example Neumann(terms=20)."
-            raise ConfigurationError("RecurrentBackprop(solver=...)", repr(solver), expected, remedy)
-        self.solver = Neumann() if solver is None else solver
-        self.free_phase = FreePhase(free_steps, feedback, damping, tol, readout, update)
-        self.free_phase.check("RecurrentBackprop")
+            raise ConfigurationError("RecurrentBackprop(solver=...)", repr(self.solver), expected, remedy)
+        object.__setattr__(self, "solver", Neumann() if self.solver is None else self.solver)
+        object.__setattr__(self, "free_phase", FreePhase.of(self))
 
     def __repr__(self) -> str:
         return f"RecurrentBackprop({self.solver!r}, {self.free_phase.settings()})"
@@ -102,16 +103,11 @@ class RecurrentBackprop(Algorithm):
 
     def with_steps(self, steps: int) -> RecurrentBackprop:
         """The same with another number of free steps."""
-        free = self.free_phase
-        return RecurrentBackprop(
-            self.solver,
-            steps,
-            free.tol,
-            feedback=free.feedback,
-            damping=free.damping,
-            readout=free.readout,
-            update=free.update,
-        )
+        return replace(self, free_steps=steps)
+
+    @classmethod
+    def _settings_of_0_1(cls, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**state, **state["free_phase"].as_settings()}
 
 
 def _cost(free: Free, loss: OutputLoss, result: GradientSum) -> Vector:

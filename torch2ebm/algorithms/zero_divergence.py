@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch2ebm.programs.sweep import PendingSweep, ProgramSweep
 SCHEDULES = ("reverse", "levels")
 
 
+@dataclass(frozen=True, repr=False)
 class ZeroDivergence(Algorithm):
     """Exact gradients by local inference on any computational graph (Z-IL; Salvatori et al. 2022, Song et al. 2020).
 
@@ -46,30 +48,37 @@ class ZeroDivergence(Algorithm):
 
     reevaluates_loss = False
 
-    def __init__(self, schedule: str = "reverse", *, gamma: float = 1.0, compile: bool = False) -> None:
-        check_choice("ZeroDivergence", "schedule", schedule, SCHEDULES)
-        check_positive("ZeroDivergence", gamma=gamma)
-        if compile and schedule != "reverse":
-            got, remedy = f"schedule={schedule!r}", "The literal schedule is there to be looked at, not for speed."
+    schedule: str = "reverse"
+    gamma: float = field(default=1.0, kw_only=True)
+    compile: bool = field(default=False, kw_only=True)
+    _programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_choice("ZeroDivergence", "schedule", self.schedule, SCHEDULES)
+        check_positive("ZeroDivergence", gamma=self.gamma)
+        if self.compile and self.schedule != "reverse":
+            got, remedy = f"schedule={self.schedule!r}", "The literal schedule is there to be looked at, not for speed."
             raise ConfigurationError("ZeroDivergence(compile=True)", got, "schedule='reverse'", remedy)
-        self.schedule, self.gamma, self.compile = schedule, gamma, compile
-        self._program_sweep = ProgramSweep(Programs() if compile else None, self._sweep)
 
     def __repr__(self) -> str:
         compiled = ", compile=True" if self.compile else ""
         return f"ZeroDivergence(schedule={self.schedule!r}, gamma={self.gamma!r}{compiled})"
 
     def forward(self, call: Call) -> PendingSweep | None:
-        return self._program_sweep.forward(call)
+        return self._program_sweep().forward(call)
 
     def backward(self, call: Call, kept: PendingSweep | None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         if self.schedule == "levels":
             return by_levels(call, call.graph.levelled(), loss.delivered, loss.unit, self.gamma)
-        swept = self._program_sweep.backward(call, kept, loss.delivered, retain_graph)
+        swept = self._program_sweep().backward(call, kept, loss.delivered, retain_graph)
         state = InferenceState(call.graph, call.batch_size, call.values, swept.deltas, -loss.unit)
         return LocalGradients(swept.gradients.parameters, call.input_gradients(swept.gradients.clamped), state)
 
-    def _sweep(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
+    def _program_sweep(self) -> ProgramSweep:
+        return ProgramSweep(self._programs if self.compile else None, self, self._reverse)
+
+    # pickles of 0.1 hold this bound method by its name
+    def _reverse(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
         return reverse_sweep(call, delivered, retain_graph, self.gamma)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch2ebm.engine.energies import Energy, Gaussian, check_precision
@@ -11,9 +14,47 @@ from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph
 
 
-def node_energies(
-    where: str, precisions: Mapping[str, float | Tensor], energies: Mapping[str, Energy]
-) -> Mapping[str, Energy]:
+class NodeEnergies(Mapping[str, Energy]):
+    """Node name to energy, as a setting: it does not change, and two of equal energies are equal."""
+
+    def __init__(self, energies: Mapping[str, Energy] | None = None) -> None:
+        self._energies = dict(energies or {})
+
+    def __getitem__(self, name: str) -> Energy:
+        return self._energies[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._energies)
+
+    def __len__(self) -> int:
+        return len(self._energies)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NodeEnergies) or self.keys() != other.keys():
+            return False
+        return all(_are_equal(energy, other[name]) for name, energy in self.items())
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self))  # names alone: a precision may be a tensor, which is hashed by what it is
+
+    def __repr__(self) -> str:
+        return repr(self._energies)
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Of settings: tensors by their numbers, whose ``==`` is no bool; what is no dataclass by itself."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and one.device == other.device and torch.equal(one, other)
+    if dataclasses.is_dataclass(one):
+        return all(_are_equal(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one))
+    return bool(one == other)
+
+
+def node_energies(where: str, precisions: Mapping[str, float | Tensor], energies: Mapping[str, Energy]) -> NodeEnergies:
     """One mapping of both. Raises :class:`ConfigurationError` for a node in both, or what is no energy."""
     for name, precision in precisions.items():
         check_precision(f"{where}(precisions={{{name!r}: ...}})", precision)
@@ -30,7 +71,7 @@ def node_energies(
             "each node in one of them",
             "Give the precision to the energy: Gaussian(precision).",
         )
-    return {**energies, **{name: Gaussian(precision) for name, precision in precisions.items()}}
+    return NodeEnergies({**energies, **{name: Gaussian(precision) for name, precision in precisions.items()}})
 
 
 def check_names(where: str, names: Iterable[str], graph: EnergyGraph) -> None:

@@ -6,6 +6,7 @@ import cmath
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -17,8 +18,11 @@ class Nudging(ABC):
 
     Write a subclass as a frozen dataclass, and check ``beta`` when it is made.
 
+    Attributes:
+        is_complex: Whether its nudges are complex numbers, for which only an equilibrium algorithm has states.
+
     Example:
-        One phase that pushes away from the target (Scellier et al. 2023).
+        One phase that pushes away from the target (Scellier et al. 2023). The examples of the methods go on from it.
 
         >>> from dataclasses import dataclass
         >>> import torch2ebm
@@ -35,9 +39,11 @@ class Nudging(ABC):
         Negative(beta=0.1)
     """
 
+    is_complex: ClassVar[bool] = False
+
     @property
     @abstractmethod
-    def betas(self) -> tuple[float, ...]:
+    def betas(self) -> tuple[complex, ...]:
         """The nudge of each phase, in the order in which they are relaxed.
 
         The estimate is the mean over phases of (dF/dtheta - dE/dtheta at rest) / beta. It tends to the loss's gradient
@@ -50,6 +56,18 @@ class Nudging(ABC):
             >>> Negative(0.1).betas
             (-0.1,)
         """
+
+    def drawn(self) -> tuple[complex, ...]:
+        """The nudges of one backward. Asked for once in each; override it for a nudging that draws random numbers.
+
+        Returns:
+            All of :attr:`betas`, or those that a random nudging takes of them this time.
+
+        Example:
+            >>> Negative(0.1).drawn()
+            (-0.1,)
+        """
+        return self.betas
 
 
 @dataclass(frozen=True)
@@ -108,8 +126,9 @@ class Symmetric(Nudging):
 
 @dataclass(frozen=True)
 class RandomSign(Nudging):
-    """One phase at ``beta`` or ``-beta``, drawn anew for each backward (Scellier and Bengio 2017): an error of first
-    order in each, of second order on average. Draws from torch's generator.
+    """One phase at ``beta`` or ``-beta``, drawn anew for each backward (Scellier and Bengio 2017).
+
+    The error is of first order in each backward, and of second order on average. It draws from torch's generator.
 
     Args:
         beta: Factor of the loss in the energy.
@@ -119,7 +138,7 @@ class RandomSign(Nudging):
 
     Example:
         >>> import torch2ebm
-        >>> abs(torch2ebm.RandomSign(beta=0.1).betas[0])
+        >>> abs(torch2ebm.RandomSign(beta=0.1).drawn()[0])
         0.1
     """
 
@@ -130,11 +149,14 @@ class RandomSign(Nudging):
 
     @property
     def betas(self) -> tuple[float, ...]:
-        return (self.beta if bool(torch.rand(()) < 0.5) else -self.beta,)
+        return (self.beta, -self.beta)
+
+    def drawn(self) -> tuple[float, ...]:
+        return self.betas[:1] if bool(torch.rand(()) < 0.5) else self.betas[1:]
 
 
 @dataclass(frozen=True)
-class Holomorphic:
+class Holomorphic(Nudging):
     """Nudges on a circle of complex numbers (Laborieux and Zenke 2022), for
     :class:`EquilibriumPropagation` alone: the error falls geometrically in ``points``, for a beta that is not small.
 
@@ -153,6 +175,8 @@ class Holomorphic:
         >>> [complex(round(b.real, 3), round(b.imag, 3)) for b in torch2ebm.Holomorphic(0.1, points=4).betas]
         [(0.1+0j), 0.1j, (-0.1+0j)]
     """
+
+    is_complex = True
 
     beta: float
     points: int = 4

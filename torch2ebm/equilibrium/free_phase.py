@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,30 @@ class FreePhase:
     readout: bool = False
     update: Update | None = None
     programs: Programs | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, algorithm: Any) -> FreePhase:
+        """From an algorithm's own settings, checked. What it does not have is as it stands here.
+
+        Raises :class:`ConfigurationError` for an illegal setting.
+        """
+        phase = cls(
+            algorithm.free_steps,
+            algorithm.feedback,
+            algorithm.damping,
+            algorithm.tol,
+            getattr(algorithm, "readout", False),
+            algorithm.update,
+            Programs() if getattr(algorithm, "compile", False) else None,
+        )
+        phase.check(type(algorithm).__name__)
+        return phase
+
+    def as_settings(self) -> dict[str, Any]:
+        """As the algorithms name them; the reverse of :meth:`of`."""
+        names = ("feedback", "damping", "tol", "readout", "update")
+        found = {name: getattr(self, name) for name in names}
+        return {**found, "free_steps": self.steps, "compile": self.programs is not None}
 
     def check(self, where: str) -> None:
         """Raise :class:`ConfigurationError` for an illegal setting of the algorithm ``where``."""

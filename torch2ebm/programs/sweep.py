@@ -49,10 +49,16 @@ class PendingSweep:
 
 
 class ProgramSweep:
-    """A sweep, recorded at the second batch of its kind; without programs, or where that fails, it runs as it is."""
+    """A sweep, recorded at the second batch of its kind; without programs, or where that fails, it runs as it is.
 
-    def __init__(self, programs: Programs | None, sweep: Sweep) -> None:
-        self._programs, self._sweep = programs, sweep
+    Args:
+        programs: Where programs are kept; None records none.
+        settings: Of the algorithm, all that the sweep depends on beside the call: another sweep has other programs.
+        sweep: From a call, the delivered gradients and whether the call may be asked again to gradients.
+    """
+
+    def __init__(self, programs: Programs | None, settings: Hashable, sweep: Sweep) -> None:
+        self._programs, self._settings, self._sweep = programs, settings, sweep
 
     def forward(self, call: Call) -> PendingSweep | None:
         """Evaluate the call; returns the second program where the first one has done so."""
@@ -85,7 +91,10 @@ class ProgramSweep:
         if any(tensor.requires_grad for tensor in call.tensors):
             programs.warn("an input requires a gradient")
             return None
-        return programs.family(call.graph, _kind(call, early))
+        return programs.family(call.graph, self._kind(call, early))
+
+    def _kind(self, call: Call, early: list[Tensor]) -> Hashable:
+        return self._settings, signature(early), alias_pattern(early), surroundings(call)
 
     def _run(self, call: Call, halves: _Halves, early: list[Tensor]) -> PendingSweep:
         for program in (halves.before, halves.after):
@@ -114,16 +123,12 @@ class ProgramSweep:
         try:
             before, after = record_two_programs(function, early, late)
         except NotRecordableError as error:
-            self._programs.refuse(call.graph, _kind(call, early), f"the sweep cannot be recorded: {error}")
+            self._programs.refuse(call.graph, self._kind(call, early), f"the sweep cannot be recorded: {error}")
             buffers.restore()
             generators.restore()
             call.feedforward(keep_graph=True)
         else:
             family["halves"] = _Halves(before, after)
-
-
-def _kind(call: Call, early: list[Tensor]) -> Hashable:
-    return signature(early), alias_pattern(early), surroundings(call)
 
 
 def _given(delivered: Tensor | None, value: Tensor) -> Tensor:

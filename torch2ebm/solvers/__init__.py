@@ -4,8 +4,8 @@ May import all wings up to `inference`.
 """
 
 from torch2ebm.inference.solver import Solver
-from torch2ebm.solvers.adam import Adam
-from torch2ebm.solvers.anderson import Anderson
+from torch2ebm.solvers.adam_descent import AdamDescent
+from torch2ebm.solvers.anderson_error_descent import AndersonErrorDescent
 from torch2ebm.solvers.error_descent import ErrorDescent
 from torch2ebm.solvers.gradient_descent import GradientDescent
 from torch2ebm.solvers.local_error_descent import LocalErrorDescent
@@ -13,8 +13,8 @@ from torch2ebm.solvers.momentum import Momentum
 from torch2ebm.solvers.sequential_descent import SequentialDescent
 
 __all__ = [
-    "Adam",
-    "Anderson",
+    "AdamDescent",
+    "AndersonErrorDescent",
     "ErrorDescent",
     "GradientDescent",
     "LocalErrorDescent",

@@ -23,7 +23,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Adam(ValueSolver):
+class AdamDescent(ValueSolver):
     """Adam (Kingma and Ba 2015) on all values at once.
 
     The same numbers as ``torch.optim.Adam`` on the values, which is the optimizer of weights.
@@ -40,7 +40,7 @@ class Adam(ValueSolver):
 
     Example:
         >>> import torch2ebm
-        >>> torch2ebm.PredictiveCoding(solver=torch2ebm.Adam(steps=50, lr=0.01)).solver.lr
+        >>> torch2ebm.PredictiveCoding(solver=torch2ebm.AdamDescent(steps=50, lr=0.01)).solver.lr
         0.01
     """
 
@@ -51,12 +51,12 @@ class Adam(ValueSolver):
     tol: float = 0.0
 
     def __post_init__(self) -> None:
-        check_steps("Adam", self.steps)
-        check_positive("Adam", lr=self.lr, eps=self.eps)
-        check_fraction("Adam", **dict(zip(("betas[0]", "betas[1]"), self.betas, strict=True)))
-        check_tolerance("Adam", self.tol)
+        check_steps("AdamDescent", self.steps)
+        check_positive("AdamDescent", lr=self.lr, eps=self.eps)
+        check_fraction("AdamDescent", **dict(zip(("betas[0]", "betas[1]"), self.betas, strict=True)))
+        check_tolerance("AdamDescent", self.tol)
 
-    def with_steps(self, steps: int) -> Adam:
+    def with_steps(self, steps: int) -> AdamDescent:
         return replace(self, steps=steps)
 
     def start(self, inference: ValueInference) -> Moments:

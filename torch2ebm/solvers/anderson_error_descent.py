@@ -22,7 +22,7 @@ class AndersonHistory:
 
 
 @dataclass(frozen=True)
-class Anderson(ErrorSolver):
+class AndersonErrorDescent(ErrorSolver):
     """Anderson acceleration of error descent (Anderson 1965; Walker and Ni 2011), each sample on its own.
 
     The next errors are a step from that affine combination of the last ``memory`` iterates whose gradient is
@@ -39,7 +39,7 @@ class Anderson(ErrorSolver):
 
     Example:
         >>> import torch2ebm
-        >>> torch2ebm.PredictiveCoding(solver=torch2ebm.Anderson(steps=10)).solver.memory
+        >>> torch2ebm.PredictiveCoding(solver=torch2ebm.AndersonErrorDescent(steps=10)).solver.memory
         5
     """
 
@@ -49,11 +49,11 @@ class Anderson(ErrorSolver):
     tol: float = 0.0
 
     def __post_init__(self) -> None:
-        check_steps("Anderson", self.steps)
-        check_positive("Anderson", lr=self.lr, memory=self.memory)
-        check_tolerance("Anderson", self.tol)
+        check_steps("AndersonErrorDescent", self.steps)
+        check_positive("AndersonErrorDescent", lr=self.lr, memory=self.memory)
+        check_tolerance("AndersonErrorDescent", self.tol)
 
-    def with_steps(self, steps: int) -> Anderson:
+    def with_steps(self, steps: int) -> AndersonErrorDescent:
         return replace(self, steps=steps)
 
     def start(self, inference: ErrorInference) -> AndersonHistory:

@@ -1,0 +1,159 @@
+"""Algorithms are their settings: frozen, compared and copied by them, and never served by a program of others."""
+
+import copy
+import dataclasses
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers import attached
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import torch2ebm
+from torch2ebm.engine.results import LocalGradients
+from torch2ebm.errors import ConfigurationError
+from torch2ebm.programs.cache import Programs
+from torch2ebm.programs.sweep import ProgramSweep
+
+MADE: dict[str, tuple[torch2ebm.Algorithm, dict[str, Any]]] = {
+    "Backprop": (torch2ebm.Backprop(), {}),
+    "PredictiveCoding": (torch2ebm.PredictiveCoding(7, 0.2), {"loss_reduction": "sum"}),
+    "precisions": (torch2ebm.PredictiveCoding(precisions={"0": torch.tensor([2.0, 3.0])}), {"on_divergence": "skip"}),
+    "FixedPrediction": (torch2ebm.FixedPrediction(5, 0.3, compile=True), {"lr": 0.1}),
+    "ZeroDivergence": (torch2ebm.ZeroDivergence(gamma=0.5), {"gamma": 1.0}),
+    "Incremental": (torch2ebm.IncrementalPredictiveCoding(5, energies={"0": torch2ebm.Categorical()}), {"steps": 3}),
+    "ImplicitSGD": (torch2ebm.ImplicitSGD(0.5, max_steps=30), {"alpha": 2.0}),
+    "IL-prox": (torch2ebm.ProximalInferenceLearning.fast(5.0), {"eps": 0.25}),
+    "EquilibriumPropagation": (torch2ebm.EquilibriumPropagation(torch2ebm.OneSided(0.1), 30), {"feedback": 0.5}),
+    "Holomorphic": (torch2ebm.EquilibriumPropagation(torch2ebm.Holomorphic(0.2, 4), compile=True), {"damping": 0.1}),
+    "RecurrentBackprop": (torch2ebm.RecurrentBackprop(torch2ebm.Neumann(7)), {"tol": 1e-6}),
+    "ContrastiveHebbian": (torch2ebm.ContrastiveHebbian(0.2), {"clamped_steps": 9}),
+    "CoupledLearning": (torch2ebm.CoupledLearning(0.5), {"beta": 0.1}),
+}
+every_algorithm = pytest.mark.parametrize(("algorithm", "change"), MADE.values(), ids=MADE)
+
+
+@every_algorithm
+def test_settings_are_frozen(algorithm: torch2ebm.Algorithm, change: dict[str, Any]) -> None:
+    for field in dataclasses.fields(algorithm):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(algorithm, field.name, 1)
+
+
+@every_algorithm
+def test_another_setting_makes_another_algorithm(algorithm: torch2ebm.Algorithm, change: dict[str, Any]) -> None:
+    changed = dataclasses.replace(algorithm, **change)
+    assert all(getattr(changed, name) == value for name, value in change.items())
+    assert (changed == algorithm) is not bool(change)
+    assert dataclasses.replace(changed, **{name: getattr(algorithm, name) for name in change}) == algorithm
+
+
+@every_algorithm
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))])
+def test_a_copy_is_equal_and_hashes_alike(algorithm: torch2ebm.Algorithm, change: dict[str, Any], copied) -> None:
+    other = copied(algorithm)
+    assert other == algorithm and hash(other) == hash(algorithm) and repr(other) == repr(algorithm)
+
+
+def test_a_changed_setting_is_checked() -> None:
+    with pytest.raises(ConfigurationError, match=r"FixedPrediction\(lr"):
+        dataclasses.replace(torch2ebm.FixedPrediction(), lr=-3)
+    with pytest.raises(ConfigurationError, match=r"EquilibriumPropagation\(feedback"):
+        dataclasses.replace(torch2ebm.EquilibriumPropagation(), feedback=2.0)
+
+
+@pytest.mark.parametrize("given", [{"steps": 50}, {"lr": 0.01}, {"steps": 50, "lr": 0.01}, {"steps": 20, "lr": 0.2}])
+def test_steps_and_rate_beside_a_solver_that_has_others_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"beside solver=Momentum.*Give them to the solver: Momentum\("):
+        torch2ebm.PredictiveCoding(**given, solver=torch2ebm.Momentum(steps=20, lr=0.1))
+
+
+def test_steps_and_rate_that_say_the_same_as_the_solver_are_taken() -> None:
+    momentum = torch2ebm.Momentum(steps=50, lr=0.01)
+    assert torch2ebm.PredictiveCoding(50, 0.01, solver=momentum) == torch2ebm.PredictiveCoding(solver=momentum)
+    assert torch2ebm.PredictiveCoding(20, 0.1) == torch2ebm.PredictiveCoding()
+    assert torch2ebm.PredictiveCoding(solver=momentum).steps == 50
+
+
+def test_precisions_are_compared_by_their_numbers() -> None:
+    def of(*numbers: float) -> torch2ebm.Algorithm:
+        return torch2ebm.PredictiveCoding(precisions={"0": torch.tensor(numbers)})
+
+    assert of(1.0, 2.0) == of(1.0, 2.0) != of(1.0, 3.0)
+
+
+def gradients(model: torch2ebm.EnergyModel) -> list[Tensor]:
+    """Of the third batch of a kind: the one that a program serves."""
+    for _ in range(3):
+        model.zero_grad()
+        F.cross_entropy(model(torch.linspace(-1, 1, 20).reshape(5, 4)), torch.tensor([0, 1, 2, 0, 1])).backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+class SharedPrograms(torch2ebm.Algorithm):
+    """FixedPrediction with a setting that can be changed, and programs that stay: what a cache key has to notice."""
+
+    reevaluates_loss = False
+
+    def __init__(self) -> None:
+        self.inner, self.programs = torch2ebm.FixedPrediction(5, 0.3), Programs()
+
+    def _sweep(self) -> ProgramSweep:
+        return ProgramSweep(self.programs, self.inner, self.inner._closed_form)
+
+    def forward(self, call):
+        return self._sweep().forward(call)
+
+    def backward(self, call, kept, loss, retain_graph):
+        swept = self._sweep().backward(call, kept, loss.delivered, retain_graph)
+        state = torch2ebm.InferenceState(call.graph, call.batch_size, call.values, swept.deltas)
+        return LocalGradients(swept.gradients.parameters, [None], state)
+
+
+def test_a_program_of_other_settings_never_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch2ebm.programs.program.Program.compile", lambda self: None)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    shared = SharedPrograms()
+    model = attached(net, shared)
+    first = gradients(model)
+    shared.inner = torch2ebm.FixedPrediction(5, 0.1)
+    second = gradients(model)
+    expected = gradients(attached(net, torch2ebm.FixedPrediction(5, 0.1)))
+    assert not torch.allclose(first[0], second[0])
+    torch.testing.assert_close(second, expected)
+
+
+# the contract of 0.1 --------------------------------------------------------------------------------------------------
+
+
+def test_a_backward_without_kept_works_for_one_version_and_warns() -> None:
+    with pytest.warns(DeprecationWarning, match=r"Old\.backward\(call, loss, retain_graph\).*kept is what forward"):
+
+        class Old(torch2ebm.Algorithm):
+            reevaluates_loss = False
+
+            def forward(self, call):
+                call.feedforward(keep_graph=True, cut=False)
+
+            def backward(self, call, loss, retain_graph):
+                return torch2ebm.Backprop().backward(call, None, loss, retain_graph)
+
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    plain = gradients(attached(net, torch2ebm.Backprop()))
+    torch.testing.assert_close(gradients(attached(net, Old())), plain, rtol=0, atol=0)
+
+
+def test_a_backward_with_kept_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+
+        class New(torch2ebm.Algorithm):
+            def forward(self, call):
+                return None
+
+            def backward(self, call, kept, loss, retain_graph):
+                raise AssertionError
