@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from algorithms_list import ROWS
 from oracles.graphs import binomial_tail
+from solvers_list import ROWS as SOLVERS
 from torch import Tensor, nn
 
 import torch2ebm
@@ -92,34 +94,14 @@ def test_two_of_a_kind_are_told_apart_by_their_settings() -> None:
     assert "along" not in comparison.to_dict() and comparison.along == {}
 
 
-STEPLESS = {"Algorithm", "Backprop", "ZeroDivergence"}
-SETTINGS: dict[str, torch2ebm.Algorithm] = {
-    "PredictiveCoding": torch2ebm.PredictiveCoding(
-        solver=torch2ebm.Momentum(7, 0.3, 0.5, 1e-3),
-        nudging=torch2ebm.Symmetric(0.1),
-        precisions={"0": 2.0},
-        loss_reduction="sum",
-        on_divergence="skip",
-    ),
-    "FixedPrediction": torch2ebm.FixedPrediction(7, 0.3, method="sweep", loss_reduction="sum"),
-    "IncrementalPredictiveCoding": torch2ebm.IncrementalPredictiveCoding(7, 0.3, loss_reduction="sum"),
-    "ProximalInferenceLearning": torch2ebm.ProximalInferenceLearning(2.0, 7, 0.1, 0.2, 0.3, loss_reduction="sum"),
-    "ImplicitSGD": torch2ebm.ImplicitSGD(0.3, 1e-4, max_steps=7),
-    "EquilibriumPropagation": torch2ebm.EquilibriumPropagation(
-        torch2ebm.OneSided(0.2), 7, 5, feedback=0.5, damping=0.1, tol=1e-3, readout=True, loss_reduction="sum"
-    ),
-    "ContrastiveHebbian": torch2ebm.ContrastiveHebbian(0.3, 7, 5, damping=0.1, tol=1e-3),
-    "CoupledLearning": torch2ebm.CoupledLearning(0.3, 7, 5, feedback=0.5, damping=0.1, tol=1e-3),
-    "RecurrentBackprop": torch2ebm.RecurrentBackprop(
-        torch2ebm.Neumann(4), 7, 1e-3, feedback=0.5, damping=0.1, readout=True
-    ),
-}
+SETTINGS = {row.name: row.settings for row in ROWS if row.settings is not None}
 
 
 def test_every_algorithm_that_has_steps_is_here() -> None:
-    public = {name: getattr(torch2ebm, name) for name in torch2ebm.__all__}
-    kinds = {n for n, kind in public.items() if isinstance(kind, type) and issubclass(kind, torch2ebm.Algorithm)}
-    assert kinds == SETTINGS.keys() | STEPLESS
+    public = {getattr(torch2ebm, name) for name in torch2ebm.__all__}
+    kinds = {kind for kind in public if isinstance(kind, type) and issubclass(kind, torch2ebm.Algorithm)}
+    with_steps = {kind for kind in kinds if kind.with_steps is not torch2ebm.Algorithm.with_steps}
+    assert {type(made) for made in SETTINGS.values()} == with_steps
 
 
 @pytest.mark.parametrize("made", SETTINGS.values(), ids=SETTINGS)
@@ -129,19 +111,7 @@ def test_another_number_of_steps_keeps_every_other_setting(made: torch2ebm.Algor
     assert re.sub(r"(steps)=\d+", r"\1=n", repr(other)) == re.sub(r"(steps)=\d+", r"\1=n", repr(made)) != repr(other)
 
 
-@pytest.mark.parametrize(
-    "solver",
-    [
-        torch2ebm.GradientDescent(7, 0.3, 1e-3),
-        torch2ebm.Momentum(7, 0.3, 0.5, 1e-3),
-        torch2ebm.AdamDescent(7, 0.3, (0.5, 0.6), 1e-4, 1e-3),
-        torch2ebm.ErrorDescent(7, 0.3, 1e-3),
-        torch2ebm.LocalErrorDescent(7, 0.3, 1e-3),
-        torch2ebm.SequentialDescent(7, 0.3, 1e-3),
-        torch2ebm.AndersonErrorDescent(7, 0.3, 4, 1e-3),
-    ],
-    ids=lambda solver: type(solver).__name__,
-)
+@pytest.mark.parametrize("solver", [row.settings for row in SOLVERS], ids=lambda solver: type(solver).__name__)
 def test_another_number_of_steps_keeps_every_other_setting_of_a_solver(solver: torch2ebm.Solver) -> None:
     other = solver.with_steps(3)
     assert type(other) is type(solver) and {**vars(solver), "steps": 3} == vars(other)

@@ -10,6 +10,7 @@ import pytest
 import torch2ebm
 
 PACKAGE = Path(torch2ebm.__file__).parent
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
 # Each wing may import itself and what stands before it.
 WINGS = (
@@ -87,6 +88,20 @@ def test_no_circle() -> None:
     TopologicalSorter(imports).prepare()
     with pytest.raises(CycleError):
         TopologicalSorter({**imports, "errors": {"model.backward"}}).prepare()
+
+
+def table() -> str:
+    """The wings in their order, by what they say of themselves."""
+    rows = []
+    for wing in WINGS[1:]:  # behind `errors`, which is a file
+        said = ast.get_docstring(ast.parse((PACKAGE / wing / "__init__.py").read_text())) or ""
+        purpose, may_import = (" ".join(part.split()).removesuffix(".") for part in said.split("May import "))
+        rows.append(f"| `{wing}` | {purpose} | {may_import} |")
+    return "\n".join(rows)
+
+
+def test_the_page_for_contributors_has_this_table_of_the_wings() -> None:
+    assert table() in PAGE.read_text(), f"docs/extending.md needs this table:\n{table()}"
 
 
 def test_every_folder_is_a_wing_of_few_rooms_that_says_what_it_is_for() -> None:

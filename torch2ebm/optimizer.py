@@ -8,7 +8,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,6 @@ from torch2ebm.isolation.interrupts import InterruptsDeferred
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.model.energy_model import EnergyModel
 
-Monitor = Callable[[str, float, int], Any]
-
 _OWN_KEY = "torch2ebm"  # in a state_dict; the bare optimizer does not look at it
 _HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -29,6 +27,36 @@ _HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )  # the wrapped optimizer runs them
+
+
+class Monitor(Protocol):
+    """A function of your own that is told how each step went: ``EnergyOptimizer(..., monitor=...)``.
+
+    ``SummaryWriter.add_scalar`` of TensorBoard fits as it is. What it raises comes out of ``optimizer.step()``, after
+    the step has been made.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> seen = {}
+        >>> def monitor(name, value, step):
+        ...     seen[name] = value
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> model, sgd = torch2ebm.convert(net), torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> optimizer = torch2ebm.EnergyOptimizer(sgd, model, torch2ebm.PredictiveCoding(), monitor=monitor)
+        >>> model(torch.randn(5, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> list(seen)
+        ['energy/0', 'energy', 'loss', 'relaxation/steps', 'relaxation/residual']
+    """
+
+    def __call__(self, name: str, value: float, step: int, /) -> Any:
+        """Called for each number, in every ``optimizer.step()``.
+
+        Args:
+            name: ``energy/<node>``, ``energy``, ``loss``, ``relaxation/steps`` or ``relaxation/residual``.
+            value: Energies and the loss are summed over samples, in units of lambda times the loss.
+            step: How many steps of the optimizer have been made before.
+        """
 
 
 class EnergyOptimizer(Optimizer):

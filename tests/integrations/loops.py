@@ -5,16 +5,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from algorithms_list import taken_by
 from torch import Tensor, nn
 
 import torch2ebm
 
 Batch = tuple[Tensor, Tensor]
 
-ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
-    "PredictiveCoding": torch2ebm.PredictiveCoding(steps=3, lr=0.2),
-    "ZeroDivergence": torch2ebm.ZeroDivergence(),
-}
+ALGORITHMS = taken_by(__file__)
 
 
 def network() -> nn.Sequential:

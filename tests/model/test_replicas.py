@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from algorithms_list import taken_by
 from helpers import same
 from processes import RANKS, found_by_ranks, joined, needs_processes
 from torch import Tensor, distributed, nn
@@ -24,12 +25,7 @@ from torch2ebm.errors import UnsynchronisedError, UnsynchronisedWarning
 
 EXACT = 1e-11  # of sums in another order, in double precision, after some steps
 
-ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
-    "PredictiveCoding": torch2ebm.PredictiveCoding(steps=4, lr=0.2),
-    "ZeroDivergence": torch2ebm.ZeroDivergence(),
-    "IncrementalPredictiveCoding": torch2ebm.IncrementalPredictiveCoding(steps=4, lr=0.2),
-    "EquilibriumPropagation": torch2ebm.EquilibriumPropagation(feedback=0.5),
-}
+ALGORITHMS = taken_by(__file__)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 HOOKED = [
     "PredictiveCoding",

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch._inductor
 from helpers import COMPILES_DRAWS, in_threads
+from solvers_list import ROWS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,16 +40,7 @@ LONG: list[tuple[str, Make]] = [  # with more steps, of which the last ones repe
     ("errors", lambda **c: torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(7, 0.1), **c)),
     *ALGORITHMS[2:],
 ]
-SOLVERS = [
-    torch2ebm.GradientDescent(8, 0.05),
-    torch2ebm.GradientDescent(60, 0.2, tol=1e-4),
-    torch2ebm.Momentum(8, 0.05, 0.8),
-    torch2ebm.AdamDescent(6, 0.01),
-    torch2ebm.SequentialDescent(3, 0.1),
-    torch2ebm.ErrorDescent(8, 0.3),
-    torch2ebm.LocalErrorDescent(8, 0.1),
-    torch2ebm.AndersonErrorDescent(8),
-]
+SOLVERS = [*(row.recorded for row in ROWS), torch2ebm.GradientDescent(60, 0.2, tol=1e-4)]
 by_algorithm = pytest.mark.parametrize("make", [make for _, make in ALGORITHMS], ids=[name for name, _ in ALGORITHMS])
 by_long_algorithm = pytest.mark.parametrize("make", [make for _, make in LONG], ids=[name for name, _ in LONG])
 

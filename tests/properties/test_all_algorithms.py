@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from algorithms_list import ALL, ROWS, TESTS
 from helpers import in_threads, same
 from test_faults import InterruptedAt, no_cpu_memory, no_memory, points
 from test_steady import deterministic, live_tensors
@@ -23,30 +24,8 @@ from torch import Tensor, nn
 import torch2ebm
 from torch2ebm.errors import DivergenceError, NonFiniteError, NumericalError, OutOfMemoryError, Torch2EBMError
 
-SYMMETRIC, CIRCLE = torch2ebm.Symmetric(0.1), torch2ebm.Holomorphic(0.1, points=3)
-# Those of test_bad_input and test_steady
-COVERED_THERE: dict[str, torch2ebm.Algorithm] = {
-    "PredictiveCoding": torch2ebm.PredictiveCoding(steps=5),
-    "ErrorDescent": torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(3), nudging=torch2ebm.Symmetric(0.05)),
-    "FixedPrediction": torch2ebm.FixedPrediction(steps=5),
-    "ZeroDivergence": torch2ebm.ZeroDivergence(),
-    "Incremental": torch2ebm.IncrementalPredictiveCoding(steps=5),
-}
-OTHERS: dict[str, torch2ebm.Algorithm] = {
-    "Backprop": torch2ebm.Backprop(),
-    "LevelSchedule": torch2ebm.ZeroDivergence("levels"),
-    "Anderson": torch2ebm.PredictiveCoding(solver=torch2ebm.AndersonErrorDescent(steps=4)),
-    "Recorded": torch2ebm.PredictiveCoding(steps=4, compile=True),
-    "Sequential": torch2ebm.PredictiveCoding(solver=torch2ebm.SequentialDescent(steps=3)),
-    "EquilibriumPropagation": torch2ebm.EquilibriumPropagation(SYMMETRIC, 8, 4, feedback=0.1),
-    "HolomorphicPropagation": torch2ebm.EquilibriumPropagation(CIRCLE, 8, 4, feedback=0.1),
-    "ContrastiveHebbian": torch2ebm.ContrastiveHebbian(0.3, free_steps=8, clamped_steps=6),
-    "CoupledLearning": torch2ebm.CoupledLearning(0.25, free_steps=8, clamped_steps=4, feedback=0.1),
-    "RecurrentBackprop": torch2ebm.RecurrentBackprop(torch2ebm.Neumann(4), free_steps=8, feedback=0.1),
-    "ProximalInferenceLearning": torch2ebm.ProximalInferenceLearning(alpha=0.1, steps=5),
-    "ImplicitSGD": torch2ebm.ImplicitSGD(alpha=0.1),
-}
-ALL = {**COVERED_THERE, **OTHERS}
+# test_bad_input and test_steady go deeper with those
+OTHERS = {row.name: row.algorithm for row in ROWS if "test_bad_input" not in row.also}
 every_other = pytest.mark.parametrize("algorithm", OTHERS.values(), ids=OTHERS)
 every_algorithm = pytest.mark.parametrize("algorithm", ALL.values(), ids=ALL)
 LABELS = torch.tensor([0, 1, 2, 0, 1])
@@ -59,6 +38,14 @@ def test_no_algorithm_is_left_out() -> None:
         if isinstance(value := getattr(torch2ebm, name), type) and issubclass(value, torch2ebm.Algorithm)
     }
     assert {type(algorithm) for algorithm in ALL.values()} == public - {torch2ebm.Algorithm}
+
+
+def test_the_list_names_each_row_once_and_files_that_there_are() -> None:
+    assert len(ALL) == len(ROWS)
+    for kind, name in {type(row.algorithm).__name__: row.name for row in reversed(ROWS)}.items():
+        assert name == kind  # the first row of a class has its name
+    there = {path.stem for path in TESTS.rglob("*.py")}
+    assert {file for row in ROWS for file in row.also} <= there
 
 
 class Training:
@@ -280,7 +267,9 @@ UNFIT: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("algorithm", [ALL[name] for name in ("PredictiveCoding", "ZeroDivergence", "Incremental")])
+@pytest.mark.parametrize(
+    "algorithm", [ALL[name] for name in ("PredictiveCoding", "ZeroDivergence", "IncrementalPredictiveCoding")]
+)
 @pytest.mark.parametrize("arguments", UNFIT.values(), ids=UNFIT)
 def test_an_input_that_does_not_fit_is_refused_before_any_relaxation(
     algorithm: torch2ebm.Algorithm, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch

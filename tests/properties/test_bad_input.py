@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from algorithms_list import taken_by
 from helpers import relative_error
 from torch import Tensor, nn
 
@@ -18,13 +19,7 @@ from torch2ebm import errors
 from torch2ebm.engine.call import NodePass
 from torch2ebm.graph.energy_graph import Node
 
-ALGORITHMS = {
-    "PredictiveCoding": torch2ebm.PredictiveCoding(steps=4),
-    "FixedPrediction": torch2ebm.FixedPrediction(steps=4),
-    "ZeroDivergence": torch2ebm.ZeroDivergence(),
-    "ErrorDescent": torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(3), nudging=torch2ebm.Symmetric(0.05)),
-    "Incremental": torch2ebm.IncrementalPredictiveCoding(steps=3),
-}
+ALGORITHMS = taken_by(__file__)
 HERE = "test_bad_input.py:"
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from algorithms_list import taken_by
 from helpers import same
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
@@ -49,14 +50,7 @@ def interrupts_are_heard() -> Iterator[None]:
 PACKAGE = Path(torch2ebm.__file__).parent.parts
 POINTS = 40
 
-ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
-    "PredictiveCoding": torch2ebm.PredictiveCoding(steps=3),
-    "ZeroDivergence": torch2ebm.ZeroDivergence(),
-    "ErrorDescent": torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(2)),
-    "Incremental": torch2ebm.IncrementalPredictiveCoding(steps=3),
-    "EquilibriumPropagation": torch2ebm.EquilibriumPropagation(free_steps=12, nudged_steps=3, feedback=0.05),
-    "RecurrentBackprop": torch2ebm.RecurrentBackprop(torch2ebm.Neumann(3), free_steps=12, feedback=0.05),
-}
+ALGORITHMS = taken_by(__file__)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 LABELS = torch.tensor([0, 1, 2, 0, 1])
 
@@ -487,7 +481,7 @@ def be_interrupted(algorithm: str, times: int) -> None:
     assert same(interrupted.training.net.state_dict().keys(), interrupted.twin.net.state_dict().keys())
 
 
-@pytest.mark.parametrize("algorithm", ["PredictiveCoding", "Incremental"])
+@pytest.mark.parametrize("algorithm", ["PredictiveCoding", "IncrementalPredictiveCoding"])
 def test_twenty_signals_from_outside_find_no_step_half_done(algorithm: str) -> None:
     times, generator = 20, random.Random(0)
     with child("interrupted", algorithm, str(times)) as process:
@@ -559,7 +553,7 @@ def _evaluated_with(fails: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_a_later_step_without_memory_undoes_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Training(ALGORITHMS["Incremental"])
+    training = Training(ALGORITHMS["IncrementalPredictiveCoding"])
     torch.manual_seed(3)
     training.backward()
     before = training.snapshot()
@@ -568,7 +562,7 @@ def test_a_later_step_without_memory_undoes_the_first(monkeypatch: pytest.Monkey
         training.optimizer.step()
     monkeypatch.undo()
     assert same(training.snapshot(), before)
-    twin = Training(ALGORITHMS["Incremental"])
+    twin = Training(ALGORITHMS["IncrementalPredictiveCoding"])
     torch.manual_seed(3)
     twin.backward()  # its forward has moved the buffers, its step is given up
     for each in (training, twin):

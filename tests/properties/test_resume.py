@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from algorithms_list import taken_by
 from helpers import same
 from torch import Tensor, nn
 
@@ -23,12 +24,9 @@ from torch2ebm.errors import CheckpointError
 
 HALF, WHOLE = 50, 100
 
-ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
-    "PredictiveCoding": torch2ebm.PredictiveCoding(steps=3, lr=0.2),
-    "ZeroDivergence": torch2ebm.ZeroDivergence(),
-    "IncrementalPredictiveCoding": torch2ebm.IncrementalPredictiveCoding(steps=3, lr=0.2),
-    "EquilibriumPropagation": torch2ebm.EquilibriumPropagation(torch2ebm.RandomSign(0.5), 30, 5, feedback=0.3),
-}
+# a random sign, since what has been drawn is part of a checkpoint
+RANDOM_SIGN = torch2ebm.EquilibriumPropagation(torch2ebm.RandomSign(0.5), 30, 5, feedback=0.3)
+ALGORITHMS = {**taken_by(__file__), "EquilibriumPropagation": RANDOM_SIGN}
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda net: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9),
     "Adam": lambda net: torch.optim.Adam(net.parameters(), lr=0.001, amsgrad=True),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from algorithms_list import taken_by
 from helpers import in_threads, same
 from torch import Tensor, nn
 
@@ -19,16 +20,7 @@ import torch2ebm
 from torch2ebm.engine.call import Call
 from torch2ebm.graph.energy_graph import EnergyGraph
 
-ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
-    "PredictiveCoding": torch2ebm.PredictiveCoding(steps=3),
-    "ErrorDescent": torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(2)),
-    "FixedPrediction": torch2ebm.FixedPrediction(steps=3),
-    "ZeroDivergence": torch2ebm.ZeroDivergence(),
-    "compiled": torch2ebm.PredictiveCoding(steps=3, compile=True),
-    "Incremental": torch2ebm.IncrementalPredictiveCoding(steps=3),
-    "EquilibriumPropagation": torch2ebm.EquilibriumPropagation(free_steps=8, nudged_steps=3, feedback=0.05),
-    "RecurrentBackprop": torch2ebm.RecurrentBackprop(torch2ebm.Neumann(3), free_steps=8, feedback=0.05),
-}
+ALGORITHMS = taken_by(__file__)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 LABELS = torch.tensor([0, 1, 2, 0, 1])
 

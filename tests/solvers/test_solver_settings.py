@@ -5,14 +5,12 @@ import math
 from typing import Any
 
 import pytest
+from solvers_list import ROWS, Row
 
 import torch2ebm
 from torch2ebm.errors import ConfigurationError
 
-VALUE_AND_ERROR = (
-    *(torch2ebm.GradientDescent, torch2ebm.Momentum, torch2ebm.AdamDescent, torch2ebm.SequentialDescent),
-    *(torch2ebm.ErrorDescent, torch2ebm.LocalErrorDescent, torch2ebm.AndersonErrorDescent),
-)
+VALUE_AND_ERROR = tuple(type(row.settings) for row in ROWS)
 LINEAR = (torch2ebm.Neumann, torch2ebm.FixedPointSolve, torch2ebm.ConjugateGradient)
 BAD: dict[str, tuple[Any, ...]] = {
     "steps": (0, -1, 1.5, True, "3", None),
@@ -29,6 +27,19 @@ EDGES: dict[str, Any] = {"steps": 1, "terms": 0, "tol": 0, "momentum": 0, "betas
 
 def fields(kind: type) -> list[str]:
     return list(inspect.signature(kind).parameters)
+
+
+def test_no_solver_is_left_out() -> None:
+    public = {getattr(torch2ebm, name) for name in torch2ebm.__all__}
+    solvers = {kind for kind in public if isinstance(kind, type) and issubclass(kind, torch2ebm.Solver)}
+    assert set(VALUE_AND_ERROR) == solvers - {torch2ebm.Solver}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_list_has_every_setting_off_its_default(row: Row) -> None:
+    plain = type(row.settings)()
+    assert [name for name in fields(type(plain)) if getattr(row.settings, name) == getattr(plain, name)] == []
+    assert row.settings.steps == 7
 
 
 def test_every_setting_of_every_solver_is_looked_at() -> None:

@@ -5,15 +5,9 @@ import itertools
 import pytest
 import torch
 from helpers import attached, local_gradients, relative_error
-from oracles.energy import (
-    EnergyProblem,
-    by_error_descent,
-    by_local_errors,
-    by_optimizer,
-    by_sequential_descent,
-    gradient,
-)
+from oracles.energy import EnergyProblem, by_optimizer, gradient
 from oracles.graphs import SkipDag, backprop, cross_entropy, half_squared_error, skip_dag
+from solvers_list import ROWS
 from torch import Tensor, nn
 
 import torch2ebm
@@ -41,38 +35,7 @@ def predictive_coding(solver: torch2ebm.Solver, **settings) -> torch2ebm.Predict
     return torch2ebm.PredictiveCoding(solver=solver, loss_reduction="sum", **settings)
 
 
-SOLVERS = [
-    pytest.param(
-        lambda steps: torch2ebm.GradientDescent(steps, 0.15),
-        lambda p, steps: by_optimizer(p, steps, lambda v: torch.optim.SGD(v, lr=0.15)),
-        id="GradientDescent",
-    ),
-    pytest.param(
-        lambda steps: torch2ebm.Momentum(steps, 0.1, momentum=0.7),
-        lambda p, steps: by_optimizer(p, steps, lambda v: torch.optim.SGD(v, lr=0.1, momentum=0.7)),
-        id="Momentum",
-    ),
-    pytest.param(
-        lambda steps: torch2ebm.AdamDescent(steps, 0.02, betas=(0.8, 0.99), eps=1e-3),
-        lambda p, steps: by_optimizer(p, steps, lambda v: torch.optim.Adam(v, lr=0.02, betas=(0.8, 0.99), eps=1e-3)),
-        id="Adam",
-    ),
-    pytest.param(
-        lambda steps: torch2ebm.ErrorDescent(steps, 0.2),
-        lambda p, steps: by_error_descent(p, steps, 0.2),
-        id="ErrorDescent",
-    ),
-    pytest.param(
-        lambda steps: torch2ebm.LocalErrorDescent(steps, 0.2),
-        lambda p, steps: by_local_errors(p, steps, 0.2),
-        id="LocalErrorDescent",
-    ),
-    pytest.param(
-        lambda steps: torch2ebm.SequentialDescent(steps, 0.2),
-        lambda p, steps: by_sequential_descent(p, steps, 0.2),
-        id="SequentialDescent",
-    ),
-]
+SOLVERS = [pytest.param(row.make, row.formula, id=row.name) for row in ROWS if row.formula is not None]
 ENERGIES = {
     "unit": {},
     "precisions": {
@@ -134,13 +97,7 @@ def test_a_precision_left_out_would_be_noticed() -> None:
 
 # Equilibria -----------------------------------------------------------------------------------------------------------
 
-TIGHT = [
-    torch2ebm.GradientDescent(20_000, 0.2, tol=1e-13),
-    torch2ebm.Momentum(20_000, 0.1, 0.8, tol=1e-13),
-    torch2ebm.ErrorDescent(5_000, 0.2, tol=1e-13),
-    torch2ebm.LocalErrorDescent(5_000, 0.3, tol=1e-13),
-    torch2ebm.AndersonErrorDescent(500, 0.2, tol=1e-13),
-]
+TIGHT = [row.tight for row in ROWS if row.tight is not None]
 
 
 @pytest.mark.parametrize("case", ["unit", "precisions"])

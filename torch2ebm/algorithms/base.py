@@ -18,11 +18,13 @@ from torch2ebm.loss.output_loss import OutputLoss
 class Algorithm(ABC):
     """From one call and its loss to local gradients.
 
-    An algorithm holds its settings and nothing of a call, so one object serves many models. Those of the library are
-    frozen dataclasses: ``dataclasses.replace(algorithm, lr=0.2)`` is the same algorithm with another setting.
+    An algorithm holds its settings and nothing of a call, so one object serves many models. Write it as a frozen
+    dataclass, as those of the library are. ``dataclasses.replace(algorithm, lr=0.2)`` is then the same algorithm with
+    another setting, two with the same settings are equal, and ``repr`` shows them. It is pickled with the model, so its
+    class has to be importable.
 
     Attributes:
-        partition: The granularity that ``nodes="auto"`` takes for it.
+        partition: The granularity that ``nodes="auto"`` takes for it: one of those of ``torch2ebm.convert``.
         reevaluates_loss: Whether it needs the loss at predictions that have moved. If not, any loss will do.
         defines_output: Whether ``model(x)`` is what ``forward`` relaxes to, under ``no_grad`` too, and not the
             module's own output.
@@ -31,6 +33,31 @@ class Algorithm(ABC):
         loss_reduction: ``"mean"``: the loss is a mean over the batch, and inference uses the sum over samples, so a
             sample relaxes the same alone or in a batch. ``"sum"``: the loss enters the energy as it is written.
             None: taken from the loss as it was computed.
+
+    Example:
+        Backpropagation by one reverse sweep. The examples of the methods go on from it.
+
+        >>> from dataclasses import dataclass
+        >>> import torch, torch2ebm
+        >>> from torch2ebm.extend import Algorithm, InferenceState, LocalGradients, call_and_loss, reverse_sweep
+        >>> @dataclass(frozen=True)
+        ... class Sweep(Algorithm):
+        ...     reevaluates_loss = False
+        ...     def forward(self, call):
+        ...         call.feedforward(keep_graph=True)
+        ...     def backward(self, call, kept, loss, retain_graph):
+        ...         swept = reverse_sweep(call, loss.delivered, retain_graph)
+        ...         state = InferenceState(call.graph, call.batch_size, call.values, swept.deltas, -loss.unit)
+        ...         inputs = call.input_gradients(swept.gradients.clamped)
+        ...         return LocalGradients(swept.gradients.parameters, inputs, state)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> model, sgd = torch2ebm.convert(net), torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> optimizer = torch2ebm.EnergyOptimizer(sgd, model, Sweep())
+        >>> x = torch.randn(5, 4)
+        >>> model(x).square().mean().backward()
+        >>> (expected,) = torch.autograd.grad(net(x).square().mean(), net[0].weight)
+        >>> torch.allclose(net[0].weight.grad, expected, atol=1e-6)
+        True
     """
 
     partition: ClassVar[str] = "layer"
@@ -55,20 +82,69 @@ class Algorithm(ABC):
 
     @abstractmethod
     def forward(self, call: Call) -> Any:
-        """The feed-forward pass: fill ``call`` so that it has an output.
+        """The forward pass: fill ``call`` so that it has an output. ``model(x)`` runs it.
 
-        Returns what ``backward`` needs beside the call, for example an equilibrium; None for nothing.
+        Args:
+            call: An empty call. ``call.feedforward(keep_graph=...)`` fills it, and as a rule is all that is needed.
+
+        Returns:
+            What :meth:`backward` needs beside the call, for example an equilibrium; None for nothing. It is never
+            written on the call or on the algorithm, since several forwards may be open at once.
+
+        Raises:
+            ConfigurationError: for settings that do not fit this graph, for example a name that no node has.
+            UnsupportedError: for a graph for which the algorithm has no meaning.
+
+        Example:
+            >>> call, loss = call_and_loss(net, x, lambda output: output.square().mean())
+            >>> print(Sweep().forward(call), call.output()[0].shape)
+            None torch.Size([5, 3])
         """
 
     @abstractmethod
     def backward(self, call: Call, kept: Any, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        """Local gradients, without writing anything anywhere.
+        """Local gradients, without writing anything anywhere. ``loss.backward()`` runs it.
 
-        ``kept`` is what ``forward`` returned. With ``retain_graph`` the call may be asked again.
+        Args:
+            call: The call that :meth:`forward` has filled.
+            kept: What it returned.
+            loss: The loss of this backward. ``loss.delivered`` is its gradient at the model's output, and
+                ``loss.gradients(predictions)`` what it is elsewhere.
+            retain_graph: Whether this call may be asked again; if not, its values and passes may be used up.
+
+        Returns:
+            Gradients of parameters and inputs in the scale of the user's loss: multiply dF/dtheta of an energy that is
+            summed over samples by ``loss.scale``. And the state that ``model.state`` shows.
+
+        Raises:
+            DivergenceError: where a relaxation runs away. Nothing has been written then.
+            NonFiniteError: where an energy is no number at the start.
+
+        Example:
+            >>> call, loss = call_and_loss(net, x, lambda output: output.square().mean())
+            >>> found = Sweep().backward(call, None, loss, retain_graph=False)
+            >>> found.parameters["0.bias"].shape, found.state.error["2"].shape
+            (torch.Size([8]), torch.Size([5, 3]))
         """
 
     def with_steps(self, steps: int) -> Algorithm:
-        """The same algorithm with another number of inference steps; itself, if it has none."""
+        """The same algorithm with another number of inference steps. ``compare(..., steps=[1, 10])`` asks for it.
+
+        Args:
+            steps: The other number.
+
+        Returns:
+            A copy, for example ``dataclasses.replace(self, steps=steps)``; itself, if it has no steps.
+
+        Raises:
+            ConfigurationError: for fewer than one step.
+
+        Example:
+            >>> Sweep().with_steps(3)
+            Sweep()
+            >>> torch2ebm.PredictiveCoding(steps=20).with_steps(3).solver.steps
+            3
+        """
         return self
 
     # copies and pickles: the settings, from which programs and all else are made again

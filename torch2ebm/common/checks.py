@@ -8,18 +8,58 @@ from torch2ebm.errors import ConfigurationError
 
 
 def check_positive(where: str, **numbers: float) -> None:
-    """Refuse a step size, a nudge or a rate that is not positive and finite."""
+    """Refuse a step size, a nudge or a rate that is not positive and finite.
+
+    Args:
+        where: Who was given it, for the error: the name of the class.
+        numbers: By the name of the argument.
+
+    Raises:
+        ConfigurationError: for the first that is illegal.
+
+    Example:
+        >>> from torch2ebm.extend import check_positive
+        >>> check_positive("Mine", lr=-1.0)
+        Traceback (most recent call last):
+        torch2ebm.errors.ConfigurationError: Mine(lr=...): got -1.0; expected a finite number above 0. Choose another.
+    """
     for name, number in numbers.items():
         if not (isinstance(number, (int, float)) and math.isfinite(number) and number > 0):
             raise ConfigurationError(f"{where}({name}=...)", repr(number), "a finite number above 0", "Choose another.")
 
 
 def check_steps(where: str, steps: int) -> None:
+    """Refuse a number of steps that is no whole number, 1 or more.
+
+    Args:
+        where: Who was given it, for the error.
+        steps: The number.
+
+    Raises:
+        ConfigurationError: if it is illegal.
+
+    Example:
+        >>> from torch2ebm.extend import check_steps
+        >>> check_steps("MySolver", 20)
+    """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ConfigurationError(f"{where}(steps=...)", repr(steps), "a whole number, 1 or more", "Choose another.")
 
 
 def check_tolerance(where: str, tol: float) -> None:
+    """Refuse a tolerance that is negative, infinite or no number; 0 is legal.
+
+    Args:
+        where: Who was given it, for the error.
+        tol: The number.
+
+    Raises:
+        ConfigurationError: if it is illegal.
+
+    Example:
+        >>> from torch2ebm.extend import check_tolerance
+        >>> check_tolerance("MySolver", 0.0)
+    """
     if not (isinstance(tol, (int, float)) and math.isfinite(tol) and tol >= 0):
         raise ConfigurationError(f"{where}(tol=...)", repr(tol), "a finite number, 0 or more", "0 runs all steps.")
 
@@ -38,5 +78,20 @@ def check_reduction(where: str, loss_reduction: str) -> None:
 
 
 def check_choice(where: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is none of the choices.
+
+    Args:
+        where: Who was given it, for the error.
+        name: Name of the argument.
+        value: The word.
+        choices: The legal ones.
+
+    Raises:
+        ConfigurationError: if it is none of them.
+
+    Example:
+        >>> from torch2ebm.extend import check_choice
+        >>> check_choice("MyAlgorithm", "schedule", "reverse", ("reverse", "levels"))
+    """
     if value not in choices:
         raise ConfigurationError(f"{where}({name}=...)", repr(value), f"one of {choices}", "Choose one of them.")

@@ -96,6 +96,16 @@ def signature(structure: Any) -> Hashable:
     return type(structure), structure
 
 
+def attributes_of(thing: Any) -> Any:
+    """What the behaviour of an object may depend on, as a structure: its fields or, of no dataclass, its attributes."""
+    return thing if _is_record(thing) else getattr(thing, "__dict__", thing)
+
+
+def settings_of(thing: Any) -> Hashable:
+    """What is the same in two objects that one program serves: the class and its attributes, tensors by their kinds."""
+    return type(thing), signature(attributes_of(thing))
+
+
 def _as_tuple(original: Any, parts: list[Any]) -> Any:
     """A plain tuple, or one of torch's own result types (``max``, ``topk``), which take a sequence."""
     return tuple(parts) if type(original) is tuple else type(original)(parts)

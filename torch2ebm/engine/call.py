@@ -21,16 +21,47 @@ _ENGINE = torch.autograd.Variable._execution_engine  # what torch.autograd.grad 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NodePass:
-    """One evaluation of a node whose inputs are leaves: the autograd graph of this node, and of no other."""
+    """One evaluation of a node whose inputs are leaves: the autograd graph of this node, and of no other.
+
+    Attributes:
+        node: What was evaluated.
+        inputs: One leaf for each of ``node.reads``, in the shape of the value that it stands for.
+        predictions: One for each of ``node.slots``, for example ``[batch, features]``.
+
+    Example:
+        The examples of the methods go on from this one.
+
+        >>> import torch
+        >>> from torch2ebm.extend import call_and_loss
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> call, loss = call_and_loss(net, torch.randn(5, 4), lambda output: output.square().mean())
+        >>> last = call.passes["2"]
+        >>> last.inputs[0].shape, last.predictions[0].shape
+        (torch.Size([5, 8]), torch.Size([5, 3]))
+    """
 
     node: Node
-    inputs: tuple[Tensor, ...]  # one leaf a slot read
-    predictions: tuple[Tensor, ...]  # one a slot
+    inputs: tuple[Tensor, ...]
+    predictions: tuple[Tensor, ...]
 
     def pullback(
         self, cotangents: Sequence[Tensor | None], wrt: Sequence[Tensor], retain_graph: bool = False
     ) -> Sequence[Tensor | None]:
-        """J^T of the predictions with respect to ``wrt``, applied to one cotangent a slot (None: zero)."""
+        """Vector-Jacobian products of this node: ``J^T cotangent``.
+
+        Args:
+            cotangents: One for each slot, in the shape of its prediction; None is zero.
+            wrt: Leaves to differentiate with respect to: ``inputs``, parameters, clamped inputs.
+            retain_graph: Whether the pass will be used again.
+
+        Returns:
+            One product for each of ``wrt``, in its shape, summed over the batch for a parameter. None is zero.
+
+        Example:
+            >>> (message,) = last.pullback([torch.ones(5, 3)], last.inputs)
+            >>> torch.allclose(message, torch.ones(5, 3) @ net[2].weight)
+            True
+        """
         more = _leaves_beside(wrt, self.inputs) if self.node.group_norm else []
         return pull_back(self.predictions, cotangents, [*wrt, *more], retain_graph)[: len(wrt)]
 
@@ -64,14 +95,31 @@ def pull_back(
 class Call:
     """What one forward call leaves for its backward.
 
-    It belongs to the call, never to the module, so several forwards may be open at once.
+    It belongs to the call, never to the module, so several forwards may be open at once. An algorithm gets a call, and
+    makes none.
 
     Attributes:
+        graph: The nodes, and how they compose to the model.
+        tensors: The input tensors, detached, in the order of the arguments.
+        batch_size: Size of the first dimension of the first input.
+        device: That of the first input.
         values: The feed-forward value of every slot; with ``keep_graph`` each is a leaf that its readers share.
         parameters: The tensors that stand for the graph's parameters, in this call (``torch.func.functional_call``
             puts others in their place, which then are ``swapped``).
         environment: Clamped inputs and what else the feed-forward pass fixed, by name.
         passes: With ``keep_graph``, the evaluation of every node.
+
+    Example:
+        The examples of the methods go on from this one.
+
+        >>> import torch
+        >>> from torch2ebm.extend import call_and_loss
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> x = torch.randn(5, 4)
+        >>> call, loss = call_and_loss(net, x, lambda output: output.square().mean())
+        >>> (hidden,) = call.graph.nodes["0"].slots
+        >>> call.values[hidden].shape, list(call.parameters)
+        (torch.Size([5, 8]), ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
 
     def __init__(
@@ -96,8 +144,15 @@ class Call:
     def feedforward(self, keep_graph: bool, cut: bool = True, keep_draws: bool = False) -> None:
         """Evaluate every node once, in order. The only pass that moves buffers and draws new random numbers.
 
-        Without ``cut`` autograd's graph runs through all nodes; only backprop may want that. With ``keep_draws`` later
-        evaluations take the draws themselves and not the generator's state.
+        Args:
+            keep_graph: Whether ``passes`` keeps the autograd graph of every node, for sweeps at these values.
+            cut: Whether the graph ends at each node. Without it, it runs through all nodes; only backprop wants that.
+            keep_draws: Whether later evaluations take the random numbers themselves, and not the generator's state.
+
+        Example:
+            >>> call.feedforward(keep_graph=False)
+            >>> torch.allclose(call.values[hidden], net[:2](x))
+            True
         """
         with torch.enable_grad():
             self._clamp(cut)
@@ -138,13 +193,38 @@ class Call:
         return within(changes, lambda: node.evaluate(arguments))
 
     def output(self) -> list[Any]:
-        """The leaves of the model's output."""
+        """The leaves of the model's output, at the values as they are.
+
+        Returns:
+            For one output tensor a list of this one, for example of shape ``[batch, classes]``.
+
+        Example:
+            >>> [leaf.shape for leaf in call.output()]
+            [torch.Size([5, 3])]
+        """
         return self.graph.output(self.values, self.environment)
 
     # later evaluations
 
     def evaluate(self, node: Node, inputs: Sequence[Tensor], freeze_statistics: bool = True) -> NodePass:
-        """The node again at other values: the same dropout masks, and by default the same batch statistics."""
+        """The node again at other values: the same dropout masks, and by default the same batch statistics.
+
+        Args:
+            node: One of ``graph.nodes``.
+            inputs: A value for each of ``node.reads``; leaves that require a gradient, where one is wanted for them.
+            freeze_statistics: Whether batch norm takes the feed-forward pass's statistics for constants.
+
+        Returns:
+            The pass, with a graph of its own where gradients are enabled.
+
+        Raises:
+            NodeEvaluationError: where the node's function fails on these inputs.
+
+        Example:
+            >>> evaluated = call.evaluate(call.graph.nodes["2"], [torch.zeros(5, 8)])
+            >>> torch.allclose(evaluated.predictions[0], net[2].bias)
+            True
+        """
         if node.group_norm:
             inputs = [each if each.requires_grad else each.detach().requires_grad_() for each in inputs]
         arguments = [*inputs, *[self.environment[name] for name in node.constants]]
@@ -162,11 +242,23 @@ class Call:
         return NodePass(node, tuple(inputs), tuple(results[: len(node.slots)]))
 
     def forget_draws(self) -> None:
-        """Repeat draws by the generators' states, which serves operations that mix their input with what they draw."""
+        """Repeat draws by the generators' states, which serves operations that mix their input with what they draw.
+
+        Example:
+            >>> call.forget_draws()
+        """
         self._draws = {}
 
     def held(self) -> list[Tensor]:
-        """All tensors that later evaluations read and that may be others in the next call."""
+        """All tensors that later evaluations read and that may be others in the next call.
+
+        Returns:
+            Parameters, buffers, clamped inputs, kept draws and batch statistics.
+
+        Example:
+            >>> any(tensor is net[0].weight for tensor in call.held())
+            True
+        """
         named = [*self.parameters.values(), *self.graph.module.buffers()]
         passed = [value for value in self.environment.values() if isinstance(value, Tensor)]
         drawn = [tensor for draws in self._draws.values() for tensor in draws]
@@ -174,11 +266,33 @@ class Call:
         return [*named, *passed, *drawn, *statistics]
 
     def clamped_inputs(self, node: Node) -> dict[str, Tensor]:
-        """The clamped leaves that the node reads and that a gradient is wanted for."""
+        """The clamped leaves that the node reads and that a gradient is wanted for.
+
+        Args:
+            node: One of ``graph.nodes``.
+
+        Returns:
+            By name; empty where no input of the model requires a gradient.
+
+        Example:
+            >>> call.clamped_inputs(call.graph.nodes["0"])
+            {}
+        """
         return {name: self.clamped_leaves[name][1] for name in node.constants if name in self.clamped_leaves}
 
     def input_gradients(self, messages: Mapping[str, Tensor]) -> list[Tensor | None]:
-        """From gradients of the clamped leaves to those of the inputs, through what lies between them."""
+        """From gradients of the clamped leaves to those of the inputs, through what lies between them.
+
+        Args:
+            messages: By name of the clamped leaf, in its shape and in the scale of ``.grad``: ``GradientSum.clamped``.
+
+        Returns:
+            One for each of ``tensors``, in its shape; None for one that requires no gradient.
+
+        Example:
+            >>> call.input_gradients({})
+            [None]
+        """
         wanted = [tensor for tensor in self.tensors if tensor.requires_grad]
         attached = [(self.clamped_leaves[name][0], message) for name, message in messages.items()]
         if not wanted or not attached:

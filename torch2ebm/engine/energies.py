@@ -27,21 +27,80 @@ def gaussian_energy_of_batch(error: Tensor) -> Tensor:
 class Energy(ABC):
     """phi(value, prediction) of one node: zero, and smallest, where the value is the prediction.
 
-    All three take the error (value minus prediction) beside the prediction: near the prediction a difference of
-    values would lose it to rounding (Goemaere et al. 2025).
+    All three methods take the error (value minus prediction) beside the prediction: near the prediction a difference of
+    values would lose it to rounding (Goemaere et al. 2025). Both have the shape of the node's value, for example
+    ``[batch, features]``. Write a subclass as a frozen dataclass: ``compile=True`` compares its settings.
+
+    Example:
+        Half the squared error, written out. The examples of the methods go on from it.
+
+        >>> import torch
+        >>> from torch2ebm.extend import Energy
+        >>> class HalfSquares(Energy):
+        ...     def of_samples(self, error, prediction):
+        ...         return (0.5 * error**2).flatten(1).sum(1)
+        ...     def of_batch(self, error, prediction):
+        ...         return self.of_samples(error, prediction).sum()
+        ...     def gradients(self, error, prediction):
+        ...         return error, error
+        >>> energy = HalfSquares()
+        >>> error, prediction = torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.zeros(2, 2)
     """
 
     @abstractmethod
     def of_samples(self, error: Tensor, prediction: Tensor) -> Tensor:
-        """Energy of each sample, shape ``[batch]``."""
+        """Energy of each sample: what ``model.state.energy`` shows.
+
+        Args:
+            error: Value minus prediction, shape ``[batch, ...]``.
+            prediction: In the same shape.
+
+        Returns:
+            Shape ``[batch]``.
+
+        Example:
+            >>> energy.of_samples(error, prediction)
+            tensor([2.5000, 4.5000])
+        """
 
     @abstractmethod
     def of_batch(self, error: Tensor, prediction: Tensor) -> Tensor:
-        """Energy summed over samples, shape ``[]``."""
+        """Energy summed over samples: what a relaxation's history shows, in every step.
+
+        Args:
+            error: Value minus prediction, of any shape.
+            prediction: In the same shape.
+
+        Returns:
+            A tensor of no dimension.
+
+        Example:
+            >>> energy.of_batch(error, prediction)
+            tensor(7.)
+        """
 
     @abstractmethod
     def gradients(self, error: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
-        """dphi/dvalue and -dphi/dprediction, in the shape of the value."""
+        """dphi/dvalue and -dphi/dprediction, of the energy summed over samples: what moves the values.
+
+        Nothing checks them against :meth:`of_batch` while training. A test by ``torch.autograd.grad`` does: with the
+        prediction at hand, ``error`` is ``value - prediction``.
+
+        Args:
+            error: Value minus prediction, of any shape.
+            prediction: In the same shape.
+
+        Returns:
+            Both in the shape of the value. For a function of the error alone they are one and the same; return the same
+            tensor twice then.
+
+        Example:
+            >>> own, back = energy.gradients(error, prediction)
+            >>> value, mu = error.clone().requires_grad_(), prediction.clone().requires_grad_()
+            >>> of_value, of_mu = torch.autograd.grad(energy.of_batch(value - mu, mu), [value, mu])
+            >>> torch.allclose(own, of_value), torch.allclose(back, -of_mu)
+            (True, True)
+        """
 
 
 @dataclass(frozen=True, eq=False)

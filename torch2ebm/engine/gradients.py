@@ -14,7 +14,25 @@ from torch2ebm.graph.energy_graph import Node
 
 @dataclass
 class GradientSum:
-    """Gradients of parameters, shared ones summed, and of clamped inputs."""
+    """Gradients of parameters, shared ones summed, and of clamped inputs, added up node by node.
+
+    What is added is taken as it is: give cotangents in the scale of ``.grad`` (``OutputLoss.scale`` brings them there).
+
+    Attributes:
+        parameters: By qualified name, in the parameter's shape, summed over the batch.
+        clamped: By name of the clamped input, in its shape; :meth:`Call.input_gradients` takes it.
+
+    Example:
+        The examples of the methods go on from this one.
+
+        >>> import torch
+        >>> from torch2ebm.extend import GradientSum, call_and_loss
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> call, loss = call_and_loss(net, torch.randn(5, 4), lambda output: output.square().mean())
+        >>> gradients = GradientSum()
+        >>> gradients.parameters
+        {}
+    """
 
     parameters: dict[str, Tensor] = field(default_factory=dict)
     clamped: dict[str, Tensor] = field(default_factory=dict)
@@ -27,7 +45,24 @@ class GradientSum:
         wrt: Sequence[Tensor] = (),
         retain_graph: bool = False,
     ) -> Sequence[Tensor | None]:
-        """Add the node's share, and return the products with ``wrt`` from the same pass."""
+        """Add one node's share, by one vector-Jacobian product.
+
+        Args:
+            call: The call that the pass is of.
+            evaluated: A pass of the node.
+            cotangents: One for each slot of the node, in the shape of its prediction; None is zero.
+            wrt: Leaves whose products are wanted from the same pass, for example ``evaluated.inputs``.
+            retain_graph: Whether the pass will be used again.
+
+        Returns:
+            The products with ``wrt``: what the node sends to its parents. None is zero.
+
+        Example:
+            >>> last = call.passes["2"]
+            >>> (message,) = gradients.add(call, last, [torch.ones(5, 3)], last.inputs)
+            >>> message.shape, gradients.parameters["2.bias"]
+            (torch.Size([5, 8]), tensor([5., 5., 5.]))
+        """
         parameters = {name: p for name in evaluated.node.parameters if (p := call.parameters[name]).requires_grad}
         clamped = call.clamped_inputs(evaluated.node)
         products = evaluated.pullback(
@@ -44,6 +79,17 @@ class GradientSum:
         return products[: len(wrt)]
 
     def add_zeros(self, call: Call, node: Node) -> None:
+        """Give the node's parameters a gradient of zero where they have none: no error has reached it.
+
+        Args:
+            call: The call whose parameters they are.
+            node: One of ``call.graph.nodes``.
+
+        Example:
+            >>> gradients.add_zeros(call, call.graph.nodes["0"])
+            >>> gradients.parameters["0.bias"]
+            tensor([0., 0., 0., 0., 0., 0., 0., 0.])
+        """
         for name in node.parameters:
             parameter = call.parameters[name]
             if parameter.requires_grad and name not in self.parameters:
@@ -56,7 +102,21 @@ def _add(total: dict[str, Tensor], name: str, product: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep makes of the delivered gradients: gradients, and minus the error of each slot that has one."""
+    """What a sweep makes of the gradients that autograd delivered.
+
+    Attributes:
+        gradients: Of parameters and clamped inputs, in the scale of what was delivered.
+        deltas: Minus the error of each slot that has one, in the shape of its value.
+
+    Example:
+        >>> import torch
+        >>> from torch2ebm.extend import call_and_loss, reverse_sweep
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> call, loss = call_and_loss(net, torch.randn(5, 4), lambda output: output.square().mean())
+        >>> swept = reverse_sweep(call, loss.delivered)
+        >>> len(swept.deltas), swept.gradients.parameters["0.weight"].shape
+        (2, torch.Size([8, 4]))
+    """
 
     gradients: GradientSum = field(default_factory=GradientSum)
     deltas: dict[str, Tensor] = field(default_factory=dict)

@@ -14,10 +14,29 @@ from torch2ebm.errors import ConfigurationError
 
 
 class Nudging(ABC):
-    """The nudged phases of an estimate: F = E + beta * loss is relaxed once for each beta.
+    """The nudged phases of an estimate: F = E + beta * loss is relaxed once for each beta (Scellier and Bengio 2017).
+
+    Write a subclass as a frozen dataclass, and check ``beta`` when it is made.
 
     Attributes:
         is_complex: Whether its nudges are complex numbers, for which only an equilibrium algorithm has states.
+
+    Example:
+        One phase that pushes away from the target (Scellier et al. 2023). The examples of the methods go on from it.
+
+        >>> from dataclasses import dataclass
+        >>> import torch2ebm
+        >>> from torch2ebm.extend import Nudging, check_positive
+        >>> @dataclass(frozen=True)
+        ... class Negative(Nudging):
+        ...     beta: float
+        ...     def __post_init__(self):
+        ...         check_positive("Negative", beta=self.beta)
+        ...     @property
+        ...     def betas(self):
+        ...         return (-self.beta,)
+        >>> torch2ebm.PredictiveCoding(nudging=Negative(0.1)).nudging
+        Negative(beta=0.1)
     """
 
     is_complex: ClassVar[bool] = False
@@ -25,10 +44,29 @@ class Nudging(ABC):
     @property
     @abstractmethod
     def betas(self) -> tuple[complex, ...]:
-        """The nudge of each phase; the estimate is the mean over phases of (dF/dtheta - dE/dtheta at rest) / beta."""
+        """The nudge of each phase, in the order in which they are relaxed.
+
+        The estimate is the mean over phases of (dF/dtheta - dE/dtheta at rest) / beta. It tends to the loss's gradient
+        as all betas go to 0. Values and errors that ``model.state`` shows are those of the first phase.
+
+        Returns:
+            Numbers other than 0, of either sign: factors of the loss, which is summed over samples.
+
+        Example:
+            >>> Negative(0.1).betas
+            (-0.1,)
+        """
 
     def drawn(self) -> tuple[complex, ...]:
-        """The nudges of one backward: all of :attr:`betas`, or those that a random nudging takes of them this time."""
+        """The nudges of one backward. Asked for once in each; override it for a nudging that draws random numbers.
+
+        Returns:
+            All of :attr:`betas`, or those that a random nudging takes of them this time.
+
+        Example:
+            >>> Negative(0.1).drawn()
+            (-0.1,)
+        """
         return self.betas
 
 

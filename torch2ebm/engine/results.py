@@ -33,6 +33,11 @@ class Relaxation:
         energy: F, summed over samples, at the start of every step and at the end, in units of lambda times the loss.
         node_energy: The share of each node with a value; ``loss`` is the rest.
         loss: lambda times the loss summed over samples.
+
+    Example:
+        >>> from torch2ebm.extend import Relaxation
+        >>> Relaxation(steps=20, converged=True, residual=1e-5, tol=1e-4).converged
+        True
     """
 
     steps: int = 0
@@ -75,26 +80,42 @@ class PerNode(Mapping[str, Any]):
 
 @dataclass(frozen=True, eq=False)
 class InferenceState:
-    """The values of the last backward: one frozen result, without any ``grad_fn``.
+    """The values of the last backward, ``model.state``: one frozen result, without any ``grad_fn``.
 
     Attributes:
         graph: The graph that the names belong to.
+        batch_size: Samples of the call.
+        predictions: Prediction by slot.
+        errors: By slot, in the shape of its value, to be multiplied by ``error_unit``; a missing one is zero.
+        error_unit: What brings ``errors`` to the units of the energy: -``OutputLoss.unit`` for deltas of a sweep.
         relaxation: How the relaxation went.
         unreached: Nodes whose error is exactly zero since no error has reached them yet (too few steps):
             the gradients of their parameters are exactly zero.
-        phases: One relaxation a nudged phase; the first of them, whose values these are, is ``relaxation``.
+        energies: Energy by node; a missing one is Gaussian of precision 1.
+        phases: One relaxation for each nudged phase; the first of them, whose values these are, is ``relaxation``.
+        feedforward_distance: |equilibrium - feed-forward| / |feed-forward| of the outputs; None without a free phase.
+
+    Example:
+        >>> import torch
+        >>> from torch2ebm.extend import InferenceState, call_and_loss, reverse_sweep
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> call, loss = call_and_loss(net, torch.randn(5, 4), lambda output: output.square().mean())
+        >>> deltas = reverse_sweep(call, loss.delivered).deltas
+        >>> state = InferenceState(call.graph, call.batch_size, call.values, deltas, error_unit=-loss.unit)
+        >>> state.error["0"].shape, state.energy["0"].shape
+        (torch.Size([5, 8]), torch.Size([5]))
     """
 
     graph: EnergyGraph
     batch_size: int
-    predictions: Mapping[str, Tensor]  # by slot
-    errors: Mapping[str, Tensor]  # by slot, to be multiplied by error_unit; a missing one is zero
+    predictions: Mapping[str, Tensor]
+    errors: Mapping[str, Tensor]
     error_unit: float = 1.0
     relaxation: Relaxation = Relaxation()
     unreached: tuple[str, ...] = ()
-    energies: Mapping[str, Energy] = field(default_factory=dict)  # by node; a missing one is Gaussian of precision 1
+    energies: Mapping[str, Energy] = field(default_factory=dict)
     phases: tuple[Relaxation, ...] = ()
-    feedforward_distance: float | None = None  # |equilibrium - feed-forward| / |feed-forward|, of the outputs
+    feedforward_distance: float | None = None
 
     @property
     def value(self) -> Mapping[str, Any]:
@@ -172,9 +193,29 @@ def _sum_of(energy: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LocalGradients:
-    """What an algorithm hands to autograd, in the scale of the user's loss."""
+    """What an algorithm hands to autograd, in the scale of the user's loss.
 
-    parameters: Mapping[str, Tensor]  # a missing one has no path to an output
+    Attributes:
+        parameters: By qualified name, in the parameter's shape, as ``.grad`` shall be: the gradient of the loss as it
+            was written, and no sum over samples of it. A missing one stays without a gradient.
+        inputs: One for each of ``Call.tensors``; None for one that requires no gradient.
+        state: What ``model.state`` shows.
+        later: Further gradients of an algorithm whose weights move with the values: each is asked for, in
+            ``optimizer.step()``, once the weights have moved on the one before.
+
+    Example:
+        >>> import torch
+        >>> from torch2ebm.extend import InferenceState, LocalGradients, call_and_loss, reverse_sweep
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> call, loss = call_and_loss(net, torch.randn(5, 4), lambda output: output.square().mean())
+        >>> swept = reverse_sweep(call, loss.delivered)
+        >>> state = InferenceState(call.graph, call.batch_size, call.values, swept.deltas, -loss.unit)
+        >>> inputs = call.input_gradients(swept.gradients.clamped)
+        >>> LocalGradients(swept.gradients.parameters, inputs, state).parameters["0.bias"].shape
+        torch.Size([8])
+    """
+
+    parameters: Mapping[str, Tensor]
     inputs: Sequence[Tensor | None]
     state: InferenceState
-    later: Iterator[LocalGradients] | None = None  # each to be taken once the weights have moved on the one before
+    later: Iterator[LocalGradients] | None = None

@@ -11,7 +11,7 @@ from torch2ebm.engine.gradients import GradientSum, Swept
 
 
 def reverse_sweep(call: Call, delivered: Mapping[str, Tensor], retain_graph: bool = False, gamma: float = 1.0) -> Swept:
-    """Every node once, in reverse topological order, by vector-Jacobian products that end at its own inputs.
+    """Every node once, in reverse topological order, by vector-Jacobian products that end at its own inputs (Z-IL).
 
     Needs a feed-forward pass with ``keep_graph=True``, whose passes it consumes unless ``retain_graph``.
 
@@ -20,6 +20,20 @@ def reverse_sweep(call: Call, delivered: Mapping[str, Tensor], retain_graph: boo
         delivered: Gradient of the loss in each output slot; a missing one is zero.
         retain_graph: Whether the call may be swept again.
         gamma: What an error is multiplied by at each level that it descends; 1 gives backprop's gradients.
+
+    Returns:
+        Gradients in the scale of ``delivered``, and the delta of every slot that an error reaches.
+
+    Example:
+        >>> import torch
+        >>> from torch2ebm.extend import call_and_loss, reverse_sweep
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> x = torch.randn(5, 4)
+        >>> call, loss = call_and_loss(net, x, lambda output: output.square().mean())
+        >>> ours = reverse_sweep(call, loss.delivered).gradients.parameters
+        >>> net(x).square().mean().backward()
+        >>> all(torch.allclose(ours[name], p.grad, atol=1e-6) for name, p in net.named_parameters())
+        True
     """
     gradients = GradientSum()
     deltas = dict(delivered)

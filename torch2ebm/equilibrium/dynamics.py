@@ -1,7 +1,7 @@
 """One call's Hopfield-type energy: the drive of its states, what the loss does to them, and the gradient of Phi.
 
-A node is evaluated on leaves, so no autograd graph crosses a node boundary; one call of the engine pulls the states
-back through all nodes, s_n <- act_n(d(Phi - beta c_o C)/ds_n / c_n) (Scellier and Bengio 2017).
+A node is evaluated on leaves, so no autograd graph crosses a node boundary. One call of the engine pulls the states
+back through all nodes: s_n <- act_n(d(Phi - beta c_o C)/ds_n / c_n) (Scellier and Bengio 2017).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ States = Mapping[str, Tensor]  # by slot
 
 
 class Equilibrium:
-    """The states of one call: Phi, its gradient, and the step.
+    """The states of one call: Phi, its gradient, and the step. An :class:`Update` is given one.
+
+    A state is by slot, in the shape of the activation's value, for example ``[batch, features]``.
 
     Attributes:
         states: The feed-forward values, where the free phase starts; once it has ended, where it led.
@@ -29,6 +31,29 @@ class Equilibrium:
         output_weight: c_o.
         nudged: Slots of the states that the loss acts on.
         precision: Of the coarsest numbers that states are read as, relative to their size.
+
+    Example:
+        A synchronous step, written out. The examples of the methods go on from it.
+
+        >>> import torch, torch2ebm
+        >>> from torch2ebm.extend import Step, Update
+        >>> class Plain(Update):
+        ...     name, share = "plain", 1.0
+        ...     def step(self, equilibrium, states, influence, past=None):
+        ...         self.seen = equilibrium, states, influence
+        ...         drives = equilibrium.drive(states)
+        ...         influence.nudge(equilibrium, states, drives)
+        ...         moved = equilibrium.activate(drives)
+        ...         influence.hold(moved)
+        ...         return Step(states, moved, drives)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> model, update = torch2ebm.convert(net), Plain()
+        >>> algorithm = torch2ebm.EquilibriumPropagation(feedback=0.1, update=update)
+        >>> optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, algorithm)
+        >>> output = model(torch.randn(5, 4))
+        >>> equilibrium, states, influence = update.seen
+        >>> [state.shape for state in states.values()]
+        [torch.Size([5, 8]), torch.Size([5, 3])]
     """
 
     def __init__(self, call: Call, hopfield: HopfieldGraph, feedback: float) -> None:
@@ -59,7 +84,20 @@ class Equilibrium:
         return value.dtype if value.is_complex() else self._read_as[slot]
 
     def drive(self, states: States, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
-        """dPhi/ds_n / c_n of the ``wanted`` states, by default of all: a_n, and the feedback of those that read it."""
+        """dPhi/ds_n / c_n: the pre-activation of each state, and the feedback of those that read it.
+
+        Args:
+            states: By slot. They are read, and not written.
+            wanted: The slots whose drive is wanted; None for all.
+
+        Returns:
+            By slot, in the shape of the state.
+
+        Example:
+            >>> drives = equilibrium.drive(states)
+            >>> drives.keys() == states.keys()
+            True
+        """
         drives = {slot: a for slot, a in self.fixed.items() if wanted is None or slot in wanted}
         passes = [(term, self._pass(term, states)) for term in self.hopfield.terms if _concerns(term, wanted)]
         for term, evaluated in passes:
@@ -102,7 +140,19 @@ class Equilibrium:
         return state if factor == 1.0 else state * factor
 
     def activate(self, drives: States) -> dict[str, Tensor]:
-        """s_n = act_n(drive_n)."""
+        """s_n = act_n(drive_n).
+
+        Args:
+            drives: By slot, of all states or of some.
+
+        Returns:
+            The states, by the same slots.
+
+        Example:
+            >>> moved = equilibrium.activate(equilibrium.drive(states))
+            >>> [bool((state.abs() <= 1).all()) for state in moved.values()][0]  # behind a tanh
+            True
+        """
         states = {}
         with torch.no_grad():
             for slot, drive in drives.items():
@@ -180,6 +230,15 @@ class Influence:
         loss: C, summed over samples, which stands in the energy as beta c_o C.
         beta: The nudge.
         held: States that are clamped, by slot.
+
+    Example:
+        The examples of the methods go on from this one.
+
+        >>> import torch
+        >>> from torch2ebm.extend import Influence
+        >>> held = Influence(held={"output": torch.ones(1, 2)})
+        >>> held.loss is None
+        True
     """
 
     loss: OutputLoss | None = None
@@ -187,7 +246,19 @@ class Influence:
     held: States = field(default_factory=dict)
 
     def nudge(self, equilibrium: Equilibrium, states: States, drives: dict[str, Tensor]) -> None:
-        """Subtract beta c_o dC/ds_n / c_n from the drives that are there."""
+        """Subtract beta c_o dC/ds_n / c_n from the drives that are there.
+
+        Args:
+            equilibrium: The dynamics of the call.
+            states: Where the loss is evaluated, by slot.
+            drives: By slot, in the shape of the state; those of the outputs are written.
+
+        Example:
+            >>> drives = {}
+            >>> held.nudge(None, {}, drives)  # no loss: nothing to do
+            >>> drives
+            {}
+        """
         if self.loss is None or drives.keys().isdisjoint(equilibrium.nudged):
             return
         for slot, gradient in cost_gradients(equilibrium, states, self.loss).items():
@@ -196,7 +267,17 @@ class Influence:
                 drives[slot] = drives[slot].sub(gradient, alpha=factor)
 
     def hold(self, states: dict[str, Tensor]) -> None:
-        """Put what is held in the place of what a step has made."""
+        """Put what is held in the place of what a step has made.
+
+        Args:
+            states: By slot; those that are held are written.
+
+        Example:
+            >>> states = {"output": torch.zeros(1, 2)}
+            >>> held.hold(states)
+            >>> states["output"]
+            tensor([[1., 1.]])
+        """
         states.update({slot: value for slot, value in self.held.items() if slot in states})
 
 

@@ -17,16 +17,65 @@ Vector = dict[str, Tensor]
 
 
 class System(Protocol):
-    """Products with the Jacobian of a step."""
+    """Products with the Jacobian J of a step, by slot of a state.
 
-    def transposed(self, z: Vector) -> Vector: ...
+    Example:
+        J is one half here. The examples of the methods go on from this one.
 
-    def product(self, v: Vector) -> Vector: ...
+        >>> import torch
+        >>> class Halving:
+        ...     def transposed(self, z):
+        ...         return {slot: 0.5 * each for slot, each in z.items()}
+        ...     product = transposed
+        >>> system = Halving()
+    """
+
+    def transposed(self, z: Vector) -> Vector:
+        """J^T z.
+
+        Args:
+            z: By slot, in the shape of the state, for example ``[batch, features]``.
+
+        Returns:
+            The same slots and shapes.
+
+        Example:
+            >>> system.transposed({"h": torch.ones(1, 2)})
+            {'h': tensor([[0.5000, 0.5000]])}
+        """
+        ...
+
+    def product(self, v: Vector) -> Vector:
+        """J v.
+
+        Args:
+            v: By slot, in the shape of the state.
+
+        Returns:
+            The same slots and shapes.
+
+        Example:
+            >>> system.product({"h": torch.ones(1, 2)})
+            {'h': tensor([[0.5000, 0.5000]])}
+        """
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """``z``, the steps that were made, and the largest entry of b - (I - J^T) z."""
+    """What a linear solver has found.
+
+    Attributes:
+        z: By slot, in the shape of ``b``.
+        steps: How many were made.
+        residual: Largest absolute entry of b - (I - J^T) z, over slots and samples.
+
+    Example:
+        >>> import torch
+        >>> from torch2ebm.extend import Solution
+        >>> Solution({"h": torch.ones(1, 2)}, steps=3, residual=0.0).steps
+        3
+    """
 
     z: Vector
     steps: int
@@ -34,11 +83,29 @@ class Solution:
 
 
 class LinearSolver(ABC):
-    """How recurrent backprop solves (I - J^T) z = b.
+    """How recurrent backprop solves (I - J^T) z = b: ``RecurrentBackprop(solver)`` (Almeida 1987; Pineda 1987).
 
     Attributes:
         steps: Most steps, each of one product with J^T, or of one with J and one with J^T.
         tol: Largest entry of the residual at which it ends early; 0 takes all steps.
+
+    Example:
+        z <- J^T z + b. The example of the method goes on from this one.
+
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from torch2ebm.extend import LinearSolver, Solution
+        >>> @dataclass(frozen=True)
+        ... class Picard(LinearSolver):
+        ...     steps: int = 50
+        ...     tol: float = 0.0
+        ...     def solve(self, system, b):
+        ...         z = b
+        ...         for _ in range(self.steps):
+        ...             before, products = z, system.transposed(z)
+        ...             z = {slot: products[slot] + b[slot] for slot in b}
+        ...         change = max(float((z[slot] - before[slot]).abs().max()) for slot in b)
+        ...         return Solution(z, self.steps, change)
     """
 
     steps: int
@@ -46,7 +113,23 @@ class LinearSolver(ABC):
 
     @abstractmethod
     def solve(self, system: System, b: Vector) -> Solution:
-        """One linear system for all samples of a batch."""
+        """One linear system for all samples of a batch.
+
+        Args:
+            system: Products with J and J^T.
+            b: By slot of a state, in its shape: the loss's gradient, summed over samples.
+
+        Returns:
+            z in the shapes of ``b``, the steps, and the residual.
+
+        Example:
+            >>> class Halving:
+            ...     def transposed(self, z):
+            ...         return {slot: 0.5 * each for slot, each in z.items()}
+            ...     product = transposed
+            >>> Picard().solve(Halving(), {"h": torch.ones(1, 2)}).z["h"]  # 1 / (1 - 1/2)
+            tensor([[2., 2.]])
+        """
 
 
 @dataclass(frozen=True)

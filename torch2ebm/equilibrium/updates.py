@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from torch2ebm.common.nested import fill, leaves_of
+from torch2ebm.common.nested import attributes_of, fill, leaves_of, settings_of
 from torch2ebm.common.rows import Rows, least_squares
 from torch2ebm.equilibrium.dynamics import Equilibrium, Influence, States
 from torch2ebm.errors import ConfigurationError
@@ -20,12 +20,19 @@ from torch2ebm.programs.surroundings import fixed_tensors, surroundings
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One step.
+    """One step of an equilibrium algorithm's states.
 
     Attributes:
-        start: Where it was made from.
-        states: Where it led.
-        drives: What each activation was applied to.
+        start: Where it was made from, by slot.
+        states: Where it led, by slot, in the same shapes.
+        drives: What each activation was applied to, by slot.
+
+    Example:
+        >>> import torch
+        >>> from torch2ebm.extend import Step
+        >>> states = {"h": torch.zeros(5, 8)}
+        >>> Step(start=states, states=states, drives=states).states["h"].shape
+        torch.Size([5, 8])
     """
 
     start: States
@@ -35,21 +42,67 @@ class Step:
 
 @dataclass
 class UpdateHistory:
-    """What an update may remember of one phase: points and what a step made of them, a sample a row, newest last."""
+    """What an update may remember of one phase: points and what a step made of them, a sample a row, newest last.
 
-    points: list[Tensor] = field(default_factory=list)  # [rows, entries]
-    images: list[Tensor] = field(default_factory=list)  # [rows, entries]
+    Attributes:
+        points: Each of shape ``[rows, entries]``.
+        images: Each of the same shape.
+
+    Example:
+        The example of the method goes on from this one.
+
+        >>> import torch
+        >>> from torch2ebm.extend import UpdateHistory
+        >>> past = UpdateHistory()
+        >>> past.points
+        []
+    """
+
+    points: list[Tensor] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)
 
     def add(self, point: Tensor, image: Tensor, most: int) -> None:
+        """Remember a pair, and forget the oldest.
+
+        Args:
+            point: Where a step began, shape ``[rows, entries]``.
+            image: Where it led, in the same shape.
+            most: How many pairs are kept.
+
+        Example:
+            >>> for number in range(4):
+            ...     past.add(torch.full((1, 2), number), torch.zeros(1, 2), most=3)
+            >>> len(past.points)
+            3
+        """
         self.points, self.images = [*self.points, point][-most:], [*self.images, image][-most:]
 
 
 class Update(ABC):
-    """How one step moves the states.
+    """How one step moves the states of an equilibrium algorithm: ``EquilibriumPropagation(update=...)``.
+
+    Write a subclass as a frozen dataclass. Where its free phase has not settled, a damped and a sequential update are
+    tried, too.
 
     Attributes:
-        name: As it stands in the report.
-        share: The part that it takes of the way to where an undamped step leads.
+        name: As it stands in the report, ``model.state.relaxation.update``.
+        share: The part that it takes of the way to where an undamped step leads: changes are measured by it.
+
+    Example:
+        Half of every step. The example of the method goes on from this one.
+
+        >>> from dataclasses import dataclass
+        >>> import torch, torch2ebm
+        >>> from torch2ebm.extend import Step, Update, synchronous_step
+        >>> @dataclass(frozen=True)
+        ... class Half(Update):
+        ...     name: str = "half"
+        ...     share: float = 0.5
+        ...     def step(self, equilibrium, states, influence, past=None):
+        ...         whole = synchronous_step(equilibrium, states, influence)
+        ...         moved = {slot: 0.5 * (states[slot] + state) for slot, state in whole.states.items()}
+        ...         return Step(states, moved, whole.drives)
+        >>> algorithm = torch2ebm.EquilibriumPropagation(free_steps=60, feedback=0.3, update=Half())
     """
 
     name: str
@@ -59,7 +112,25 @@ class Update(ABC):
     def step(
         self, equilibrium: Equilibrium, states: States, influence: Influence, past: UpdateHistory | None = None
     ) -> Step:
-        """One step from ``states``, or from another point that the ``past`` of the phase suggests."""
+        """One step from ``states``, or from another point that the ``past`` of the phase suggests.
+
+        Args:
+            equilibrium: The dynamics of the call; :func:`synchronous_step` takes it as it is.
+            states: By slot, for example ``[batch, features]``. They are read, and not written.
+            influence: What the loss does to the states in this phase.
+            past: What earlier steps of the phase have left here; None for nothing.
+
+        Returns:
+            Where the step began, where it led, and what the activations were applied to.
+
+        Example:
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+            >>> model = torch2ebm.convert(net)
+            >>> optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, algorithm)
+            >>> model(torch.randn(5, 4)).square().mean().backward()
+            >>> model.state.phases[0].update
+            'half'
+        """
 
 
 @dataclass(frozen=True)
@@ -185,7 +256,23 @@ def _as(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def synchronous_step(equilibrium: Equilibrium, states: States, influence: Influence) -> Step:
-    """f(s) of all states."""
+    """f(s) of all states at once, from the states before.
+
+    Args:
+        equilibrium: The dynamics of the call.
+        states: By slot.
+        influence: What the loss does to the states in this phase.
+
+    Returns:
+        The step, whose drives are what the activations were applied to.
+
+    Example:
+        >>> from torch2ebm.extend import Update, synchronous_step
+        >>> class Plain(Update):
+        ...     name, share = "plain", 1.0
+        ...     def step(self, equilibrium, states, influence, past=None):
+        ...         return synchronous_step(equilibrium, states, influence)
+    """
     drives = equilibrium.drive(states)
     influence.nudge(equilibrium, states, drives)
     moved = equilibrium.activate(drives)
@@ -236,6 +323,7 @@ def _chain(programs: Programs, update: Update, equilibrium: Equilibrium, influen
     on_loss, tensors = found
     readouts = tuple(node.name for node in equilibrium.hopfield.readouts)
     phase = (influence.beta, tuple(influence.held))
-    key = (update, equilibrium.feedback, readouts, phase, on_loss, surroundings(equilibrium.call))
-    fixed = [*tensors, *equilibrium.fixed.values(), *influence.held.values()]
+    key = (settings_of(update), equilibrium.feedback, readouts, phase, on_loss, surroundings(equilibrium.call))
+    own = [leaf for leaf in leaves_of(attributes_of(update)) if isinstance(leaf, Tensor)]
+    fixed = [*tensors, *own, *equilibrium.fixed.values(), *influence.held.values()]
     return Chain(programs, equilibrium.call.graph, key, fixed)

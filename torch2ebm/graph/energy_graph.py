@@ -50,6 +50,16 @@ class Node:
         batch_statistics: Whether it normalises with the statistics of the batch.
         group_norm: Whether it normalises groups of channels.
         operations: What its predictions are made of, in order.
+
+    Example:
+        The examples of the methods go on from this one.
+
+        >>> import torch, torch2ebm
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> model = torch2ebm.convert(net, example_inputs=torch.randn(5, 4))
+        >>> node = model.nodes["2"]
+        >>> node.parents, node.level, list(node.parameters)
+        (('0',), 0, ['2.weight', '2.bias'])
     """
 
     name: str
@@ -70,10 +80,30 @@ class Node:
 
     @property
     def is_output(self) -> bool:
+        """Whether no node reads its value: the loss acts on its prediction.
+
+        Example:
+            >>> node.is_output, model.nodes["0"].is_output
+            (True, False)
+        """
         return not self.children
 
     def evaluate(self, arguments: Sequence[Any]) -> Sequence[Any]:
-        """The predictions of all slots, then the exports. Raises :class:`NodeEvaluationError`."""
+        """The node's function. :meth:`Call.evaluate` calls it with what the call has fixed; use that.
+
+        Args:
+            arguments: A value for each of ``reads``, then one for each of ``constants``.
+
+        Returns:
+            The predictions of all slots, then the exports.
+
+        Raises:
+            NodeEvaluationError: where the function fails on them, by a wrong shape as a rule.
+
+        Example:
+            >>> [prediction.shape for prediction in node.evaluate([torch.zeros(5, 8)])]
+            [torch.Size([5, 3])]
+        """
         try:
             result = self.function(*arguments)
         except (torch.OutOfMemoryError, Torch2EBMError):
@@ -120,6 +150,19 @@ class EnergyGraph:
         parameters: Those that some output depends on, by qualified name, each once, in the module's order.
         clamp: From the input tensors to everything that depends on them alone, by name.
         inputs: Name of each tensor that ``clamp`` makes of input tensors to the names of these.
+        owner: Slot to its node.
+        hidden_nodes: The nodes that have a value, parents before children.
+        output_nodes: The nodes whose prediction the loss reads.
+        output_slots: Their slots, in the order of the model's output.
+
+    Example:
+        The examples of the methods go on from this one.
+
+        >>> import torch, torch2ebm
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> graph = torch2ebm.convert(net, example_inputs=torch.randn(5, 4)).graph
+        >>> [node.name for node in graph.hidden_nodes], [node.name for node in graph.output_nodes]
+        (['0'], ['2'])
     """
 
     def __init__(
@@ -147,7 +190,19 @@ class EnergyGraph:
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What is made of this graph the first time, under a key of its maker's, and is there from then on."""
+        """Compute something once for this graph, and cache it.
+
+        Args:
+            key: Names what is computed; begin it with a name of your own.
+            make: Computes it.
+
+        Returns:
+            What ``make`` returned the first time.
+
+        Example:
+            >>> graph.once(("my algorithm", "count"), lambda: len(graph.nodes))
+            2
+        """
         if key not in self._made:
             self._made[key] = make()
         made: Made = self._made[key]
@@ -155,10 +210,28 @@ class EnergyGraph:
 
     @property
     def levels(self) -> Mapping[str, int]:
+        """Node name to its level: the longest path, in edges, to an output.
+
+        Example:
+            >>> graph.levels
+            {'0': 1, '2': 0}
+        """
         return {name: node.level for name, node in self.nodes.items()}
 
     def output(self, predictions: Mapping[str, Tensor], constants: Mapping[str, Any]) -> list[Any]:
-        """The leaves of the model's output."""
+        """The leaves of the model's output.
+
+        Args:
+            predictions: By output slot.
+            constants: What the feed-forward pass fixed, by name.
+
+        Returns:
+            For one output tensor a list of this one.
+
+        Example:
+            >>> graph.output({graph.output_slots[0]: torch.zeros(1, 3)}, {})
+            [tensor([[0., 0., 0.]])]
+        """
         leaves = []
         for reference in self.outputs:
             if reference.slot is not None:
@@ -168,7 +241,15 @@ class EnergyGraph:
         return leaves
 
     def levelled(self) -> EnergyGraph:
-        """The same model, ``k - 1`` identity nodes on every edge that spans ``k`` levels (Salvatori et al. 2022)."""
+        """The same model, ``k - 1`` identity nodes on every edge that spans ``k`` levels (Salvatori et al. 2022).
+
+        Returns:
+            Another graph; a chain has as many nodes there as here.
+
+        Example:
+            >>> len(graph.levelled().nodes)
+            2
+        """
         order: list[Node] = []
         for node in self.order:
             reads = []

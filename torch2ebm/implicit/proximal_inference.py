@@ -16,7 +16,8 @@ from torch2ebm.errors import ConfigurationError, DenseLayerError, LossCurvatureE
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.implicit.curvature import largest_curvature
 from torch2ebm.implicit.dense_layers import DenseLayer, DensePass, dense_layers
-from torch2ebm.inference.base import LOSS, energies
+from torch2ebm.inference.base import LOSS
+from torch2ebm.inference.history import energies
 from torch2ebm.inference.relaxation import check_energies
 from torch2ebm.loss.output_loss import OutputLoss
 

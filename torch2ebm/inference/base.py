@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from torch2ebm.engine.call import Call, NodePass, at_least_single
 from torch2ebm.engine.energies import Energy, gaussian_energy_of_batch
-from torch2ebm.engine.gradients import GradientSum
 from torch2ebm.engine.results import InferenceState, LocalGradients
 from torch2ebm.graph.energy_graph import Node
+from torch2ebm.inference.collected import Collected
 from torch2ebm.loss.output_loss import OutputLoss
 
 LOSS = "loss"
@@ -28,12 +27,39 @@ UNIT_GAUSSIAN: Mapping[str, Energy] = MappingProxyType({})  # what nodes without
 class Inference(ABC):
     """What moves in one call, and F's gradient in it.
 
+    F is the sum over nodes and samples of phi(value, prediction), plus L, which is lambda times the loss summed over
+    samples. Everything is by *slot*: the name of one value of a node (most nodes have one). An *error* is a value minus
+    its prediction; a *message* is what a child sends to its parent, J^T of -dphi/dprediction.
+
+    Args:
+        call: The call, after its feed-forward pass.
+        loss: Its loss, or :class:`NudgedLoss` of it.
+        energies: Energy of each node, by name; a node without one has a Gaussian of precision 1.
+        retain_call: Whether the call keeps its values, for another relaxation from the same start.
+
     Attributes:
+        call: As given, with its ``graph`` and ``loss`` beside it.
+        values: Value of every slot that can move, in its shape. Kept in at least single precision.
         energies: Energy of each node, by name; a node without one has a Gaussian of precision 1.
         history: For every sweep the energy of each active node, and of the loss, as tensors of no dimension.
         measuring: Whether the next sweep keeps the largest entries of its gradients.
         driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep, a sample or in all.
         evaluations: How many node functions have run.
+        scale: Factor from dF/dtheta to ``.grad``: that of the loss.
+
+    Example:
+        The examples of the methods go on from this one.
+
+        >>> import torch
+        >>> from torch2ebm.extend import ValueInference, call_and_loss
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> call, loss = call_and_loss(net, torch.randn(5, 4), lambda output: output.square().mean())
+        >>> inference = ValueInference(call, loss)
+        >>> inference.measuring = True
+        >>> for slot, gradient in inference.sweep():
+        ...     inference.move(slot, gradient, rate=-0.1)
+        >>> inference.values[slot].shape, inference.evaluations
+        (torch.Size([5, 8]), 1)
     """
 
     def __init__(
@@ -60,7 +86,7 @@ class Inference(ABC):
 
     @abstractmethod
     def moving(self) -> dict[str, Any]:
-        """All that a sweep or a move changes, and all tensors of this call that they read."""
+        """All that a sweep or a move changes, and all tensors of this call that they read; ``compile=True`` asks."""
 
     @abstractmethod
     def restore(self, moving: Mapping[str, Any]) -> None:
@@ -69,6 +95,13 @@ class Inference(ABC):
     # the driving term
 
     def begin_sweep(self) -> None:
+        """Begin a line of the history. The sweeps do so; a solver that evaluates nodes one by one does it itself.
+
+        Example:
+            >>> inference.begin_sweep()
+            >>> inference.history[-1]
+            {}
+        """
         self.history.append({})
         self.driving = []
 
@@ -81,11 +114,27 @@ class Inference(ABC):
             self.driving.append(gradient.abs().max())
 
     def residual(self) -> Tensor:
-        """Largest absolute entry of the gradient in the last measured sweep."""
+        """Largest absolute entry of the gradient in the last measured sweep.
+
+        Returns:
+            A tensor of no dimension; 0 where nothing was measured.
+
+        Example:
+            >>> inference.residual() == inference.residual_of_samples().max()
+            tensor(True)
+        """
         return torch.stack([each.max() for each in self.driving]).max() if self.driving else torch.zeros(())
 
     def residual_of_samples(self) -> Tensor | None:
-        """The same for each sample, shape ``[batch]``; None where a value has no batch dimension."""
+        """The same for each sample.
+
+        Returns:
+            Shape ``[batch]``; None where a value has no batch dimension.
+
+        Example:
+            >>> inference.residual_of_samples().shape
+            torch.Size([5])
+        """
         if not self.driving or any(each.ndim == 0 for each in self.driving):
             return None
         return torch.stack(self.driving).amax(0)
@@ -101,6 +150,22 @@ class Inference(ABC):
         return found
 
     def evaluate(self, node: Node, requires_grad: bool) -> NodePass:
+        """A node at the values as they are.
+
+        Args:
+            node: One of ``graph.nodes``.
+            requires_grad: Whether messages to its parents are wanted.
+
+        Returns:
+            The pass, whose inputs are detached from everything else.
+
+        Raises:
+            NodeEvaluationError: where its function fails.
+
+        Example:
+            >>> inference.evaluate(inference.graph.nodes["2"], requires_grad=True).predictions[0].shape
+            torch.Size([5, 3])
+        """
         self.evaluations += 1
         with torch.enable_grad():
             return self.call.evaluate(node, self._inputs(node, requires_grad))
@@ -108,7 +173,22 @@ class Inference(ABC):
     def pulls_into_history(
         self, node: Node, errors: Sequence[Tensor], predictions: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """dphi/dvalue and -dphi/dprediction of each slot; the energy goes to the history."""
+        """:meth:`pulls`, and the node's energy summed over samples goes to the history.
+
+        Args:
+            node: A node with a value.
+            errors: One for each slot.
+            predictions: One for each slot.
+
+        Returns:
+            As :meth:`pulls`.
+
+        Example:
+            >>> node, prediction = inference.graph.nodes["0"], torch.zeros(5, 8)
+            >>> own, back = inference.pulls_into_history(node, [torch.ones(5, 8)], [prediction])
+            >>> inference.history[-1]["0"]  # half of 40 squares
+            tensor(20.)
+        """
         energy = self.energies.get(node.name)
         if energy is None:
             parts = [gaussian_energy_of_batch(error) for error in errors]
@@ -120,6 +200,21 @@ class Inference(ABC):
     def pulls(
         self, node: Node, errors: Sequence[Tensor], predictions: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
+        """What the node's energy does to its value, and to its prediction.
+
+        Args:
+            node: A node with a value.
+            errors: One for each slot.
+            predictions: One for each slot.
+
+        Returns:
+            dphi/dvalue and -dphi/dprediction of each slot, in its shape. For a Gaussian of precision 1 both are errors.
+
+        Example:
+            >>> own, back = inference.pulls(inference.graph.nodes["0"], [torch.ones(5, 8)], [torch.zeros(5, 8)])
+            >>> torch.equal(own[0], torch.ones(5, 8)) and torch.equal(back[0], own[0])
+            True
+        """
         energy = self.energies.get(node.name)
         if energy is None:
             return list(errors), list(errors)
@@ -127,10 +222,37 @@ class Inference(ABC):
         return list(own), list(backward)
 
     def send(self, evaluated: NodePass, cotangents: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
-        """Add J^T of the cotangents to the message of each parent."""
+        """Add J^T of the cotangents to the message of each parent.
+
+        Args:
+            evaluated: A pass of the child, with ``requires_grad``; its graph is used up.
+            cotangents: -dphi/dprediction of each slot of the child; None is zero.
+            messages: By slot of a parent, added to.
+
+        Example:
+            >>> messages = {}
+            >>> evaluated = inference.evaluate(inference.graph.nodes["2"], requires_grad=True)
+            >>> inference.send(evaluated, [torch.ones(5, 3)], messages)
+            >>> messages[slot].shape
+            torch.Size([5, 8])
+        """
         self.add_messages(evaluated, evaluated.pullback(cotangents, evaluated.inputs), messages)
 
     def add_messages(self, evaluated: NodePass, products: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
+        """The same with products that are known, for example from :meth:`GradientSum.add`.
+
+        Args:
+            evaluated: A pass of the child.
+            products: One for each slot that it reads; None is zero.
+            messages: By slot of a parent, added to.
+
+        Example:
+            >>> messages = {}
+            >>> evaluated = inference.evaluate(inference.graph.nodes["2"], requires_grad=True)
+            >>> inference.add_messages(evaluated, [torch.ones(5, 8)], messages)
+            >>> list(messages) == [slot]
+            True
+        """
         for slot, message in zip(evaluated.node.reads, products, strict=True):
             if message is not None:
                 message = at_least_single(message, detach=False)
@@ -139,7 +261,20 @@ class Inference(ABC):
     # outputs: the loss acts on their predictions (O1)
 
     def output_errors(self, passes: Sequence[NodePass]) -> dict[str, Tensor]:
-        """e_o = -dL/dmu_o of every output slot, L being lambda times the loss summed over samples."""
+        """e_o = -dL/dmu_o of every output slot; L goes to the history.
+
+        Args:
+            passes: One of each output node.
+
+        Returns:
+            By slot, in the shape of the prediction; a slot that the loss does not depend on is missing.
+
+        Example:
+            >>> passes = [inference.evaluate(node, requires_grad=False) for node in inference.graph.output_nodes]
+            >>> errors = inference.output_errors(passes)
+            >>> [error.shape for error in errors.values()]
+            [torch.Size([5, 3])]
+        """
         predictions = {s: p.detach() for each in passes for s, p in zip(each.node.slots, each.predictions, strict=True)}
         value, gradients = self.loss.gradients(predictions)
         self.history[-1][LOSS] = value
@@ -148,17 +283,46 @@ class Inference(ABC):
     # the end
 
     def local_gradients(self) -> LocalGradients:
-        """dF/dtheta where the relaxation ended, in the scale of the user's loss."""
+        """dF/dtheta where the relaxation ended, in the scale of the user's loss. The values are used up.
+
+        Returns:
+            Gradients of parameters and inputs, and the state that the model shows.
+
+        Example:
+            >>> gradients = inference.local_gradients()
+            >>> gradients.parameters["0.weight"].shape, gradients.state.value["0"].shape
+            (torch.Size([8, 4]), torch.Size([5, 8]))
+        """
         return self.finished(self.collected())
 
     def collected(self) -> Collected:
-        """The last pass over all nodes: errors, predictions and gradients of parameters."""
+        """The last pass over all nodes, the first half of :meth:`local_gradients`.
+
+        Returns:
+            Errors, predictions and gradients of parameters, by slot and by name.
+
+        Example:
+            >>> list(inference.collected().gradients.parameters)
+            ['2.weight', '2.bias', '0.weight', '0.bias']
+        """
         self.history.append({})
         result = Collected()
         self._collect_all(result)
         return result
 
     def finished(self, result: Collected) -> LocalGradients:
+        """The second half of :meth:`local_gradients`.
+
+        Args:
+            result: Of :meth:`collected`.
+
+        Returns:
+            As :meth:`local_gradients`.
+
+        Example:
+            >>> inference.finished(inference.collected()).state.unreached
+            ()
+        """
         state = InferenceState(
             self.graph,
             self.call.batch_size,
@@ -207,16 +371,6 @@ class Inference(ABC):
         result.predictions.update({slot: self.values.pop(slot) for slot in node.slots})
 
 
-@dataclass
-class Collected:
-    """What the last pass over the nodes collects, by slot."""
-
-    gradients: GradientSum = field(default_factory=lambda: GradientSum())
-    predictions: dict[str, Tensor] = field(default_factory=dict)
-    errors: dict[str, Tensor] = field(default_factory=dict)  # times minus the loss's scale
-    unreached: list[str] = field(default_factory=list)
-
-
 def _pairs(errors: Sequence[Tensor], predictions: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(error, mu.detach().to(error.dtype)) for error, mu in zip(errors, predictions, strict=True)]
 
@@ -226,23 +380,3 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
-
-
-def energies(history: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    """The recorded energies as numbers, with one transfer to the host."""
-    rows = [[sweep[name] for name in names if name in sweep] for sweep in history]
-    numbers = iter(_on_host([entry for row in rows for entry in row]))
-    return _columns([{name: next(numbers) for name in names if name in sweep} for sweep in history], names)
-
-
-def _on_host(entries: Sequence[Tensor]) -> list[float]:
-    if not entries:
-        return []
-    alike = all(entry.ndim == 0 and entry.dtype == entries[0].dtype for entry in entries)
-    stacked = torch.stack(list(entries) if alike else [entry.double().reshape(()) for entry in entries])
-    numbers: list[float] = stacked.double().tolist()
-    return numbers
-
-
-def _columns(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    return {name: tuple(row.get(name, 0.0) for row in rows) for name in names}

@@ -15,16 +15,29 @@ from torch import Tensor
 from torch2ebm.engine.call import Call, NodePass, at_least_single
 from torch2ebm.engine.energies import Energy
 from torch2ebm.graph.energy_graph import Node
-from torch2ebm.inference.base import UNIT_GAUSSIAN, Collected, Inference
+from torch2ebm.inference.base import UNIT_GAUSSIAN, Inference
+from torch2ebm.inference.collected import Collected
 from torch2ebm.loss.output_loss import OutputLoss
 
 
 class ErrorInference(Inference):
-    """The moving errors of one call.
+    """The moving errors of one call. Arguments and words are those of ``Inference``.
 
     Attributes:
-        errors: Error of every slot that has one; a missing one is exactly zero.
+        errors: Error of every slot that has one, in the shape of its value; a missing one is exactly zero.
         values: Value of every slot that can move, as of the last sweep.
+
+    Example:
+        The examples of the methods go on from this one.
+
+        >>> import torch
+        >>> from torch2ebm.extend import ErrorInference, call_and_loss
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> call, loss = call_and_loss(net, torch.randn(5, 4), lambda output: output.square().mean())
+        >>> inference = ErrorInference(call, loss)
+        >>> [slot] = list(inference.values)
+        >>> inference.errors
+        {}
     """
 
     def __init__(
@@ -40,25 +53,75 @@ class ErrorInference(Inference):
         self._changed: set[str] = set()  # slots that have left their feed-forward value
 
     def moving(self) -> dict[str, Any]:
+        """Values, errors, predictions, and which have changed; ``compile=True`` asks.
+
+        Returns:
+            By what they are, then by slot.
+
+        Example:
+            >>> list(inference.moving())
+            ['values', 'errors', 'predictions', 'changed']
+        """
         tensors = {"values": dict(self.values), "errors": dict(self.errors), "predictions": dict(self._predictions)}
         return {**tensors, "changed": frozenset(self._changed)}
 
     def restore(self, moving: Mapping[str, Any]) -> None:
+        """Be as when :meth:`moving` gave this.
+
+        Args:
+            moving: What it gave.
+
+        Example:
+            >>> inference.restore(inference.moving())
+        """
         self.values, self.errors = dict(moving["values"]), dict(moving["errors"])
         self._predictions, self._changed = dict(moving["predictions"]), set(moving["changed"])
 
     def move(self, slot: str, direction: Tensor, rate: float) -> None:
-        """``error += rate * direction``."""
+        """``error += rate * direction``.
+
+        Args:
+            slot: Whose error.
+            direction: In the shape of its value.
+            rate: A number, minus the step size for descent.
+
+        Example:
+            >>> inference.move(slot, torch.ones(5, 8), rate=-0.5)
+            >>> inference.errors[slot].unique()
+            tensor([-0.5000])
+        """
         # never in place: a sum passes an error on as its message, as it is
         error = self.errors.get(slot)
         self.errors[slot] = direction * rate if error is None else torch.add(error, direction, alpha=rate)
 
     def total_sweep(self) -> Iterator[tuple[str, Tensor]]:
-        """dF/de of each slot: the exact gradient, since a message carries what all descendants say (A5)."""
+        """dF/de of each slot, children first (Goemaere et al. 2025).
+
+        It is the exact gradient, since a message carries what all descendants say. A slot may be moved as soon as it is
+        yielded.
+
+        Yields:
+            The slot, and dF/de of F summed over samples, in the shape of the value. Where it is zero, none.
+
+        Example:
+            >>> for name, gradient in inference.total_sweep():
+            ...     inference.move(name, gradient, rate=-0.1)
+            >>> torch.allclose(inference.errors[slot], -0.1 * gradient)
+            True
+        """
         yield from self._sweep(total=True)
 
     def local_sweep(self) -> Iterator[tuple[str, Tensor]]:
-        """``pi e - sum_c J_c^T pi_c e_c`` of each slot: zero where dF/de is, yet no gradient of F (A4)."""
+        """``pi e - sum_c J_c^T pi_c e_c`` of each slot: zero where dF/de is, yet no gradient of F.
+
+        Yields:
+            The slot, and the difference, in the shape of the value.
+
+        Example:
+            >>> [(name, difference)] = inference.local_sweep()
+            >>> difference.shape
+            torch.Size([5, 8])
+        """
         yield from self._sweep(total=False)
 
     def _sweep(self, total: bool) -> Iterator[tuple[str, Tensor]]:

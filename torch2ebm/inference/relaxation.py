@@ -9,7 +9,8 @@ from typing import Any
 
 from torch2ebm.engine.results import LocalGradients, Relaxation
 from torch2ebm.errors import DivergenceError, NonFiniteError
-from torch2ebm.inference.base import LOSS, Inference, energies
+from torch2ebm.inference.base import LOSS, Inference
+from torch2ebm.inference.history import energies
 from torch2ebm.inference.runs import EagerRun, ProgramRun
 from torch2ebm.inference.solver import REMEDY, Form, Solver
 from torch2ebm.programs.cache import Programs
@@ -19,9 +20,29 @@ WATCHED = 100  # steps between two looks at the energy; each waits for the devic
 
 
 def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Programs | None = None) -> LocalGradients:
-    """Relax, take the local gradients where the relaxation ends, and check both; by recorded programs where given.
+    """Relax, take the local gradients where the relaxation ends, and check both.
 
-    Raises :class:`NonFiniteError` where the first energy is no number, :class:`DivergenceError` where a later one is.
+    Args:
+        solver: How the values, or the errors, move.
+        inference: What they are: ``solver.inference(call, loss, energies, retain_call)``.
+        beta: The nudge that the report shows. The loss has it already (:class:`NudgedLoss`).
+        programs: Where recorded steps are kept, under ``compile=True``; None records none.
+
+    Returns:
+        The local gradients, whose ``state.relaxation`` has steps, residual, convergence and the energy of every step.
+
+    Raises:
+        NonFiniteError: where the first energy is no number.
+        DivergenceError: where a later one is none, or has risen a thousandfold.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> from torch2ebm.extend import ValueInference, call_and_loss, relax
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> call, loss = call_and_loss(net, torch.randn(5, 4), lambda output: output.square().mean())
+        >>> found = relax(torch2ebm.GradientDescent(steps=10, lr=0.1), ValueInference(call, loss))
+        >>> found.state.relaxation.steps, len(found.state.relaxation.energy)
+        (10, 11)
     """
     run = EagerRun(solver, inference) if programs is None else ProgramRun(programs, solver, inference)
     steps, residual = 0, math.inf

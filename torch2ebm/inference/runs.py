@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2ebm.common.nested import fill, leaves_of, signature, template_of
+from torch2ebm.common.nested import attributes_of, fill, leaves_of, settings_of, template_of
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.inference.base import Inference
 from torch2ebm.programs.cache import Chain, Programs
@@ -126,9 +126,11 @@ def _chain(programs: Programs, solver: Any, inference: Inference) -> Chain | Non
     if fixed is None:
         return None
     on_loss, tensors = fixed
-    precisions = [leaf for leaf in leaves_of(inference.energies) if isinstance(leaf, Tensor)]
-    key = (solver, on_loss, signature(inference.energies), surroundings(inference.call))
-    return Chain(programs, inference.graph, key, [*tensors, *precisions])
+    # attributes and not the objects: one of a class that is not frozen may have others in the next batch
+    energies = tuple((name, settings_of(energy)) for name, energy in inference.energies.items())
+    own = leaves_of([attributes_of(solver), *map(attributes_of, inference.energies.values())])
+    key = (settings_of(solver), on_loss, energies, surroundings(inference.call))
+    return Chain(programs, inference.graph, key, [*tensors, *(leaf for leaf in own if isinstance(leaf, Tensor))])
 
 
 def _size(structure: Any) -> int:

@@ -1,4 +1,4 @@
-"""What every solver is, and the one loop that drives them all."""
+"""What every solver is: the contract that the relaxation loop drives."""
 
 from __future__ import annotations
 
@@ -20,10 +20,25 @@ Form = TypeVar("Form", bound=Inference)
 class Solver(ABC, Generic[Form]):
     """How values relax: :meth:`start`, then :meth:`step` until ``steps`` are done or the residual is at most ``tol``.
 
+    Subclass :class:`ValueSolver` or :class:`ErrorSolver`, as a frozen dataclass: its settings are then compared by
+    ``compile=True``, shown by ``repr`` and kept by :meth:`with_steps`. It holds its settings and nothing of a
+    relaxation, so one object serves many models. Energy curve, convergence report and divergence check are the loop's.
+
     Attributes:
         steps: Most inference steps to do.
         tol: Stop once no entry of the driving term (dF/dv, dF/de) exceeds it in any node or sample; 0 never stops.
-        remedy: What to try where it diverges.
+        remedy: What to try where it diverges, for the error that says so.
+
+    Example:
+        The examples of the methods go on from this one.
+
+        >>> import torch, torch2ebm
+        >>> from torch2ebm.extend import ValueInference, call_and_loss
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> call, loss = call_and_loss(net, torch.randn(5, 4), lambda output: output.square().mean())
+        >>> solver = torch2ebm.GradientDescent(steps=20, lr=0.1)
+        >>> isinstance(solver, torch2ebm.Solver), solver.steps, solver.tol
+        (True, 20, 0.0)
     """
 
     steps: int
@@ -32,34 +47,161 @@ class Solver(ABC, Generic[Form]):
 
     @abstractmethod
     def inference(self, call: Call, loss: OutputLoss, energies: Mapping[str, Energy], retain_call: bool) -> Form:
-        """What this solver moves: values, or errors."""
+        """What this solver moves: values, or errors.
+
+        Args:
+            call: The call, after its feed-forward pass.
+            loss: Its loss, nudged where a nudging asks for it.
+            energies: Energy of each node, by name; a node without one has a Gaussian of precision 1.
+            retain_call: Whether the call keeps its values, for another phase from the same start.
+
+        Returns:
+            What :meth:`start` and :meth:`step` are given.
+
+        Example:
+            >>> type(solver.inference(call, loss, {}, retain_call=True)).__name__
+            'ValueInference'
+        """
 
     @abstractmethod
     def with_steps(self, steps: int) -> Solver[Form]:
-        """The same solver with another number of steps."""
+        """The same solver with another number of steps; :func:`torch2ebm.compare` asks for it.
+
+        Args:
+            steps: The other number.
+
+        Returns:
+            A copy: ``dataclasses.replace(self, steps=steps)``.
+
+        Raises:
+            ConfigurationError: for fewer than one step, where the solver checks its settings.
+
+        Example:
+            >>> solver.with_steps(3)
+            GradientDescent(steps=3, lr=0.1, tol=0.0)
+        """
 
     @abstractmethod
     def start(self, inference: Form) -> Any:
-        """The solver's own state for one relaxation."""
+        """The solver's own state for one relaxation.
+
+        Args:
+            inference: The values, or errors, before the first step. They are read here, and not moved.
+
+        Returns:
+            Whatever the first :meth:`step` needs: None, or a momentum of every slot. Under ``compile=True`` it has to
+            be made of tensors, numbers, tuples, lists, dicts and dataclasses.
+
+        Example:
+            >>> inference = ValueInference(call, loss)
+            >>> print(solver.start(inference))
+            None
+        """
 
     @abstractmethod
     def step(self, inference: Form, state: Any) -> Any:
-        """Move once; returns the next state."""
+        """Move everything once, in place, by :meth:`ValueInference.move` or :meth:`ErrorInference.move`.
+
+        Args:
+            inference: What moves. One pass over its sweep is one step.
+            state: What :meth:`start` or the step before returned.
+
+        Returns:
+            The next state. Under ``compile=True`` no number may be taken out of a tensor on the way.
+
+        Raises:
+            NodeEvaluationError: where a node's function fails at the values that have been reached.
+
+        Example:
+            >>> inference = ValueInference(call, loss)
+            >>> [slot], before = list(inference.values), dict(inference.values)
+            >>> state = solver.step(inference, solver.start(inference))
+            >>> torch.equal(inference.values[slot], before[slot])
+            False
+        """
 
 
 class ValueSolver(Solver[ValueInference]):
-    """A solver that moves values."""
+    """A solver that moves values, by :meth:`ValueInference.sweep` as a rule.
+
+    Example:
+        Gradient descent, written out. The example of the method goes on from it.
+
+        >>> from dataclasses import dataclass, replace
+        >>> import torch
+        >>> from torch2ebm.extend import ValueSolver, call_and_loss, relax
+        >>> @dataclass(frozen=True)
+        ... class Descent(ValueSolver):
+        ...     steps: int = 20
+        ...     lr: float = 0.1
+        ...     tol: float = 0.0
+        ...     def with_steps(self, steps):
+        ...         return replace(self, steps=steps)
+        ...     def start(self, inference):
+        ...         return None
+        ...     def step(self, inference, state):
+        ...         for slot, gradient in inference.sweep():
+        ...             inference.move(slot, gradient, rate=-self.lr)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> call, loss = call_and_loss(net, torch.randn(5, 4), lambda output: output.square().mean())
+    """
 
     def inference(
         self, call: Call, loss: OutputLoss, energies: Mapping[str, Energy], retain_call: bool
     ) -> ValueInference:
+        """The values of one call, which :meth:`step` moves; see :meth:`Solver.inference`.
+
+        Args:
+            call: The call, after its feed-forward pass.
+            loss: Its loss, nudged where a nudging asks for it.
+            energies: Energy of each node, by name.
+            retain_call: Whether the call keeps its values.
+
+        Returns:
+            The values where the feed-forward pass left them.
+
+        Example:
+            >>> inference = Descent().inference(call, loss, {}, retain_call=True)
+            >>> energy = relax(Descent(steps=30), inference).state.relaxation.energy
+            >>> energy[-1] < energy[0]
+            True
+        """
         return ValueInference(call, loss, energies, retain_call)
 
 
 class ErrorSolver(Solver[ErrorInference]):
-    """A solver that moves errors: a value is its prediction plus its error."""
+    """A solver that moves errors, by :meth:`ErrorInference.total_sweep`: a value is its prediction plus its error.
+
+    Errors are stored as they are, so float32 keeps small ones (Goemaere et al. 2025).
+
+    Example:
+        The example of the method goes on from this one.
+
+        >>> import torch, torch2ebm
+        >>> from torch2ebm.extend import ErrorSolver, call_and_loss, relax
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> call, loss = call_and_loss(net, torch.randn(5, 4), lambda output: output.square().mean())
+        >>> isinstance(torch2ebm.ErrorDescent(), ErrorSolver)
+        True
+    """
 
     def inference(
         self, call: Call, loss: OutputLoss, energies: Mapping[str, Energy], retain_call: bool
     ) -> ErrorInference:
+        """The errors of one call, which :meth:`step` moves; see :meth:`Solver.inference`.
+
+        Args:
+            call: The call, after its feed-forward pass.
+            loss: Its loss, nudged where a nudging asks for it.
+            energies: Energy of each node, by name.
+            retain_call: Whether the call keeps its values.
+
+        Returns:
+            Errors that are all zero.
+
+        Example:
+            >>> solver = torch2ebm.ErrorDescent(steps=5)
+            >>> relax(solver, solver.inference(call, loss, {}, retain_call=True)).state.relaxation.steps
+            5
+        """
         return ErrorInference(call, loss, energies, retain_call)

@@ -1,7 +1,7 @@
 """The values of one call while they move: the gradient of the energy in them, and the local gradients at the end.
 
-The sweep visits outputs first, then parents after children, one node at a time. Since a node's own value and those of
-its parents are still the old ones when its turn comes, moving each value as soon as its gradient is complete *is* the
+The sweep visits outputs first, then parents after children, one node at a time. When a node's turn comes, its own value
+and those of its parents are still the old ones. So moving each value as soon as its gradient is complete *is* the
 synchronous update, and only one node's autograd graph exists at a time.
 
 From a feed-forward start all errors are zero until the output's error reaches them, one level a step. A node that has
@@ -19,16 +19,30 @@ from torch import Tensor
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.graph.energy_graph import Node
-from torch2ebm.inference.base import UNIT_GAUSSIAN, Collected, Inference
+from torch2ebm.inference.base import UNIT_GAUSSIAN, Inference
+from torch2ebm.inference.collected import Collected
 from torch2ebm.loss.output_loss import OutputLoss
 
 
 class ValueInference(Inference):
-    """The moving values of one call, and F's gradient in them.
+    """The moving values of one call, and F's gradient in them. Arguments and words are those of ``Inference``.
 
     Attributes:
-        values: Value of every slot that can move. Kept in at least single precision.
+        values: Value of every slot that can move, in its shape, for example ``[batch, features]``.
         moved: Slots that have left their feed-forward value.
+
+    Example:
+        The examples of the methods go on from this one.
+
+        >>> import torch
+        >>> from torch2ebm.extend import ValueInference, call_and_loss
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> call, loss = call_and_loss(net, torch.randn(5, 4), lambda output: output.square().mean())
+        >>> inference = ValueInference(call, loss)
+        >>> node = inference.graph.nodes["0"]
+        >>> [slot] = list(inference.values)
+        >>> inference.values[slot].shape
+        torch.Size([5, 8])
     """
 
     def __init__(
@@ -44,14 +58,43 @@ class ValueInference(Inference):
         self._fixed = {slot: self.values[slot] for n in self.graph.hidden_nodes if not n.reads for slot in n.slots}
 
     def moving(self) -> dict[str, Any]:
+        """Values, which of them have moved, and predictions that cannot change; ``compile=True`` asks.
+
+        Returns:
+            By what they are, then by slot.
+
+        Example:
+            >>> list(inference.moving())
+            ['values', 'moved', 'fixed']
+        """
         return {"values": dict(self.values), "moved": frozenset(self.moved), "fixed": dict(self._fixed)}
 
     def restore(self, moving: Mapping[str, Any]) -> None:
+        """Be as when :meth:`moving` gave this.
+
+        Args:
+            moving: What it gave.
+
+        Example:
+            >>> inference.restore(inference.moving())
+        """
         self.values, self.moved = dict(moving["values"]), set(moving["moved"])
         self._fixed = dict(moving["fixed"])
 
     def move(self, slot: str, direction: Tensor, rate: float) -> None:
-        """``value += rate * direction``; the feed-forward value itself is never written."""
+        """``value += rate * direction``; the feed-forward value itself is never written.
+
+        Args:
+            slot: Which value.
+            direction: In its shape, for example the gradient that :meth:`sweep` yields.
+            rate: A number, minus the step size for descent.
+
+        Example:
+            >>> before = inference.values[slot]
+            >>> inference.move(slot, torch.ones(5, 8), rate=-0.5)
+            >>> torch.allclose(inference.values[slot], before - 0.5), slot in inference.moved
+            (True, True)
+        """
         if slot in self.moved:
             self.values[slot].add_(direction, alpha=rate)
         else:
@@ -59,7 +102,20 @@ class ValueInference(Inference):
             self.moved.add(slot)
 
     def sweep(self) -> Iterator[tuple[str, Tensor]]:
-        """dF/dv of each slot that it is not exactly zero for; the slot may be moved as soon as it is yielded."""
+        """dF/dv of each slot that it is not exactly zero for, children first (Rosenbaum 2022).
+
+        A slot may be moved as soon as it is yielded: the sweep has read its value, so that this is the synchronous
+        update. Read a value before you move it.
+
+        Yields:
+            The slot, and dF/dv of F summed over samples, in the shape of the value.
+
+        Example:
+            >>> for name, gradient in inference.sweep():
+            ...     inference.move(name, gradient, rate=-0.1)
+            >>> name == slot, gradient.shape
+            (True, torch.Size([5, 8]))
+        """
         self.begin_sweep()
         messages = self._messages_of_outputs()
         for node in reversed(self.graph.hidden_nodes):
@@ -69,7 +125,21 @@ class ValueInference(Inference):
     def completed(
         self, node: Node, own: Sequence[Tensor | None], messages: dict[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        """dF/dv = dphi/dv - sum_c J_c^T e_c of each slot that it is not exactly zero for."""
+        """dF/dv = dphi/dv - sum_c J_c^T e_c of each slot of a node, for a solver with an order of its own.
+
+        Args:
+            node: A node with a value.
+            own: dphi/dv of each slot; None is zero.
+            messages: By slot, what all children have sent. Those of the node are taken out.
+
+        Yields:
+            As :meth:`sweep`; a slot with neither is left out.
+
+        Example:
+            >>> [(_, gradient)] = inference.completed(node, [torch.ones(5, 8)], {slot: torch.ones(5, 8)})
+            >>> gradient.abs().max()
+            tensor(0.)
+        """
         for slot, gradient in zip(node.slots, own, strict=True):
             message = messages.pop(slot, None)
             if gradient is not None and message is not None:
@@ -84,6 +154,18 @@ class ValueInference(Inference):
     # one node
 
     def is_active(self, node: Node) -> bool:
+        """Whether its error may be other than zero: it has moved, or one of its parents has.
+
+        Args:
+            node: A node with a value.
+
+        Returns:
+            False before the error of a child has reached it.
+
+        Example:
+            >>> inference.is_active(node)
+            False
+        """
         return not self.moved.isdisjoint(node.slots) or not self.moved.isdisjoint(node.reads)
 
     def _own_gradients(self, node: Node, messages: dict[str, Tensor]) -> Sequence[Tensor | None]:
@@ -101,6 +183,20 @@ class ValueInference(Inference):
         return own
 
     def subtract(self, node: Node, predictions: Sequence[Tensor]) -> list[Tensor]:
+        """The errors of a node: value minus prediction.
+
+        Args:
+            node: A node with a value.
+            predictions: One for each slot.
+
+        Returns:
+            One for each slot, in its shape.
+
+        Example:
+            >>> (error,) = inference.subtract(node, [inference.values[slot] - 1])
+            >>> torch.allclose(error, torch.ones(5, 8))
+            True
+        """
         return [self.values[s] - prediction.detach() for s, prediction in zip(node.slots, predictions, strict=True)]
 
     def _messages_of_outputs(self) -> dict[str, Tensor]:
