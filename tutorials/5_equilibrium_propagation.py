@@ -123,12 +123,12 @@ optimizer.detach()
 #
 # A *phase* is one run of the network to an equilibrium. The *free* phase runs without the loss.
 #
-# Each activation is a **state** $s_n$. The layer before it computes the pre-activation $a_n$ from the states that it
-# reads. The network has the energy
+# Each activation is a **state** $s_n$. Its layer computes the pre-activation $a_n$ from the states that it reads. The
+# network has the energy
 #
 # $$E = \sum_n G_n(s_n) - \Phi, \qquad \Phi = \sum_n \langle s_n, a_n\rangle ,$$
 #
-# where $G_n'$ is the inverse of the activation. Where its derivative vanishes,
+# where $G_n'$ is the inverse of the activation. Where the derivative of $E$ vanishes,
 #
 # $$s_n = \text{act}\Big(\frac{\partial\Phi}{\partial s_n}\Big) = \text{act}\big(a_n + W_{n+1}^\top s_{n+1}\big).$$
 #
