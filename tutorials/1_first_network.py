@@ -13,20 +13,20 @@
 # %% [markdown]
 # # 1. A first network
 #
-# You know PyTorch. You have a training loop. This notebook trains the same network, in the same loop, **without
-# backpropagation**: every layer learns from an error of its own, by *predictive coding*.
+# You know PyTorch, and you have a training loop. This notebook trains the same network, in the same loop, **without
+# backpropagation**. Every layer learns from an error of its own, by *predictive coding*.
 #
 # 1. the plain loop
 # 2. two added lines
 # 3. value, prediction, error, energy
 # 4. inference: what happens inside `backward()`
 # 5. how far is that from autograd?
-# 6. what moves the angle
+# 6. what changes the angle
 # 7. training to the end
 # 8. `detach()`: the plain loop is back
 #
-# It runs in less than a minute on one core. As a script it writes its pictures to the folder `tutorial_output`, or to
-# the one named by the environment variable `TUTORIAL_OUTPUT`.
+# It runs in less than a minute on one core. As a script it writes its pictures to the folder `tutorial_output`. You can
+# name another folder in the environment variable `TUTORIAL_OUTPUT`.
 
 # %%
 import copy
@@ -61,7 +61,7 @@ def show(path):
 # %% [markdown]
 # ## 1. The plain loop
 #
-# 1,797 handwritten digits of 8 by 8 pixels; one in five is kept for testing.
+# The data are 1,797 handwritten digits of 8 by 8 pixels. One in five is kept for testing.
 
 # %%
 pixels, labels = load_digits(return_X_y=True)
@@ -70,7 +70,7 @@ train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.2, stratif
 print("train", tuple(train_x.shape), " test", tuple(test_x.shape))
 
 # %% [markdown]
-# An ordinary network, and an ordinary loop. Nothing here knows of torch2ebm.
+# This is an ordinary network and an ordinary loop. Nothing here knows of torch2ebm.
 
 
 # %%
@@ -129,7 +129,7 @@ print(f"backpropagation: {accuracy(plain):.1%} of the test images are right")
 #   train(model, optimizer, epochs=1)
 # ```
 #
-# `model` computes what `net` computes, with the same parameters: they are the same objects. What changes is how
+# `model` computes what `net` computes. Its parameters are those of `net`: the same objects. Only one thing changes: how
 # `loss.backward()` fills `.grad`. The function `train` is the one from above.
 
 # %%
@@ -147,7 +147,8 @@ print(f"accuracy before {before:.1%}, after one epoch of predictive coding {accu
 #
 # ## 3. Value, prediction, error, energy
 #
-# The model has been cut into **nodes**. Here a node is a layer with its activation. Each reads the nodes before it.
+# `convert` has split the model into **nodes**. Here a node is a layer with its activation. Each node reads the nodes
+# before it.
 
 # %%
 batch_x, batch_y = train_x[:64], train_y[:64]
@@ -159,13 +160,14 @@ loss.backward()
 print(model.summary())
 
 # %% [markdown]
-# `level` is the distance to the output. Each node $n$ has
+# In this table `level` is the distance of a node to the output. Each node $n$ has
 #
-# - a **prediction** $\mu_n = f_n(v_{n-1})$: what its layer makes of the value before it,
+# - a **prediction** $\mu_n = f_n(v_{n-1})$: what its layer computes from the value before it,
 # - a **value** $v_n$: a tensor of the same shape that is free to move,
 # - an **error** $e_n = v_n - \mu_n$.
 #
-# `model.state` holds all three as the last backward left them. Here for one image, and the first unit of each layer:
+# `model.state` holds all three as the last backward left them. Here they are for one image, and for the first unit of
+# each layer:
 
 # %%
 state = model.state
@@ -174,18 +176,19 @@ for name in model.nodes:
     print(f"{name:6}  value {value:+.4f}  =  prediction {prediction:+.4f}  +  error {error:+.4f}")
 
 # %% [markdown]
-# The prediction is nothing mysterious. It is the layer, applied to the *value* of the node before:
+# The prediction is just the layer, applied to the *value* of the node before:
 
 # %%
 torch.testing.assert_close(state.prediction["second"], torch.tanh(net.second(state.value["first"])))
 torch.testing.assert_close(state.error["second"], state.value["second"] - state.prediction["second"])
 
 # %% [markdown]
-# The **energy** adds half the squared errors of the hidden nodes and the loss at the output's prediction:
+# The **energy** adds up half the squared errors of the hidden nodes, and the loss at the output's prediction:
 #
 # $$F = \sum_{n\ \text{hidden}} \tfrac12 |e_n|^2 + L(\mu_{\text{output}}, y), \qquad\text{summed over the images.}$$
 #
-# The output has no value to move. Its error is what the loss asks for: $e_{\text{output}} = -\partial L/\partial\mu$.
+# The output has no value that could move. Its error is what the loss asks for:
+# $e_{\text{output}} = -\partial L/\partial\mu$.
 
 # %%
 hidden = ["first", "second", "third"]
@@ -197,12 +200,12 @@ print(f"sum    {sum(energies.values()):8.3f}    as the library reports it: {stat
 
 # %% [markdown]
 # A layer's gradient needs only what is in its own node: its error, its prediction and the value that it reads. For
-# `second`, $\mu = \tanh(W v_{\text{first}} + b)$, so with $B$ images
+# `second`, $\mu = \tanh(W v_{\text{first}} + b)$. With $B$ images its gradient is
 #
 # $$\frac1B \frac{\partial F}{\partial W}
 # = -\frac1B \sum_{\text{images}} \big(e \odot (1 - \mu^2)\big)\, v_{\text{first}}^\top .$$
 #
-# That is *local* learning. It is what `.grad` holds.
+# This is *local* learning, and it is what `.grad` holds.
 
 # %%
 local = state.error["second"] * (1 - state.prediction["second"] ** 2)
@@ -213,14 +216,19 @@ print("largest difference:", (net.second.weight.grad - by_hand).abs().max().item
 # %% [markdown]
 # ## 4. Inference
 #
-# Before the backward, `model(x)` set every value to its prediction: all hidden errors are zero, and $F$ is the loss.
-# Then the values descend the energy, all at once, for `steps` steps of size `lr`:
+# Before the backward, `model(x)` sets every value to its prediction. All hidden errors are zero then, and $F$ is the
+# loss.
+#
+# **Inference** is what follows. The values descend the energy, all at once, for `steps` steps of size `lr`:
 #
 # $$v_n \leftarrow v_n + \text{lr}\,\big(J_{n+1}^\top e_{n+1} - e_n\big),
 # \qquad J_{n+1} = \frac{\partial\mu_{n+1}}{\partial v_n} .$$
 #
-# The first term says what the next layer would like this value to be. The second pulls it back to its own prediction.
-# Nothing comes from farther than the next node. So the output's error moves one node a step: a **wave front**.
+# The first term says what the next layer would like this value to be. The second term pulls the value back to its own
+# prediction.
+#
+# Nothing comes from farther away than the next node. So the output's error moves by one node in each step: a **wave
+# front**.
 
 
 # %%
@@ -242,8 +250,10 @@ for count in (1, 2, 3):
     print(f"after step {count}: no error yet in {', '.join(unreached) or '(none)'}")
 
 # %% [markdown]
-# A layer without an error has no gradient. Take at least as many steps as there are hidden layers; the model's summary
-# tells when they were too few. With 60 steps:
+# A layer without an error has no gradient. Take at least as many steps as there are hidden layers. The model's summary
+# tells you when there were too few.
+#
+# This is what happens in 60 steps:
 
 # %%
 relaxation = relax(torch2ebm.PredictiveCoding(steps=60, lr=0.1)).relaxation
@@ -278,14 +288,14 @@ figure.savefig(PICTURES / "1_inference.png", dpi=150)
 show(PICTURES / "1_inference.png")
 
 # %% [markdown]
-# Left: the values buy a lower loss by paying with errors. Learning then changes the weights so that the predictions
-# follow the values, and the errors vanish: the next forward pass has the lower loss for free.
+# Left: inference makes the loss lower, and pays for it with errors. Learning then changes the weights so that the
+# predictions follow the values and the errors vanish. The next forward pass has the lower loss for free.
 #
 # Right: `third` has an error after one step, `second` after two, `first` after three.
 #
 # ## 5. How far is that from autograd?
 #
-# `torch2ebm.compare` computes the gradients of several algorithms on one batch and holds them against autograd's. We
+# `torch2ebm.compare` computes the gradients of several algorithms on one batch and compares them with autograd's. We
 # compare two: predictive coding as above, and `ZeroDivergence` (also known as Z-IL).
 
 # %%
@@ -302,21 +312,23 @@ comparison.plot(str(PICTURES / "1_compare.png"))
 show(PICTURES / "1_compare.png")
 
 # %% [markdown]
-# **Z-IL is at 0 degrees.** It takes steps of size 1, and reads each node's gradient at the very step at which the wave
-# front arrives. At that moment nothing before the node has moved, so its error is
+# **Z-IL is at 0 degrees.** It takes steps of size 1. It computes each node's gradient at the very step at which the
+# wave front arrives. At that moment nothing before the node has moved, so its error is
 #
-# $$e_n = J_{n+1}^\top e_{n+1} \quad\text{at the feed-forward values:}$$
+# $$e_n = J_{n+1}^\top e_{n+1} \quad\text{at the feed-forward values.}$$
 #
-# backpropagation's own recursion. The same gradients, from errors that pass between neighbours only.
+# This is backpropagation's own recursion. You get the same gradients, from errors that pass between neighbours only.
 #
-# **Strict predictive coding is not.** It waits until the values have settled. Then the driving term is zero, and again
-# $e_n = J_{n+1}^\top e_{n+1}$, but now at the *settled* values: the gradient is that of a network whose activity has
-# already gone part of the way to the target. Of the weights those of `output` differ most. Their gradient is
-# $-e_{\text{output}}\, v_{\text{third}}^\top$, and $v_{\text{third}}$ is the value that the loss pulls at directly.
+# **Predictive coding is not at 0 degrees.** It lets the values move on until they settle, that is, until they stand
+# still. Then its two terms are equal, and again $e_n = J_{n+1}^\top e_{n+1}$, but at the *settled* values. The gradient
+# is that of a network whose activity has already gone part of the way to the target.
+#
+# Among the weights, those of `output` differ most. Their gradient is $-e_{\text{output}}\, v_{\text{third}}^\top$, and
+# the loss pulls directly at the value $v_{\text{third}}$.
 #
 # Look at the norm ratio, too. After 20 steps the errors of `first` are still a fraction of those of backprop. Its
-# gradient points nearly the same way and is several times shorter. Adam, which rescales every gradient, does not mind.
-# Plain SGD would teach this layer slowly.
+# gradient has nearly the same direction and is several times shorter. Adam rescales every gradient, so it does not
+# mind. Plain SGD would teach this layer slowly.
 
 # %%
 for name, agreements in comparison.agreement.items():
@@ -326,19 +338,19 @@ assert max(a.angle for a in comparison.agreement["PredictiveCoding"].values()) >
 assert comparison.agreement["PredictiveCoding"]["first.weight"].norm_ratio < 0.5
 
 # %% [markdown]
-# A different gradient is not a worse one: the accuracy decides, in section 7.
+# A different gradient is not a worse one. The accuracy decides, in section 7.
 #
-# ## 6. What moves the angle
+# ## 6. What changes the angle
 #
-# Values that have moved less leave a smaller angle. Three things say how far they move:
+# The less the values have moved, the smaller is the angle. Three things decide how far they move:
 #
-# - the **loss**: multiplied by a small factor it pulls less. As the factor goes to 0, the gradient goes to
+# - The **loss**. Multiplied by a small factor it pulls less. As the factor goes to 0, the gradient goes to
 #   backpropagation's. This is how all energy-based methods are connected to it.
-# - the **steps** and the **step size** `lr`: about their product counts, until the values have settled.
+# - The **steps** and the **step size** `lr`. Roughly, their product counts, until the values have settled.
 #
 # The factor belongs on the loss of each image, inside the mean. A factor on the finished loss, as in `0.1 * loss`, is
-# taken for what it usually is, a change of scale of the gradient (gradient accumulation, mixed precision), and does not
-# change the inference.
+# taken for what it usually is: a change of scale of the gradient, for example for gradient accumulation or mixed
+# precision. It does not change inference.
 
 # %%
 exact = torch2ebm.convert(copy.deepcopy(net).double())  # double precision: small angles are not rounding
@@ -395,9 +407,10 @@ figure.savefig(PICTURES / "1_angles.png", dpi=150)
 show(PICTURES / "1_angles.png")
 
 # %% [markdown]
-# Left: where the factor is small, a factor ten times smaller gives an angle ten times smaller. Right: a layer that no
-# error has reached counts as 90 degrees; from three steps on, the angle grows as the values leave the place where the
-# forward pass put them.
+# Left: where the factor is small, a factor ten times smaller gives an angle ten times smaller.
+#
+# Right: a layer that no error has reached counts as 90 degrees. From three steps on, the angle grows as the values
+# leave the place where the forward pass put them.
 
 # %%
 for large, small in zip(by_factor[-2], by_factor[-1], strict=True):
@@ -407,7 +420,7 @@ for large, small in zip(by_factor[-2], by_factor[-1], strict=True):
 # %% [markdown]
 # ## 7. Training to the end
 #
-# The same initial weights, the same batches, the same optimizer, three kinds of gradient.
+# The initial weights, the batches and the optimizer are the same. Only the gradients are of three kinds.
 
 # %%
 trained = {"backpropagation": accuracy(plain)}
@@ -426,15 +439,15 @@ for name, correct in trained.items():
 assert all(correct >= 0.95 for correct in trained.values())
 
 # %% [markdown]
-# One test image is 0.3%: they are a few images apart.
+# One test image is 0.3%, so they are a few images apart.
 #
-# Predictive coding takes longer: each of its 20 inference steps costs nearly as much as backpropagation. Z-IL takes one
-# sweep.
+# Predictive coding takes longer, because each of its 20 inference steps costs nearly as much as backpropagation. Z-IL
+# takes one sweep through the layers.
 #
 # ## 8. `detach()`: the plain loop is back
 #
-# `optimizer.detach()` returns the optimizer that was wrapped, with its state. The model is ordinary backpropagation
-# again. Nothing was changed that has to be undone: the weights sit in `net`, as always.
+# `optimizer.detach()` returns the optimizer that was wrapped, with its state. The model uses ordinary backpropagation
+# again. You have nothing to undo: the weights are in `net`, as always.
 
 # %%
 net = new_net()
@@ -454,7 +467,7 @@ assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), autograd, st
 # %% [markdown]
 # ## Where to go from here
 #
-# - Your own network: `torch2ebm.convert(net)`, and `model.draw("graph.png")` to see its nodes.
-# - The settings of this notebook were `steps` and `lr`. If the energy rises or `backward()` raises a `DivergenceError`,
-#   take a smaller `lr`.
+# - Your own network: call `torch2ebm.convert(net)`, and `model.draw("graph.png")` to see its nodes.
+# - The settings of this notebook were `steps` and `lr`. Take a smaller `lr` if the energy rises, or if `backward()`
+#   raises a `DivergenceError`.
 # - `python -m torch2ebm compare pkg.module:factory` prints section 5 for a model of yours.

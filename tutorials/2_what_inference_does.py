@@ -13,10 +13,11 @@
 # %% [markdown]
 # # 2. What inference does
 #
-# `tutorials/1_first_network.py` trained a network by predictive coding. Its values descended an energy for some steps,
-# and then every layer learned from its own error. This notebook looks at those steps. No weight changes in it.
+# `tutorials/1_first_network.py` trained a network by predictive coding. The values of its nodes descended an energy for
+# some steps. Then every layer learned from its own error, value minus prediction. This notebook looks at those steps,
+# which are called *inference*. No weight changes in it.
 #
-# 1. the wave front: one level a step
+# 1. the wave front: one level in each step
 # 2. where the errors come to rest
 # 3. steps and step size: how far the gradient is from backpropagation's
 # 4. `FixedPrediction` and `ZeroDivergence`
@@ -25,8 +26,8 @@
 # 7. precisions
 # 8. a step that is too large
 #
-# It runs in less than a minute on one core. As a script it writes its pictures to the folder `tutorial_output`, or to
-# the one named by the environment variable `TUTORIAL_OUTPUT`.
+# It runs in less than a minute on one core. As a script it writes its pictures to the folder `tutorial_output`. You can
+# name another folder in the environment variable `TUTORIAL_OUTPUT`.
 
 # %%
 import math
@@ -62,7 +63,8 @@ def show(path):
 
 
 # %% [markdown]
-# 64 handwritten digits, in double precision: what follows are small numbers, and none of them should be rounding.
+# The data are 64 handwritten digits. They are in double precision, because the numbers below are small and none of them
+# should be rounding.
 
 # %%
 pixels, labels = load_digits(return_X_y=True)
@@ -84,13 +86,13 @@ def relax(model, algorithm, images=IMAGES):
 # %% [markdown]
 # ## 1. The wave front
 #
-# A chain of eleven layers: ten hidden ones with tanh, and the output. Its weights are orthogonal, so that a signal
-# neither grows nor dies on its way. A layer and its activation make one node, `layer1` to `layer10`.
+# The network is a chain of eleven layers: ten hidden ones with tanh, and the output. Its weights are orthogonal, so
+# that a signal neither grows nor dies on its way. A layer and its activation make one node, `layer1` to `layer10`.
 
 
 # %%
 def chain(depth):
-    """``depth`` layers; the last is the output."""
+    """A chain of ``depth`` layers; the last is the output."""
     torch.manual_seed(0)
     layers = OrderedDict()
     for i in range(1, depth):
@@ -109,7 +111,10 @@ print(hidden)
 
 # %% [markdown]
 # A value hears of the loss only through the next node. So after one step the last hidden layer has an error, after two
-# steps the last two, and so on. `state.unreached` names the nodes that no error has reached yet.
+# steps the last two, and so on. The error spreads as a *wave front*.
+#
+# A node's *level* is its distance to the output, in layers. `state.unreached` names the nodes that no error has reached
+# yet.
 
 # %%
 for count in range(1, 11):
@@ -118,8 +123,8 @@ for count in range(1, 11):
     assert list(unreached) == hidden[: 10 - count]  # exactly one level a step
 
 # %% [markdown]
-# `state.relaxation` has the whole history: `energy` and `loss` at the start of every step and at the end, summed over
-# the images, and `node_energy`, the part of every node: half its squared error.
+# `state.relaxation` has the whole history. `energy` and `loss` are summed over the images, at the start of every step
+# and at the end. `node_energy` is the part of each node: half its squared error.
 
 # %%
 relaxation = relax(deep, torch2ebm.PredictiveCoding(steps=100, lr=0.3)).relaxation
@@ -155,9 +160,11 @@ figure.savefig(PICTURES / "2_wave_front.png", dpi=150)
 show(PICTURES / "2_wave_front.png")
 
 # %% [markdown]
-# The front moves one level a step. Its height does not: each layer passes on a fraction `lr` of the error that it has
-# just got, so that far from the output the first errors are smaller by powers of `lr`. They need many more steps to
-# grow to their final size. Count the layers for the least number of steps, and take several times as many.
+# The front moves by one level in each step, but it gets lower on its way. Each layer passes on a fraction `lr` of the
+# error that it has just received. So far from the output the first errors are smaller by powers of `lr`, and need many
+# more steps to grow to their final size.
+#
+# The number of hidden layers is the least number of steps. Take several times as many.
 
 # %%
 assert all(later < earlier for earlier, later in pairwise(energy))  # lr = .3: no step rises
@@ -168,18 +175,21 @@ print("energy at arrival, last hidden layer to first:", *(f"{each:.0e}" for each
 # %% [markdown]
 # ## 2. Where the errors come to rest
 #
-# The values stop when the two terms of the driving term are equal:
+# In each step a value moves by `lr` times its *driving term*, minus the derivative of the energy $F$ in the value. It
+# has two parts: what the next layer asks for, and the value's own error. The values stop when both are equal:
 #
 # $$-\frac{\partial F}{\partial v_n} = J_{n+1}^\top e_{n+1} - e_n = 0
 # \quad\Longleftrightarrow\quad e_n = J_{n+1}^\top e_{n+1} .$$
 #
-# That is backpropagation's recursion, with the Jacobians taken at the *settled* values. Here it is by hand, from
-# nothing but `model.state`. For `tanh`, $J^\top e = W^\top \big(e \odot (1 - \mu^2)\big)$.
+# This is backpropagation's recursion, with the Jacobians $J$ taken at the *settled* values, where everything stands
+# still.
+#
+# Here it is by hand, from nothing but `model.state`. For `tanh`, $J^\top e = W^\top \big(e \odot (1 - \mu^2)\big)$.
 
 
 # %%
 def driving_term(model, state):
-    """-dF/dv of every hidden layer of a chain, ``[hidden, batch, 64]``, where the relaxation has ended."""
+    """-dF/dv of each hidden layer of a chain, ``[hidden, batch, 64]``, where inference has ended."""
     names = list(model.nodes)
     terms = []
     for name, child in pairwise(names):
@@ -196,22 +206,24 @@ for count in (10, 30, 100, 300):
 assert driving_term(deep, state).abs().max() < 1e-3
 
 # %% [markdown]
-# `state.relaxation.residual` reports the same quantity without the work, as the last step has found it.
+# `state.relaxation.residual` is the same quantity, the largest entry of dF/dv, at no cost. The last step reports what
+# it found before it moved the values.
 
 # %%
-again = relax(deep, torch2ebm.PredictiveCoding(steps=301, lr=0.5)).relaxation  # found by step 301: after 300 steps
+again = relax(deep, torch2ebm.PredictiveCoding(steps=301, lr=0.5)).relaxation  # step 301 finds it, after 300 steps
 print(f"by hand {driving_term(deep, state).abs().max():.6e}, reported {again.residual:.6e}")
 assert math.isclose(driving_term(deep, state).abs().max().item(), again.residual, rel_tol=1e-6)
 
 # %% [markdown]
 # ## 3. Steps and step size
 #
-# How far from backpropagation is the gradient on the way there? Rosenbaum (2022) draws two measures for each layer,
+# How far from backpropagation is the gradient on the way there? Rosenbaum (2022) draws two measures for each layer:
 #
 # - the **angle** between the gradients,
-# - the **relative distance** $|g - g_{\text{BP}}| / |g_{\text{BP}}|$,
+# - the **relative distance** $|g - g_{\text{BP}}| / |g_{\text{BP}}|$.
 #
-# against the number of steps, for the step sizes .1, .2, .5 and 1. We do so for the network of tutorial 1.
+# They are drawn against the number of steps, for the step sizes .1, .2, .5 and 1. We do so for the network of tutorial
+# 1.
 
 
 # %%
@@ -239,12 +251,12 @@ LRS = [0.1, 0.2, 0.5, 1.0]
 
 
 def agreements(algorithm):
-    """Of every parameter with autograd's gradient: angle, relative error, norm ratio."""
+    """How each parameter's gradient agrees with autograd's: angle, relative error, norm ratio."""
     return torch2ebm.compare(model, F.cross_entropy, (x, y), {"": algorithm}).agreement[""]
 
 
 def along(algorithm, counts):
-    """The same after each number of steps, until it diverges."""
+    """The agreements after each number of steps, until inference diverges."""
     found = {}
     for count in counts:
         try:
@@ -258,7 +270,7 @@ exact = agreements(torch2ebm.ZeroDivergence())
 
 
 def draw(curves, title, path, least, top):
-    """``curves``: step size, then number of steps, then parameter, to an agreement."""
+    """Plot agreements; ``curves`` maps step size, then number of steps, then parameter to one."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     panels = figure.subplots(2, len(curves), sharex=True, sharey="row")
     last = max(max(curve) for curve in curves.values())
@@ -296,14 +308,14 @@ draw(strict, "PredictiveCoding: every image pulls with its whole loss", PICTURES
 
 # %% [markdown]
 # - **90 degrees**: no error has arrived. `first` needs three steps.
-# - **On arrival the angle is 0** to rounding: nothing before the layer has moved yet. Only the length is wrong, short
-#   by powers of `lr`.
+# - **On arrival the angle is 0** to rounding, because nothing before the layer has moved yet. Only the length is wrong,
+#   too short by powers of `lr`.
 # - **At `lr = 1` the length is right, too.** For one step each layer has backpropagation's gradient (its line dips into
-#   the grey band). `ZeroDivergence`, known as Z-IL, reads each layer at that step.
+#   the grey band). `ZeroDivergence`, known as Z-IL, uses each layer's gradient of that step.
 # - **Then the values move on** to where the errors rest. `first`, `second` and `third` end in the same place for the
-#   step sizes .1, .2 and .5: the minimum does not know how it was reached. The angle that is left there belongs to
+#   step sizes .1, .2 and .5: the minimum does not depend on how it was reached. The angle that is left there belongs to
 #   predictive coding, not to the solver.
-# - **`lr = 1` does not settle here.** More in section 8.
+# - **`lr = 1` does not settle here.** Section 8 says more.
 
 # %%
 for weight in weights:
@@ -318,18 +330,22 @@ for arrival, weight in ((3, "first.weight"), (2, "second.weight"), (1, "third.we
 # %% [markdown]
 # ### The figures of the paper: a smaller pull
 #
-# Rosenbaum's code enters the *mean* of the loss in the energy as it stands. Each image then pulls with a 64th of its
-# loss, and the values hardly move. torch2ebm takes the whole loss of each image, so that an image relaxes the same in
-# any batch. `loss_reduction="sum"` takes the loss as it is written, which for a mean is the paper's way.
+# The paper's picture looks different, because there the loss pulls less. Rosenbaum's code enters the *mean* of the loss
+# in the energy as it stands. Each of the 64 images then pulls with a 64th of its loss, and the values hardly move.
+#
+# torch2ebm takes the whole loss of each image, so that an image relaxes the same in any batch. `loss_reduction="sum"`
+# takes the loss as you wrote it. For a mean loss that is the paper's way.
 
 # %%
 literal = {lr: along(torch2ebm.PredictiveCoding(lr=lr, loss_reduction="sum"), COUNTS) for lr in LRS}
 draw(literal, 'PredictiveCoding, loss_reduction="sum": a 64th of the pull', PICTURES / "2_literal.png", 1e-3, 1e3)
 
 # %% [markdown]
-# This is the picture of the paper: on its way to rest the angle rises a little and **falls** again, and where the
-# values rest the gradient is nearly backpropagation's. Distances fall with the pull, and tutorial 3 says how: in
-# proportion. At `lr = 1` the energy runs away, and torch2ebm refuses the gradient.
+# This is the picture of the paper. On its way to rest the angle rises a little and **falls** again. Where the values
+# rest, the gradient is nearly backpropagation's.
+#
+# The distance falls in proportion to the pull, as tutorial 3 explains. At `lr = 1` the energy runs away, and torch2ebm
+# refuses the gradient.
 
 # %%
 for weight in weights:
@@ -339,13 +355,13 @@ for weight in weights:
 for weight in weights[:3]:  # it rises after arrival, and falls
     path = [literal[0.5][count][weight].angle for count in COUNTS if count >= 3]
     assert path[0] < 90 and max(path) > 5 * path[-1]
-assert max(literal[1.0], default=0) < 400  # it has been refused
+assert max(literal[1.0], default=0) < 400  # the longer ones were refused
 
 # %% [markdown]
 # ## 4. `FixedPrediction` and `ZeroDivergence`
 #
-# `FixedPrediction` keeps predictions and Jacobians as the forward pass left them, and lets only the errors relax. What
-# comes to rest is then backpropagation's own recursion.
+# `FixedPrediction` keeps predictions and Jacobians as the forward pass left them. Only the errors change from step to
+# step. The errors come to rest where backpropagation's own recursion holds.
 
 # %%
 FIXED_COUNTS = [1, 2, 3, 4, 6, 10, 20, 30, 50, 70, 100, 140, 200]
@@ -353,11 +369,13 @@ fixed = {lr: along(torch2ebm.FixedPrediction(lr=lr), FIXED_COUNTS) for lr in LRS
 draw(fixed, "FixedPrediction", PICTURES / "2_fixed_prediction.png", 1e-16, 10)
 
 # %% [markdown]
-# The direction is right from the moment of arrival on. Only the length is not. A layer `level` edges before the output
-# has the share of backpropagation's gradient that `steps` throws of a coin with probability `lr` bring to at least
-# `level` heads: a binomial distribution. At `lr = 1` the third step has everything.
+# The direction is right from the moment of arrival on. Only the length is not, and it follows a binomial distribution.
 #
-# `output.weight` is exact from the start: its error is the gradient of the loss, which does not change here.
+# Throw a coin `steps` times, with probability `lr` of heads. Take a layer `level` layers before the output. The
+# probability of at least `level` heads is its share of backpropagation's gradient. At `lr = 1` the third step has
+# everything.
+#
+# `output.weight` is exact from the start. Its error is the gradient of the loss, which does not change here.
 
 
 # %%
@@ -376,13 +394,14 @@ for weight, level in zip(weights, (3, 2, 1, 0), strict=True):
 print("ZeroDivergence, largest relative distance:", f"{max(exact[weight].relative_error for weight in weights):.1e}")
 
 # %% [markdown]
-# Because of that formula `FixedPrediction` needs no steps at all: the library computes the result of any number of
-# them in one sweep (`method="sweep"` does them one by one).
+# Because of that formula, `FixedPrediction` needs no steps at all. The library computes the result of any number of
+# steps in one sweep. `method="sweep"` makes them one by one.
 #
 # ## 5. When to stop
 #
-# A solver with `tol` stops once no entry of its driving term exceeds `tol`, in any layer and any image. `steps` is then
-# the most it may take. A missed `tol` is no error; `relaxation.converged` says so.
+# A solver with a tolerance `tol` stops early: once no entry of its driving term exceeds `tol`, in any layer and any
+# image. `steps` is then the most it may take. If `tol` is not reached, no error is raised; check
+# `relaxation.converged`.
 
 # %%
 tolerances = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
@@ -396,10 +415,11 @@ assert abs((used[3] - used[2]) - (used[2] - used[1])) <= 3
 assert not relaxation.converged
 
 # %% [markdown]
-# Near the rest the residual falls by the same factor each step, so each further digit costs the same number of steps.
+# Near the rest the residual falls by the same factor in each step. So each further digit costs the same number of
+# steps.
 #
-# Images settle at a speed of their own. `relaxation.sample_residual` has one number an image,
-# `relaxation.sample_converged` says which met `tol`.
+# Each image settles at its own speed. `relaxation.sample_residual` has one number for each image, and
+# `relaxation.sample_converged` says which images reached `tol`.
 
 # %%
 TOL = 1e-3
@@ -426,7 +446,7 @@ show(PICTURES / "2_samples.png")
 assert relaxation.converged and relaxation.steps < 60  # the last one stopped early
 
 # %% [markdown]
-# An image does not notice the others: it relaxes alone as it does in the batch.
+# An image does not notice the others. It relaxes alone as it does in the batch.
 
 # %%
 batched = relax(model, torch2ebm.PredictiveCoding(steps=50, lr=0.3)).value["first"]
@@ -436,8 +456,8 @@ torch.testing.assert_close(alone, batched[:1], rtol=1e-10, atol=1e-12)
 # %% [markdown]
 # ## 6. Six solvers on deep networks
 #
-# `PredictiveCoding(steps, lr)` means `PredictiveCoding(solver=GradientDescent(steps, lr))`. Other solvers look for the
-# same minimum:
+# A *solver* is the rule that moves the values. `PredictiveCoding(steps, lr)` means
+# `PredictiveCoding(solver=GradientDescent(steps, lr))`. Other solvers look for the same minimum:
 #
 # | solver | what moves | idea |
 # |---|---|---|
@@ -448,8 +468,8 @@ torch.testing.assert_close(alone, batched[:1], rtol=1e-10, atol=1e-12)
 # | `ErrorDescent` | errors | the gradient of the energy in the errors: one sweep reaches all layers |
 # | `AndersonErrorDescent` | errors | the same, extrapolated from the last iterates |
 #
-# The yardstick is the same for all: the largest entry of dF/dv, computed by hand as in section 2, as a fraction of what
-# it was at the start.
+# We measure all of them the same way. It is the largest entry of dF/dv, computed by hand as in section 2, as a fraction
+# of what it was at the start.
 
 # %%
 MOST = 200
@@ -486,9 +506,9 @@ for name, solver in SOLVERS.items():
             break
 
 # %% [markdown]
-# And the number of steps to a thousandth, for networks of 5, 10, 20 and 50 layers. Where a solver's own driving term is
-# dF/dv, its `tol` finds it in one run. The driving term of `ErrorDescent` and `AndersonErrorDescent` is dF/de; for them
-# we look after every step.
+# Now we count the steps to a thousandth, for networks of 5, 10, 20 and 50 layers. The solvers that follow dF/dv find it
+# in one run, by their `tol`. `ErrorDescent` and `AndersonErrorDescent` follow dF/de instead. For them we look after
+# every step.
 
 
 # %%
@@ -497,7 +517,7 @@ def steps_to_a_thousandth(net, solver):
     if not isinstance(solver, (torch2ebm.ErrorDescent, torch2ebm.AndersonErrorDescent)):
         stopping = type(solver)(MOST, solver.lr, tol=target)
         relaxation = relax(net, torch2ebm.PredictiveCoding(solver=stopping), images=16).relaxation
-        return relaxation.steps - 1 if relaxation.converged else None  # the step that finds it makes one more move
+        return relaxation.steps - 1 if relaxation.converged else None  # the step that finds it moves once more
     counts = range(1, 60)
     return next((count for count in counts if residual(net, solver.with_steps(count)) <= target), None)
 
@@ -536,11 +556,14 @@ figure.savefig(PICTURES / "2_solvers.png", dpi=150)
 show(PICTURES / "2_solvers.png")
 
 # %% [markdown]
-# `GradientDescent` and `LocalErrorDescent` need more steps the deeper the network is: what a layer hears has come
-# through all layers behind it, one step each. A heavy ball helps; `AdamDescent`, whose first steps have the length `lr`
-# for every entry, large or small, does not. `ErrorDescent` does not care about depth: moving an error moves all values
-# behind it at once, and one reverse sweep tells every error what that does to the loss. What is given up is locality in
-# time: a step runs through all layers, one after another.
+# - **`GradientDescent` and `LocalErrorDescent`** need more steps the deeper the network is. What a layer hears has come
+#   through all layers behind it, one step for each.
+# - **`Momentum`**, the heavy ball, helps.
+# - **`AdamDescent`** does not help. Its first steps have the length `lr` for every entry, large or small.
+# - **`ErrorDescent`** does not care about depth. Moving an error moves all values behind it at once, and one reverse
+#   sweep tells every error what that does to the loss.
+#
+# The price of `ErrorDescent` is locality in time: a step runs through all layers, one after another.
 
 # %%
 assert max(needed["ErrorDescent"]) <= 25
@@ -552,8 +575,8 @@ assert needed["LocalErrorDescent"][-1] > 5 * needed["LocalErrorDescent"][0]
 # %% [markdown]
 # ## 7. Precisions
 #
-# A precision $\pi_n$ is the price of an error: the energy of a node is $\tfrac12 \pi_n |e_n|^2$. A node that is
-# expensive to move moves less, and the others take over.
+# A precision $\pi_n$ is the price of an error: the energy of a node is $\tfrac12 \pi_n |e_n|^2$. A node with a high
+# price moves less, and the others take over.
 
 # %%
 PRECISIONS = [0.1, 0.3, 1.0, 3.0, 10.0]
@@ -568,9 +591,9 @@ assert lengths["second"] == sorted(lengths["second"], reverse=True)
 assert all(lengths[name] == sorted(lengths[name]) for name in ("first", "third"))
 
 # %% [markdown]
-# The same precision $\pi$ everywhere is nothing new: $\pi E + L = \pi\,(E + L/\pi)$. It is a loss with the factor
-# $1/\pi$, which `OneSided(beta=1/pi)` enters directly. The steps have to be $\pi$ times shorter, and the gradients are
-# the same to the last digits:
+# The same precision $\pi$ everywhere is nothing new, since $\pi E + L = \pi\,(E + L/\pi)$. It is a loss with the factor
+# $1/\pi$. `OneSided(beta=1/pi)` enters that factor directly. The steps have to be $\pi$ times shorter, and the
+# gradients are the same to the last digits:
 
 # %%
 everywhere = []
@@ -605,7 +628,7 @@ for large, small in zip(everywhere[-2][1], everywhere[-1][1], strict=True):
 # %% [markdown]
 # ## 8. A step that is too large
 #
-# A step that is longer than twice the inverse of the steepest curvature overshoots, and the next one overshoots more.
+# A step overshoots if it is longer than twice the inverse of the steepest curvature. The next one overshoots more.
 
 # %%
 trials = [0.1, 0.5, 0.8, 1.5, 2.0]
@@ -632,20 +655,23 @@ show(PICTURES / "2_too_large.png")
 print(refused)
 
 # %% [markdown]
-# An energy that has risen to a thousand times its start is refused with a `DivergenceError`, which carries the curve.
-# But a relaxation can also **fail quietly**: tanh saturates, and at `lr = 0.8` and `1.5` the values swing from one side
-# to the other, far above the energy they started from. So give a `tol` while you try a step size, and look at
-# `converged` and at `energy`: at `lr = 0.1` the energy falls, and only more steps are missing.
+# An energy that has risen to a thousand times its start raises a `DivergenceError`, which carries the curve.
+#
+# But inference can also **fail quietly**. At `lr = 0.8` and `1.5` the values swing from one side to the other, far
+# above the energy they started from. They do not run away, because tanh saturates.
+#
+# So give a `tol` while you try a step size, and look at `converged` and at `energy`. At `lr = 0.1` the energy falls,
+# and only more steps are missing.
 
 # %%
 assert list(outcomes.values()) == ["not converged", "settles", "not converged", "not converged", "DivergenceError"]
 quiet = relax(model, torch2ebm.PredictiveCoding(steps=60, lr=0.8)).relaxation
-assert quiet.converged is None  # nothing was asked for
+assert quiet.converged is None  # no tol was given
 assert quiet.energy[-1] > quiet.energy[0]
 
 # %% [markdown]
-# In a long training one bad batch should perhaps not stop everything. `on_divergence="warn"`, or `"skip"` without a
-# word, leaves `.grad` as it is for that batch.
+# In a long training, one bad batch should perhaps not stop everything. `on_divergence="warn"` leaves `.grad` as it is
+# for that batch, with a warning. `"skip"` does the same without a word.
 
 # %%
 algorithm = torch2ebm.PredictiveCoding(steps=60, lr=2.0, on_divergence="warn")
@@ -666,8 +692,8 @@ assert all(torch.equal(was, parameter) for was, parameter in zip(before, model.p
 # %% [markdown]
 # ## What to take along
 #
-# - At least as many steps as hidden layers; `state.unreached` names what was not reached.
-# - What rests is at a distance from backpropagation that the pull of the loss decides, not the solver.
+# - Take at least as many steps as there are hidden layers. `state.unreached` names what was not reached.
+# - How far the gradient at rest is from backpropagation's depends on the pull of the loss, not on the solver.
 #   `tutorials/3_infinitesimal_limit.py` takes the pull to zero.
 # - In deep networks take `ErrorDescent`, or `AndersonErrorDescent` with a `tol`.
 # - Give a `tol` while you look for a step size, and read `relaxation.converged`.

@@ -14,9 +14,10 @@
 # # 3. The infinitesimal limit
 #
 # `tutorials/1_first_network.py` ended with a small factor on the loss: the weaker the loss pulls, the nearer is the
-# gradient of predictive coding to backpropagation's. Millidge, Song, Salvatori, Lukasiewicz and Bogacz (2022,
-# [arXiv 2206.02629](https://arxiv.org/abs/2206.02629)) showed that this is one theorem for all energy-based methods.
-# This notebook follows their paper on the scale of small digits.
+# gradient of predictive coding to backpropagation's.
+#
+# Millidge, Song, Salvatori, Lukasiewicz and Bogacz showed that this is one theorem for all energy-based methods (2022,
+# [arXiv 2206.02629](https://arxiv.org/abs/2206.02629)). This notebook follows their paper on the scale of small digits.
 #
 # 1. nudging: the factor as a setting
 # 2. one side or both: errors of first and of second order
@@ -24,8 +25,8 @@
 # 4. the floor of single precision
 # 5. training in the limit
 #
-# It runs in less than a minute on one core. As a script it writes its pictures to the folder `tutorial_output`, or to
-# the one named by the environment variable `TUTORIAL_OUTPUT`.
+# It runs in less than a minute on one core. As a script it writes its pictures to the folder `tutorial_output`. You can
+# name another folder in the environment variable `TUTORIAL_OUTPUT`.
 
 # %%
 import copy
@@ -59,7 +60,7 @@ def show(path):
 
 
 # %% [markdown]
-# The digits, with one-hot targets: the paper's loss is half the squared error.
+# The data are the digits, with one-hot targets. The loss is half the squared error, as in the paper.
 
 # %%
 pixels, labels = load_digits(return_X_y=True)
@@ -78,23 +79,27 @@ net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), 
 model = torch2ebm.convert(net)
 
 # %% [markdown]
-# Mind the place of the one-half. `0.5 * ((output - target) ** 2).sum(1).mean()` is the same number, but there the
-# factor is outside of the finished loss, where torch2ebm takes it for a scale of the gradient, as it does with
-# `loss / 4`: the values would be pulled twice as hard. (`torch2ebm.EnergyLoss` takes any expression as it stands.)
+# Mind the place of the one-half: it belongs inside the mean. `0.5 * ((output - target) ** 2).sum(1).mean()` is the same
+# number, but there the factor multiplies the finished loss. torch2ebm then takes it for a scale of the gradient, as it
+# does with `loss / 4`, and the values would be pulled twice as hard. (`torch2ebm.EnergyLoss` takes any expression as it
+# stands.)
 #
 # ## 1. Nudging
 #
-# The energy with a nudge $\beta$ (the paper's $\lambda$) is
+# A *nudge* is the pull of the loss on the values. Its strength is $\beta$ (the paper's $\lambda$), the factor of the
+# loss in the energy:
 #
 # $$F = E + \beta L, \qquad E = \sum_n \tfrac12 |e_n|^2 .$$
 #
-# Let the values settle at $v^*(\beta)$. The theorem: where the free energy $E$ is at its minimum for $\beta = 0$,
+# $E$ is the *free* energy, without the loss. Let the values settle, that is, move until they stand still, at
+# $v^*(\beta)$. The theorem asks that $E$ is at its minimum for $\beta = 0$. It says:
 #
 # $$\frac{d}{d\beta}\, \frac{\partial F}{\partial\theta}\big(v^*(\beta)\big)\Big|_{\beta=0}
 # = \frac{dL}{d\theta}, \quad\text{the gradient that backpropagation computes.}$$
 #
 # In predictive coding the free minimum is the forward pass, and $\partial E/\partial\theta$ is zero there. So one
-# nudged relaxation gives an estimate, $\frac{1}{\beta}\,\partial F/\partial\theta$. `nudging=` says which nudge:
+# nudged relaxation is enough for an estimate, $\frac{1}{\beta}\,\partial F/\partial\theta$. (A *relaxation* is one run
+# of inference: the values move to a minimum.) With `nudging=` you choose the nudge:
 
 # %%
 for beta in (1.0, 0.1, 0.01):
@@ -105,8 +110,8 @@ for beta in (1.0, 0.1, 0.01):
     print(f"beta {beta:4}: {overall.angle:6.3f} degrees from backprop, {overall.norm_ratio:.3f} times its length")
 
 # %% [markdown]
-# `comparison.overall` takes all parameters as one vector. `.grad` is divided by beta already: its scale does not
-# change, and neither has the learning rate to.
+# `comparison.overall` takes all parameters as one vector. `.grad` is already divided by beta, so its scale does not
+# change. You can keep the learning rate.
 #
 # ## 2. One side or both
 #
@@ -116,8 +121,8 @@ for beta in (1.0, 0.1, 0.01):
 # $$\frac{1}{2\beta}\Big[\frac{\partial F}{\partial\theta}\big(v^*(\beta)\big)
 # - \frac{\partial F}{\partial\theta}\big(v^*(-\beta)\big)\Big].$$
 #
-# `OneSided(beta)` and `Symmetric(beta)`. The values are settled to 13 digits, in double precision, so that nothing but
-# the nudge makes the error.
+# These are `OneSided(beta)` and `Symmetric(beta)`. Below, the values are settled to 13 digits, in double precision. So
+# nothing but the nudge makes the error.
 
 # %%
 BETAS = [10 ** (exponent / 4) for exponent in range(-16, 1)]  # 1e-4 to 1
@@ -183,17 +188,19 @@ assert abs(slope(symmetric, low, high) - 2) < 0.1
 largest = max(symmetric)
 print(f"at {largest:.2g}: one side {one_sided[largest]:.2g}, both {symmetric[largest]:.2g}")
 assert symmetric[high] < one_sided[high] / 10
-assert symmetric[largest] > one_sided[largest] / 2  # before the end, both sides are hardly better than one
+assert symmetric[largest] > one_sided[largest] / 2  # just before it is refused, hardly better than one side
 
 # %% [markdown]
-# At a nudge of 0.01 the symmetric estimate is better by more than a factor of ten. At large nudges little is left of
-# that, and then the estimate itself is gone. Why?
+# At a nudge of 0.01 the symmetric estimate is better by more than a factor of ten. At large nudges little of that is
+# left, and then the estimate itself is gone. Why?
 #
 # ## 3. A negative nudge that loses its minimum
 #
-# The negative phase relaxes $E - |\beta| L$: it flees from the target. Errors hold it back, up to a point. One number
-# is enough to see it. A chain of two weights, $w_1 = 1$ and $w_2 = 2$, with the input 1 and the target 0, has one value
-# $v$ and
+# The negative phase, the relaxation with the nudge $-|\beta|$, lowers $E - |\beta| L$. It runs away from the target.
+# The errors hold it back, up to a point.
+#
+# One number is enough to see it. Take a chain of two weights, $w_1 = 1$ and $w_2 = 2$, with the input 1 and the target
+# 0. It has one value $v$ and
 #
 # $$F = \tfrac12 (v - 1)^2 + \beta\, \tfrac12 (2 v)^2, \qquad v^*(\beta) = \frac{1}{1 + 4\beta}.$$
 #
@@ -210,7 +217,7 @@ toy_batch = torch.ones(1, 1).double(), torch.zeros(1, 1).double()
 
 
 def estimate(nudging):
-    """Of dL/dw1, which is 4; None where the library refuses it."""
+    """The estimate of dL/dw1, which is 4; None where the library refuses it."""
     algorithm = torch2ebm.PredictiveCoding(solver=torch2ebm.GradientDescent(3000, lr=0.3, tol=1e-12), nudging=nudging)
     try:
         found = torch2ebm.compare(toy_model, half_squared_error, toy_batch, {"": algorithm})
@@ -262,19 +269,23 @@ figure.savefig(PICTURES / "3_lost_minimum.png", dpi=150)
 show(PICTURES / "3_lost_minimum.png")
 
 # %% [markdown]
-# The library cannot see the curvature of a network. It compares the two phases: to first order they mirror each other,
-# and their errors have the same energy. Where that of the negative phase is more than nine times the positive one's,
-# the estimate is refused with a `LostMinimumError`. For a parabola this is half way to the loss of the minimum: beyond
-# that the second order is no correction any more. The remedy is in the message: a smaller nudge, or one side.
+# The library cannot see the curvature of a network, so it compares the two phases. To first order they mirror each
+# other, and their errors have the same energy. If the negative phase has more than nine times the energy of the
+# positive one, the estimate is refused with a `LostMinimumError`.
+#
+# For a parabola this is half way to the loss of the minimum. Beyond that the second order is no correction any more.
+# The message names the remedy: a smaller nudge, or one side.
 #
 # ## 4. The floor of single precision
 #
-# Then why not $\beta = 10^{-7}$? Because float32 has seven digits. Where **values** are stored, as the plain
-# `GradientDescent` does, an error is the difference of two numbers of the size of 1, and carries a rounding of 1e-7.
-# Its own size is about $\beta$. Dividing by $\beta$ gives an error of the gradient that *grows* as $1/\beta$.
+# Then why not $\beta = 10^{-7}$? Because float32 has seven digits.
 #
-# `ErrorDescent` and `LocalErrorDescent` store the **errors**, $v_n = \mu_n + e_n$. A small number stored as such keeps
-# its seven digits.
+# Where **values** are stored, as in the plain `GradientDescent`, an error is the difference of two numbers of about
+# size 1. It carries a rounding of 1e-7, while its own size is about $\beta$. After the division by $\beta$, the error
+# of the gradient *grows* as $1/\beta$.
+#
+# `ErrorDescent` and `LocalErrorDescent` store the **errors** instead, and compute $v_n = \mu_n + e_n$. A small number
+# that is stored as such keeps its seven digits.
 
 # %%
 single = torch2ebm.convert(copy.deepcopy(net).float())
@@ -325,17 +336,20 @@ assert min(floors["GradientDescent, float32"], key=floors["GradientDescent, floa
 assert 5 < floors["GradientDescent, float32"][1e-5] / floors["GradientDescent, float32"][1e-4] < 20  # as 1 / beta
 
 # %% [markdown]
-# With values in float32 the best of these nudges is 1e-3, and its error is about a part in a thousand. With errors
-# stored a nudge of 1e-6 is as good in float32 as it is in float64.
+# With values in float32 the best of these nudges is 1e-3. Its error is about a part in a thousand. With errors stored,
+# a nudge of 1e-6 is as good in float32 as it is in float64.
 #
 # ## 5. Training in the limit
 #
-# The paper's experiment, on small digits: a ReLU network, half the squared error *summed* over the batch, SGD with
-# momentum .9, $\lambda = 10^{-4}$, 50 steps of size .3. (Their images are MNIST's and their learning rate is 1e-4.
-# Ours is 1e-3: there are 40 times fewer images.) A summed loss needs `loss_reduction="sum"`, which takes it as it is
-# written.
+# This is the paper's experiment, on small digits. The network has ReLUs, and the loss is half the squared error
+# *summed* over the batch. The optimizer is SGD with momentum .9. Inference has $\lambda = 10^{-4}$ and 50 steps of size
+# .3.
 #
-# At every update we hold the gradient that is used against autograd's at the same weights.
+# One thing differs. Their images are MNIST's, and their learning rate is 1e-4. Ours is 1e-3, because there are 40 times
+# fewer images.
+#
+# A summed loss needs `loss_reduction="sum"`, which takes it as it is written. At every update we compare the gradient
+# that is used with autograd's at the same weights.
 
 # %%
 train_x, test_x, train_y, test_y = train_test_split(x.float(), y, test_size=0.2, stratify=labels, random_state=0)
@@ -364,7 +378,7 @@ def angle(g, r):
 
 
 def train(algorithm):
-    """Accuracy after every epoch, and at every update the angle to backpropagation of each weight."""
+    """The accuracy after every epoch, and each weight's angle to backpropagation at every update."""
     net = new_net()
     model = torch2ebm.convert(net)
     optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9), model, algorithm)
@@ -425,7 +439,7 @@ show(PICTURES / "3_training.png")
 
 # %%
 def median_angles(name):
-    """Over the updates, one a layer."""
+    """For each layer, the median over the updates."""
     return [sorted(column)[len(column) // 2] for column in zip(*runs[name][1], strict=True)]
 
 
@@ -442,11 +456,12 @@ assert all(accuracies[-1] > 0.9 for accuracies, _ in runs.values())
 assert min(median_angles("GradientDescent, beta 1")) > 8
 
 # %% [markdown]
-# With $\beta = 10^{-4}$ the gradients of all layers are backpropagation's to within a fraction of a degree at the
-# typical update, through the whole training, and the accuracy follows backpropagation's epoch by epoch. Most of the
-# angle in the first and second layer is the rounding of section 4: with errors stored it is more than ten times
-# smaller. In the output layer, which has no value of its own, the two solvers agree.
+# With $\beta = 10^{-4}$ the gradients of all layers are backpropagation's to within a fraction of a degree. This holds
+# at the typical update, through the whole training. The accuracy follows backpropagation's epoch by epoch.
 #
-# With $\beta = 1$ the gradients are others, ten degrees away and more, and the network learns nevertheless. The limit
-# is a theorem about *why* these methods learn. It does not say that the limit is the place to be: away from it
+# Most of the angle in the first and second layer is the rounding of section 4: with errors stored it is more than ten
+# times smaller. In the output layer, which has no value of its own, the two solvers agree.
+#
+# With $\beta = 1$ the gradients are different, by ten degrees and more, and the network learns nevertheless. The limit
+# is a theorem about *why* these methods learn. It does not say that you should train in the limit. Away from it
 # predictive coding is an algorithm of its own.

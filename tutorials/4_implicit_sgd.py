@@ -13,10 +13,11 @@
 # %% [markdown]
 # # 4. Inference learning as implicit SGD
 #
-# SGD asks for the gradient where the weights *are*. **Implicit** SGD asks for the gradient where they *will be*. No
-# learning rate makes it unstable, but its step has to be solved for. Inference, the relaxation of values that
-# predictive coding does anyway, is a way to solve for it (Alonso et al. 2022,
-# [arXiv 2206.00164](https://arxiv.org/abs/2206.00164)). This notebook measures how far that goes.
+# SGD uses the gradient where the weights *are*. **Implicit** SGD uses the gradient where they *will be* after the step.
+# No learning rate makes it unstable, but you have to solve an equation for its step.
+#
+# Inference is one way to solve it (Alonso et al. 2022, [arXiv 2206.00164](https://arxiv.org/abs/2206.00164)): the
+# relaxation of values that predictive coding does anyway. This notebook measures how far that goes.
 #
 # 1. explicit and implicit steps
 # 2. the implicit step by inference: `ImplicitSGD`
@@ -25,8 +26,8 @@
 # 5. recipes for the loop that you have
 #
 # The first notebook explains value, prediction, error and energy. This one runs for a minute or two on one core, most
-# of it in section 3. As a script it writes its pictures to the folder `tutorial_output`, or to the one named by the
-# environment variable `TUTORIAL_OUTPUT`.
+# of it in section 3. As a script it writes its pictures to the folder `tutorial_output`. You can name another folder in
+# the environment variable `TUTORIAL_OUTPUT`.
 
 # %%
 import copy
@@ -65,20 +66,20 @@ def show(path):
 # %% [markdown]
 # ## 1. Explicit and implicit steps
 #
-# The two ways to take a step of size $\alpha$ on a loss $L$:
+# These are the two ways to take a step of size $\alpha$ on a loss $L$:
 #
 # $$\text{explicit: } \theta^+ = \theta - \alpha\,\nabla L(\theta), \qquad
 # \text{implicit: } \theta^+ = \theta - \alpha\,\nabla L(\theta^+) .$$
 #
-# The second has $\theta^+$ on both sides. It says that the **proximal objective** is stationary there:
+# The second equation has $\theta^+$ on both sides. It says that the **proximal objective** is stationary there:
 #
 # $$\theta^+ = \arg\min_{\theta'}\; L(\theta') + \frac{1}{2\alpha}\,|\theta' - \theta|^2 .$$
 #
-# Lower the loss, and pay for how far you go. A large $\alpha$ makes distance cheap; the minimum of the sum is never
-# beyond what the loss asks for.
+# You lower the loss, and pay for how far you go. A large $\alpha$ makes distance cheap. But the minimum of the sum is
+# never beyond what the loss asks for.
 #
-# One weight is enough to see it: $L(w) = \log\cosh w$, from $w = 2$ with $\alpha = 4$. Both are trained in the usual
-# loop. `ImplicitSGD` leaves minus its step in `.grad`, so that `SGD(lr=1.0)` takes it as it is.
+# One weight is enough to see it: $L(w) = \log\cosh w$, from $w = 2$ with $\alpha = 4$. Both kinds of step are trained
+# in the usual loop. `ImplicitSGD` leaves minus its step in `.grad`, so `SGD(lr=1.0)` applies it as it is.
 
 
 # %%
@@ -138,20 +139,26 @@ show(PICTURES / "4_explicit_implicit.png")
 
 # %% [markdown]
 # Left: the explicit step follows the slope at the start and lands on the other side. The implicit step ends where the
-# proximal objective is lowest (the hollow mark). Right: the explicit weight jumps to and fro for ever; the implicit one
-# arrives.
+# proximal objective is lowest (the hollow mark).
+#
+# Right: the explicit weight jumps to and fro for ever. The implicit weight arrives.
 #
 # ## 2. The implicit step by inference
 #
-# In a network $\theta^+$ has thousands of entries. The way through inference: a dense layer that reads $a$ and is asked
-# for a value $h$ other than its prediction needs some change of its weights and bias, and the smallest one that does it
-# is known in closed form. For one sample its squared size is $|h - Wa - b|^2 / (|a|^2 + 1)$: an error, over what the
-# layer reads. So minimise over the *values*
+# In a network $\theta^+$ has thousands of entries. Inference finds them in two moves.
 #
-# $$G(h) = L(h_{\text{output}}) + \sum_{\text{layers}} \frac{|e|^2}{2\alpha\,(|a|^2 + 1)} , \qquad e = h - Wa - b,$$
+# First, look at one dense layer. It reads $a$ and predicts $Wa + b$. Ask it for another value $h$, and its weights and
+# bias have to change. The smallest change that does it is known in closed form. For one sample its squared size is
+# $|h - Wa - b|^2 / (|a|^2 + 1)$: a squared error, divided by the size of what the layer reads.
 #
-# a loss plus squared errors, as the energy of predictive coding is. Then let every layer take its smallest change. The
-# result is the implicit step, whole and exact, because each layer's distance has been paid for in $G$.
+# So minimise over the *values*
+#
+# $$G(h) = L(h_{\text{output}}) + \sum_{\text{layers}} \frac{|e|^2}{2\alpha\,(|a|^2 + 1)} , \qquad e = h - Wa - b.$$
+#
+# This is a loss plus squared errors, as the energy of predictive coding is.
+#
+# Second, let every layer take its smallest change. The result is the implicit step, whole and exact, because $G$ has
+# paid for each layer's distance.
 
 # %%
 pixels, labels = load_digits(return_X_y=True)
@@ -168,11 +175,11 @@ def new_net(*widths, activation=nn.ReLU, seed=1):
 
 
 def change(net, algorithm, x, y):
-    """What one step of ``algorithm`` would add to the parameters, as one vector; and the state of its inference."""
+    """What one step of ``algorithm`` would add to the parameters, as one vector, and the state of its inference."""
     model = torch2ebm.convert(net)
     attached = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=1.0), model, algorithm)
     F.cross_entropy(model(x), y).backward()
-    state = model.state  # before the detach, which lets go of it
+    state = model.state  # before the detach, which releases it
     step = -torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
     attached.detach()
     attached.zero_grad()
@@ -192,7 +199,7 @@ step, state = change(net, torch2ebm.ImplicitSGD(alpha=0.5), four_x, four_y)
 print(f"converged: {state.relaxation.converged}, Newton steps: {state.relaxation.steps}")
 
 # %% [markdown]
-# That it *is* the implicit step needs no trust in inference. Autograd knows the gradient at $\theta^+$:
+# You need not trust inference that this *is* the implicit step. Autograd knows the gradient at $\theta^+$:
 
 # %%
 moved = after(net, step)
@@ -201,8 +208,8 @@ print(f"largest entry of theta+ - theta + alpha grad L(theta+): {(step - 0.5 * g
 torch.testing.assert_close(step, 0.5 * gradient, rtol=0, atol=1e-10)
 
 # %% [markdown]
-# A second thing holds exactly. Inference ended at some values; after the step, a plain forward pass *produces* them.
-# They are targets that the layers attain, all at once:
+# A second thing holds exactly. Inference ended at some values. After the step, a plain forward pass *produces* these
+# values. They are targets that all layers reach at once:
 
 # %%
 for name, value in state.value.items():
@@ -213,8 +220,8 @@ for name, value in state.value.items():
     assert (reached - value).abs().max() < 1e-12
 
 # %% [markdown]
-# For a small $\alpha$ the gradient hardly changes within a step, and both steps agree: to first order in $\alpha$ they
-# are the same, and they differ by $O(\alpha^2)$.
+# For a small $\alpha$ the gradient hardly changes within a step, so both kinds of step agree. To first order in
+# $\alpha$ they are the same. They differ by $O(\alpha^2)$.
 
 # %%
 descent, _ = change(net, torch2ebm.Backprop(), four_x, four_y)
@@ -252,16 +259,16 @@ show(PICTURES / "4_order.png")
 # %% [markdown]
 # ## 3. Any learning rate
 #
-# The exact step takes Newton's method on the values. Inference learning is cheaper: a fixed number of plain inference
-# steps, then one local change a layer. Its two forms here:
+# `ImplicitSGD` finds its exact step by Newton's method on the values. Inference learning is cheaper. It takes a fixed
+# number of plain inference steps, then one local change for each layer. There are two forms here:
 #
-# - **IL-SGD**, `PredictiveCoding(steps=25, lr=0.02)` with `torch.optim.SGD(lr)`;
-# - **IL-prox**, `ProximalInferenceLearning(alpha)` with `SGD(lr=1.0)`: each layer's change is divided by the squared
-#   norm of what the layer reads, so that it attains its value, and the output's target moves with $\alpha$ towards the
-#   minimum of the loss and never beyond.
+# - **IL-SGD** is `PredictiveCoding(steps=25, lr=0.02)` with `torch.optim.SGD(lr)`.
+# - **IL-prox** is `ProximalInferenceLearning(alpha)` with `SGD(lr=1.0)`. Each layer's change is divided by the squared
+#   norm of what the layer reads, so that it reaches its value. The output's target moves with $\alpha$ towards the
+#   minimum of the loss, and never beyond.
 #
-# The test: digits one at a time, 700 of them, at learning rates four decades apart. A run that ends in a
-# `NonFiniteError` or a `DivergenceError` has *diverged*. An accuracy of about .10 is chance: the units have died.
+# The test trains on 700 digits, one at a time, at learning rates four decades apart. A run has *diverged* if it ends in
+# a `NonFiniteError` or a `DivergenceError`. An accuracy of about .10 is chance: the units have died.
 
 # %%
 RATES = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -331,8 +338,9 @@ figure.savefig(PICTURES / "4_stability.png", dpi=150)
 show(PICTURES / "4_stability.png")
 
 # %% [markdown]
-# SGD is lost from 1 on. IL-SGD bears 1; at 10 it is lost too. IL-prox does as well at 100 as at 1. At the small end
-# there is no gift: at .01 it is the slowest of the three.
+# - **SGD** is lost from 1 on.
+# - **IL-SGD** bears 1, and is lost at 10.
+# - **IL-prox** does as well at 100 as at 1. At the small end there is no gift: at .01 it is the slowest of the three.
 #
 # These are one seed and 700 images. The page *Inference learning* (`docs/inference_learning.md`) has the table of three
 # seeds and 1,000 images, and `benchmarks/papers_d.py` makes it.
@@ -348,15 +356,18 @@ assert table["IL-prox"][0.01] < min(table["SGD"][0.01], table["IL-SGD"][0.01])
 # %% [markdown]
 # ## 4. What holds of the theory, and what does not
 #
-# Is IL-prox stable *because* it is implicit SGD? We can ask, since we have the exact step. On the proximal objective
-# of one image (lower is better, the implicit step is the minimum):
+# Is IL-prox stable *because* it is implicit SGD? We can ask, since we have the exact step. We measure the proximal
+# objective of one image. Lower is better, and the implicit step is the minimum. The candidates are:
 #
-# - IL-prox as published, 25 inference steps, and with its values settled;
-# - SGD with the rate $\alpha$;
-# - the directions of settled IL-prox and of SGD, each *scaled* to the length that is best on this very objective, found
-#   by trying 60. No training loop could do that. It compares directions.
+# - IL-prox as published, with 25 inference steps.
+# - IL-prox with its values settled, that is, moved until they stand still.
+# - SGD with the rate $\alpha$.
+# - The directions of settled IL-prox and of SGD, each *scaled* to the length that is best on this very objective.
 #
-# Beside it, the cosine of each step with the implicit one. Means over three images, each on a fresh network.
+# The best length is found by trying 60. No training loop could do that; it only compares directions.
+#
+# Beside it we print the cosine of each step with the implicit one. All figures are means over three images, each on a
+# fresh network.
 
 
 # %%
@@ -367,7 +378,7 @@ def objective(net, step, alpha, x, y):
 
 
 def steps_of(net, alpha, x, y):
-    """One step each, by name."""
+    """One step of each algorithm, by name."""
     algorithms = {
         "implicit SGD": torch2ebm.ImplicitSGD(alpha, tol=1e-7),
         "IL-prox, 25 steps": torch2ebm.ProximalInferenceLearning(alpha),
@@ -440,17 +451,22 @@ figure.savefig(PICTURES / "4_proximal_objective.png", dpi=150)
 show(PICTURES / "4_proximal_objective.png")
 
 # %% [markdown]
-# **What holds.** IL-prox lowers the proximal objective at every $\alpha$. SGD with the rate $\alpha$ does so only while
-# $\alpha$ is small; from 1 on it ends above where it began. Letting the values settle brings IL-prox nearer to the
-# implicit step, in height and in direction. And from 1 on, the settled direction leads lower than the gradient does, if
-# both may choose their length.
+# **What holds.**
 #
-# **What does not.** The IL-prox that people run, 25 steps and the length that comes of it, is far above the optimum
-# where $\alpha$ is large, and above scaled SGD at every $\alpha$. Its direction is farther from the implicit step than
-# the gradient is. And for $\alpha \to 0$ no form of IL-prox becomes the implicit step, as SGD does.
+# - IL-prox lowers the proximal objective at every $\alpha$. SGD with the rate $\alpha$ does so only while $\alpha$ is
+#   small. From 1 on it ends above where it began.
+# - Letting the values settle brings IL-prox nearer to the implicit step, in height and in direction.
+# - From 1 on, the settled direction leads lower than the gradient does, if both may choose their length.
+#
+# **What does not.**
+#
+# - The IL-prox that people run has 25 steps and the length that comes of it. It is far above the optimum where $\alpha$
+#   is large, and above scaled SGD at every $\alpha$.
+# - Its direction is farther from the implicit step than the gradient is.
+# - For $\alpha \to 0$ no form of IL-prox becomes the implicit step, as SGD does.
 #
 # So being *near* implicit SGD does not explain the stability of section 3. What the two share is that the step is
-# bounded: the output's target does not overshoot the loss's minimum, and the layers attain their targets.
+# bounded. The output's target does not overshoot the loss's minimum, and the layers reach their targets.
 
 # %%
 for alpha in RATES:
@@ -465,16 +481,19 @@ assert cosines[0.01]["SGD, scaled"] > 0.99
 assert cosines[0.01]["IL-prox, settled"] < 0.9
 
 # %% [markdown]
-# Nor does *exact* mean *better*. An implicit step does all it can for the image at hand, and cheaply. All these images
-# have much in common, so the cheapest way to a label is a change that gives it to every image. Below, forty steps of
-# one image each; after each of the last twenty, the share of the test images that the net takes for the digit just
-# learned. About one in ten of them are that digit. After exact steps it is all of them: the net knows nothing but its
-# last image. Subtract the mean image from all, and the short cut is gone.
+# Nor does *exact* mean *better*. An implicit step does all it can for the image at hand, and as cheaply as it can. All
+# these images have much in common. So the cheapest way to a label is a change that gives this label to every image.
+#
+# Below we take forty steps of one image each. After each of the last twenty we print which share of the test images the
+# net takes for the digit just learned. About one in ten of them are that digit.
+#
+# After exact steps it is all of them: the net knows nothing but its last image. Subtract the mean image from all
+# images, and the short cut is gone.
 
 
 # %%
 def share_of_last_label(algorithm, lr, shift):
-    """Mean over the last 20 of 40 single images: the part of the test images now taken for the same digit."""
+    """The part of the test images now taken for the digit just learned: mean over the last 20 of 40 single images."""
     net = new_net(64, 128, 128, 10)
     model = torch2ebm.convert(net)
     optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=lr), model, algorithm)
@@ -506,11 +525,11 @@ assert max(shares["implicit SGD, alpha .1"][1], *shares["SGD, rate .1"]) < 0.4
 # ## 5. Recipes for the loop that you have
 #
 # A form of inference learning is an algorithm and an optimizer. The loop below is that of the first notebook, with 16
-# images a step.
+# images in each step.
 #
-# The last line is *sequential* inference: values move one after the other from the output back, so that one step
-# carries the error through all layers and three are enough. `MQ` gives every parameter tensor one rate of its own, the
-# smaller the larger its gradients are (Alonso 2023).
+# The last recipe is *sequential* inference. Values move one after the other, from the output back. So one step carries
+# the error through all layers, and three are enough. `MQ` gives every parameter tensor one rate of its own: the larger
+# its gradients are, the smaller the rate (Alonso 2023).
 
 
 # %%
@@ -544,7 +563,7 @@ assert all(correct > 0.8 for correct in trained.values())
 # %% [markdown]
 # ## Where to go from here
 #
-# - `ImplicitSGD` and `ProximalInferenceLearning` ask for dense layers; what else is refused, and by which name, is on
-#   the page `docs/inference_learning.md`.
+# - `ImplicitSGD` and `ProximalInferenceLearning` need dense layers. The page `docs/inference_learning.md` says what
+#   else is refused, and by which name.
 # - `PredictiveCoding` and `MQ` take any network that can be converted.
-# - On data of yours, draw the picture of section 3 first: it takes the place of a search for the learning rate.
+# - On data of your own, draw the picture of section 3 first. It takes the place of a search for the learning rate.

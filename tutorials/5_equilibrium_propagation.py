@@ -14,8 +14,10 @@
 # # 5. Equilibrium propagation
 #
 # Here the network itself becomes a dynamical system. Its activations influence each other **both ways**, forwards and
-# backwards through the same weights, until they stand still. Learning compares two such equilibria: one that is free,
-# and one whose output is pulled a little towards the target. No signal of another kind travels backwards.
+# backwards through the same weights, until they stand still. That point is an *equilibrium*.
+#
+# Learning compares two equilibria: a free one, and one whose output is pulled a little towards the target. No signal of
+# another kind travels backwards.
 #
 # 1. two added lines
 # 2. the free phase
@@ -28,7 +30,7 @@
 # 9. training digits, and two outputs to look at
 #
 # It runs in less than a minute and a half on one core. As a script it writes its pictures to the folder
-# `tutorial_output`, or to the one named by the environment variable `TUTORIAL_OUTPUT`.
+# `tutorial_output`. You can name another folder in the environment variable `TUTORIAL_OUTPUT`.
 
 # %%
 import os
@@ -75,8 +77,8 @@ train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.2, stratif
 # + optimizer = torch2ebm.EnergyOptimizer(optimizer, model, torch2ebm.EquilibriumPropagation())
 # ```
 #
-# The loop is the one that you have. The loss here is half a squared error, which keeps the outputs, and so the feedback
-# that they send, of moderate size.
+# The loop is the one that you have. The loss here is half a squared error. It keeps the outputs of moderate size, and
+# so the feedback that they send.
 
 
 # %%
@@ -119,17 +121,21 @@ optimizer.detach()
 # %% [markdown]
 # ## 2. The free phase
 #
-# Each activation is a **state** $s_n$. With $a_n$ the pre-activation that the layer computes from the states that it
-# reads, the network has the energy
+# A *phase* is one run of the network to an equilibrium. The *free* phase runs without the loss.
+#
+# Each activation is a **state** $s_n$. Its layer computes the pre-activation $a_n$ from the states that it reads. The
+# network has the energy
 #
 # $$E = \sum_n G_n(s_n) - \Phi, \qquad \Phi = \sum_n \langle s_n, a_n\rangle ,$$
 #
-# $G_n'$ being the inverse of the activation. Where its derivative vanishes,
+# where $G_n'$ is the inverse of the activation. Where the derivative of $E$ vanishes,
 #
-# $$s_n = \text{act}\Big(\frac{\partial\Phi}{\partial s_n}\Big) = \text{act}\big(a_n + W_{n+1}^\top s_{n+1}\big):$$
+# $$s_n = \text{act}\Big(\frac{\partial\Phi}{\partial s_n}\Big) = \text{act}\big(a_n + W_{n+1}^\top s_{n+1}\big).$$
 #
-# what the forward pass would say, and the feedback of the layer above through the **same weights**. The free phase
-# starts at the forward pass and repeats this step. What `model(x)` gives is the output where it ends.
+# The first term is what the forward pass would compute. The second is the feedback of the layer above, through the
+# **same weights**.
+#
+# The free phase starts at the forward pass and repeats this step. `model(x)` gives the output where it ends.
 #
 # For the mathematics we take a small network with sigmoids, in double precision.
 
@@ -144,7 +150,7 @@ images, targets = train_x[:16].double(), train_y[:16]
 
 
 def look(algorithm, model=small_model, images=images):
-    """One backward: the gradient as one vector, and the state that it leaves. The weights stay as they are."""
+    """One backward: the gradient as one vector, and the state that it leaves. No weight changes."""
     attached = torch2ebm.EnergyOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, algorithm)
     half_squared_error(model(images), targets).backward()
     state = model.state
@@ -163,8 +169,9 @@ print(f"the equilibrium's output is {state.feedforward_distance:.0%} away from t
 
 # %% [markdown]
 # The **residual** is the largest change that one more step would make. Every phase reports it. How fast it falls
-# depends on the strength of the feedback, which `feedback` scales with each layer. A phase that would go on by more
-# than a twentieth of its states is warned of; here it is cut short on purpose.
+# depends on the strength of the feedback, which `feedback` scales with each layer.
+#
+# You get a warning if a phase would still move its states by more than a twentieth. Here it is cut short on purpose.
 
 # %%
 counts = [1, 2, 3, 5, 8, 12, 20, 30, 50]
@@ -193,9 +200,11 @@ assert residuals[0.1][5] < residuals[0.3][5] < residuals[1.0][5]
 # %% [markdown]
 # ## 3. The nudged phases
 #
-# Backward adds $\beta$ times the loss to the energy and lets the states move on from the free equilibrium. That pulls
-# at the output; the feedback carries it to the layers below. `Symmetric(beta)`, the default, does it twice, with
-# $+\beta$ and with $-\beta$.
+# A *nudge* is a small pull of the loss on the output. Backward adds $\beta$ times the loss to the energy, and lets the
+# states move on from the free equilibrium. The loss pulls at the output, and the feedback carries that to the layers
+# below.
+#
+# `Symmetric(beta)`, the default, does this twice: with $+\beta$ and with $-\beta$.
 
 # %%
 for phase in state.phases:
@@ -204,14 +213,15 @@ for name in ("1", "3", "4"):
     print(f"the nudge moved node {name} by up to {state.error[name].abs().max():.4f}")
 
 # %% [markdown]
-# The gradient needs what each connection sees by itself, before and after: as
-# $\partial\Phi/\partial W_n = \sum_{\text{images}} s_n\, s_{n-1}^\top$,
+# The gradient needs only what each connection sees by itself, in two phases. Since
+# $\partial\Phi/\partial W_n = \sum_{\text{images}} s_n\, s_{n-1}^\top$, it is
 #
 # $$-\frac{1}{2\beta}\Big(s_n^{+\beta}\, {s_{n-1}^{+\beta}}^\top - s_n^{-\beta}\, {s_{n-1}^{-\beta}}^\top\Big)
-# \quad\text{averaged over the images,}$$
+# \quad\text{averaged over the images.}$$
 #
-# two Hebbian terms. With one nudge, `OneSided(beta)`, the states of the free phase stand in the place of the second
-# term:
+# These are two Hebbian terms: products of the states at both ends of a connection.
+#
+# With one nudge, `OneSided(beta)`, the second term is taken from the states of the free phase:
 
 # %%
 one_sided = torch2ebm.EquilibriumPropagation(torch2ebm.OneSided(0.1), free_steps=200, nudged_steps=200)
@@ -226,9 +236,12 @@ print("largest difference:", (gradient.split(sizes)[2].view(16, 32) - by_hand).a
 # ## 4. How good is the gradient?
 #
 # As $\beta\to0$ it becomes the exact gradient of the loss at the free equilibrium. `RecurrentBackprop` computes that
-# one by the implicit function theorem. Against it, one nudge has an error in proportion to $\beta$, two of them in
-# proportion to $\beta^2$. `Holomorphic(beta, points)` puts more nudges on a circle in the complex plane: its error
-# falls by a constant factor a point, without a small $\beta$, as long as the circle is small enough: at 0.5 it is not.
+# one by the implicit function theorem, so we compare with it:
+#
+# - One nudge has an error in proportion to $\beta$.
+# - Two nudges have an error in proportion to $\beta^2$.
+# - `Holomorphic(beta, points)` puts more nudges on a circle in the complex plane. Its error falls by a constant factor
+#   for each point, without a small $\beta$. The circle has to be small enough: at 0.5 it is not.
 
 # %%
 exact, _ = look(torch2ebm.RecurrentBackprop(torch2ebm.FixedPointSolve(steps=300), free_steps=300))
@@ -276,19 +289,22 @@ print(f"ten times smaller beta: one-sided {one[2] / one[5]:.1f}, symmetric {two[
 assert 8 < one[2] / one[5] < 12
 assert 90 < two[2] / two[5] < 110
 assert abs(circle[0.1][0] / two[2] - 1) < 1e-6  # two points on the circle are the symmetric nudge
-assert circle[0.1][5] < 1e-4 * circle[0.1][2]  # six points more
+assert circle[0.1][5] < 1e-4 * circle[0.1][2]  # ten points against four
 assert circle[0.5][5] > 1e-2  # past the radius: no number of points helps
 
 # %% [markdown]
 # ## 5. Recurrent backpropagation
 #
-# The exact gradient needs $z = (I - J^\top)^{-1}\,\partial L/\partial s$, $J$ being the Jacobian of the step. There are
-# several ways to solve for it. `Neumann(terms)` adds up $(J^\top)^k\,\partial L/\partial s$, which is backpropagation
-# through the last steps of the relaxation. `ConjugateGradient` takes about as many steps as there are states, and would
-# work where the series does not converge.
+# The exact gradient needs $z = (I - J^\top)^{-1}\,\partial L/\partial s$, where $J$ is the Jacobian of the step. There
+# are several ways to solve for it:
 #
-# **And equilibrium propagation after $t$ nudged steps has the gradient of `Neumann(terms=t - 1)`**: it runs through the
-# same terms of the series, only that the network computes them by moving.
+# - `Neumann(terms)` adds up $(J^\top)^k\,\partial L/\partial s$. This is backpropagation through the last steps of the
+#   relaxation, that is, of the run to the equilibrium.
+# - `ConjugateGradient` takes about as many steps as there are states. It would also work where the series does not
+#   converge.
+#
+# **Equilibrium propagation after $t$ nudged steps has the gradient of `Neumann(terms=t - 1)`.** It runs through the
+# same terms of the series, but the network computes them by moving.
 
 # %%
 terms = [0, 1, 2, 3, 5, 8, 12, 20, 30]
@@ -321,13 +337,13 @@ assert max(apart) < 1e-5  # at beta 1e-3, symmetric: of the order of beta square
 # ## 6. The process theorem
 #
 # Scellier and Bengio (2019) state it in continuous time, where the states slide down the energy. Recurrent
-# backpropagation is then a process of its own,
+# backpropagation is then a process of its own:
 #
 # $$S_0 = \frac{\partial L}{\partial s},\quad \Theta_0 = 0,\qquad
 # \dot S = -\frac{\partial^2 E}{\partial s^2}\,S,\qquad
-# \dot\Theta = -\frac{\partial^2 E}{\partial\theta\,\partial s}\,S ,$$
+# \dot\Theta = -\frac{\partial^2 E}{\partial\theta\,\partial s}\,S .$$
 #
-# and the nudged phase shows the same two curves to whoever watches it move:
+# The nudged phase shows the same two curves to whoever watches it move:
 #
 # $$\tilde S_t = -\frac1\beta\,\dot s_t,\qquad
 # \tilde\Theta_t = \frac1\beta\Big(\frac{\partial E}{\partial\theta}(s_t)
@@ -456,17 +472,19 @@ figure.savefig(PICTURES / "5_process.png", dpi=150)
 show(PICTURES / "5_process.png")
 
 # %% [markdown]
-# The table falls tenfold with $\beta$ for one nudge and a hundredfold for two. How large its numbers are depends on the
-# net, the loss and the size of the step.
+# The table falls tenfold with $\beta$ for one nudge, and a hundredfold for two. How large its numbers are depends on
+# the network, the loss and the size of the step.
 #
-# The dots lie on the lines, at every step and not only at the end: the nudged phase **is** recurrent backpropagation,
+# The dots lie on the lines, at every step and not only at the end. The nudged phase **is** recurrent backpropagation,
 # written in the speed of the states.
 #
 # ## 7. Weak feedback
 #
-# The gradient above belongs to the equilibrium, which is another function than the module. With `feedback` below 1 a
-# layer hears less of the one above: the equilibrium approaches the forward pass, and the gradient backpropagation's.
-# The nudge is scaled along, so that nothing of the error signal is lost but precision.
+# The gradient above belongs to the equilibrium, which is a different function from the module. With `feedback` below 1
+# a layer hears less of the one above. The equilibrium then approaches the forward pass, and the gradient approaches
+# backpropagation's.
+#
+# The nudge is scaled along with the feedback. So nothing of the error signal is lost but precision.
 
 # %%
 plain = torch.autograd.grad(half_squared_error(small(images), targets), list(small.parameters()))
@@ -492,12 +510,13 @@ distances = [look(weak(feedback))[1].feedforward_distance for feedback in streng
 # %% [markdown]
 # ## 8. Relatives
 #
-# - `ContrastiveHebbian(feedback)` holds the output at the target (for another loss than half the squared error: at its
-#   free value less the gradient). Nothing is divided by a small $\beta$; it is weak feedback that makes it
-#   backpropagation, with an error in proportion to it (Xie and Seung 2003).
-# - `CoupledLearning(beta)` holds the output a little on the better side of its free value. Even as $\beta\to0$ it is
-#   *not* the gradient of the loss, but a direction that lowers it. With weak feedback it becomes contrastive Hebbian
-#   learning, and so backpropagation, too.
+# **`ContrastiveHebbian(feedback)`** *clamps* the output: it holds it fixed at the target. For a loss other than half
+# the squared error, it holds the output at its free value less the gradient. Nothing is divided by a small $\beta$.
+# Weak feedback makes it backpropagation, with an error in proportion to the feedback (Xie and Seung 2003).
+#
+# **`CoupledLearning(beta)`** holds the output a little on the better side of its free value. Even as $\beta\to0$ it is
+# *not* the gradient of the loss, but a direction that lowers it. With weak feedback it becomes contrastive Hebbian
+# learning, and so backpropagation, too.
 
 # %%
 hebbian = [to_backprop(torch2ebm.ContrastiveHebbian(feedback, 200, 50)) for feedback in strengths]
@@ -534,9 +553,10 @@ assert 0 < cosine < 0.9999
 # %% [markdown]
 # ## 9. Training digits
 #
-# The same weights to start with, the same batches, the same optimizer. Equilibrium propagation trains the
-# *equilibrium*: that is the output to use. How far the plain output of the same weights lies from it depends on the
-# feedback.
+# The initial weights, the batches and the optimizer are the same.
+#
+# Equilibrium propagation trains the *equilibrium*, so that is the output to use. The plain output of the same weights
+# is another one. How far away it is depends on the feedback.
 
 # %%
 EPOCHS = 12
@@ -580,11 +600,14 @@ figure.savefig(PICTURES / "5_digits.png", dpi=150)
 show(PICTURES / "5_digits.png")
 
 # %% [markdown]
-# With one hidden layer, full feedback does no harm. With two, the equilibrium of full feedback is another function than
-# the forward pass: its own output is right where the plain output of the same weights is not. Weak feedback brings both
-# together, and both near to backpropagation. And with full feedback fifteen steps were not enough for every image of
-# every batch, which the warnings say. With a module of your own, look at `model.state.feedforward_distance`, and at the
-# residual of the free phase.
+# - **With one hidden layer** full feedback does no harm.
+# - **With two hidden layers** the equilibrium of full feedback is a different function from the forward pass. Its own
+#   output is right where the plain output of the same weights is not.
+# - **Weak feedback** brings both together, and both near to backpropagation.
+#
+# With full feedback, fifteen steps were not enough for every image of every batch. The warnings say so.
+#
+# With a module of your own, look at `model.state.feedforward_distance`, and at the residual of the free phase.
 
 # %%
 assert all(right > 0.94 for hidden, name in trained if name != "feedback 1" for right in trained[hidden, name])
@@ -593,9 +616,9 @@ assert trained[2, "feedback 1"][0] > trained[2, "feedback 1"][1] + 0.1
 # %% [markdown]
 # ## Where to go from here
 #
-# - Deeper or convolutional networks: begin with `feedback=0.1` and average pooling.
-# - A warning that the free phase has not settled names the node. Lower the feedback, add `damping=0.5`, take more
-#   `free_steps`, or `update=torch2ebm.AndersonMixing()`, which needs fewer of them.
-# - Cross-entropy: `readout=True` keeps the logits out of the states (Laborieux et al. 2021).
-# - Write a factor of the loss inside of the mean over images, as `half_squared_error` does. Outside of it, it only
-#   scales the gradient, and the nudge stays that of the loss without it.
+# - For deeper or convolutional networks, begin with `feedback=0.1` and average pooling.
+# - If you are warned that the free phase has not settled, the warning names the node. Lower the feedback, add
+#   `damping=0.5`, or take more `free_steps`. `update=torch2ebm.AndersonMixing()` needs fewer of them.
+# - With cross-entropy, `readout=True` keeps the logits out of the states (Laborieux et al. 2021).
+# - Write a factor of the loss inside the mean over images, as `half_squared_error` does. Outside it only scales the
+#   gradient, and the nudge stays that of the loss without it.
