@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from torch2ebm import errors, torch2pc
+from torch2ebm import errors, extend, torch2pc
 from torch2ebm.algorithms import (
     Algorithm,
     Backprop,
@@ -90,6 +90,7 @@ __all__ = [
     "compare",
     "convert",
     "errors",
+    "extend",
     "load_mnist",
     "read_idx",
     "torch2pc",
