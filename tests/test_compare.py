@@ -94,14 +94,20 @@ def test_two_of_a_kind_are_told_apart_by_their_settings() -> None:
     assert "along" not in comparison.to_dict() and comparison.along == {}
 
 
-SETTINGS = {row.name: row.settings for row in ROWS if row.settings is not None}
+MADE = [row.settings for row in ROWS if row.settings is not None]
+STEPLESS = [torch2ebm.Backprop, torch2ebm.ZeroDivergence]
+SETTINGS = {type(made).__name__: made for made in MADE if type(made) not in STEPLESS}
 
 
 def test_every_algorithm_that_has_steps_is_here() -> None:
     public = {getattr(torch2ebm, name) for name in torch2ebm.__all__}
     kinds = {kind for kind in public if isinstance(kind, type) and issubclass(kind, torch2ebm.Algorithm)}
-    with_steps = {kind for kind in kinds if kind.with_steps is not torch2ebm.Algorithm.with_steps}
-    assert {type(made) for made in SETTINGS.values()} == with_steps
+    assert {type(made) for made in MADE} == kinds - {torch2ebm.Algorithm}
+
+
+@pytest.mark.parametrize("kind", STEPLESS)
+def test_an_algorithm_without_steps_is_its_own_copy(kind: type[torch2ebm.Algorithm]) -> None:
+    assert kind().with_steps(3) == kind()
 
 
 @pytest.mark.parametrize("made", SETTINGS.values(), ids=SETTINGS)
