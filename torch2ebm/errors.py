@@ -105,7 +105,7 @@ class LossNotRecordedError(ConfigurationError):
 
 
 class LossReplayError(LossNotRecordedError):
-    """The recorded loss does not have the gradient that autograd delivered."""
+    """The loss on the tape does not have the gradient that autograd delivered."""
 
 
 class LossIndependentError(ConfigurationError):

@@ -28,7 +28,7 @@ class Trace:
 Settings = tuple[tuple[nn.Module, str, Any], ...]
 
 
-def settings_of(modules: Sequence[nn.Module]) -> Settings:
+def settings_read_by(modules: Sequence[nn.Module]) -> Settings:
     """Plain attributes of the modules that tracing went through: their values are part of the graph."""
     return tuple(
         (module, name, value)

@@ -14,7 +14,7 @@ import torch
 
 
 class ResultReference:
-    """Stands in a recorded operation for what an earlier one returned."""
+    """Stands on a tape, among the arguments of an operation, for what an earlier one returned."""
 
     __slots__ = ("index",)
 

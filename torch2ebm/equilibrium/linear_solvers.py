@@ -13,7 +13,7 @@ from torch import Tensor
 from torch2ebm.common.checks import check_steps, check_tolerance
 from torch2ebm.errors import ConfigurationError
 
-Vector = dict[str, Tensor]
+Vector = dict[str, Tensor]  # by slot of a state
 
 
 class System(Protocol):

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch2ebm.engine.call import at_least_single
 from torch2ebm.engine.gradients import GradientSum
 from torch2ebm.equilibrium.dynamics import Equilibrium, States, sum_of
+from torch2ebm.equilibrium.linear_solvers import Vector
 from torch2ebm.errors import NoEquilibriumError
-
-Vector = dict[str, Tensor]  # by slot of a state
 
 
 class LinearisedStep:

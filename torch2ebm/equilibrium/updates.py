@@ -296,9 +296,9 @@ class ProgramUpdate(Update):
         moving = (dict(states), past.points, past.images)
         tensors = list(leaves_of(moving))
         role = f"a {self.name} step"
-        recorded = self._chain.next(role, tensors, lambda: moving)
-        if recorded is not None:
-            return _taken(fill(recorded.program.result, self._chain.leaves(recorded, tensors)), past)
+        known = self._chain.next(role, tensors, lambda: moving)
+        if known is not None:
+            return _taken(fill(known.program.result, self._chain.leaves(known, tensors)), past)
 
         def function() -> object:
             made = self._update.step(equilibrium, states, influence, past)

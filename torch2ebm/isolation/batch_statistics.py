@@ -61,7 +61,7 @@ def keeping_statistics(statistics: Statistics) -> TorchFunctionMode:
 
 
 def frozen_statistics(statistics: Statistics) -> TorchFunctionMode:
-    """Run batch norms with the recorded statistics, which then are constants, and leave the running ones alone."""
+    """Run batch norms with the statistics that were kept, as constants, and leave the running ones alone."""
     remaining = iter(statistics)
 
     def replace(**call: Any) -> Tensor:
