@@ -73,6 +73,10 @@ class StaleAttributeWarning(UserWarning):
     """Forward leaves tensors in attributes of the module, which a graph in its place does not change."""
 
 
+class NameCollisionWarning(UserWarning):
+    """The module has attributes of its own that are called as some of torch2ebm's."""
+
+
 # The training loop ----------------------------------------------------------------------------------------------------
 
 
