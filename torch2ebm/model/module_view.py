@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -14,20 +15,22 @@ from torch import nn
 from torch2ebm.capture.problems import users_level
 from torch2ebm.capture.signature import with_signature_of
 from torch2ebm.capture.trace import is_setting
-from torch2ebm.errors import NameCollisionWarning, UnsupportedError
+from torch2ebm.errors import ConfigurationError, NameCollisionWarning, UnsupportedError
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.own_forward import calls_one_of
 
 HELD = "torch2ebm"  # the one attribute of a view that is not the module's
 
-# The same dictionaries and sets, not copies of them, so that whatever moves one moves both.
-_SHARED = (
-    *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
-    *("_state_dict_hooks", "_state_dict_pre_hooks"),
-    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+_HOOKS_AROUND_THE_CALL = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
 )
 _REGISTERING = ("add_module", "register_module", "register_buffer", "register_parameter", "set_submodule")
-_ALWAYS_THE_MODULES = (*_REGISTERING, "apply", "_apply", "train", "state_dict", "load_state_dict")
+_ALWAYS_THE_MODULES = (
+    *(*_REGISTERING, "get_submodule", "get_parameter", "get_buffer"),
+    *("apply", "_apply", "train", "state_dict", "load_state_dict"),
+)
 _NEVER_THE_MODULES = (  # of the call, of the hooks around it and of the text: of what people call and print
     *("forward", "compile", "_call_impl", "_wrapped_call_impl", "_slow_forward", "_compiled_call_impl"),
     *("register_forward_hook", "register_forward_pre_hook", "register_backward_hook"),
@@ -51,30 +54,32 @@ class ModuleView(nn.Module):
     torch2ebm: Conversion
 
     def __init__(self, conversion: Conversion, told: bool = False) -> None:
-        module = conversion.module
-        own = {**vars(nn.Module()), **{name: vars(module)[name] for name in _SHARED}, HELD: conversion}
-        del own["training"]  # is the module's
-        self.__dict__.update(own)
+        fresh = vars(nn.Module())
+        self.__dict__.update({HELD: conversion, **{name: fresh[name] for name in _HOOKS_AROUND_THE_CALL}})
         _look_like_the_module(self, told)
 
     def __getattr__(self, name: str) -> Any:
         if HELD not in self.__dict__:  # while it is unpickled
             raise AttributeError(name)
+        if _is_ours(self, name):  # a property has raised an AttributeError, which says more than the module would
+            return getattr(self.torch2ebm, name)
         return getattr(self.torch2ebm.module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("__") or name == "_compiled_call_impl":
+        if name in ("__class__", "__dict__"):
             object.__setattr__(self, name, value)
         elif _stays(self, name, value):
             self.__dict__[name] = value
+        elif _is_ours(self, name) and not isinstance(value, (nn.Module, nn.Parameter)):
+            raise _not_an_attribute(name, self.torch2ebm.module)
         else:
-            if name not in (*_SHARED, HELD):
-                self.__dict__.pop(name, None)  # a wrapper of forward, which this one replaces
+            if name == "forward":
+                self.__dict__.pop(name, None)  # a wrapper, which this one replaces
             with _change_followed(self, name) as module:
                 setattr(module, name, _of_module(self, value) if name == "forward" else value)
 
     def __delattr__(self, name: str) -> None:
-        if name in self.__dict__ and name not in (*_SHARED, HELD):
+        if name in self.__dict__ and name != HELD:
             del self.__dict__[name]
         else:
             with _change_followed(self, name) as module:
@@ -84,17 +89,15 @@ class ModuleView(nn.Module):
         return sorted({*object.__dir__(self), *dir(self.torch2ebm.module)})
 
     def __getstate__(self) -> dict[str, Any]:
-        """The module, the choices and the hooks; captures and the state of the last backward are made when needed."""
-        held = self.torch2ebm
-        hooks = {
-            name: value for name, value in vars(self).items() if name not in (*_SHARED, HELD, "_compiled_call_impl")
-        }
-        return {"module": held.module, "granularity": held.granularity, "algorithm": held.algorithm, "hooks": hooks}
+        """The module, the choices, and what stands around the call; captures and states are made when needed."""
+        held, others = self.torch2ebm, (HELD, "_compiled_call_impl")
+        around = {name: value for name, value in vars(self).items() if name not in others}
+        return {"module": held.module, "granularity": held.granularity, "algorithm": held.algorithm, "around": around}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         conversion = Conversion(state["module"], state["granularity"], state["algorithm"])
         ModuleView.__init__(self, conversion, told=True)
-        self.__dict__.update(state.get("hooks", {}))  # version 0.1 saved none
+        self.__dict__.update(state.get("around", {}))  # version 0.1 saved none
 
     def __reduce__(self) -> tuple[Any, ...]:
         base = _plain_class(self)
@@ -117,10 +120,26 @@ def _stays(view: ModuleView, name: str, value: Any) -> bool:
 
     In the module's place such a wrapper would call itself, since the view's forward calls the module's.
     """
-    if name in view.__dict__ and name not in (*_SHARED, HELD, "forward"):
+    if name != "forward" and (name in _NEVER_THE_MODULES or name in vars(view).keys() - {HELD}):
         return True
     classes = [each for each in type(view).__mro__ if issubclass(each, ModuleView)]
     return calls_one_of(value, [vars(each)["forward"] for each in classes if "forward" in vars(each)])
+
+
+def _is_ours(view: ModuleView, name: str) -> bool:
+    """Whether a name is one that the view's class has for people, and the module has not."""
+    own = type(view).__dict__.keys()
+    return name in vars(_plain_class(view)) and name not in own and name not in _NEVER_THE_MODULES
+
+
+def _not_an_attribute(name: str, module: nn.Module) -> ConfigurationError:
+    return ConfigurationError(
+        f"model.{name} = ...",
+        f"a name of torch2ebm's, which {type(module).__name__} has not",
+        "an attribute of the module, or another name",
+        f"An EnergyOptimizer attaches an algorithm; if forward is to read self.{name}, set it on the module before "
+        "torch2ebm.convert.",
+    )
 
 
 def _of_module(view: ModuleView, value: Any) -> Any:
@@ -137,20 +156,32 @@ def _change_followed(view: ModuleView, name: str | None = None) -> Iterator[nn.M
     before = _readable(module)
     yield module
     after = _readable(module)
-    if before.keys() != after.keys() or not all(_noticed(before[each], after[each]) for each in after):
+    if before.keys() != after.keys() or not all(_same(before[each], after[each]) for each in after):
         view.torch2ebm.captures.forget()
     if name is None or hasattr(_plain_class(view), name):
         _look_like_the_module(view)
 
 
-def _readable(module: nn.Module) -> dict[str, Any]:
-    """What forward may read that is neither parameter nor submodule, whose changes every call looks for."""
-    return {**vars(module), **module._buffers}
+@dataclass(frozen=True)
+class _Noticed:
+    """Stands for what a capture reads or compares in each call; of a buffer, all but the contents is in the capture."""
+
+    kind: Any = None
 
 
-def _noticed(before: Any, after: Any) -> bool:
-    """Whether a graph that was captured with ``before`` computes with ``after``, or is not taken for it."""
-    return before is after or (is_setting(before) and is_setting(after))
+def _readable(module: nn.Module) -> dict[tuple[int, str], Any]:
+    """What forward may read that is no parameter, of all modules: a property's setter may write to another one."""
+    found: dict[tuple[int, str], Any] = {}
+    for i, each in enumerate(module.modules()):
+        for name, value in vars(each).items():
+            found[i, name] = _Noticed() if i == 0 and is_setting(value) else value
+        for name, buffer in each._buffers.items():
+            found[i, name] = _Noticed(buffer is not None and (buffer.shape, buffer.dtype, buffer.device))
+    return found
+
+
+def _same(before: Any, after: Any) -> bool:
+    return before is after or (isinstance(before, _Noticed) and before == after)
 
 
 # the class of a view
@@ -195,7 +226,7 @@ def _look_like_the_module(view: ModuleView, told: bool = False) -> None:
         },
     )
     if not told:
-        _tell_of_collisions(module, sorted((hidden & {*vars(base)}) - known))
+        _tell_of_collisions(module, sorted((hidden & {*vars(base), HELD}) - known))
 
 
 def _plain_class(view: ModuleView) -> type[ModuleView]:
@@ -211,7 +242,7 @@ def _hidden_by(base: type[ModuleView], module: nn.Module) -> set[str]:
     return {
         name
         for name in own - {*_NEVER_THE_MODULES}
-        if name in _CONTAINERS or (hasattr(base, name) and not name.startswith("__"))
+        if name in (*_CONTAINERS, HELD) or (hasattr(base, name) and not name.startswith("__"))
     }
 
 
@@ -229,10 +260,10 @@ def _has(module: nn.Module, name: str) -> bool:
         return False
 
 
-def _tell_of_collisions(module: nn.Module, names: Iterable[str]) -> None:
-    the_modules, ours = [name for name in names if name != HELD], [name for name in names if name == HELD]
-    said = [f"model.{name} is the module's; torch2ebm's is model.{HELD}.{name}" for name in the_modules]
-    said += [f"model.{name} is torch2ebm's; the module's is model.{HELD}.module.{name}" for name in ours]
+def _tell_of_collisions(module: nn.Module, names: Sequence[str]) -> None:
+    said = [f"model.{name} is the module's; torch2ebm's is model.{HELD}.{name}" for name in names if name != HELD]
+    if HELD in names:
+        said.append(f"model.{HELD} is torch2ebm's; the module's is model.{HELD}.module.{HELD}")
     if said:
         warnings.warn(
             NameCollisionWarning(
