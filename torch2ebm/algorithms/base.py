@@ -69,14 +69,14 @@ class Algorithm(ABC):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        own = vars(cls).get("backward")
+        own = getattr(cls, "backward", None)  # a mixin's too
         if inspect.isfunction(own) and _is_of_0_1(own):
             warnings.warn(
                 f"{cls.__qualname__}.backward(call, loss, retain_graph) is the form of torch2ebm 0.1. Write "
                 "backward(call, kept, loss, retain_graph): kept is what forward returned. This form goes with the "
                 "next version.",
                 DeprecationWarning,
-                stacklevel=2,
+                stacklevel=3,  # past abc's own __new__, to the line of the class
             )
             cls.backward = _without_kept(own)  # type: ignore[method-assign]
 
@@ -172,7 +172,12 @@ def _settings(algorithm: Any) -> dict[str, Any]:
 
 
 def _is_of_0_1(backward: Callable[..., Any]) -> bool:
-    return list(inspect.signature(backward).parameters)[1:] == ["call", "loss", "retain_graph"]
+    """Three arguments without a default, whatever their names: the fourth, ``kept``, came with 0.2."""
+    parameters = list(inspect.signature(backward).parameters.values())[1:]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if any(each.kind not in positional for each in parameters):
+        return False
+    return sum(each.default is inspect.Parameter.empty for each in parameters) == 3
 
 
 def _without_kept(backward: Callable[..., LocalGradients]) -> Callable[..., LocalGradients]:
@@ -180,4 +185,5 @@ def _without_kept(backward: Callable[..., LocalGradients]) -> Callable[..., Loca
     def of_0_2(self: Algorithm, call: Call, kept: Any, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         return backward(self, call, loss, retain_graph)
 
+    del of_0_2.__wrapped__  # its signature would be taken for the old one where slots=True makes the class again
     return of_0_2

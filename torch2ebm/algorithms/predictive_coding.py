@@ -23,30 +23,21 @@ from torch2ebm.programs.cache import Programs
 from torch2ebm.solvers import GradientDescent, Solver
 
 
-class _Default:
-    """Marks a number that nobody has given, so that it contradicts nothing."""
+class _Implied:
+    """Marks a number that nobody gave: a default, or one that was read off the solver. It contradicts nothing."""
 
 
-class _DefaultSteps(_Default, int):
+class _ImpliedSteps(_Implied, int):
     pass
 
 
-class _DefaultRate(_Default, float):
+class _ImpliedRate(_Implied, float):
     pass
 
 
-def _plain(number: Any) -> Any:
-    """The number alone, for the solver to show and to check."""
-    return (
-        int(number)
-        if isinstance(number, _DefaultSteps)
-        else float(number)
-        if isinstance(number, _DefaultRate)
-        else number
-    )
-
-
-STEPS, RATE = _DefaultSteps(20), _DefaultRate(0.1)
+STEPS, RATE = _ImpliedSteps(20), _ImpliedRate(0.1)
+# An attribute of a solver that was made here: dataclasses.replace(algorithm, lr=...) may then make another one.
+_MADE = "_made_of_steps_and_lr"
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,15 +94,17 @@ class PredictiveCoding(Algorithm):
         check_on_divergence("PredictiveCoding", self.on_divergence)
         _check_kind("solver", self.solver, Solver, "For example GradientDescent(steps=50).")
         _check_kind("nudging", self.nudging, Nudging, "For example Symmetric(beta=0.1).")
-        if self.solver is None:
+        given = {name: number for name in ("steps", "lr") if not isinstance(number := getattr(self, name), _Implied)}
+        if self.solver is None or (given and hasattr(self.solver, _MADE)):
             solver: Solver[Any] = GradientDescent(_plain(self.steps), _plain(self.lr))
+            object.__setattr__(solver, _MADE, True)
         else:
             solver = self.solver
-            _check_agreement(self.steps, self.lr, solver)
+            _check_agreement(given, solver)
         settings = {
             "solver": solver,
-            "steps": solver.steps,
-            "lr": getattr(solver, "lr", None),
+            "steps": _ImpliedSteps(solver.steps),
+            "lr": _ImpliedRate(solver.lr) if hasattr(solver, "lr") else None,
             "nudging": OneSided() if self.nudging is None else self.nudging,
             "energies": node_energies("PredictiveCoding", precisions or {}, self.energies or {}),
         }
@@ -146,7 +139,9 @@ class PredictiveCoding(Algorithm):
         return mean_of(phases)
 
     def with_steps(self, steps: int) -> PredictiveCoding:
-        return replace(self, solver=self.solver.with_steps(steps), steps=STEPS, lr=RATE)
+        if hasattr(self.solver, _MADE):
+            return replace(self, steps=steps)
+        return replace(self, solver=self.solver.with_steps(steps))
 
     @classmethod
     def _settings_of_0_1(cls, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -182,10 +177,20 @@ def _mean(parts: list[Tensor | None]) -> Tensor | None:
     return sum(found[1:], start=found[0]) / len(parts) if found else None
 
 
-def _check_agreement(steps: int, lr: float, solver: Solver[Any]) -> None:
+def _plain(number: Any) -> Any:
+    """The number alone, for the solver to show and to check."""
+    return (
+        int(number)
+        if isinstance(number, _ImpliedSteps)
+        else float(number)
+        if isinstance(number, _ImpliedRate)
+        else number
+    )
+
+
+def _check_agreement(given: Mapping[str, float], solver: Solver[Any]) -> None:
     """Refuse ``steps`` or ``lr`` beside a solver that has others: one of them would be ignored."""
     own = {"steps": solver.steps, "lr": getattr(solver, "lr", None)}
-    given = {name: value for name, value in (("steps", steps), ("lr", lr)) if not isinstance(value, _Default)}
     contradicting = [f"{name}={value!r}" for name, value in given.items() if value != own[name]]
     if contradicting:
         raise ConfigurationError(
