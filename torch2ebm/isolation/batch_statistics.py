@@ -1,4 +1,4 @@
-"""The statistics of batch norms: kept in the feed-forward pass, and used again while values move."""
+"""Batch norm statistics: recorded in the feed-forward pass and, where frozen, used again while values move."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Statistics = list[tuple[Tensor, Tensor]]
 
 
 class _BatchNormInterceptor(TorchFunctionMode):
-    """Hands every batch norm that would use batch statistics to ``replace``, in the order of the calls."""
+    """Call ``replace`` in place of every batch norm that would use batch statistics, in the order of the calls."""
 
     def __init__(self, replace: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def _batch_norm_arguments(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> dict[str, Any]:
-    return dict(locals())
+    return dict(locals())  # the signature of functional.batch_norm binds positions to names
 
 
 def keeping_statistics(statistics: Statistics) -> TorchFunctionMode:
@@ -49,10 +49,13 @@ def keeping_statistics(statistics: Statistics) -> TorchFunctionMode:
 
     def replace(**call: Any) -> Tensor:
         batch = call["input"].detach()
+        # torch computes the statistics of half precision in float32, too
         if batch.dtype in (torch.float16, torch.bfloat16):
             batch = batch.float()
-        dimensions = [0, *range(2, batch.ndim)]
+        dimensions = [0, *range(2, batch.ndim)]  # all but the channels
+        # biased, as batch norm normalises; only its running variance is unbiased
         variance, mean = torch.var_mean(batch, dimensions, correction=0)
+        # torch refuses running statistics of another dtype than the weight's
         dtype = mean.dtype if call["weight"] is None else call["weight"].dtype
         statistics.append((mean.to(dtype), variance.to(dtype)))
         return functional.batch_norm(**call)
@@ -66,6 +69,7 @@ def frozen_statistics(statistics: Statistics) -> TorchFunctionMode:
 
     def replace(**call: Any) -> Tensor:
         mean, variance = next(remaining)
+        # training=False: the given statistics are constants, and no running one moves
         return functional.batch_norm(**{**call, "running_mean": mean, "running_var": variance, "training": False})
 
     return _BatchNormInterceptor(replace)

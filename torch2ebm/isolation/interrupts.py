@@ -1,4 +1,4 @@
-"""What Ctrl-C may not cut in two."""
+"""Sections that Ctrl-C must not interrupt half-way, and changes that are undone whatever interrupts them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-_CONTEXTLIB = contextlib.__file__
+_CONTEXTLIB = contextlib.__file__  # marks frames of contextlib in a traceback
 
 
 class InterruptsDeferred:
@@ -37,14 +37,16 @@ class InterruptsDeferred:
 
     def _install(self) -> None:
         outside = signal.getsignal(signal.SIGINT)
+        # signal.signal raises outside of the main thread; SIG_IGN, SIG_DFL and None cannot be called later
         if callable(outside) and threading.current_thread() is threading.main_thread():
-            self._outside = outside
+            self._outside = outside  # first: a signal may arrive between the two lines
             signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = number, frame
 
     def _remove(self) -> None:
+        # taken out first, so that a second removal does nothing
         outside, self._outside = self._outside, None
         if outside is None:
             return
@@ -52,6 +54,7 @@ class InterruptsDeferred:
             signal.signal(signal.SIGINT, outside)
         noted, self._noted = self._noted, None
         if noted is not None:
+            # last: it may raise KeyboardInterrupt, and nothing is left to do after it
             outside(*noted)
 
     def lifted_in(self, function: Callable[[], Any]) -> Callable[[], Any]:
@@ -59,6 +62,7 @@ class InterruptsDeferred:
 
         def interruptible() -> Any:
             try:
+                # inside the try: a noted signal is raised here, and the section goes on deferring
                 self._remove()
                 return function()
             finally:
@@ -76,10 +80,11 @@ def undone_by(undo: Callable[[], None], function: Callable[[], Result]) -> Resul
     try:
         try:
             return function()
-        except BaseException as error:
+        except BaseException as error:  # KeyboardInterrupt is no Exception
             _close_left_open(error)
             undo()
             raise
+    # a second interrupt may cut the undo itself short: again, from its start
     except BaseException as error:
         _close_left_open(error)
         undo()
@@ -90,6 +95,7 @@ def _close_left_open(error: BaseException) -> None:
     """Close the contextlib generators that an interruption has left suspended (torch's own too), innermost first: else
     each is closed when the traceback is freed, and what it restores then is out of date."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == _CONTEXTLIB]
+    # the innermost was entered last, and restores what the one around it had set
     for frame in reversed(frames):
         generator = getattr(frame.f_locals.get("self"), "gen", None)
         if isinstance(generator, Generator):

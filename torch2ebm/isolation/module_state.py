@@ -1,4 +1,4 @@
-"""What must stand still while the values of one batch move: dropout masks, batch statistics, running buffers."""
+"""Save and restore what a module holds beside its parameters: buffers, hooks, attributes, generators."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class BufferSnapshot:
 
 
 class BufferHistory:
-    """The buffers before and after one forward, so that a step that is refused leaves no trace in them."""
+    """The buffers before and after one forward, so that a refused backward can restore them."""
 
     def __init__(self, buffers: Mapping[str, Tensor]) -> None:
         self.buffers = buffers
@@ -49,13 +49,15 @@ class BufferHistory:
 
     def undo(self) -> None:
         """Give them their contents from before, unless something else has changed them since."""
+        # Remembered: an undo that was interrupted has restored some buffers, which then differ from those after.
         self._undoing |= all(torch.equal(buffer, copy) for buffer, copy in self.after.copies)
-        if self._undoing:  # and not finished, where it is called again
+        if self._undoing:
             self.before.restore()
 
 
 def hooks_suspended(parameters: Iterable[Tensor]) -> Change:
     """Keep the hooks of parameters out of the gradients taken inside: they run once, when ``.grad`` is filled."""
+    # torch.autograd.grad runs a parameter's hooks, and an algorithm takes several gradients
     hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
 
     def suspend() -> None:
@@ -75,6 +77,7 @@ def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Change
     places = [
         (registry, key, name)
         for name, parameter in own.items()
+        # named_parameters names a shared parameter once; its other places are found by identity
         for registry in (each._parameters for each in module.modules())
         for key, entry in registry.items()
         if entry is parameter
@@ -82,6 +85,7 @@ def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Change
 
     def replace() -> None:
         for registry, key, name in places:
+            # the registry itself: setattr refuses a tensor that is no Parameter
             registry[key] = tensors[name]  # type: ignore[assignment]
 
     def restore() -> None:
@@ -127,6 +131,7 @@ def attributes_restored(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for m, attributes, contents in before:
+            # not by setattr: nn.Module would register, or refuse, what it is given
             m.__dict__.clear()
             m.__dict__.update(attributes)
             for collection, content in contents:
@@ -140,7 +145,8 @@ def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
 
 def _restore(collection: Any, content: Any) -> None:
     if isinstance(collection, list):
-        collection[:] = content
+        collection[:] = content  # in place: others may hold the same list
+    # by identity and order: == of tensors is no bool
     elif [(key, id(value)) for key, value in collection.items()] != [(k, id(value)) for k, value in content.items()]:
         collection.clear()
         collection.update(content)
@@ -149,6 +155,7 @@ def _restore(collection: Any, content: Any) -> None:
 @contextmanager
 def all_parameters_trainable(module: nn.Module) -> Iterator[None]:
     """Whether an operation is differentiable must not depend on what is frozen today."""
+    # torch refuses requires_grad of whole numbers
     frozen = [p for p in module.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
     for parameter in frozen:
         parameter.requires_grad_(True)

@@ -9,7 +9,8 @@ import torch
 
 from torch2ebm.errors import OutOfMemoryError
 
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch on the CPU has no class for it
+# torch has a class for an exhausted accelerator; on the CPU it raises a RuntimeError with one of these texts
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @contextmanager
@@ -17,9 +18,10 @@ def exhausted_memory_named(where: str, algorithm: object) -> Iterator[None]:
     """Say what to do where torch or Python finds no memory."""
     try:
         yield
-    except OutOfMemoryError:
+    except OutOfMemoryError:  # named already, by an inner section
         raise
     except (RuntimeError, MemoryError) as error:
+        # a MemoryError's text may be empty
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and not any(words in str(error) for words in _NO_MEMORY):

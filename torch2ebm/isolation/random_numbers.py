@@ -1,6 +1,6 @@
-"""The random numbers that a node drew, kept as tensors: another way to repeat them than to wind a generator back.
+"""The random numbers that a node drew, repeated from the generator's state or from the tensors themselves.
 
-A recorded program has no generator to wind back; it takes the draws as inputs.
+A recorded program cannot set a generator back, so it takes the drawn tensors as inputs.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if is_draw(func, args, kwargs or {}):
             drawn = result[1] if func is _aten.native_dropout.default else result  # its mask
             if isinstance(drawn, Tensor):
+                # a copy of what was filled in place: dropout goes on to divide that tensor by 1 - p
                 self.kept.append(drawn.detach().clone() if _name(func) in _FILLS_IN_PLACE else drawn.detach())
         return result
 
@@ -54,10 +55,12 @@ class Repeated(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if drawn is None:
             raise UnknownDrawError(f"{func} draws what it did not draw in the feed-forward pass")
         if _name(func) in _FILLS_IN_PLACE:
-            return args[0].copy_(drawn)
+            return args[0].copy_(drawn)  # the operation returns the tensor that it fills
         if func is _aten.native_dropout.default:
             value, probability = args[0], args[1]
+            # value * mask / (1 - p), as the fused kernel has it
             return value * drawn * (1 / (1 - probability)), drawn
+        # rrelu and torch.normal, for example: their result depends on the input, which has moved
         if any(isinstance(argument, Tensor) for argument in args[:1]) and _name(func) not in _LIKE:
             raise UnknownDrawError(f"{func} mixes its input with what it draws")
         return drawn
@@ -71,6 +74,7 @@ def is_draw(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bo
     """Whether the call draws random numbers. One that could, with a dropout of zero, does not."""
     if torch.Tag.nondeterministic_seeded not in getattr(function, "tags", ()):
         return False
+    # fused attention has the tag even with a dropout of 0, its default
     for position, argument in enumerate(function._schema.arguments):
         if argument.name == "dropout_p":
             given = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
@@ -87,6 +91,7 @@ class RandomState:
 
     def _read(self) -> tuple[Tensor, ...]:
         cpu = torch.get_rng_state()
+        # both: a node may draw on the CPU for a tensor on the accelerator
         return (cpu, torch.cuda.get_rng_state(self.cuda)) if self.cuda else (cpu,)
 
     def restore(self) -> None:
@@ -100,5 +105,5 @@ class RandomState:
 
     def replayed(self) -> Change:
         """Draw the same numbers again, and leave the generators as they are now."""
-        now = RandomState(self.cuda or torch.device("cpu"))
+        now = RandomState(self.cuda or torch.device("cpu"))  # before the first one is restored
         return Change(self.restore, now.restore)

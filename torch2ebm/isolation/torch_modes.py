@@ -1,4 +1,4 @@
-"""Tracing, recording and compiling patch torch itself, for the whole process: one thread at a time may do so."""
+"""Torch's modes, restored by what they were and not by a pop, and the lock for what changes torch process-wide."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch2ebm.isolation.interrupts import Change
 
-# whether a dispatch mode is entered, which torch keeps beside the stack of them
+# Torch keeps beside the stack of dispatch modes whether one is entered. Which of these flags there are depends on its
+# version.
 _FLAGS = tuple(
     name
     for name in (
@@ -40,6 +41,7 @@ class Stacks:
         return Stacks(_functions(), _dispatched(), flags)
 
     def restore(self) -> None:
+        # An interrupt may leave a mode entered: what is there now is compared, not assumed.
         excess, missing = _differences(_functions(), self.functions)
         for _ in excess:
             torch._C._pop_torch_function_stack()
@@ -76,6 +78,7 @@ def _differences(found: tuple[Any, ...], expected: tuple[Any, ...]) -> tuple[tup
 
 def entered(mode: TorchFunctionMode | TorchDispatchMode) -> Change:
     """The mode, undone by the stacks as they are now and not by a pop."""
+    # an __exit__ that a signal cuts short would pop nothing, or the wrong mode
     return Change(mode.__enter__, Stacks.now().restore)
 
 
@@ -103,7 +106,7 @@ class Autocast:
         torch.set_autocast_cache_enabled(self.cache)
 
     def restore(self) -> None:
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # it holds weights as this mode has cast them
         self.set()
 
     def entered(self) -> Change:
@@ -128,4 +131,5 @@ class Modes:
         torch._C._set_grad_enabled(self.grad)
 
 
+# Tracing, recording and compiling patch torch for the whole process, so one thread at a time may do so.
 TRACING = threading.RLock()
