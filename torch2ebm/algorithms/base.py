@@ -1,4 +1,4 @@
-"""The contract between an algorithm and everything else."""
+"""The contract that every algorithm fulfils: one forward, one backward, settings and nothing else."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Algorithm(ABC):
     defines_output: ClassVar[bool] = False
     has_input_gradients: ClassVar[bool] = True
     weights_move: ClassVar[bool] = False
-    loss_reduction: str | None = None
+    loss_reduction: str | None = None  # no ClassVar: most algorithms make a field of it
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -147,7 +147,7 @@ class Algorithm(ABC):
         """
         return self
 
-    # copies and pickles: the settings, from which programs and all else are made again
+    # Copies and pickles hold the settings alone: recorded programs belong to the graphs of one process.
 
     def __getstate__(self) -> Mapping[str, Any]:
         return _settings(self) if dataclasses.is_dataclass(self) else dict(self.__dict__)
@@ -157,13 +157,14 @@ class Algorithm(ABC):
             self.__dict__.update(state)
             return
         names = {field.name for field in dataclasses.fields(self) if field.init}
-        if not state.keys() <= names:
+        if not state.keys() <= names:  # torch2ebm 0.1 pickled every attribute, also those that are no settings
             state = self._settings_of_0_1(state)
+        # by __init__, so that settings are checked and what follows from them is made
         self.__init__(**{name: value for name, value in state.items() if name in names})
 
     @classmethod
     def _settings_of_0_1(cls, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """From the attributes that a pickle of torch2ebm 0.1 holds to settings."""
+        """Return the settings that the attributes in a pickle of torch2ebm 0.1 stand for."""
         return state
 
 

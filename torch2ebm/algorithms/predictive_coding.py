@@ -1,4 +1,4 @@
-"""Predictive coding: relax all values on the energy, then one local gradient a parameter (Torch2PC's Strict)."""
+"""Predictive coding (Strict in Torch2PC): relax all values on the energy, then take each node's local gradient."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class PredictiveCoding(Algorithm):
             "energies": node_energies("PredictiveCoding", precisions or {}, self.energies or {}),
         }
         for name, value in settings.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value)  # frozen: no other way in __post_init__
 
     @property
     def programs(self) -> Programs | None:
@@ -126,13 +126,16 @@ class PredictiveCoding(Algorithm):
 
     def forward(self, call: Call) -> None:
         check_names("PredictiveCoding", self.energies, call.graph)
+        # a program cannot wind a generator back: dropout masks become its inputs
         call.feedforward(keep_graph=False, keep_draws=self.compile)
 
     def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         try:
             *others, last = (beta.real for beta in self.nudging.drawn())  # real anyway: complex ones are refused
+            # only the last phase may free the feed-forward values, from which each starts
             phases = [self._phase(call, loss, beta, retain_call=True) for beta in others]
             phases.append(self._phase(call, loss, last, retain_call=retain_graph))
+            # before the mean: a phase that has lost its minimum would spoil it silently
             check_phases([phase.state.relaxation for phase in phases])
         except DivergenceError as error:
             return no_gradients(self.on_divergence, error, call)
@@ -148,7 +151,7 @@ class PredictiveCoding(Algorithm):
         return {**state, "compile": state["programs"] is not None}
 
     def _phase(self, call: Call, loss: OutputLoss, beta: float, retain_call: bool) -> LocalGradients:
-        nudged = loss if beta == 1.0 else NudgedLoss(loss, beta)
+        nudged = loss if beta == 1.0 else NudgedLoss(loss, beta)  # no product by one in every step
         try:
             return relax(
                 self.solver, self.solver.inference(call, nudged, self.energies, retain_call), beta, self.programs
@@ -159,6 +162,8 @@ class PredictiveCoding(Algorithm):
 
 def mean_of(phases: list[LocalGradients]) -> LocalGradients:
     """The estimate of several nudged phases; values and errors are those of the first."""
+    # The mean over phases of (dF/dtheta) / beta (Millidge et al. 2022); each phase is divided by its beta already.
+    # At rest dE/dtheta is zero: no free phase has to be subtracted.
     first, *others = phases
     if not others:
         return first
@@ -173,6 +178,7 @@ def mean_of(phases: list[LocalGradients]) -> LocalGradients:
 
 
 def _mean(parts: list[Tensor | None]) -> Tensor | None:
+    # missing in one phase is zero there, hence the length of all
     found = [part for part in parts if part is not None]
     return sum(found[1:], start=found[0]) / len(parts) if found else None
 
