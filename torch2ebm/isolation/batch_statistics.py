@@ -18,7 +18,7 @@ Statistics = list[tuple[Tensor, Tensor]]
 
 
 class _BatchNormInterceptor(TorchFunctionMode):
-    """Call ``replace`` in place of every batch norm that would use batch statistics, in the order of the calls."""
+    """Hands every batch norm that would use batch statistics to ``replace``, in the order of the calls."""
 
     def __init__(self, replace: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -55,7 +55,6 @@ def keeping_statistics(statistics: Statistics) -> TorchFunctionMode:
 
     def replace(**call: Any) -> Tensor:
         batch = call["input"].detach()
-        # torch computes the statistics of half precision in float32, too
         if batch.dtype in (torch.float16, torch.bfloat16):
             batch = batch.float()  # var_mean would return half precision, where batch_norm itself computes in single
         dimensions = [0, *range(2, batch.ndim)]  # all but the channels

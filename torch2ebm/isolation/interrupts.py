@@ -17,7 +17,7 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-_CONTEXTLIB = contextlib.__file__  # marks frames of contextlib in a traceback
+_CONTEXTLIB = contextlib.__file__
 
 
 class InterruptsDeferred:
@@ -44,14 +44,13 @@ class InterruptsDeferred:
         outside = signal.getsignal(signal.SIGINT)
         # not callable: SIG_DFL and SIG_IGN, and None for a handler that C code has installed
         if callable(outside) and threading.current_thread() is threading.main_thread():
-            self._outside = outside  # first: a signal may arrive between the two lines
+            self._outside = outside
             signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = number, frame
 
     def _remove(self) -> None:
-        # taken out first, so that a second removal does nothing
         outside, self._outside = self._outside, None
         if outside is None:
             return
@@ -61,7 +60,6 @@ class InterruptsDeferred:
         # last, as it may raise: by now the old handler stands again
         noted, self._noted = self._noted, None
         if noted is not None:
-            # last: it may raise KeyboardInterrupt, and nothing is left to do after it
             outside(*noted)
 
     def lifted_in(self, function: Callable[[], Any]) -> Callable[[], Any]:
@@ -69,7 +67,6 @@ class InterruptsDeferred:
 
         def interruptible() -> Any:
             try:
-                # inside the try: a noted signal is raised here, and the section goes on deferring
                 self._remove()
                 return function()
             finally:
@@ -88,11 +85,10 @@ def undone_by(undo: Callable[[], None], function: Callable[[], Result]) -> Resul
     try:
         try:
             return function()
-        except BaseException as error:  # KeyboardInterrupt is no Exception
+        except BaseException as error:
             _close_left_open(error)
             undo()
             raise
-    # a second interrupt may cut the undo itself short: again, from its start
     except BaseException as error:
         _close_left_open(error)
         undo()
@@ -106,7 +102,6 @@ def _close_left_open(error: BaseException) -> None:
     """
     # the frames of contextlib's own __enter__ and __exit__, whose self holds the generator
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == _CONTEXTLIB]
-    # the innermost was entered last, and restores what the one around it had set
     for frame in reversed(frames):
         generator = getattr(frame.f_locals.get("self"), "gen", None)
         if isinstance(generator, Generator):

@@ -82,7 +82,6 @@ def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Change
     places = [
         (registry, key, name)
         for name, parameter in own.items()
-        # named_parameters names a shared parameter once; its other places are found by identity
         for registry in (each._parameters for each in module.modules())
         for key, entry in registry.items()
         if entry is parameter
@@ -90,7 +89,6 @@ def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Change
 
     def replace() -> None:
         for registry, key, name in places:
-            # the registry itself: setattr refuses a tensor that is no Parameter
             registry[key] = tensors[name]  # type: ignore[assignment]
 
     def restore() -> None:

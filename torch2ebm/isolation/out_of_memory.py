@@ -22,7 +22,6 @@ def exhausted_memory_named(where: str, algorithm: object) -> Iterator[None]:
     except OutOfMemoryError:  # named already, by a section inside of this one; it is a RuntimeError, too
         raise
     except (RuntimeError, MemoryError) as error:
-        # a MemoryError's text may be empty
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and not any(words in str(error) for words in _NO_MEMORY):

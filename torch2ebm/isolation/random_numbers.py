@@ -59,10 +59,9 @@ class Repeated(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if drawn is None:
             raise UnknownDrawError(f"{func} draws what it did not draw in the feed-forward pass")
         if _name(func) in _FILLS_IN_PLACE:
-            return args[0].copy_(drawn)  # the operation returns the tensor that it fills
+            return args[0].copy_(drawn)
         if func is _aten.native_dropout.default:
             value, probability = args[0], args[1]
-            # value * mask / (1 - p), as the fused kernel has it
             return value * drawn * (1 / (1 - probability)), drawn
         # rrelu, normal(mean, std) and others return their input mixed with a draw: the result is not what was drawn
         if any(isinstance(argument, Tensor) for argument in args[:1]) and _name(func) not in _LIKE:
@@ -95,7 +94,6 @@ class RandomState:
 
     def _read(self) -> tuple[Tensor, ...]:
         cpu = torch.get_rng_state()
-        # both: a node may draw on the CPU for a tensor on the accelerator
         return (cpu, torch.cuda.get_rng_state(self.cuda)) if self.cuda else (cpu,)
 
     def restore(self) -> None:
@@ -109,5 +107,5 @@ class RandomState:
 
     def replayed(self) -> Change:
         """Draw the same numbers again, and leave the generators as they are now."""
-        now = RandomState(self.cuda or torch.device("cpu"))  # before the first one is restored
+        now = RandomState(self.cuda or torch.device("cpu"))
         return Change(self.restore, now.restore)

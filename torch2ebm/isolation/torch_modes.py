@@ -111,7 +111,7 @@ class Autocast:
         torch.set_autocast_cache_enabled(self.cache)
 
     def restore(self) -> None:
-        torch.clear_autocast_cache()  # it holds weights as this mode has cast them
+        torch.clear_autocast_cache()
         self.set()
 
     def entered(self) -> Change:
