@@ -135,7 +135,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _graph(arguments: argparse.Namespace) -> None:
     model, x = _model_and_input(arguments)
     _output(model, x)
-    converted = convert(model, arguments.nodes, example_inputs=x)
+    converted = convert(model, arguments.nodes, example_inputs=x).torch2ebm
     converted.draw(arguments.output)
     print(converted.summary())
     print(f"\nPicture: {arguments.output}")

@@ -132,13 +132,13 @@ def compare(
         return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
 
     def of(algorithm: Algorithm) -> Gradients:
-        ours = gradients(lambda: converted.run(algorithm, args, kwargs))
+        ours = gradients(lambda: converted.torch2ebm.run(algorithm, args, kwargs))
         return {name: ours.get(name, torch.zeros_like(r)) for name, r in reference.items()}
 
     def each(ours: Gradients) -> Mapping[str, Agreement]:
         return {name: agreement(ours[name], r) for name, r in reference.items()}
 
-    reference = gradients(lambda: converted.feedforward(*args, **kwargs))
+    reference = gradients(lambda: converted.torch2ebm.feedforward(*args, **kwargs))
     counts = tuple(steps or ())
     found = {name: of(algorithm) for name, algorithm in named.items()}
     return GradientComparison(
@@ -152,9 +152,9 @@ def compare(
 
 
 def _check_whole(model: EnergyModel) -> None:
-    if model.shards.modules:
+    if model.torch2ebm.shards.modules:
         raise ShardingError(
-            f"torch2ebm.compare({type(model._original).__name__})",
+            f"torch2ebm.compare({type(model.torch2ebm.module).__name__})",
             "a module sharded by fully_shard, in which torch.autograd.grad finds no gradients",
             "a module with whole parameters",
             "Compare before fully_shard, or on a copy that is not sharded.",

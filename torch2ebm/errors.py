@@ -57,7 +57,7 @@ class DenseLayerError(UnsupportedError):
     """A node is not one dense layer with parameters of its own, which the algorithm's theory asks for."""
 
 
-class NotCapturedError(ConfigurationError):
+class NotCapturedError(ConfigurationError, AttributeError):
     """The graph was asked for before any example input was seen."""
 
 
@@ -71,6 +71,10 @@ class ModuleChangedError(ConfigurationError):
 
 class StaleAttributeWarning(UserWarning):
     """Forward leaves tensors in attributes of the module, which a graph in its place does not change."""
+
+
+class NameCollisionWarning(UserWarning):
+    """The module has attributes of its own that are called as some of torch2ebm's."""
 
 
 # The training loop ----------------------------------------------------------------------------------------------------
@@ -105,7 +109,7 @@ class LossNotRecordedError(ConfigurationError):
 
 
 class LossReplayError(LossNotRecordedError):
-    """The recorded loss does not have the gradient that autograd delivered."""
+    """The loss on the tape does not have the gradient that autograd delivered."""
 
 
 class LossIndependentError(ConfigurationError):
@@ -135,7 +139,7 @@ class InputGradientError(UnsupportedError):
 # Results and numbers --------------------------------------------------------------------------------------------------
 
 
-class NoStateError(ConfigurationError):
+class NoStateError(ConfigurationError, AttributeError):
     """The state was asked for before the first backward, or after the next forward."""
 
 

@@ -18,6 +18,7 @@ from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.errors import AttachmentError, CheckpointError, LossIndependentError, NoStateError
 from torch2ebm.isolation.interrupts import InterruptsDeferred
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
+from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.energy_model import EnergyModel
 
 _OWN_KEY = "torch2ebm"  # in a state_dict; the bare optimizer does not look at it
@@ -91,7 +92,7 @@ class EnergyOptimizer(Optimizer):
     ) -> None:
         converted = unwrapped(model)
         _check(optimizer, algorithm, monitor)
-        converted.attach(algorithm, self)
+        converted.torch2ebm.attach(algorithm, self)
         self._be(optimizer, converted, algorithm)
         self.monitor, self.monitored = monitor, 0
 
@@ -101,6 +102,10 @@ class EnergyOptimizer(Optimizer):
         for name in _HOOKS:
             self.__dict__[name] = getattr(optimizer, name)
         self.optimizer, self.model, self.algorithm = optimizer, model, algorithm
+
+    @property
+    def _conversion(self) -> Conversion:
+        return self.model.torch2ebm
 
     @property  # read each time, since loading a checkpoint into the wrapped optimizer gives it new ones
     def param_groups(self) -> list[dict[str, Any]]:
@@ -145,13 +150,13 @@ class EnergyOptimizer(Optimizer):
             result = self.optimizer.step(*([] if closure is None else [section.lifted_in(self._checked(closure))]))
             with exhausted_memory_named("optimizer.step()", self.algorithm):
                 self._step_on()
-            self.model.forwards.stepped()
+            self._conversion.forwards.stepped()
         self._report()
         return result
 
     def _check_skipped(self) -> None:
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        self.model.forwards.check_skipped(gradients)
+        self._conversion.forwards.check_skipped(gradients)
 
     def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def checked() -> Any:
@@ -163,16 +168,16 @@ class EnergyOptimizer(Optimizer):
 
     def _step_on(self) -> None:
         """The steps that follow the first where weights move with the values; ``.grad`` is left as the first saw it."""
-        if not self.model.forwards.later:
+        if not self._conversion.forwards.later:
             return
-        own = self.model.trained_parameters()
+        own = self._conversion.trained_parameters()
         everything = [p for group in self.param_groups for p in group["params"]]
         first = [(parameter, parameter.grad) for parameter in {*everything, *own.values()}]
         try:
-            for gradients in self.model.forwards.later_gradients():
+            for gradients in self._conversion.forwards.later_gradients():
                 for parameter, _ in first:
                     parameter.grad = None  # what is no part of the model has had its step
-                for name, gradient in self.model.synchronised(gradients).items():
+                for name, gradient in self._conversion.synchronised(gradients).items():
                     own[name].grad = gradient
                 self.optimizer.step()
         finally:
@@ -195,7 +200,7 @@ class EnergyOptimizer(Optimizer):
                 for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
             self.load_state_dict(state)
-            self.model.forwards.stepped()
+            self._conversion.forwards.stepped()
             raise
 
     def _report(self) -> None:
@@ -203,12 +208,12 @@ class EnergyOptimizer(Optimizer):
         if self.monitor is None:
             return
         with suppress(NoStateError):
-            for name, value in self.model.state.scalars().items():
+            for name, value in self._conversion.state.scalars().items():
                 self.monitor(name, value, self.monitored)
         self.monitored += 1
 
     def _check_backward(self) -> None:
-        forwards = self.model.forwards
+        forwards = self._conversion.forwards
         if forwards.unanswered:
             forwards.stepped()
             forwards.undo()
@@ -221,11 +226,11 @@ class EnergyOptimizer(Optimizer):
 
     def detach(self) -> Optimizer:
         """End the attachment and return the wrapped optimizer: the plain loop is back."""
-        self.model.detach()
+        self._conversion.detach()
         return self.optimizer
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.model.forwards.given_up()
+        self._conversion.forwards.given_up()
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -245,11 +250,11 @@ class EnergyOptimizer(Optimizer):
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != _OWN_KEY})
 
     def _identity(self) -> dict[str, Any]:
-        names = {id(parameter): name for name, parameter in self.model.trained_parameters().items()}
+        names = {id(parameter): name for name, parameter in self._conversion.trained_parameters().items()}
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         return {
             "algorithm": type(self.algorithm).__name__,
-            "model": type(self.model._original).__name__,
+            "model": type(self._conversion.module).__name__,
             "parameters": [f"{names.get(id(p), 'outside the model')} {tuple(p.shape)}" for p in parameters],
         }
 
@@ -275,8 +280,8 @@ class EnergyOptimizer(Optimizer):
         optimizer, model, algorithm = state["optimizer"], state["model"], state["algorithm"]
         self._be(optimizer, model, algorithm)
         self.monitor, self.monitored = None, state["monitored"]
-        if not model.attached:
-            model.attach(algorithm, self)
+        if not model.torch2ebm.attached:
+            model.torch2ebm.attach(algorithm, self)
 
     def __repr__(self) -> str:
         return f"EnergyOptimizer({self.optimizer!r}, {self.algorithm!r})"

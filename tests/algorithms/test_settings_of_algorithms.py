@@ -80,6 +80,22 @@ def test_steps_and_rate_that_say_the_same_as_the_solver_are_taken() -> None:
     assert torch2ebm.PredictiveCoding(solver=momentum).steps == 50
 
 
+def test_steps_and_rate_can_be_replaced_where_no_solver_was_given() -> None:
+    algorithm = torch2ebm.PredictiveCoding(7, 0.2, loss_reduction="sum")
+    for copied in (algorithm, copy.deepcopy(algorithm), pickle.loads(pickle.dumps(algorithm)), algorithm.with_steps(7)):
+        assert dataclasses.replace(copied, lr=0.3) == torch2ebm.PredictiveCoding(7, 0.3, loss_reduction="sum")
+        assert dataclasses.replace(copied, steps=9) == torch2ebm.PredictiveCoding(9, 0.2, loss_reduction="sum")
+        assert dataclasses.replace(copied, steps=9, lr=0.3).solver == torch2ebm.GradientDescent(9, 0.3)
+
+
+def test_a_solver_can_be_replaced_and_is_not_overruled() -> None:
+    momentum, descent = torch2ebm.Momentum(steps=50, lr=0.01), torch2ebm.ErrorDescent(steps=3)
+    for algorithm in (torch2ebm.PredictiveCoding(7, 0.2), torch2ebm.PredictiveCoding(solver=descent)):
+        assert dataclasses.replace(algorithm, solver=momentum) == torch2ebm.PredictiveCoding(solver=momentum)
+    with pytest.raises(ConfigurationError, match=r"lr=0\.3 beside solver=Momentum"):
+        dataclasses.replace(torch2ebm.PredictiveCoding(solver=momentum), lr=0.3)
+
+
 def test_precisions_are_compared_by_their_numbers() -> None:
     def of(*numbers: float) -> torch2ebm.Algorithm:
         return torch2ebm.PredictiveCoding(precisions={"0": torch.tensor(numbers)})
@@ -132,21 +148,44 @@ def test_a_program_of_other_settings_never_serves(monkeypatch: pytest.MonkeyPatc
 # the contract of 0.1 --------------------------------------------------------------------------------------------------
 
 
-def test_a_backward_without_kept_works_for_one_version_and_warns() -> None:
-    with pytest.warns(DeprecationWarning, match=r"Old\.backward\(call, loss, retain_graph\).*kept is what forward"):
+class Plain:
+    """Backprop as 0.1 wrote it, with names of its own, and a default beyond the contract."""
 
-        class Old(torch2ebm.Algorithm):
-            reevaluates_loss = False
+    reevaluates_loss = False
 
-            def forward(self, call):
-                call.feedforward(keep_graph=True, cut=False)
+    def forward(self, call):
+        call.feedforward(keep_graph=True, cut=False)
 
-            def backward(self, call, loss, retain_graph):
-                return torch2ebm.Backprop().backward(call, None, loss, retain_graph)
+    def backward(self, call, objective, again, extra=None):
+        assert extra is None
+        return torch2ebm.Backprop().backward(call, None, objective, again)
 
+
+def old(slots: bool, mixin: bool) -> type[torch2ebm.Algorithm]:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        if mixin:
+
+            class Old(Plain, torch2ebm.Algorithm):
+                pass
+        else:
+
+            @dataclasses.dataclass(frozen=True, slots=slots)
+            class Old(torch2ebm.Algorithm):
+                reevaluates_loss = False
+                forward, backward = Plain.forward, Plain.backward
+
+    assert {each.category for each in warned} == {DeprecationWarning}
+    assert "kept is what forward returned" in str(warned[0].message)
+    assert warned[0].filename == __file__  # the line of the class, so that Python's own filters show it
+    return Old
+
+
+@pytest.mark.parametrize(("slots", "mixin"), [(False, False), (True, False), (False, True)])
+def test_a_backward_without_kept_works_for_one_version_and_warns(slots: bool, mixin: bool) -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     plain = gradients(attached(net, torch2ebm.Backprop()))
-    torch.testing.assert_close(gradients(attached(net, Old())), plain, rtol=0, atol=0)
+    torch.testing.assert_close(gradients(attached(net, old(slots, mixin)())), plain, rtol=0, atol=0)
 
 
 def test_a_backward_with_kept_warns_of_nothing() -> None:

@@ -45,7 +45,7 @@ def test_composing_the_nodes_is_the_model_bit_for_bit(problem: Problem, nodes: s
     inputs = problem.inputs(3)  # another batch size than the graph was cut with
     with torch.no_grad():
         call(model, inputs)
-    model._graph_for(*((inputs, {}) if isinstance(inputs, tuple) else ((), inputs)))
+    model.torch2ebm.capture(*((inputs, {}) if isinstance(inputs, tuple) else ((), inputs)))
     module.load_state_dict(problem.build().state_dict())
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     composed = node_by_node(model, tensors, keep_graph=False).output()

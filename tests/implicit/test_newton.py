@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch2ebm.implicit.newton import Minimum, Point, Vector, minimise, moved
+from torch2ebm.implicit.newton import BySlot, Minimum, Point, minimise, moved
 
 Function = Callable[[Tensor], Tensor]
 
@@ -22,21 +22,21 @@ class Plain(Point):
         self.values, self.parts = {"x": self.at}, {"f": float(function(self.at))}
 
     @property
-    def gradient(self) -> Vector:
+    def gradient(self) -> BySlot:
         leaf = self.at.clone().requires_grad_()
         return {"x": torch.autograd.grad(self.function(leaf), leaf)[0]}
 
-    def hessian_product(self, direction: Vector) -> Vector:
+    def hessian_product(self, direction: BySlot) -> BySlot:
         return {"x": torch.autograd.functional.hvp(self.function, self.at, direction["x"])[1]}
 
-    def precondition(self, gradient: Vector) -> Vector:
+    def precondition(self, gradient: BySlot) -> BySlot:
         return gradient
 
     @property
     def residual(self) -> float:
         return float(self.gradient["x"].abs().max())
 
-    def moved(self, direction: Vector, length: float) -> Plain:
+    def moved(self, direction: BySlot, length: float) -> Plain:
         return Plain(self.function, moved(self.values, direction, length)["x"])
 
     def freed(self) -> Plain:
@@ -119,10 +119,10 @@ def test_a_gradient_that_does_not_belong_to_the_function_moves_nothing() -> None
 
     class Wrong(Plain):
         @property
-        def gradient(self) -> Vector:
+        def gradient(self) -> BySlot:
             return {"x": -super().gradient["x"]}
 
-        def moved(self, direction: Vector, length: float) -> Wrong:
+        def moved(self, direction: BySlot, length: float) -> Wrong:
             return Wrong(self.function, moved(self.values, direction, length)["x"])
 
     minimum = minimise(Wrong(lambda x: (x * x).sum(), torch.ones(2)), 1e-12, 100)

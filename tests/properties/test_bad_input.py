@@ -785,7 +785,7 @@ def test_a_named_node_that_is_never_called_is_refused() -> None:
     "fail",
     [
         lambda net, x: torch2ebm.convert(net, example_inputs=x),
-        lambda net, x: torch2ebm.convert(net).run(EXACT, (x,), {}),
+        lambda net, x: torch2ebm.convert(net).torch2ebm.run(EXACT, (x,), {}),
         lambda net, x: torch2ebm.compare(net, F.mse_loss, (x, x), [EXACT]),
     ],
     ids=["convert", "run", "compare"],

@@ -349,14 +349,14 @@ class Refusal:
 
 
 REFUSALS = (
-    Refusal("`if` on a tensor's value", "the graph would hold one branch for ever",
+    Refusal("`if` on a tensor's value", "a graph holds one branch only",
             "`torch.where`, or `nodes=[...]`", Branch, Where),
     Refusal("a loop of `.item()` rounds", "the number of nodes would depend on the data",
-            "a fixed number with `torch.where`, or `nodes=[...]`", ItemLoop, FixedLoop),
+            "a fixed number of rounds with `torch.where`, or `nodes=[...]`", ItemLoop, FixedLoop),
     Refusal("numpy in forward", "an array cannot be traced", "the same in torch, or `nodes=[...]`", ViaNumpy, ViaTorch),
     Refusal("`.tolist()` in forward", "Python numbers cannot be traced",
             "the same in torch, or `nodes=[...]`", AsList, AsAmax),
-    Refusal("a Python number that forward changes", "a graph has no attributes to write",
+    Refusal("a Python number that forward changes", "a graph cannot write attributes",
             "a buffer: `register_buffer`", PythonCounter, BufferCounter, named=False),
 )  # fmt: skip
 
@@ -410,15 +410,20 @@ def supported_table() -> str:
     lines = [
         "# Supported models",
         "",
+        "This page lists what `torch2ebm.convert` can convert, and what it refuses. A model that is not listed may",
+        "convert as well: try it.",
+        "",
         "The tables come from `tests/properties/test_families.py`. It converts each family with its true structure",
         "at toy widths, and checks three things:",
         "",
-        "- Outputs and running statistics equal those of the plain module bit for bit, in both modes.",
+        "- Outputs and running statistics equal those of the plain module bit for bit, in training and in evaluation.",
         "- The gradients of `ZeroDivergence` equal those of autograd within 1e-10 in float64.",
-        "- A step of `PredictiveCoding` lowers the energy.",
+        "- The inference of `PredictiveCoding` lowers the energy.",
         "",
         "*Captured by* says how the graph was made: `fx` is symbolic tracing, `export` is `torch.export`.",
         "*Layer nodes* is the number of value nodes, one for each layer with the activations that follow it.",
+        "",
+        "## Families of models",
         "",
         "| family | captured by | layer nodes | special |",
         "|---|---|---|---|",
@@ -426,10 +431,6 @@ def supported_table() -> str:
     for problem in FAMILIES:
         model = torch2ebm.convert(problem.build(), nodes="layer", example_inputs=problem.inputs(BATCH))
         lines.append(f"| {problem.name} | {model.captured_by} | {len(model.nodes)} | {SPECIAL[problem.name]} |")
-    lines += ["", "| in forward | captured by |", "|---|---|"]
-    for construct, statement in CONSTRUCTS.items():
-        model = torch2ebm.convert(net(lambda statement=statement: Written(statement)), example_inputs=samples())
-        lines.append(f"| {construct} | {model.captured_by} |")
     lines += [
         "",
         "The node counts belong to the toy depths of the tests. ResNet-18 and ResNet-50 have their true depths.",
@@ -437,10 +438,24 @@ def supported_table() -> str:
         "A layer of `torch.nn` that consists of several operations is one node (LSTM, GRU, MultiheadAttention,",
         "TransformerEncoder). For a finer cut, write it out or name its parts.",
         "",
+        "## Constructs in forward",
+        "",
+        "`h` is a tensor that your model has computed. With each of these constructs, too, the gradients of",
+        "`ZeroDivergence` equal those of autograd.",
+        "",
+        "| in forward | captured by |",
+        "|---|---|",
+    ]
+    for construct, statement in CONSTRUCTS.items():
+        model = torch2ebm.convert(net(lambda statement=statement: Written(statement)), example_inputs=samples())
+        lines.append(f"| {construct} | {model.captured_by} |")
+    lines += [
+        "",
         "## What is refused, and the way round",
         "",
-        "A module that cannot be converted raises an error at `convert`, or at the first call.",
-        "The error names the place in forward.",
+        "If your module cannot be converted, you get an error at `convert`, or at the first call. The error names the",
+        "place in forward. In the table, `nodes=[...]` means that you make the submodule there one node:",
+        "`torch2ebm.convert(net, nodes=['name'])`.",
         "",
         "| in forward | why | way round |",
         "|---|---|---|",

@@ -469,7 +469,8 @@ class Interrupted:
         whole = stepped or (waiting and (equal(buffers, before) or equal(buffers, after)))
         self.training.net.load_state_dict(after["net"])
         self.training.inner.load_state_dict(after["optimizer"])
-        self.training.model.forwards.histories.clear()  # a forward without a backward, which the next error would undo
+        # a forward without a backward, which the next error would undo
+        self.training.model.torch2ebm.forwards.histories.clear()
         return whole
 
 

@@ -1,4 +1,4 @@
-"""The contract between an algorithm and everything else."""
+"""The contract that every algorithm fulfils: one forward, one backward, settings and nothing else."""
 
 from __future__ import annotations
 
@@ -65,18 +65,18 @@ class Algorithm(ABC):
     defines_output: ClassVar[bool] = False
     has_input_gradients: ClassVar[bool] = True
     weights_move: ClassVar[bool] = False
-    loss_reduction: str | None = None
+    loss_reduction: str | None = None  # no ClassVar: most algorithms make a field of it
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        own = vars(cls).get("backward")
+        own = getattr(cls, "backward", None)  # a mixin's too
         if inspect.isfunction(own) and _is_of_0_1(own):
             warnings.warn(
                 f"{cls.__qualname__}.backward(call, loss, retain_graph) is the form of torch2ebm 0.1. Write "
                 "backward(call, kept, loss, retain_graph): kept is what forward returned. This form goes with the "
                 "next version.",
                 DeprecationWarning,
-                stacklevel=2,
+                stacklevel=3,  # past abc's own __new__, to the line of the class
             )
             cls.backward = _without_kept(own)  # type: ignore[method-assign]
 
@@ -147,7 +147,7 @@ class Algorithm(ABC):
         """
         return self
 
-    # copies and pickles: the settings, from which programs and all else are made again
+    # Copies and pickles hold the settings alone: recorded programs belong to the graphs of one process.
 
     def __getstate__(self) -> Mapping[str, Any]:
         return _settings(self) if dataclasses.is_dataclass(self) else dict(self.__dict__)
@@ -157,13 +157,14 @@ class Algorithm(ABC):
             self.__dict__.update(state)
             return
         names = {field.name for field in dataclasses.fields(self) if field.init}
-        if not state.keys() <= names:
+        if not state.keys() <= names:  # torch2ebm 0.1 pickled every attribute, also those that are no settings
             state = self._settings_of_0_1(state)
+        # by __init__, so that settings are checked and what follows from them is made
         self.__init__(**{name: value for name, value in state.items() if name in names})
 
     @classmethod
     def _settings_of_0_1(cls, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """From the attributes that a pickle of torch2ebm 0.1 holds to settings."""
+        """Return the settings that the attributes in a pickle of torch2ebm 0.1 stand for."""
         return state
 
 
@@ -172,7 +173,12 @@ def _settings(algorithm: Any) -> dict[str, Any]:
 
 
 def _is_of_0_1(backward: Callable[..., Any]) -> bool:
-    return list(inspect.signature(backward).parameters)[1:] == ["call", "loss", "retain_graph"]
+    """Three arguments without a default, whatever their names: the fourth, ``kept``, came with 0.2."""
+    parameters = list(inspect.signature(backward).parameters.values())[1:]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if any(each.kind not in positional for each in parameters):
+        return False
+    return sum(each.default is inspect.Parameter.empty for each in parameters) == 3
 
 
 def _without_kept(backward: Callable[..., LocalGradients]) -> Callable[..., LocalGradients]:
@@ -180,4 +186,5 @@ def _without_kept(backward: Callable[..., LocalGradients]) -> Callable[..., Loca
     def of_0_2(self: Algorithm, call: Call, kept: Any, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         return backward(self, call, loss, retain_graph)
 
+    del of_0_2.__wrapped__  # its signature would be taken for the old one where slots=True makes the class again
     return of_0_2

@@ -62,7 +62,7 @@ class ContrastiveHebbian(Algorithm):
 
     partition = "activation"
     defines_output = True
-    reevaluates_loss = False
+    reevaluates_loss = False  # the loss is needed at the free output alone, where autograd has its gradient
 
     feedback: float = 0.1
     free_steps: int = 20
@@ -82,10 +82,12 @@ class ContrastiveHebbian(Algorithm):
     def forward(self, call: Call) -> Free:
         free = self.free_phase.run(call)
         _check_outputs(free)
+        # in forward already: gamma^depth does not depend on the loss, which need not be computed first
         check_signal(f"ContrastiveHebbian(feedback={self.free_phase.feedback:g})", free, 1.0, FLOOR)
         return free
 
     def backward(self, call: Call, kept: Free, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        # amount 1: of half a squared error, s_o - dC/ds_o is the target (Xie and Seung 2003)
         return contrast_with_clamped(call, kept, loss, 1.0, self.clamped_steps, self.free_phase.tol)
 
     def with_steps(self, steps: int) -> ContrastiveHebbian:
@@ -100,6 +102,7 @@ class ContrastiveHebbian(Algorithm):
 def _check_outputs(free: Free) -> None:
     for slot in free.equilibrium.nudged:
         state = free.equilibrium.hopfield.states[slot]
+        # s_o^clamped - s_o^free = -dC/ds_o is the error of the pre-activation for the identity alone
         if state.activation is not None:
             raise PartitionError(
                 f"ContrastiveHebbian, output '{state.name}'",

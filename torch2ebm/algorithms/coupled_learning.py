@@ -1,4 +1,4 @@
-"""Coupled learning: the output held a little on the better side of its free value."""
+"""Coupled learning: the output is clamped a small step down the loss from its free value."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class CoupledLearning(Algorithm):
 
     partition = "activation"
     defines_output = True
-    reevaluates_loss = False
+    reevaluates_loss = False  # the loss is needed at the free output alone, where autograd has its gradient
 
-    beta: float = 0.25
+    beta: float = 0.25  # of the comparative study (Scellier et al. 2023)
     free_steps: int = 20
     clamped_steps: int = 10
     feedback: float = field(default=1.0, kw_only=True)

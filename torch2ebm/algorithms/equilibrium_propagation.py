@@ -1,4 +1,4 @@
-"""Equilibrium propagation: two equilibria of one energy, one of them nudged, and a local difference."""
+"""Equilibrium propagation: the gradient is the local difference between a free and a nudged equilibrium."""
 
 from __future__ import annotations
 
@@ -103,6 +103,7 @@ class EquilibriumPropagation(Algorithm):
         return f"EquilibriumPropagation({', '.join(parts)})"
 
     def forward(self, call: Call) -> Free:
+        # relaxes real states even for Holomorphic: complex ones start from these
         free = self.free_phase.run(call)
         if isinstance(self.nudging, Holomorphic):
             check_holomorphic(free.equilibrium.hopfield)
@@ -110,12 +111,14 @@ class EquilibriumPropagation(Algorithm):
 
     def backward(self, call: Call, free: Free, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         betas = self.nudging.drawn()  # once: a random sign is drawn
-        check_signal("EquilibriumPropagation", free, abs(betas[0]), FLOOR)
+        check_signal("EquilibriumPropagation", free, abs(betas[0]), FLOOR)  # all nudges have one size
         if isinstance(self.nudging, Holomorphic):
+            # the estimate too: it evaluates nodes at complex states
             with entered(HolomorphicOperations()):
                 return self._estimate(call, free, loss, self._circle(free, loss, self.nudging), self.nudging.weights)
         nudges = [beta.real for beta in betas]
         phases = [self._phase(free, loss, beta) for beta in nudges]
+        # w_k = 1 / (K beta_k): of beta and -beta, [F(beta) - F(-beta)] / (2 beta) (Laborieux et al. 2021)
         return self._estimate(call, free, loss, phases, [1 / (len(nudges) * beta) for beta in nudges])
 
     def _estimate(
@@ -125,25 +128,30 @@ class EquilibriumPropagation(Algorithm):
         equilibrium, result = free.equilibrium, GradientSum()
         pairs = list(zip([phase.states for phase in phases], weights, strict=True))
         rest = -sum(weight.real for weight in weights)
-        if abs(rest) > 1e-9 * abs(weights[0]):
+        if abs(rest) > 1e-9 * abs(weights[0]):  # above the rounding of cos and sin, on a circle of nudges
+            # symmetric nudges drift alike, so that their difference does not
             check_drift(free, phases, "one-sided nudge")
             pairs.append((free.settled.states, rest))
         scale = -loss.scale / equilibrium.output_weight
         equilibrium.contrast([(states, weight * scale) for states, weight in pairs], result)
         if equilibrium.hopfield.readouts:
             for phase, weight in zip(phases, weights, strict=True):
+                # A read-out's parameters stand in beta C alone, and not in Phi (Laborieux et al. 2021):
+                # w_k beta_k dC/dtheta, without c_o.
                 share = (weight * cmath.rect(phase.relaxation.beta, phase.relaxation.angle)).real
                 cost_gradients(equilibrium, phase.states, loss, result, share * loss.scale)
         inputs = call.input_gradients(result.clamped)
         return LocalGradients(result.parameters, inputs, free.report_of(phases))
 
     def _circle(self, free: Free, loss: OutputLoss, nudging: Holomorphic) -> list[Settled]:
+        # the free equilibrium, whose imaginary part is zero
         start = {slot: torch.complex(s, torch.zeros_like(s)) for slot, s in free.settled.states.items()}
         return [
             self._settled(free, start, Influence(loss, beta), nudging.beta, angle)
             for beta, angle in zip(nudging.betas, nudging.angles, strict=True)
         ]
 
+    # Every phase starts from the free states, not from the phase before (Scellier and Bengio 2017).
     def _phase(self, free: Free, loss: OutputLoss, beta: float) -> Settled:
         return self._settled(free, free.settled.states, Influence(loss, beta), beta)
 

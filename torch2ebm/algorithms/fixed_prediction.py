@@ -1,4 +1,4 @@
-"""Torch2PC's FixedPred: predictions and Jacobians stay those of the feed-forward pass while the errors relax."""
+"""Fixed-prediction coding (FixedPred in Torch2PC): errors relax while predictions and Jacobians stay fixed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class FixedPrediction(Algorithm):
         FixedPrediction(steps=20, lr=0.1, method='closed_form', loss_reduction='mean')
     """
 
-    reevaluates_loss = False
+    reevaluates_loss = False  # e_o = -dL/dmu_o stays that of the feed-forward prediction
 
     steps: int = 20
     lr: float = 0.1
@@ -75,6 +75,7 @@ class FixedPrediction(Algorithm):
         unreached = tuple(n.name for n in call.graph.hidden_nodes if not any(s in swept.deltas for s in n.slots))
         relaxation = Relaxation(steps=self.steps, residual=math.nan)  # in closed form no step shows a residual
         unit, phases = -loss.unit, (relaxation,)
+        # values stay the feed-forward ones: that is the assumption
         state = InferenceState(
             call.graph, call.batch_size, call.values, swept.deltas, unit, relaxation, unreached, phases=phases
         )
@@ -97,17 +98,21 @@ class FixedPrediction(Algorithm):
             own = [shares.get(slot, {}) for slot in node.slots]
             lengths = sorted({length for share in own for length in share})
             for length in lengths[:-1]:
+                # one product for each path length: each will be weighted differently, which a sum could not be
                 messages = evaluated.pullback([s.get(length) for s in own], evaluated.inputs, retain_graph=True)
                 self._pass_on(node.reads, messages, length, arrived, shares)
             if len(lengths) > 1:
+                # all lengths at once, J^T being linear
                 gradients.add(call, evaluated, [_total(share) for share in own], retain_graph=True)
             if not lengths:
+                # no path to the loss, or none that `steps` updates can travel: an exact zero
                 gradients.add_zeros(call, node)
                 continue
             last = [share.get(lengths[-1]) for share in own]
             if len(lengths) > 1:
                 messages = evaluated.pullback(last, evaluated.inputs, retain_graph=retain_graph)
             else:
+                # one length, as on every chain: parents and parameters by a single product
                 messages = gradients.add(call, evaluated, last, evaluated.inputs, retain_graph)
             self._pass_on(node.reads, messages, lengths[-1], arrived, shares)
         deltas = {slot: total for slot, share in shares.items() if (total := _total(share)) is not None}
@@ -122,18 +127,22 @@ class FixedPrediction(Algorithm):
         shares: dict[str, dict[int, Tensor]],
     ) -> None:
         """One edge further: from the weight of ``length`` edges to that of one more."""
-        if arrived[length + 1] == 0.0:
+        if arrived[length + 1] == 0.0:  # no update came so far; the next ratio would be 0 / 0
             return
+        # the share carries the weight of `length` edges already
         ratio = arrived[length + 1] / arrived[length]
         for slot, message in zip(reads, messages, strict=True):
             if message is None:
                 continue
+            # exactly 1 at lr = 1: then this is backprop, without a copy
             if ratio != 1.0:
                 message = message * ratio
             share = shares.setdefault(slot, {})
             share[length + 1] = share[length + 1] + message if length + 1 in share else message
 
     def _sweep(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
+        # Deltas are -e, so that e <- (1 - lr) e + lr sum_c J_c^T e_c holds for them too (Rosenbaum 2022).
+        # At least single precision: in half, small updates are lost.
         deltas = {slot: at_least_single(delta) for slot, delta in delivered.items()}
         for _ in range(self.steps):
             messages: dict[str, Tensor] = {}
@@ -145,6 +154,7 @@ class FixedPrediction(Algorithm):
                     if product is not None:
                         message = at_least_single(product)
                         messages[slot] = messages[slot] + message if slot in messages else message
+                # an output's error is fixed
                 for slot in () if node.is_output else node.slots:
                     # all readers have sent with the old errors: updating now is the synchronous update
                     change = self.lr * messages[slot] if slot in messages else None
@@ -154,6 +164,7 @@ class FixedPrediction(Algorithm):
                     elif change is not None:
                         deltas[slot] = change
         gradients = GradientSum()
+        # dtheta = -(dmu/dtheta)^T e, at the feed-forward values
         for node in reversed(tuple(call.graph.nodes.values())):
             gradients.add(call, call.passes[node.name], [deltas.get(slot) for slot in node.slots], retain_graph=True)
         return Swept(gradients, deltas)
@@ -161,6 +172,7 @@ class FixedPrediction(Algorithm):
 
 def arrivals(steps: int, lr: float, longest: int) -> list[float]:
     """P(Binomial(steps, lr) >= k) for k = 0 .. longest + 1, by its recursion, which also holds for ``lr`` above 1."""
+    # P(Binomial(0, lr) >= k) is 1 for k = 0 alone
     weights = [1.0] + [0.0] * (longest + 1)
     for _ in range(steps):
         weights = [1.0] + [(1 - lr) * weights[k] + lr * weights[k - 1] for k in range(1, longest + 2)]

@@ -1,4 +1,4 @@
-"""Implicit SGD by inference: relax the values on the proximal objective, then reach them by the smallest step."""
+"""Implicit SGD by inference: relax the values on the proximal objective, then take the smallest step to them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from torch2ebm.loss.output_loss import OutputLoss
 
 TOLERANCES = {torch.float64: 1e-10}  # by the precision that values are kept in
 COARSE = 1e-5  # in single precision rounding leaves about a tenth of this of a gradient of order one
-SEVERAL_MINIMA = 1.0  # an alpha above it is also reached from smaller ones, each so many times the one before:
-CONTINUATION = 4.0
+SEVERAL_MINIMA = 1.0  # an alpha above it is also reached from smaller ones,
+CONTINUATION = 4.0  # each so many times the one before
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class ImplicitSGD(Algorithm):
     """
 
     partition = "preactivation"
-    has_input_gradients = False
-    loss_reduction = "sum"
+    has_input_gradients = False  # .grad is a step of parameters and no gradient: none for an input to pass on
+    loss_reduction = "sum"  # L is relaxed as written, also where it is a mean
 
     alpha: float = 0.1
     tol: float | None = None
@@ -87,11 +87,12 @@ class ImplicitSGD(Algorithm):
             raise ConfigurationError("ImplicitSGD(max_steps=...)", got, "a whole number, 1 or more", "Choose another.")
 
     def forward(self, call: Call) -> None:
-        call.feedforward(keep_graph=False)
+        call.feedforward(keep_graph=False)  # values move: every node is evaluated anew, twice differentiable
 
     def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         layers = dense_layers(call, freeze_statistics=False)
         direct = self._minimum(ProximalObjective(call, loss, layers, self.alpha).start())
+        # one that met the tolerance before one that did not, then the lower objective
         minimum = min(
             [direct, *self._followed(call, loss, layers)], key=lambda found: (not found.converged, found.point.value)
         )
@@ -104,13 +105,16 @@ class ImplicitSGD(Algorithm):
 
     def _followed(self, call: Call, loss: OutputLoss, layers: Mapping[str, DenseLayer]) -> Iterator[Minimum]:
         """Where there may be several minima: the one on the branch that leaves the feed-forward pass as alpha grows."""
-        alphas = [self.alpha]
+        alphas = [self.alpha]  # largest first
         while alphas[-1] > SEVERAL_MINIMA:
             alphas.append(alphas[-1] / CONTINUATION)
         point = ProximalObjective(call, loss, layers, alphas[-1]).start()
+        # smallest first, each with the next larger one
         for alpha, following in zip(alphas[:0:-1], alphas[-2::-1], strict=True):
+            # coarse on the way: it is only the next alpha's start
             found = self._minimum(point, COARSE).point
             assert isinstance(found, ProximalPoint)
+            # the same errors e = alpha K s at the next alpha: s shrinks by the ratio
             point = ProximalObjective(call, loss, layers, following).start_from(found, alpha / following)
         if len(alphas) > 1:
             yield self._minimum(point)
@@ -121,6 +125,7 @@ class ImplicitSGD(Algorithm):
     def _tolerance(self, values: Iterable[Tensor]) -> float:
         if self.tol is not None:
             return self.tol
+        # the coarsest dtype among the values says what can be reached
         return max((TOLERANCES.get(value.dtype, COARSE) for value in values), default=COARSE)
 
 
@@ -140,10 +145,11 @@ def _local_gradients(
                 {name: _as_gradient(change, scale, call.parameters[name]) for name, change in step.items()}
             )
     state = InferenceState(call.graph, call.batch_size, predictions, errors, relaxation=relaxation)
-    return LocalGradients(gradients, [None] * len(call.tensors), state)
+    return LocalGradients(gradients, [None] * len(call.tensors), state)  # see has_input_gradients
 
 
 def _as_gradient(change: Tensor, scale: float, parameter: Tensor) -> Tensor:
+    # minus: SGD(lr=1.0) subtracts .grad, and shall land on theta+ = theta + change
     return (-scale * change).to(parameter.dtype)
 
 

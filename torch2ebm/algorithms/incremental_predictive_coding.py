@@ -1,4 +1,4 @@
-"""Incremental predictive coding: the weights move at every inference step, with the values."""
+"""Incremental predictive coding: weights and values move together, at every inference step."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class IncrementalPredictiveCoding(Algorithm):
         5
     """
 
-    weights_move = True
+    weights_move = True  # the optimizer asks for LocalGradients.later
 
     steps: int = 20
     lr: float = 0.1
@@ -70,6 +70,7 @@ class IncrementalPredictiveCoding(Algorithm):
         check_steps("IncrementalPredictiveCoding", self.steps)
         check_positive("IncrementalPredictiveCoding", lr=self.lr)
         check_reduction("IncrementalPredictiveCoding", self.loss_reduction)
+        # a precision is a Gaussian energy
         energies = node_energies("IncrementalPredictiveCoding", precisions or {}, self.energies or {})
         object.__setattr__(self, "energies", energies)
 
@@ -93,9 +94,10 @@ class IncrementalPredictiveCoding(Algorithm):
     def with_steps(self, steps: int) -> IncrementalPredictiveCoding:
         return replace(self, steps=steps)
 
+    # lazy: the optimizer moves the weights between two steps
     def _steps(self, inference: ValueInference) -> Iterator[LocalGradients]:
         for step in range(1, self.steps + 1):
-            inference.measuring = step == self.steps
+            inference.measuring = step == self.steps  # model.state ends as the last step's
             yield _Step(inference).taken(self.lr, step)
 
 
@@ -117,6 +119,7 @@ class _Step:
             # after the first step any weight may have moved, by momentum or decay, without an error
             reached = step > 1 or self.inference.is_active(node)
             own = self._hidden(node) if reached else self._unreached(node)
+            # moved only now: its children and itself have been evaluated at the old value
             for slot, gradient in self.inference.completed(node, own, self.messages):
                 self.inference.move(slot, gradient, -lr)
         return self._result(step)
@@ -130,6 +133,7 @@ class _Step:
 
     def _unreached(self, node: Node) -> Sequence[Tensor | None]:
         """Its value is the prediction still: its error is exactly zero."""
+        # nodes come in reverse order; the report has them in that of the graph
         self.unreached.insert(0, node.name)
         self.gradients.add_zeros(self.call, node)
         self.predictions.update({slot: self.inference.values[slot] for slot in node.slots})
@@ -137,6 +141,7 @@ class _Step:
 
     def _outputs(self) -> None:
         passes = [self.inference.evaluate(node, requires_grad=True) for node in self.graph.output_nodes]
+        # all outputs together: one loss reads them
         errors = self.inference.output_errors(passes)
         for evaluated in passes:
             own = [errors.get(slot) for slot in evaluated.node.slots]
@@ -147,10 +152,12 @@ class _Step:
             self.predictions[slot] = prediction.detach()
             if error is not None:
                 self.errors[slot] = error
+        # one product for parents and parameters: both read the state before the move
         products = self.gradients.add(self.call, evaluated, cotangents, evaluated.inputs)
         self.inference.add_messages(evaluated, products, self.messages)
 
     def _result(self, step: int) -> LocalGradients:
+        # dF/dtheta = -(dmu/dtheta)^T pi e (Salvatori et al. 2022), in the scale of the loss
         scale = -self.inference.loss.scale
         relaxation = report(self.inference, step, float(self.inference.residual()), tol=0.0)
         state = InferenceState(
@@ -169,6 +176,7 @@ class _Step:
 
 
 def _check_factor(loss: OutputLoss) -> None:
+    # A gradient scaler unscales .grad once, before the first step; the later steps' gradients it never sees.
     if loss.factor > 1.0:
         raise ConfigurationError(
             "loss.backward()",

@@ -1,4 +1,4 @@
-"""Predictive coding: relax all values on the energy, then one local gradient a parameter (Torch2PC's Strict)."""
+"""Predictive coding (Strict in Torch2PC): relax all values on the energy, then take each node's local gradient."""
 
 from __future__ import annotations
 
@@ -23,30 +23,21 @@ from torch2ebm.programs.cache import Programs
 from torch2ebm.solvers import GradientDescent, Solver
 
 
-class _Default:
-    """Marks a number that nobody has given, so that it contradicts nothing."""
+class _Implied:
+    """Marks a number that nobody gave: a default, or one that was read off the solver. It contradicts nothing."""
 
 
-class _DefaultSteps(_Default, int):
+class _ImpliedSteps(_Implied, int):
     pass
 
 
-class _DefaultRate(_Default, float):
+class _ImpliedRate(_Implied, float):
     pass
 
 
-def _plain(number: Any) -> Any:
-    """The number alone, for the solver to show and to check."""
-    return (
-        int(number)
-        if isinstance(number, _DefaultSteps)
-        else float(number)
-        if isinstance(number, _DefaultRate)
-        else number
-    )
-
-
-STEPS, RATE = _DefaultSteps(20), _DefaultRate(0.1)
+STEPS, RATE = _ImpliedSteps(20), _ImpliedRate(0.1)
+# An attribute of a solver that was made here: dataclasses.replace(algorithm, lr=...) may then make another one.
+_MADE = "_made_of_steps_and_lr"
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,20 +94,22 @@ class PredictiveCoding(Algorithm):
         check_on_divergence("PredictiveCoding", self.on_divergence)
         _check_kind("solver", self.solver, Solver, "For example GradientDescent(steps=50).")
         _check_kind("nudging", self.nudging, Nudging, "For example Symmetric(beta=0.1).")
-        if self.solver is None:
+        given = {name: number for name in ("steps", "lr") if not isinstance(number := getattr(self, name), _Implied)}
+        if self.solver is None or (given and hasattr(self.solver, _MADE)):
             solver: Solver[Any] = GradientDescent(_plain(self.steps), _plain(self.lr))
+            object.__setattr__(solver, _MADE, True)
         else:
             solver = self.solver
-            _check_agreement(self.steps, self.lr, solver)
+            _check_agreement(given, solver)
         settings = {
             "solver": solver,
-            "steps": solver.steps,
-            "lr": getattr(solver, "lr", None),
+            "steps": _ImpliedSteps(solver.steps),
+            "lr": _ImpliedRate(solver.lr) if hasattr(solver, "lr") else None,
             "nudging": OneSided() if self.nudging is None else self.nudging,
             "energies": node_energies("PredictiveCoding", precisions or {}, self.energies or {}),
         }
         for name, value in settings.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value)  # frozen: no other way in __post_init__
 
     @property
     def programs(self) -> Programs | None:
@@ -133,27 +126,32 @@ class PredictiveCoding(Algorithm):
 
     def forward(self, call: Call) -> None:
         check_names("PredictiveCoding", self.energies, call.graph)
+        # a program cannot wind a generator back: dropout masks become its inputs
         call.feedforward(keep_graph=False, keep_draws=self.compile)
 
     def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         try:
             *others, last = (beta.real for beta in self.nudging.drawn())  # real anyway: complex ones are refused
+            # only the last phase may free the feed-forward values, from which each starts
             phases = [self._phase(call, loss, beta, retain_call=True) for beta in others]
             phases.append(self._phase(call, loss, last, retain_call=retain_graph))
+            # before the mean: a phase that has lost its minimum would spoil it silently
             check_phases([phase.state.relaxation for phase in phases])
         except DivergenceError as error:
             return no_gradients(self.on_divergence, error, call)
         return mean_of(phases)
 
     def with_steps(self, steps: int) -> PredictiveCoding:
-        return replace(self, solver=self.solver.with_steps(steps), steps=STEPS, lr=RATE)
+        if hasattr(self.solver, _MADE):
+            return replace(self, steps=steps)
+        return replace(self, solver=self.solver.with_steps(steps))
 
     @classmethod
     def _settings_of_0_1(cls, state: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**state, "compile": state["programs"] is not None}
 
     def _phase(self, call: Call, loss: OutputLoss, beta: float, retain_call: bool) -> LocalGradients:
-        nudged = loss if beta == 1.0 else NudgedLoss(loss, beta)
+        nudged = loss if beta == 1.0 else NudgedLoss(loss, beta)  # no product by one in every step
         try:
             return relax(
                 self.solver, self.solver.inference(call, nudged, self.energies, retain_call), beta, self.programs
@@ -164,6 +162,8 @@ class PredictiveCoding(Algorithm):
 
 def mean_of(phases: list[LocalGradients]) -> LocalGradients:
     """The estimate of several nudged phases; values and errors are those of the first."""
+    # The mean over phases of (dF/dtheta) / beta (Millidge et al. 2022); each phase is divided by its beta already.
+    # At rest dE/dtheta is zero: no free phase has to be subtracted.
     first, *others = phases
     if not others:
         return first
@@ -178,14 +178,25 @@ def mean_of(phases: list[LocalGradients]) -> LocalGradients:
 
 
 def _mean(parts: list[Tensor | None]) -> Tensor | None:
+    # missing in one phase is zero there, hence the length of all
     found = [part for part in parts if part is not None]
     return sum(found[1:], start=found[0]) / len(parts) if found else None
 
 
-def _check_agreement(steps: int, lr: float, solver: Solver[Any]) -> None:
+def _plain(number: Any) -> Any:
+    """The number alone, for the solver to show and to check."""
+    return (
+        int(number)
+        if isinstance(number, _ImpliedSteps)
+        else float(number)
+        if isinstance(number, _ImpliedRate)
+        else number
+    )
+
+
+def _check_agreement(given: Mapping[str, float], solver: Solver[Any]) -> None:
     """Refuse ``steps`` or ``lr`` beside a solver that has others: one of them would be ignored."""
     own = {"steps": solver.steps, "lr": getattr(solver, "lr", None)}
-    given = {name: value for name, value in (("steps", steps), ("lr", lr)) if not isinstance(value, _Default)}
     contradicting = [f"{name}={value!r}" for name, value in given.items() if value != own[name]]
     if contradicting:
         raise ConfigurationError(

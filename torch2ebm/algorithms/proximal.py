@@ -67,10 +67,10 @@ class ProximalInferenceLearning(Algorithm):
     """
 
     partition = "preactivation"
-    has_input_gradients = False
+    has_input_gradients = False  # .grad is a step of parameters and no gradient: none for an input to pass on
 
     alpha: float = 1.0
-    steps: int = 25
+    steps: int = 25  # T, g_bot and g_top as in the authors' IL-prox
     feedback_rate: float = 0.015
     error_rate: float = 0.015
     eps: float = 0.0
@@ -86,12 +86,12 @@ class ProximalInferenceLearning(Algorithm):
     @classmethod
     def fast(cls, alpha: float = 1.0, eps: float = 0.0, *, loss_reduction: str = "mean") -> ProximalInferenceLearning:
         """The authors' Fast form: half the inference steps, and no pull of a value towards its prediction."""
-        return cls(alpha, 12, 0.025, 0.0, eps, loss_reduction=loss_reduction)
+        return cls(alpha, 12, 0.025, 0.0, eps, loss_reduction=loss_reduction)  # T, g_bot, g_top
 
     @classmethod
     def adam(cls, alpha: float = 1.0, eps: float = 0.0, *, loss_reduction: str = "mean") -> ProximalInferenceLearning:
         """The authors' Adam form: its normalised changes go into ``torch.optim.Adam(parameters, lr=3e-5)``."""
-        return cls(alpha, 20, 0.02, 0.015, eps, loss_reduction=loss_reduction)
+        return cls(alpha, 20, 0.02, 0.015, eps, loss_reduction=loss_reduction)  # T, g_bot, g_top
 
     def with_steps(self, steps: int) -> ProximalInferenceLearning:
         return replace(self, steps=steps)
@@ -100,6 +100,7 @@ class ProximalInferenceLearning(Algorithm):
         call.feedforward(keep_graph=False)
 
     def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        # a record of its own: inference stands below the algorithms, and cannot import this class
         rates = ProximalRates(
             self.alpha, self.steps, self.feedback_rate, self.error_rate, self.eps, self.loss_reduction
         )

@@ -1,4 +1,4 @@
-"""Recurrent backpropagation: the gradient at the free equilibrium by the implicit function theorem."""
+"""Recurrent backpropagation: the exact gradient at the free equilibrium, by the implicit function theorem."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RecurrentBackprop(Algorithm):
 
     partition = "activation"
     defines_output = True
-    reevaluates_loss = False
+    reevaluates_loss = False  # dL/ds is needed at the free equilibrium alone, where autograd has it
 
     solver: LinearSolver = field(default_factory=Neumann)
     free_steps: int = 20
@@ -87,17 +87,20 @@ class RecurrentBackprop(Algorithm):
     def backward(self, call: Call, free: Free, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         step, result = LinearisedStep(free.equilibrium, free.settled.states), GradientSum()
         cost = _cost(free, loss, result)
+        # dL/ds; zero where the loss reads no state
         b = {slot: cost.get(slot, torch.zeros_like(value)) for slot, value in free.settled.states.items()}
+        # (I - J^T) z = dL/ds, then dL/dtheta = (df/dtheta)^T z (Almeida 1987; Pineda 1987)
         solution = self.solver.solve(step, b)
         step.collect(solution.z, loss.scale, result)
         state = self._report(free, step, solution)
         return LocalGradients(result.parameters, call.input_gradients(result.clamped), state)
 
     def _report(self, free: Free, step: LinearisedStep, solution: Solution) -> InferenceState:
-        errors = {slot: -each for slot, each in solution.z.items()}
+        errors = {slot: -each for slot, each in solution.z.items()}  # e = -delta, as everywhere
         tol = self.solver.tol
-        converged = solution.residual <= tol if tol > 0 else None
-        relaxation = Relaxation(solution.steps, converged, solution.residual, tol=tol, beta=0.0)
+        converged = solution.residual <= tol if tol > 0 else None  # Neumann has none to meet
+        relaxation = Relaxation(solution.steps, converged, solution.residual, tol=tol, beta=0.0)  # no nudge
+        # a pre-activation's error: through the activation's slope
         state = free.report(errors, step.at_drives(errors), relaxation)
         return replace(state, phases=(free.settled.relaxation, relaxation))
 
@@ -113,6 +116,7 @@ class RecurrentBackprop(Algorithm):
 def _cost(free: Free, loss: OutputLoss, result: GradientSum) -> Vector:
     """dL/ds of the loss summed over samples, from what autograd delivered; read-outs add their parameters' share."""
     equilibrium = free.equilibrium
+    # delivered is of the loss as reduced; the system is solved for the sum over samples
     gradients: dict[str, Tensor] = {slot: each * loss.unit for slot, each in loss.delivered.items()}
     with torch.enable_grad():
         passes = [equilibrium.evaluate(Term(node, ()), free.settled.states) for node in equilibrium.hopfield.readouts]

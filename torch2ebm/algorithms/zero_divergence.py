@@ -1,4 +1,4 @@
-"""Z-IL: predictive coding from a feed-forward start that visits each level at the right moment is backpropagation."""
+"""Z-IL: predictive coding that equals backpropagation, since it reads each level at the right step."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ZeroDivergence(Algorithm):
         ZeroDivergence(schedule='levels', gamma=1.0)
     """
 
-    reevaluates_loss = False
+    reevaluates_loss = False  # the output is read at step 0, at its feed-forward prediction
 
     schedule: str = "reverse"
     gamma: float = field(default=1.0, kw_only=True)
@@ -69,8 +69,10 @@ class ZeroDivergence(Algorithm):
 
     def backward(self, call: Call, kept: PendingSweep | None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         if self.schedule == "levels":
+            # levelled: on a skip over k levels k - 1 identities hold a message back until its level is due
             return by_levels(call, call.graph.levelled(), loss.delivered, loss.unit, self.gamma)
         swept = self._program_sweep().backward(call, kept, loss.delivered, retain_graph)
+        # minus: a delta is -e
         state = InferenceState(call.graph, call.batch_size, call.values, swept.deltas, -loss.unit)
         return LocalGradients(swept.gradients.parameters, call.input_gradients(swept.gradients.clamped), state)
 
@@ -93,30 +95,36 @@ def by_levels(
     gradients = GradientSum()
     values = _feedforward_values(call, graph)
     moved: set[str] = set()
+    # of the step at which each level is read; a step later its values have moved on
     errors_at_level: dict[str, Tensor] = {}
     for step in range(graph.depth + 1):
         changes: dict[str, Tensor] = {}
         for node in graph.nodes.values():
             if not node.is_output and moved.isdisjoint((*node.slots, *node.reads)):
                 continue  # neither it nor its parents have moved: its error is exactly zero
-            inputs = [values[slot].detach().requires_grad_() for slot in node.reads]
+            inputs = [values[slot].detach().requires_grad_() for slot in node.reads]  # leaves: no graph crosses a node
             with torch.enable_grad():
+                # through the batch statistics: backprop differentiates them too, so frozen ones would not be exact
                 evaluated = call.evaluate(node, inputs, freeze_statistics=False)
             own = _errors(evaluated, values, delivered)
             if node.level == step:
+                # dL/dtheta = -(dmu/dtheta)^T e (Salvatori et al. 2022)
                 gradients.add(call, evaluated, [None if e is None else -e for e in own], retain_graph=True)
                 errors_at_level.update({slot: e for slot, e in zip(node.slots, own, strict=True) if e is not None})
             for slot, message in zip(node.reads, evaluated.pullback(own, inputs), strict=True):
                 if message is not None:
                     changes[slot] = changes[slot] + message if slot in changes else message
+            # an output has no value of its own that could move
             for slot, error in () if node.is_output else zip(node.slots, own, strict=True):
                 if error is not None:
                     changes[slot] = changes[slot] - error if slot in changes else -error
         for slot, change in changes.items():  # v <- v + gamma (sum_c J_c^T e_c - e), all at once
             values[slot] = values[slot] + gamma * change
         moved.update(changes)
+    # nodes without a path to the loss: zero, as the other schedule gives
     for node in graph.hidden_nodes:
         gradients.add_zeros(call, node)
+    # without the identities of the levelling, which the user does not know
     errors = {slot: e for slot, e in errors_at_level.items() if slot in call.graph.owner}
     state = InferenceState(call.graph, call.batch_size, call.values, errors, unit)
     return LocalGradients(gradients.parameters, call.input_gradients(gradients.clamped), state)
@@ -124,6 +132,7 @@ def by_levels(
 
 def _feedforward_values(call: Call, graph: EnergyGraph) -> dict[str, Tensor]:
     values = {slot: value.detach() for slot, value in call.values.items()}
+    # in topological order, so that a chain of identities is filled from its start
     for node in graph.nodes.values():
         if node.slots[0] not in values:  # an identity node of the levelling
             values[node.slots[0]] = values[node.reads[0]]
@@ -132,6 +141,6 @@ def _feedforward_values(call: Call, graph: EnergyGraph) -> dict[str, Tensor]:
 
 def _errors(evaluated: NodePass, values: Mapping[str, Tensor], delivered: Mapping[str, Tensor]) -> list[Tensor | None]:
     if evaluated.node.is_output:
-        return [-delivered[slot] if slot in delivered else None for slot in evaluated.node.slots]
+        return [-delivered[slot] if slot in delivered else None for slot in evaluated.node.slots]  # e_o = -dL/dmu_o
     slots = zip(evaluated.node.slots, evaluated.predictions, strict=True)
     return [values[slot] - prediction.detach() for slot, prediction in slots]

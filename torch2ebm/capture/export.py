@@ -20,7 +20,7 @@ from torch2ebm.capture.in_place_aten import aten_without_writes, effects_as_meth
 from torch2ebm.capture.problems import Problem, problem_of
 from torch2ebm.capture.real_run import run_once
 from torch2ebm.capture.signature import TENSOR, Signature, flatten_arguments
-from torch2ebm.capture.trace import Trace, settings_of
+from torch2ebm.capture.trace import Trace, settings_read_by
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import Torch2EBMError, UntraceableError
 from torch2ebm.isolation.module_state import plain_autograd, untouched
@@ -38,7 +38,7 @@ def export(
         aten_without_writes(graph)
         graph.eliminate_dead_code()
         effects_as_methods(graph)
-    return Trace(graph, constants, leaves, settings_of(list(module.modules())), {}, captured_by="export")
+    return Trace(graph, constants, leaves, settings_read_by(list(module.modules())), {}, captured_by="export")
 
 
 class _Seen:

@@ -128,7 +128,7 @@ Write = Callable[[fx.Graph, fx.Node, Mapping[fx.Node, Any]], fx.Node]
 
 
 def _plain(graph: fx.Graph, node: fx.Node, environment: Mapping[fx.Node, Any]) -> fx.Node:
-    if node.target is torch.ops.aten.batch_norm.default:  # as the function whose statistics are recorded and frozen
+    if node.target is torch.ops.aten.batch_norm.default:  # as the function whose statistics are kept and frozen
         batch, weight, bias, mean, variance, *rest = node.args
         arguments = (batch, mean, variance, weight, bias, *rest[:3])
         given = fx.map_arg(arguments, environment.__getitem__)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch2ebm.capture.in_place_fx import copied, expand_tuples
 from torch2ebm.capture.real_run import RealRun, is_live, real_run
 from torch2ebm.capture.signature import Signature
-from torch2ebm.capture.trace import Settings, Trace, untraceable
+from torch2ebm.capture.trace import Settings, Trace, holds, is_scalar, untraceable
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.errors import CaptureMismatchError, StaleAttributeWarning, UntraceableError
 from torch2ebm.isolation.batch_statistics import Statistics, keeping_statistics
@@ -134,7 +134,7 @@ def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Seq
     with plain_autograd(), untouched(module, device):
         tensors = [tensor.detach().clone() for tensor in tensors]
         reference = real_run(module, signature, tensors)
-        _check_settings(traced.settings)
+        settings = _kept_by_forward(traced.settings)
     _warn_of_kept(module, reference.kept, traced.leaves)
     with plain_autograd(), untouched(module, device):
         observer = _Observer(module, traced, device)
@@ -153,7 +153,7 @@ def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Seq
         signature,
         observer.facts,
         reference,
-        traced.settings,
+        settings,
         traced.captured_by,
     )
 
@@ -171,15 +171,21 @@ def _warn_of_kept(module: nn.Module, kept: frozenset[str], whole: frozenset[str]
         )
 
 
-def _check_settings(settings: Settings) -> None:
+def _kept_by_forward(settings: Settings) -> Settings:
+    """Those that a run of forward leaves as they are.
+
+    A list that it appends to, or a None that it replaces, is no part of the graph. Raises
+    :class:`CaptureMismatchError` for a number, a flag or a string that it changes.
+    """
     for module, name, value in settings:
-        if module.__dict__.get(name) != value:
+        if is_scalar(value) and not holds(module, name, value):
             raise CaptureMismatchError(
                 f"{type(module).__name__}.forward",
                 f"a forward that changes its attribute '{name}'",
                 "a forward that changes nothing but buffers",
                 "Make the attribute a buffer (register_buffer), or make that submodule one node with nodes=[...].",
             )
+    return tuple(setting for setting in settings if holds(*setting))
 
 
 def _fact_of_part(value: Any) -> Fact:

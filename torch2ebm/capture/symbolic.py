@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from torch2ebm.capture.in_place_fx import copied, graph_without_writes, stopped, writes_in_place
 from torch2ebm.capture.signature import Signature
-from torch2ebm.capture.trace import Trace, settings_of, untraceable
+from torch2ebm.capture.trace import Trace, settings_read_by, untraceable
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import Torch2EBMError, UnknownNodeError
 from torch2ebm.isolation.module_state import attributes_restored
@@ -179,7 +179,7 @@ def trace(
     writes = graph_without_writes(graph)
     _open_records(graph)
     _protect_inputs(module, graph, leaves)
-    return Trace(graph, constants, leaves, settings_of(tracer.entered), writes)
+    return Trace(graph, constants, leaves, settings_read_by(tracer.entered), writes)
 
 
 def _open_records(graph: fx.Graph) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,21 +26,45 @@ class Trace:
     captured_by: str = "fx"
 
 
+LONGEST = 64  # every call compares them; a vocabulary is no setting
+
 Settings = tuple[tuple[nn.Module, str, Any], ...]
 
 
-def settings_of(modules: Sequence[nn.Module]) -> Settings:
-    """Plain attributes of the modules that tracing went through: their values are part of the graph."""
+def settings_read_by(modules: Sequence[nn.Module]) -> Settings:
+    """Plain attributes of the modules that tracing went through, as they are now: they are part of the graph."""
     return tuple(
-        (module, name, value)
+        (module, name, copy.deepcopy(value))
         for module in dict.fromkeys(modules)
         for name, value in module.__dict__.items()
-        if name != "training" and type(value) in (int, float, bool, str)
+        if name != "training" and is_setting(value)
     )
 
 
 def still_hold(settings: Settings) -> bool:
-    return all(module.__dict__.get(name) == value for module, name, value in settings)
+    return all(holds(*setting) for setting in settings)
+
+
+def holds(module: nn.Module, name: str, value: Any) -> bool:
+    now = module.__dict__.get(name)
+    return now is value or (is_setting(now) and bool(now == value))  # of what is no setting, == may be a tensor
+
+
+def is_setting(value: Any) -> bool:
+    """Whether it is plain: a number, a flag, a string or None, or a short list, tuple or dict of these."""
+    return is_scalar(value) or value is None or (_is_short(value) and all(map(is_setting, _items(value))))
+
+
+def is_scalar(value: Any) -> bool:
+    return type(value) in (int, float, bool, str)
+
+
+def _is_short(value: Any) -> bool:
+    return type(value) in (list, tuple, dict) and len(value) <= LONGEST
+
+
+def _items(collection: Any) -> Iterable[Any]:
+    return (*collection, *collection.values()) if isinstance(collection, dict) else collection
 
 
 def untraceable(module: nn.Module, scope: str, error: Exception) -> UntraceableError:

@@ -1,4 +1,4 @@
-"""Checks of the numbers and choices that people pass, each with the same four-part error."""
+"""Checks of the numbers and choices that people pass. Each raises the same four-part error."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ REDUCTIONS = ("mean", "sum")
 
 
 def check_reduction(where: str, loss_reduction: str) -> None:
+    # a check of its own beside check_choice: the remedy says what each word means
     if loss_reduction not in REDUCTIONS:
         raise ConfigurationError(
             f"{where}(loss_reduction=...)",

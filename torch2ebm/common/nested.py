@@ -1,6 +1,8 @@
 """Nested arguments and results: the leaves of tuples, lists, dicts, dataclasses and slices.
 
-Quicker than a pytree for the flat argument lists of ordinary calls, and it looks into slices.
+A leaf is whatever is none of these containers: a tensor, a number, a string. ``torch.utils._pytree`` does the same for
+containers that are registered with it; this is quicker for the flat argument lists of ordinary calls, and it looks
+into slices, which may hold tensors too (``x[:n]``).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 
 
 class ResultReference:
-    """Stands in a recorded operation for what an earlier one returned."""
+    """Stands on a tape, among the arguments of an operation, for what an earlier one returned."""
 
     __slots__ = ("index",)
 
@@ -22,17 +24,18 @@ class ResultReference:
         self.index = index
 
 
-# most leaves, known at once
+# Leaves by their exact type: one lookup in place of the isinstance checks below. Others end there as leaves, too.
 _ATOMS = frozenset([torch.Tensor, torch.nn.Parameter, ResultReference, int, float, bool, str, type(None)])
 
 
 def leaves_of(structure: Any) -> Iterator[Any]:
-    """All leaves, in order. A ``torch.Size`` is one."""
+    """All leaves, in order. A ``torch.Size`` is one leaf: a shape is compared as a whole."""
     if type(structure) in _ATOMS:
         yield structure
     elif isinstance(structure, (tuple, list)) and not isinstance(structure, torch.Size):
         for part in structure:
             yield from leaves_of(part)
+    # before dataclasses: an output of transformers is both, and only as a mapping leaves out its fields that are None
     elif isinstance(structure, Mapping):
         for part in structure.values():
             yield from leaves_of(part)
@@ -53,6 +56,7 @@ def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
         parts = [map_leaves(function, part) for part in structure]
         if isinstance(structure, list):
             return parts
+        # a named tuple takes its fields as arguments, every other kind of tuple takes one sequence
         return type(structure)(*parts) if hasattr(structure, "_fields") else _as_tuple(structure, parts)
     if isinstance(structure, dict):
         mapped = {key: map_leaves(function, part) for key, part in structure.items()}
@@ -68,7 +72,7 @@ def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
 
 
 def template_of(structure: Any) -> Any:
-    """The same structure with the number of each leaf in its place; two structures are alike if these are equal."""
+    """The same structure with each leaf replaced by its number, from 0; two structures are alike if these are equal."""
     number = count()
     return map_leaves(lambda leaf: next(number), structure)
 
@@ -79,8 +83,13 @@ def fill(template: Any, leaves: Sequence[Any]) -> Any:
 
 
 def signature(structure: Any) -> Hashable:
-    """What is the same in two structures that one program serves: shape, kinds of tensors, all other leaves."""
+    """What two structures must have in common to be served by one recorded program.
+
+    That is their containers, each tensor's kind (not its numbers), and every other leaf by value.
+    """
     if isinstance(structure, torch.Tensor):
+        # Strides: compiled code is made for them. The negative bit: x.conj().imag differs from x.imag in nothing else,
+        # since torch defers the sign to whoever reads. Whether a gradient is required: it decides what was recorded.
         layout = structure.shape, structure.stride(), structure.is_neg()
         return *layout, structure.dtype, structure.device, structure.requires_grad
     if isinstance(structure, ResultReference):
@@ -93,7 +102,7 @@ def signature(structure: Any) -> Hashable:
         return slice, signature((structure.start, structure.stop, structure.step))
     if _is_record(structure):
         return type(structure), *(signature(getattr(structure, field.name)) for field in dataclasses.fields(structure))
-    return type(structure), structure
+    return type(structure), structure  # the type too: 1, 1.0 and True are equal and have one hash
 
 
 def attributes_of(thing: Any) -> Any:
@@ -107,7 +116,7 @@ def settings_of(thing: Any) -> Hashable:
 
 
 def _as_tuple(original: Any, parts: list[Any]) -> Any:
-    """A plain tuple, or one of torch's own result types (``max``, ``topk``), which take a sequence."""
+    """A plain tuple, or one of torch's own result types (of ``max``, ``topk``), which take one sequence."""
     return tuple(parts) if type(original) is tuple else type(original)(parts)
 
 

@@ -1,4 +1,7 @@
-"""All slots of a sample in one row, for solvers that look at the whole state at once."""
+"""All values of one sample in one row, for solvers that look at the whole state at once.
+
+A *slot* is the name of one value tensor: most nodes have one, a node that returns several tensors has one for each.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from torch import Tensor
 
 
 class Rows:
-    """From tensors by slot to one row a sample, and back. Without a batch dimension everywhere, one row in all."""
+    """From tensors by slot to one row for each sample, and back.
+
+    If some tensor has no batch dimension, samples cannot be told apart: then everything is one row.
+    """
 
     def __init__(self, like: Mapping[str, Tensor], slots: Sequence[str], batch_size: int) -> None:
         self.like = {slot: like[slot] for slot in slots}
@@ -31,14 +37,17 @@ class Rows:
 
 
 def least_squares(changes: Tensor, target: Tensor) -> Tensor:
-    """Weights ``[rows, memory, 1]`` of the smallest |target - changes w|, by normal equations with a trace of a ridge.
+    """Weights ``w`` of the smallest ``|target - changes w|`` for each row, by normal equations with a small ridge.
 
-    ``changes`` is ``[rows, entries, memory]``, each row scaled by its largest change; one that no longer changes has
-    weights of zero.
+    Shapes: ``changes`` is ``[rows, entries, memory]``, ``target`` is ``[rows, entries]``, the weights are
+    ``[rows, memory, 1]``. A row whose changes are all zero has weights of zero.
     """
-    gram = changes.mT @ changes
+    # Near a solution the changes become collinear, so the problem is rank deficient. torch.linalg.lstsq cannot solve
+    # that on CUDA, where its only driver ('gels') takes full-rank matrices; normal equations with a ridge can.
+    gram = changes.mT @ changes  # [rows, memory, memory]
     largest = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
-    scale = torch.where(largest > 0, largest, 1.0)
+    scale = torch.where(largest > 0, largest, 1.0)  # a row at rest: 0 / 1, not 0 / 0
+    # the largest diagonal entry is 1 by now: 10 eps is just above what rounding leaves of an eigenvalue of zero
     ridge = 10 * torch.finfo(gram.dtype).eps * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     weights: Tensor = torch.linalg.solve(gram / scale + ridge, changes.mT @ target.unsqueeze(2) / scale)
     return weights

@@ -262,7 +262,7 @@ class Call:
         named = [*self.parameters.values(), *self.graph.module.buffers()]
         passed = [value for value in self.environment.values() if isinstance(value, Tensor)]
         drawn = [tensor for draws in self._draws.values() for tensor in draws]
-        statistics = [t for recorded in self._statistics.values() for pair in recorded for t in pair]
+        statistics = [t for kept in self._statistics.values() for pair in kept for t in pair]
         return [*named, *passed, *drawn, *statistics]
 
     def clamped_inputs(self, node: Node) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""One call's Hopfield-type energy: the drive of its states, what the loss does to them, and the gradient of Phi.
+"""The Hopfield-type energy of one call: the drive of each state, the nudge by the loss, and the gradient of Phi.
 
 A node is evaluated on leaves, so no autograd graph crosses a node boundary. One call of the engine pulls the states
 back through all nodes: s_n <- act_n(d(Phi - beta c_o C)/ds_n / c_n) (Scellier and Bengio 2017).
@@ -59,11 +59,14 @@ class Equilibrium:
     def __init__(self, call: Call, hopfield: HopfieldGraph, feedback: float) -> None:
         self.call, self.hopfield, self.feedback = call, hopfield, feedback
         self.states = {slot: at_least_single(call.values[slot]) for slot in hopfield.states}
+        # states are kept in single precision at least, and read by the nodes as the module computed them
         self._read_as = {slot: call.values[slot].dtype for slot in hopfield.states}
+        # c_n = feedback^depth(n), one c_o for all outputs
         self.weight = {slot: feedback**state.depth for slot, state in hopfield.states.items()}
         self.output_weight = feedback**hopfield.output_depth
         self.nudged = hopfield.nudged()
         self.precision = max(torch.finfo(dtype).eps for dtype in self._read_as.values())
+        # pre-activations of clamped inputs alone: no state can change them, so they are never evaluated again
         self.fixed = {
             made: at_least_single(call.values[slot])
             for term in hopfield.fixed
@@ -81,7 +84,7 @@ class Equilibrium:
         return self.call.evaluate(term.node, inputs)
 
     def _reading(self, slot: str, value: Tensor) -> torch.dtype:
-        return value.dtype if value.is_complex() else self._read_as[slot]
+        return value.dtype if value.is_complex() else self._read_as[slot]  # there is no complex bfloat16
 
     def drive(self, states: States, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
         """dPhi/ds_n / c_n: the pre-activation of each state, and the feedback of those that read it.
@@ -99,6 +102,7 @@ class Equilibrium:
             True
         """
         drives = {slot: a for slot, a in self.fixed.items() if wanted is None or slot in wanted}
+        # all graphs are built before any is pulled back: one run of the engine costs less than one for each node
         passes = [(term, self._pass(term, states)) for term in self.hopfield.terms if _concerns(term, wanted)]
         for term, evaluated in passes:
             for slot, prediction in zip(term.states, evaluated.predictions, strict=True):
@@ -107,6 +111,7 @@ class Equilibrium:
         messages = self._feedback(passes, states, wanted)
         passes.clear()  # so that each drive is freed when it is replaced
         for slot in list(messages):
+            # a_n + sum_c c_c (da_c/ds_n)^T s_c / c_n
             drives[slot] = drives[slot].add(messages.pop(slot), alpha=1 / self.weight[slot])
         return drives
 
@@ -131,13 +136,14 @@ class Equilibrium:
         products = pull_back(predictions, cotangents, [leaf for _, leaf in sources])
         for (slot, _), message in zip(sources, products, strict=True):
             if message is not None:
+                # torch returns the conjugate of a holomorphic derivative
                 message = at_least_single(message.conj() if message.is_complex() else message)
                 messages[slot] = messages[slot] + message if slot in messages else message
         return messages
 
     def _weighted(self, slot: str, state: Tensor, factor: complex = 1.0) -> Tensor:
         factor = factor * self.weight[slot]
-        return state if factor == 1.0 else state * factor
+        return state if factor == 1.0 else state * factor  # no copy of the states at feedback 1
 
     def activate(self, drives: States) -> dict[str, Tensor]:
         """s_n = act_n(drive_n).
@@ -180,8 +186,10 @@ class Equilibrium:
     def contrast(self, phases: Sequence[tuple[States, complex]], result: GradientSum) -> None:
         """Add the real part of sum_k w_k dPhi/dtheta(s_k) over pairs of states and weight."""
         for term in self.hopfield.terms:
+            # frozen, and fed by no input that wants a gradient
             if not self._is_learning(term):
                 continue
+            # a_n depends on the states that it reads, which differ: one product for each phase
             for states, factor in phases:
                 with torch.enable_grad():
                     evaluated = self.evaluate(term, states, leaves=False)
@@ -205,9 +213,10 @@ class Equilibrium:
 
 
 def match(cotangent: Tensor, prediction: Tensor) -> Tensor:
-    """What autograd takes for the factor of a prediction: torch differentiates real parts, by conjugates."""
+    """The cotangent that autograd needs for this factor of a prediction. For complex tensors torch takes conjugates."""
     if not cotangent.is_complex():
         return cotangent
+    # a real prediction is one of clamped inputs alone
     return cotangent.conj() if prediction.is_complex() else cotangent.real
 
 
@@ -263,6 +272,8 @@ class Influence:
             return
         for slot, gradient in cost_gradients(equilibrium, states, self.loss).items():
             if slot in drives:
+                # Divided by c_n, as the whole drive is. Without c_o the nudge would outgrow the feedback in c_n, and
+                # diverge.
                 factor = self.beta * equilibrium.output_weight / equilibrium.weight[slot]
                 drives[slot] = drives[slot].sub(gradient, alpha=factor)
 
@@ -291,6 +302,7 @@ def cost_gradients(
     predictions = {slot: states[state] for slot, state in hopfield.outputs.items()}
     for each in passes:
         predictions.update(zip(each.node.slots, [p.detach() for p in each.predictions], strict=True))
+    # one evaluation for all outputs: the loss may join them
     _, gradients = loss.gradients(predictions)
     return pulled_through(equilibrium, passes, gradients, collected, scale)
 
@@ -308,6 +320,7 @@ def pulled_through(
         given = [gradients.get(slot) for slot in each.node.slots]
         pairs = zip(given, each.predictions, strict=True)
         cotangents = [None if gradient is None else match(gradient, a) for gradient, a in pairs]
+        # kept where the parameters ask for a second product, with scaled cotangents
         products = each.pullback(cotangents, each.inputs, retain_graph=collected is not None)
         if collected is not None:
             scaled = [None if cotangent is None else cotangent * scale for cotangent in cotangents]
@@ -326,5 +339,6 @@ def by_state(hopfield: HopfieldGraph, gradients: Mapping[str, Tensor]) -> dict[s
         gradient = gradients.get(slot)
         if gradient is None:
             continue
+        # one state may be returned twice
         found[state] = found[state] + gradient if state in found else at_least_single(gradient)
     return found

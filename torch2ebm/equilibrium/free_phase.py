@@ -1,4 +1,4 @@
-"""The free phase of equilibrium algorithms: what ``model(x)`` is, and what is done where it does not settle."""
+"""The free phase of equilibrium algorithms: it defines ``model(x)``, and tries other updates where it cycles."""
 
 from __future__ import annotations
 
@@ -98,14 +98,16 @@ class FreePhase:
         :class:`PartitionError` where the graph has no energy.
         """
         key = ("Hopfield", self.readout)
+        # the energy follows from the graph and `readout` alone: built, or refused, once
         hopfield = call.graph.once(key, lambda: HopfieldGraph(call.graph, self.readout))
         call.feedforward(keep_graph=False)
         equilibrium = Equilibrium(call, hopfield, self.feedback)
+        # before the relaxation: call.values will be those of the equilibrium
         feedforward = {slot: call.values[slot].detach() for slot in call.graph.output_slots}
         update, settled = self._settled(equilibrium)
         outputs = equilibrium.outputs(settled.states)
         for slot, value in outputs.items():
-            outputs[slot] = value.to(call.values[slot].dtype)
+            outputs[slot] = value.to(call.values[slot].dtype)  # model(x) has the dtype that the module gives
         if math.isfinite(settled.relaxation.residual):  # else the feed-forward values say where it began
             self._leave(call, equilibrium, settled)
         call.values.update(outputs)
@@ -113,6 +115,7 @@ class FreePhase:
 
     def _leave(self, call: Call, equilibrium: Equilibrium, settled: Settled) -> None:
         """The feed-forward values go: where the states have settled is what the call is about."""
+        # the pre-activation first: where it has no activation, its slot is that of the state, which stands
         for slot, state in equilibrium.hopfield.states.items():
             call.values[state.source], call.values[slot] = settled.drives[slot], settled.states[slot]
         equilibrium.states = dict(settled.states)
@@ -141,6 +144,7 @@ class FreePhase:
                     break
             elif not are_finite(equilibrium.states):  # bad numbers came in: who checks these says which
                 break
+        # the least residual of all that were tried, also where none has settled
         best = min(tried, key=lambda pair: _badness(pair[1].relaxation))
         warn_if_unsettled(equilibrium, best[1])
         return best
@@ -148,6 +152,8 @@ class FreePhase:
     def _updates(self) -> Sequence[Update]:
         plain = Damped(self.damping) if self.damping else Synchronous()
         first = plain if self.update is None else self.update
+        # Half damping turns a cycle of length two (an eigenvalue of -1) into rest; a sequential step lowers the energy.
+        # dict.fromkeys: without repeating the one that was asked for.
         return tuple(dict.fromkeys([first, Damped(max(self.damping, 0.5)), GaussSeidel()]))
 
 
@@ -158,7 +164,7 @@ def _badness(relaxation: Relaxation) -> float:
 def _distance(outputs: States, feedforward: States) -> Tensor:
     difference = torch.stack([(outputs[slot] - value).square().sum() for slot, value in feedforward.items()]).sum()
     size = torch.stack([value.square().sum() for value in feedforward.values()]).sum()
-    return (difference / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
+    return (difference / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()  # all-zero outputs
 
 
 def _number(value: object) -> bool:

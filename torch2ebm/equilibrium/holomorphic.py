@@ -1,6 +1,6 @@
-"""Real operations continued to complex arguments: what a module and its loss are while a nudge is a complex number.
+"""Real operations, continued to complex arguments: they stand in for a module's and a loss's while a nudge is complex.
 
-Linear operations act on real and imaginary part; the losses are written out, without conjugation.
+Linear operations act on the real and the imaginary part separately. The losses are written out without conjugation.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class HolomorphicOperations(TorchFunctionMode):
         self, func: TorchFunction, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        # on real numbers the continuation is the operation itself
         if not any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves_of((args, kwargs))):
             return func(*args, **kwargs)
         if func in _REFUSED:
@@ -42,8 +43,9 @@ class HolomorphicOperations(TorchFunctionMode):
             if func in _LINEAR:
                 return _by_parts(func, args, kwargs)
             if func in _PRODUCTS:
-                args = map_leaves(_complex, args)
+                args = map_leaves(_complex, args)  # torch multiplies no complex matrix by a real one
             return func(*args, **kwargs)
+        # torch's own refusal, for most operations that have no complex kernel
         except (RuntimeError, TypeError) as error:
             raise _no_continuation(func, str(error).splitlines()[0]) from error
 
@@ -80,12 +82,13 @@ def _by_parts(function: TorchFunction, args: tuple[Any, ...], kwargs: Mapping[st
     value, *rest = args if args else (kwargs["input"],)
     others = {name: each for name, each in kwargs.items() if name != "input"}
     real = function(value.real, *rest, **others)
+    # f(x + iy) = f(x) + i (f(y) - f(0)): the bias, or running mean, is in f(0)
     nothing = function(torch.zeros_like(value.imag), *rest, **others)
     return torch.complex(real, function(value.imag, *rest, **others) - nothing)
 
 
 def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    return torch.log1p(torch.exp(beta * input)) / beta
+    return torch.log1p(torch.exp(beta * input)) / beta  # torch turns linear above `threshold`, which is not holomorphic
 
 
 def _silu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -99,7 +102,7 @@ def _reduced(losses: Tensor, reduction: str, count: int | None = None) -> Tensor
 
 
 def _mse_loss(input: Tensor, target: Tensor, *_: Any, reduction: str = "mean", **__: Any) -> Tensor:
-    return _reduced((input - target) ** 2, reduction)
+    return _reduced((input - target) ** 2, reduction)  # z^2, not |z|^2
 
 
 def _log_softmax(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
@@ -123,6 +126,7 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
+    # refused and not ignored: another loss would be nudged
     if weight is not None or label_smoothing:
         raise _no_continuation(functional.cross_entropy, "class weights and label smoothing are not written out")
     dimension = 1 if input.ndim > 1 else 0
@@ -145,7 +149,9 @@ def _nll_loss(
     if weight is not None:
         raise _no_continuation(functional.nll_loss, "class weights are not written out")
     dimension, kept = 1 if input.ndim > 1 else 0, target != ignore_index
+    # gather refuses the negative index of an ignored target; any class will do, as it is multiplied by 0
     chosen = input.gather(dimension, target.where(kept, 0).unsqueeze(dimension)).squeeze(dimension)
+    # a mean over the targets that count
     return _reduced(-chosen * kept, reduction, int(kept.sum()))
 
 
@@ -154,9 +160,11 @@ def _binary_cross_entropy_with_logits(
 ) -> Tensor:
     if weight is not None or more.get("pos_weight") is not None:
         raise _no_continuation(functional.binary_cross_entropy_with_logits, "weights are not written out")
+    # -y log sigmoid(z) - (1 - y) log(1 - sigmoid(z)) = softplus(z) - y z
     return _reduced(_softplus(input) - input * target, reduction)
 
 
+# a function and a method of one name are two objects, which a mode sees as two
 _CONTINUED: Mapping[TorchFunction, TorchFunction] = {
     functional.softplus: _softplus,
     functional.silu: _silu,
@@ -171,6 +179,7 @@ _CONTINUED: Mapping[TorchFunction, TorchFunction] = {
     Tensor.softmax: _softmax,
     functional.binary_cross_entropy_with_logits: _binary_cross_entropy_with_logits,
 }
+# real parameters, which torch does not combine with complex inputs; batch_norm is affine in evaluation
 _LINEAR = frozenset(
     [
         *(functional.linear, functional.conv1d, functional.conv2d, functional.conv3d, functional.batch_norm),

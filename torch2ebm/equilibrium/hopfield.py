@@ -1,4 +1,4 @@
-"""The Hopfield-type energy of a graph that is cut around its activations, and what has none.
+"""The Hopfield-type energy of a graph whose nodes are cut around its activations.
 
 E = sum_n c_n [G_n(s_n) - <s_n, a_n(s_pa)>] with a state s_n at each activation, a_n its pre-activation, G_n' the
 inverse of the activation and c_n = feedback^depth(n) (Scellier and Bengio 2017). The parameters are the module's own.
@@ -39,7 +39,7 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """Pre-activations that one node computes from states; ``states`` has the slot of one state a slot of the node."""
+    """The pre-activations that one node computes; ``states`` names the state that each of its slots drives."""
 
     node: Node
     states: tuple[str, ...]
@@ -66,23 +66,26 @@ class HopfieldGraph:
         self.graph = graph
         check_cut(graph)
         refuse(graph)
+        # an output that returns a value as it is: the state is where that value is made
         aliases = {n.name: n for n in graph.output_nodes if n.function is identity and not n.operations}
         self.nodes = [node for node in graph.nodes.values() if node.name not in aliases]
         self.fused = self._fused(aliases)
         self.readouts = self._checked(aliases) if readout else self._without_parameters(aliases)
         self._read_out = {slot for node in self.readouts for slot in node.slots}
         self.states: dict[str, State] = {}
+        # in topological order, which the depths need
         terms = [term for node in self.nodes if (term := self._term(node)) is not None]
         self.terms = tuple(term for term in terms if term.node.reads)
         self.fixed = tuple(term for term in terms if not term.node.reads)
         self.outputs = {s: self._state_of(s, aliases) for s in graph.output_slots if s not in self._read_out}
+        # the deepest: c_o is the smallest weight of a nudged state, so that no nudge is scaled up by c_o / c_n
         self.output_depth = max(self.states[slot].depth for slot in self.nudged())
         self.watched = {
             node.name: name for node in self.nodes if (name := next(watched_operations(node), "")) and node.reads
         }
 
     def _fused(self, aliases: Mapping[str, Node]) -> dict[str, Node]:
-        """Slot of a pre-activation that its activation alone reads -> the activation."""
+        """The activation of each pre-activation that nothing else reads, by the slot of the pre-activation."""
         readers: dict[str, list[Node]] = {}
         for node in self.graph.nodes.values():
             for slot in node.reads:
@@ -93,18 +96,20 @@ class HopfieldGraph:
             if len(nodes) == 1
             and nodes[0].name not in aliases
             and is_activation(nodes[0])
+            # an activation of an activation: the first is a state of its own
             and not is_activation(self.graph.owner[slot])
-            and slot not in self.graph.output_slots
+            and slot not in self.graph.output_slots  # the loss reads it
         }
 
     def _term(self, node: Node) -> Term | None:
-        """Register the states that the node makes; the term of Phi that it computes, if it does."""
+        """Register the states that the node makes; return the term of Phi that it computes, None for no term."""
         if not self._read_out.isdisjoint(node.slots):
             return None
         if is_activation(node):
             (source,) = node.reads
-            if source in self.fused:
+            if source in self.fused:  # made with its pre-activation
                 return None
+            # its source is a state of its own, which the identity reads as this activation's pre-activation
             self._add(State(node.slots[0], node.name, node.slots[0], node, self._depth([source]), kind_of(node)))
             read = Node(f"{node.name}.read", (), (), identity, {}, 0, (f"{source}.read",), (source,))
             return Term(read, (node.slots[0],))
@@ -125,7 +130,7 @@ class HopfieldGraph:
         self.states[state.slot] = state
 
     def _depth(self, reads: Sequence[str]) -> int:
-        return max((self.states[slot].depth + 1 for slot in reads), default=0)
+        return max((self.states[slot].depth + 1 for slot in reads), default=0)  # longest path
 
     def _state_of(self, slot: str, aliases: Mapping[str, Node]) -> str:
         owner = self.graph.owner[slot]
@@ -133,6 +138,7 @@ class HopfieldGraph:
 
     def _without_parameters(self, aliases: Mapping[str, Node]) -> tuple[Node, ...]:
         nodes = [node for node in self.graph.output_nodes if node.name not in aliases]
+        # a softmax after the last layer, for example: it has nothing to learn, so it needs no state
         return tuple(node for node in nodes if node.reads and not node.parameters and not is_activation(node))
 
     def _checked(self, aliases: Mapping[str, Node]) -> tuple[Node, ...]:
@@ -160,6 +166,7 @@ class HopfieldGraph:
             for slot in group:
                 neighbours[slot] |= group - {slot}
         groups: list[set[str]] = []
+        # first fit in topological order: a chain gets two colours
         for slot in self.states:
             free = next((group for group in groups if group.isdisjoint(neighbours[slot])), None)
             if free is None:

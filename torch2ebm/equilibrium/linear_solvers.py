@@ -13,7 +13,7 @@ from torch import Tensor
 from torch2ebm.common.checks import check_steps, check_tolerance
 from torch2ebm.errors import ConfigurationError
 
-Vector = dict[str, Tensor]
+Vector = dict[str, Tensor]  # by slot of a state
 
 
 class System(Protocol):
@@ -167,10 +167,12 @@ class Neumann(LinearSolver):
         return 0.0
 
     def solve(self, system: System, b: Vector) -> Solution:
+        # k = 0; z = sum_k (J^T)^k b, truncated (Neumann series of (I - J^T)^-1)
         power = z = b
         for _ in range(self.terms):
             power = system.transposed(power)
             z = _plus(z, power)
+        # b - (I - J^T) z = (J^T)^(K + 1) b: one product more, for the report alone
         return Solution(z, self.terms, largest(system.transposed(power)))
 
 
@@ -203,7 +205,9 @@ class FixedPointSolve(LinearSolver):
         while steps < self.steps:
             moved = _plus(system.transposed(z), b)
             steps += 1
+            # the number waits for the device: only where it is asked for
             if self.tol > 0 or steps == self.steps:
+                # J^T z + b - z is the residual of z, the point before
                 residual = largest(_plus(moved, z, -1.0))
             z = moved
             if residual <= self.tol:
@@ -242,17 +246,18 @@ class ConjugateGradient(LinearSolver):
         # CGNR on A z = b with A = I - J^T: the residual of the system itself is carried along
         z: Vector = {slot: torch.zeros_like(each) for slot, each in b.items()}
         residual = b
+        # A^T r, with A^T = I - J
         gradient = direction = _plus(residual, system.product(residual), -1.0)
-        size = dot(gradient, gradient)
+        size = dot(gradient, gradient)  # [batch]
         steps = 0
         while steps < self.steps and not (self.tol > 0 and largest(residual) <= self.tol):
             image = _plus(direction, system.transposed(direction), -1.0)
-            rate = _ratio(size, dot(image, image))
+            rate = _ratio(size, dot(image, image))  # |A^T r|^2 / |A d|^2, [batch]
             z = _along(z, direction, rate)
             residual = _along(residual, image, -rate)
             gradient = _plus(residual, system.product(residual), -1.0)
             before, size = size, dot(gradient, gradient)
-            direction = _along(gradient, direction, _ratio(size, before))
+            direction = _along(gradient, direction, _ratio(size, before))  # |A^T r_new|^2 / |A^T r|^2, [batch]
             steps += 1
         return Solution(z, steps, largest(residual))
 
@@ -272,6 +277,7 @@ def _spread(rate: Tensor, like: Tensor) -> Tensor:
 
 def dot(a: Vector, b: Vector) -> Tensor:
     """Inner product of each sample, shape ``[batch]``; one number where the states do not share a batch dimension."""
+    # a state without the batch dimension joins the samples: then they share one step size
     whole = len({each.shape[0] if each.ndim else 0 for each in a.values()}) > 1 or any(not v.ndim for v in a.values())
     of: Callable[[Tensor], Tensor] = torch.sum if whole else _of_samples
     parts = [of(a[slot] * b[slot]) for slot in a]
@@ -286,7 +292,7 @@ def _of_samples(product: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """0 where a sample is solved exactly."""
+    """The quotient; 0 where a sample is solved exactly and both are 0."""
     return torch.where(denominator > 0, numerator / denominator.clamp_min(torch.finfo(denominator.dtype).tiny), 0.0)
 
 

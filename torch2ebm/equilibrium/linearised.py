@@ -1,4 +1,4 @@
-"""The step of a Hopfield-type energy, linearised where its states are, by products with its Jacobian.
+"""Products with the Jacobian of one step of a Hopfield-type energy, at given states.
 
 With f_n(s) = act_n(d_n), d_n = dPhi/ds_n / c_n and H the Hessian of Phi, J = D C^-1 H, D = act'(d) and C = diag(c).
 H is symmetric, so J^T z = H C^-1 D z and J v = D C^-1 H v are one kind of product (Almeida 1987; Pineda 1987).
@@ -14,13 +14,12 @@ from torch import Tensor
 from torch2ebm.engine.call import at_least_single
 from torch2ebm.engine.gradients import GradientSum
 from torch2ebm.equilibrium.dynamics import Equilibrium, States, sum_of
+from torch2ebm.equilibrium.linear_solvers import Vector
 from torch2ebm.errors import NoEquilibriumError
-
-Vector = dict[str, Tensor]  # by slot of a state
 
 
 class LinearisedStep:
-    """J and J^T of one synchronous step. Leaves cut it at the states: no graph crosses a node boundary.
+    """J and J^T of one synchronous step. The states are leaves, so no graph crosses a node boundary.
 
     Attributes:
         drives: What the activations are applied to.
@@ -29,6 +28,7 @@ class LinearisedStep:
     def __init__(self, equilibrium: Equilibrium, states: States) -> None:
         self.equilibrium = equilibrium
         self._leaves = {slot: value.detach().requires_grad_() for slot, value in states.items()}
+        # kept with its graph: each product differentiates it once more
         self._gradients = self._phi_gradients()
         self.drives = {slot: g.detach() / equilibrium.weight[slot] for slot, g in self._gradients.items()}
         self._slopes = {slot: self._slope(slot, drive) for slot, drive in self.drives.items()}
@@ -42,8 +42,10 @@ class LinearisedStep:
                 evaluated = self.equilibrium.evaluate(term, self._leaves, leaves=False)
                 for slot, a in zip(term.states, evaluated.predictions, strict=True):
                     predictions.append(at_least_single(a, detach=False))
+                    # c_n s_n, on the graph: Phi is differentiated in it, too
                     cotangents.append(self._leaves[slot] * weight[slot])
                     found[slot] = predictions[-1] * weight[slot]
+            # d/ds_n of <c s, a(s)> through a alone; the derivative in s itself is c_n a_n, added above
             feedback = _gradients(predictions, list(self._leaves.values()), cotangents, create_graph=True)
             for slot, message in zip(self._leaves, feedback, strict=True):
                 if message is not None:
@@ -58,6 +60,7 @@ class LinearisedStep:
         leaf = drive.detach().requires_grad_()
         with torch.enable_grad():
             value = activation.evaluate((leaf,))[0]
+        # an activation acts element by element, so this sum has the diagonal of its Jacobian
         found = _gradients([value], [leaf], [torch.ones_like(value)])[0]
         return torch.zeros_like(leaf) if found is None else found
 
@@ -67,11 +70,11 @@ class LinearisedStep:
 
     def transposed(self, z: Vector) -> Vector:
         """J^T z."""
-        return self._hessian(self._divided(self.at_drives(z)))
+        return self._hessian(self._divided(self.at_drives(z)))  # H C^-1 D z
 
     def product(self, v: Vector) -> Vector:
         """J v."""
-        return self.at_drives(self._divided(self._hessian(v)))
+        return self.at_drives(self._divided(self._hessian(v)))  # D C^-1 H v
 
     def _divided(self, vector: Vector) -> Vector:
         return {slot: each / self.equilibrium.weight[slot] for slot, each in vector.items()}
@@ -82,12 +85,14 @@ class LinearisedStep:
         return {slot: torch.zeros_like(leaf) if p is None else p for (slot, leaf), p in pairs}
 
     def _pulled(self, v: Vector, wrt: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        # a drive of clamped inputs and frozen parameters has no graph
         used = [slot for slot, gradient in self._gradients.items() if gradient.requires_grad]
         if not used or not wrt:
             return [None] * len(wrt)
         try:
             return _gradients([self._gradients[s] for s in used], wrt, [v[s] for s in used], retain_graph=True)
         except RuntimeError as error:
+            # torch has no class for a derivative that is missing
             if "not implemented" not in str(error):
                 raise
             raise NoEquilibriumError(
@@ -104,6 +109,7 @@ class LinearisedStep:
         parameters = {n: call.parameters[n] for node in nodes for n in node.parameters}
         parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         clamped = {name: leaf for node in nodes for name, leaf in call.clamped_inputs(node).items()}
+        # df/dtheta = D C^-1 d2Phi/(dtheta ds), transposed: z goes through D and C^-1 first
         scaled = {slot: each * scale for slot, each in self._divided(self.at_drives(z)).items()}
         found = iter(self._pulled(scaled, [*parameters.values(), *clamped.values()]))
         for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""Modules whose equilibrium does not exist or would not settle, refused with every reason at once."""
+"""Refuses modules that have no equilibrium or would not settle at it, with all reasons at once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch2ebm.graph.energy_graph import EnergyGraph, Node, Operation
 _NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
 _NORMALISING = frozenset(["layer_norm", "group_norm", "rms_norm", "instance_norm"])
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+# derivative zero everywhere, or none
 _WHOLE_NUMBERS = frozenset(["round", "floor", "ceil", "trunc", "sign", "heaviside", "argmax", "argmin", "one_hot"])
+# not refused, since they settle for some weights; the warning of an unsettled phase names them
 _MAX_POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
 _WATCHED_MODULES = (*_MAX_POOLS, nn.Softmax, nn.MultiheadAttention)
 _WATCHED = ("max_pool", "adaptive_max_pool", "softmax", "scaled_dot_product_attention", "multi_head_attention")
 
 
 def check_cut(graph: EnergyGraph) -> None:
-    """The nodes must be cut around the activations: inside a larger node one could not be told from the rest."""
+    """Raise :class:`PartitionError` unless every activation is a node of its own."""
     for node in graph.nodes.values():
         larger = [operation for operation in node.operations if activation_kind(operation.target)]
         if node.reads and larger and not is_activation(node) and not _cut_by_partition(node, larger):
@@ -41,7 +43,7 @@ def check_cut(graph: EnergyGraph) -> None:
 
 
 def _cut_by_partition(node: Node, larger: Sequence[Operation]) -> bool:
-    """An activation of what no state feeds, or with tensors for bounds, is no state but part of a pre-activation."""
+    """Whether the partition itself left the activation in: no state feeds it, or its bounds are tensors."""
     return not node.reads or bool(node.constants)
 
 
@@ -77,6 +79,7 @@ def _problem(node: Node, operation: Operation) -> Iterator[str]:
         yield f"'{operation.name}' ({type(target).__name__}) has a state and an order in time of its own"
     elif isinstance(target, nn.PReLU) or name == "prelu":
         yield f"'{operation.name}' (PReLU) is an activation with parameters, whose share the energy would miss"
+    # only where states feed it: of clamped inputs it is a constant
     elif node.reads and (isinstance(target, _NORMALISATIONS) or name in _NORMALISING):
         label = type(target).__name__ if isinstance(target, nn.Module) else name
         yield f"'{operation.name}' ({label}) normalises each sample by its own states, and does not settle in a loop"

@@ -1,4 +1,4 @@
-"""How the states of an equilibrium algorithm settle: one step, repeated, and how far from a fixed point it ends."""
+"""The loop that settles the states of an equilibrium algorithm, and the report of how far from rest it ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch2ebm.programs.cache import Programs
 
 UNSETTLED = 0.05  # of what the states are; output and gradient are then wrong by about as large a part
 RETURNING = 0.05  # of what one step moves: a mode of eigenvalue -0.95 or less
-LOOKED_AT = 3  # steps, the last ones
+LOOKED_AT = 3  # last steps: a change is compared with that of two steps before, see drift
 ROUNDING = 16  # times the precision of the numbers: below it a change says nothing
 
 
@@ -33,7 +33,7 @@ class Settled:
         moved: Largest change of each state in the last step, by slot.
         distance: Euclidean length of that change, over all states and samples.
         pace: Largest change of each of the last three steps, or of fewer; the newest first.
-        rounding: What numbers of this precision and size cannot tell from no change.
+        rounding: The largest change that may be rounding error alone.
     """
 
     states: States
@@ -55,23 +55,27 @@ class Settled:
         if not self.relaxation.residual > self.rounding:  # or it is no number
             return self.relaxation.residual
         before = self.pace[min(1, len(self.pace) - 1)]
+        # per two steps; of two steps alone the ratio is per step, hence the square
         shrinking = min(_ratio(self.pace) ** (2 if len(self.pace) == 2 else 1), 1.0)
-        pairs = steps / 2
+        pairs = steps / 2  # geometric series over pairs
         terms = pairs if shrinking == 1 else shrinking * (1 - shrinking**pairs) / (1 - shrinking)
         return (self.pace[0] + before) * terms
 
     @property
     def unsettled(self) -> bool:
         """Whether as many steps again would move it by more than a twentieth of what the states are."""
+        # not ... <=: NaN is unsettled
         return not self.drift(self.relaxation.steps) <= max(UNSETTLED * self.size, self.rounding)
 
     @property
     def growing(self) -> bool:
         """Whether the last steps came no nearer."""
+        # not ... <: NaN grows
         return len(self.pace) == LOOKED_AT and not _ratio(self.pace) < 1
 
     def moving_most(self) -> str:
         """The slot whose state moved most in the last step."""
+        # NaN first: max would pass over it, since every comparison with it is false
         return max(self.moved, key=lambda slot: math.inf if math.isnan(self.moved[slot]) else self.moved[slot])
 
 
@@ -95,12 +99,14 @@ def settle(
         update = ProgramUpdate(programs, update, equilibrium, influence)
     past, states, done = UpdateHistory(), start, 0
     pace: list[Tensor] = []  # oldest first
-    earlier: States = {}
+    earlier: States = {}  # two steps before the last, to see a cycle of length two
     while True:
         made = update.step(equilibrium, states, influence, past)
         done += 1
+        # a maximum over all states costs a pass: without a tolerance the last three are enough
         if tol > 0 or done > steps - LOOKED_AT:
             pace = [*pace[1 - LOOKED_AT :], _largest_change(made.start, made.states)]
+        # tol is of an undamped step, which is 1 / share times this one; float() waits for the device
         if done == steps or (tol > 0 and float(pace[-1]) <= tol * update.share):
             break
         if tol > 0 or done == steps - 1:  # the next step may be the last
@@ -110,6 +116,7 @@ def settle(
     change = StateChange.between(made.start, made.states, equilibrium.call.batch_size)
     returned = _largest_change(earlier, made.states) if earlier else pace[-1]
     numbers = [change.length, returned, _largest(made.states), *change.largest.values(), *reversed(pace)]
+    # one transfer to the host for all numbers
     distance, back, size, *rest = torch.stack(numbers).tolist()
     moved, paces = dict(zip(change.largest, rest, strict=False)), rest[len(change.largest) :]
     residual = paces[0] / update.share
@@ -123,6 +130,7 @@ def settle(
         angle=angle,
         update=update.name,
     )
+    # two steps led back, though each moved: an eigenvalue near -1
     cycling, rounding = done > 1 and back < RETURNING * paces[0], ROUNDING * equilibrium.precision * size
     return Settled(made.states, made.drives, relaxation, size, cycling, moved, distance, tuple(paces), rounding)
 
@@ -147,9 +155,11 @@ class StateChange:
         for slot, state in after.items():
             change = _change(before[slot], state)
             largest[slot] = change.max()
+            # one number for each state, and no copy of all changes
             squares.append(torch.linalg.vector_norm(change).square())
             if change.ndim and change.shape[0] == batch_size:
                 rows.append(change.reshape(batch_size, -1).amax(1))
+        # every state has to have the batch dimension, or the number would miss some
         by_sample = torch.stack(rows).amax(0) if len(rows) == len(after) else None
         return StateChange(largest, torch.stack(squares).sum().sqrt(), by_sample)
 
@@ -169,6 +179,7 @@ def magnitude(tensor: Tensor) -> Tensor:
 
 def _change(before: Tensor, after: Tensor) -> Tensor:
     difference = after - before
+    # abs_ cannot write real numbers into a complex tensor
     return magnitude(difference) if difference.is_complex() else difference.abs_()
 
 
@@ -198,6 +209,7 @@ class Free:
         equilibrium, free = self.equilibrium, self.settled
         predictions = dict(equilibrium.outputs(free.states))
         place = {slot: (errors, state) for slot, state in equilibrium.hopfield.outputs.items()}
+        # The source first: where it is the slot of the state itself, the state overwrites it.
         for slot, state in equilibrium.hopfield.states.items():
             predictions[state.source], place[state.source] = free.drives[slot], (of_drives, slot)
             predictions[slot], place[slot] = free.states[slot], (errors, slot)
@@ -229,7 +241,7 @@ class Difference(Mapping[str, Tensor]):
 
 
 class Placed(Mapping[str, Tensor]):
-    """To each slot what stands in one of several mappings, under a name of its own."""
+    """A view of several mappings: each slot has a mapping and a name in it."""
 
     def __init__(self, places: Mapping[str, tuple[States, str]]) -> None:
         self._places = places

@@ -1,4 +1,4 @@
-"""What a phase that has not settled means for the gradient: a warning, or an error where it would be noise."""
+"""Checks of phases that have not settled: a warning, or an error where the gradient would be noise."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def are_finite(states: States) -> bool:
 def warn_if_unsettled(equilibrium: Equilibrium, settled: Settled) -> None:
     """Raise or warn where it has not settled, whatever came before: the output is not that of an equilibrium."""
     check_finite(equilibrium, settled, "free phase", equilibrium.states)
+    # infinite inputs: who checks the inputs names them
     if not settled.unsettled or not math.isfinite(settled.relaxation.residual):
         return
     last, watched = settled.relaxation, equilibrium.hopfield.watched
@@ -50,9 +51,11 @@ def check_drift(free: Free, phases: Sequence[Settled], where: str) -> None:
     settled, steps = free.settled, max(phase.relaxation.steps for phase in phases)
     if not settled.relaxation.residual > settled.rounding:  # numbers that are none are named by who checks them
         return
+    # an estimate first, so that a settled phase is not continued in vain
     bound = settled.drift(steps) / settled.pace[0] * settled.distance
     if not bound > DRIFTING * max(_distance_of(phase.states, settled.states) for phase in phases):
         return
+    # as many steps as the nudged phase had, without a nudge: what is left is the nudge's
     on = settle(free.equilibrium, settled.states, steps, free.update, Influence()).states
     drift, moved = _distance_of(on, settled.states), max(_distance_of(phase.states, on) for phase in phases)
     if not drift > DRIFTING * moved:
@@ -85,10 +88,12 @@ def check_nudged(free: Free, phase: Settled, where: str) -> None:
 
     The first steps say nothing: on their way down and back up again the nudge's changes may grow.
     """
+    # down to the first state and back: two steps for each level
     arrived = phase.relaxation.steps > 2 * (free.equilibrium.hopfield.output_depth + 1)
     if not arrived or free.settled.unsettled or not (phase.cycling or phase.growing):
         return
     last, moved = phase.relaxation, _movement(phase, free.settled)
+    # small against what the nudge moved, or no number: no harm, or named elsewhere
     if not DRIFTING * moved < last.residual < math.inf:
         return
     name = free.equilibrium.hopfield.states[phase.moving_most()].name
@@ -120,6 +125,7 @@ def check_signal(where: str, free: Free, amount: float, margin: float) -> None:
 
 def check_finite(equilibrium: Equilibrium, settled: Settled, phase: str, given: States) -> None:
     """Raise :class:`DivergenceError` where a phase ended in numbers that are none, though the ``given`` ones are."""
+    # where bad numbers came in, the check of what was given names their source
     if math.isfinite(settled.relaxation.residual) or not are_finite(given):
         return
     name = equilibrium.hopfield.states[settled.moving_most()].name

@@ -1,4 +1,4 @@
-"""One step of an equilibrium algorithm's states, in the orders and mixtures that there are."""
+"""The updates of an equilibrium algorithm's states: synchronous, damped, sequential, Anderson mixing."""
 
 from __future__ import annotations
 
@@ -161,6 +161,7 @@ class Damped(Update):
         self, equilibrium: Equilibrium, states: States, influence: Influence, past: UpdateHistory | None = None
     ) -> Step:
         whole = synchronous_step(equilibrium, states, influence)
+        # (1 - damping) f(s) + damping s
         part = {slot: moved.lerp(states[slot], self.damping) for slot, moved in whole.states.items()}
         return Step(states, part, whole.drives)
 
@@ -184,6 +185,7 @@ class GaussSeidel(Update):
     ) -> Step:
         current, all_drives = dict(states), dict[str, Tensor]()
         for colour in equilibrium.hopfield.colours:
+            # no state of a colour reads another: together is as good as one by one
             drives = equilibrium.drive(current, colour)
             influence.nudge(equilibrium, current, drives)
             moved = equilibrium.activate(drives)
@@ -227,7 +229,9 @@ class AndersonMixing(Update):
         self, equilibrium: Equilibrium, states: States, influence: Influence, past: UpdateHistory | None = None
     ) -> Step:
         past = UpdateHistory() if past is None else past
+        # complex states as pairs of reals: the weights of the mixture stay real
         rows = Rows({slot: _real(s) for slot, s in states.items()}, tuple(states), equilibrium.call.batch_size)
+        # one difference needs two points
         start = states if len(past.points) < 2 else self._suggested(past, rows, states)
         made = synchronous_step(equilibrium, start, influence)
         point, image = ({slot: _real(state) for slot, state in each.items()} for each in (start, made.states))
@@ -237,6 +241,7 @@ class AndersonMixing(Update):
     def _suggested(self, past: UpdateHistory, rows: Rows, states: States) -> States:
         """f_k - dF w with the w of the shortest g_k - dG w, g = f(s) - s, d the differences of neighbours."""
         steps = [image - point for point, image in zip(past.points, past.images, strict=True)]
+        # w = argmin |g_k - dG w|; the next point is f_k - dF w (Walker and Ni 2011)
         weights = least_squares(_differences(steps), steps[-1])  # [rows, memory, 1]
         found = dict[str, Tensor]()
         rows.unpack(past.images[-1] - (_differences(past.images) @ weights).squeeze(2), found)
@@ -276,6 +281,7 @@ def synchronous_step(equilibrium: Equilibrium, states: States, influence: Influe
     drives = equilibrium.drive(states)
     influence.nudge(equilibrium, states, drives)
     moved = equilibrium.activate(drives)
+    # after the step: a held state has a drive too, which the report shows
     influence.hold(moved)
     return Step(states, moved, drives)
 
@@ -296,9 +302,9 @@ class ProgramUpdate(Update):
         moving = (dict(states), past.points, past.images)
         tensors = list(leaves_of(moving))
         role = f"a {self.name} step"
-        recorded = self._chain.next(role, tensors, lambda: moving)
-        if recorded is not None:
-            return _taken(fill(recorded.program.result, self._chain.leaves(recorded, tensors)), past)
+        known = self._chain.next(role, tensors, lambda: moving)
+        if known is not None:
+            return _taken(fill(known.program.result, self._chain.leaves(known, tensors)), past)
 
         def function() -> object:
             made = self._update.step(equilibrium, states, influence, past)
@@ -306,6 +312,7 @@ class ProgramUpdate(Update):
 
         found = self._chain.record(role, tensors, moving, function)
         if found is None:
+            # a recording that failed may have run the step, and changed the past
             past.points, past.images = moving[1:]
             return self._update.step(equilibrium, states, influence, past)
         return _taken(found[1], past)

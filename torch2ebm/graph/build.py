@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -184,6 +185,7 @@ class _Assembly:
                 copies[node] = graph.node_copy(node)
         outputs = tuple(copies[node] for node in results)
         graph.output(outputs[0] if len(outputs) == 1 else outputs)
+        _look_up_odd_names(graph, self.capture.module)
         code = graph.python_code("self")
         namespace = dict(code.globals)
         exec(compile(code.src, f"<torch2ebm node {name}>", "exec"), namespace)
@@ -259,3 +261,34 @@ def _normalises_groups(target: Any) -> bool:
     if isinstance(target, nn.Module):
         return any(isinstance(part, nn.GroupNorm) for part in target.modules())
     return target in _GROUP_NORMS
+
+
+def _look_up_odd_names(graph: fx.Graph, module: nn.Module) -> None:
+    """A function finds by its path what fx cannot write: ``self.class(x)``, of a submodule ``class``, is no Python."""
+    for node in list(graph.nodes):
+        if node.op in ("call_module", "get_attr") and not _can_be_written(str(node.target)):
+            made = _call_of if node.op == "call_module" else _read_of
+            with graph.inserting_before(node):
+                found = graph.call_function(made(module, str(node.target)), node.args, node.kwargs)
+            node.replace_all_uses_with(found)
+            graph.erase_node(node)
+
+
+def _can_be_written(path: str) -> bool:
+    """Whether fx makes an expression of it. What is no identifier it puts between quotes, as it is."""
+    quoted = path.isprintable() and '"' not in path and "\\" not in path
+    return quoted and not any(map(keyword.iskeyword, path.split(".")))
+
+
+def _call_of(module: nn.Module, path: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module.get_submodule(path)(*args, **kwargs)
+
+    return call
+
+
+def _read_of(module: nn.Module, path: str) -> Callable[[], Any]:
+    def read() -> Any:
+        return attribute(module, path)
+
+    return read

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Vector = Mapping[str, Tensor]
+BySlot = Mapping[str, Tensor]
 SUFFICIENT = 1e-4  # share of the predicted decrease that a step has to bring (Armijo)
 HALVINGS = 40
 DOUBLINGS = 10  # along negative curvature, where the model knows no length
@@ -24,7 +24,7 @@ class Point(ABC):
         parts: The objective's terms by name; it is their sum. Known before any derivative is.
     """
 
-    values: Vector
+    values: BySlot
     parts: Mapping[str, float]
 
     @property
@@ -33,15 +33,15 @@ class Point(ABC):
 
     @property
     @abstractmethod
-    def gradient(self) -> Vector:
+    def gradient(self) -> BySlot:
         """The gradient in the values."""
 
     @abstractmethod
-    def hessian_product(self, direction: Vector) -> Vector:
+    def hessian_product(self, direction: BySlot) -> BySlot:
         """The Hessian at this point, applied to a direction."""
 
     @abstractmethod
-    def precondition(self, gradient: Vector) -> Vector:
+    def precondition(self, gradient: BySlot) -> BySlot:
         """A symmetric positive approximation of the inverse Hessian, applied to a gradient."""
 
     @property
@@ -50,7 +50,7 @@ class Point(ABC):
         """What is compared with ``tol``."""
 
     @abstractmethod
-    def moved(self, direction: Vector, length: float) -> Point:
+    def moved(self, direction: BySlot, length: float) -> Point:
         """The point at ``values + length * direction``; where that is across a kink, the kink may hold it."""
 
     @abstractmethod
@@ -116,16 +116,16 @@ def _norm(point: Point) -> float:
     return math.sqrt(max(_dot(point.gradient, point.precondition(point.gradient)), 0.0))
 
 
-def _descent(point: Point) -> Vector:
+def _descent(point: Point) -> BySlot:
     return _scaled(point.precondition(point.gradient), -1.0)
 
 
-def _conjugate_gradients(point: Point, enough: float, products: int) -> tuple[Vector, int, bool]:
+def _conjugate_gradients(point: Point, enough: float, products: int) -> tuple[BySlot, int, bool]:
     """H d = -g up to a residual of ``enough``; also the products spent, and whether negative curvature ended it."""
     residual = dict(point.gradient)
     conditioned = point.precondition(residual)
     step = _scaled(conditioned, -1.0)
-    solution: Vector = _scaled(step, 0.0)
+    solution: BySlot = _scaled(step, 0.0)
     squared = _dot(residual, conditioned)
     for spent in range(1, products + 1):
         product = point.hessian_product(step)
@@ -143,7 +143,7 @@ def _conjugate_gradients(point: Point, enough: float, products: int) -> tuple[Ve
     return solution, spent, False
 
 
-def _searched(point: Point, direction: Vector, expand: bool) -> Point | None:
+def _searched(point: Point, direction: BySlot, expand: bool) -> Point | None:
     """The first of 1, 1/2, 1/4, ... of ``direction`` that lowers the objective enough; None if there is none."""
     slope = _dot(point.gradient, direction)
     if not slope < 0:
@@ -156,7 +156,7 @@ def _searched(point: Point, direction: Vector, expand: bool) -> Point | None:
     return None
 
 
-def _lengthened(point: Point, direction: Vector, found: Point) -> Point:
+def _lengthened(point: Point, direction: BySlot, found: Point) -> Point:
     for doublings in range(1, DOUBLINGS + 1):
         longer = point.moved(direction, 2.0**doublings)
         if not longer.value < found.value:
@@ -171,13 +171,13 @@ def _noise(point: Point) -> float:
     return 4 * epsilon * sum(abs(part) for part in point.parts.values())
 
 
-def _dot(one: Vector, other: Vector) -> float:
+def _dot(one: BySlot, other: BySlot) -> float:
     return float(sum((tensor * other[name]).sum() for name, tensor in one.items()))
 
 
-def _scaled(vector: Vector, factor: float) -> dict[str, Tensor]:
+def _scaled(vector: BySlot, factor: float) -> dict[str, Tensor]:
     return {name: tensor * factor for name, tensor in vector.items()}
 
 
-def moved(vector: Vector, direction: Vector, length: float) -> dict[str, Tensor]:
+def moved(vector: BySlot, direction: BySlot, length: float) -> dict[str, Tensor]:
     return {name: torch.add(tensor, direction[name], alpha=length) for name, tensor in vector.items()}

@@ -26,7 +26,7 @@ from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.errors import UnsupportedError
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.implicit.dense_layers import DenseLayer
-from torch2ebm.implicit.newton import Point, Vector, moved
+from torch2ebm.implicit.newton import BySlot, Point, moved
 from torch2ebm.inference.base import LOSS
 from torch2ebm.loss.output_loss import OutputLoss
 
@@ -82,7 +82,7 @@ class ProximalPoint(Point):
         sides: For each dense layer whose readers have a kink at 0, and each entry of its value: +1, -1, or 0 for held.
     """
 
-    def __init__(self, objective: ProximalObjective, values: Vector, sides: Mapping[str, Tensor], holds: bool) -> None:
+    def __init__(self, objective: ProximalObjective, values: BySlot, sides: Mapping[str, Tensor], holds: bool) -> None:
         self.objective, self.call, self.values = objective, objective.call, values
         self.terms: list[LocalTerm] = []
         of_slot: dict[str, Tensor] = {}
@@ -103,7 +103,7 @@ class ProximalPoint(Point):
     def _leaves(self, node: Node, of_slot: Mapping[str, Tensor]) -> list[Tensor]:
         return [of_slot[slot].to(self.call.values[slot].dtype).detach().requires_grad_() for slot in node.reads]
 
-    def moved(self, direction: Vector, length: float) -> ProximalPoint:
+    def moved(self, direction: BySlot, length: float) -> ProximalPoint:
         return ProximalPoint(self.objective, moved(self.values, direction, length), self.sides, holds=True)
 
     def freed(self) -> ProximalPoint:
@@ -123,7 +123,7 @@ class ProximalPoint(Point):
         return (term for term in self.terms if term.own is not None)
 
     @cached_property
-    def gradient(self) -> Vector:
+    def gradient(self) -> BySlot:
         """One sweep against the arrows. Leaves every node's share twice differentiable."""
         messages = {slot: at_least_single(gradient) for slot, gradient in self.expansion.gradients.items()}
         found: dict[str, Tensor] = {}
@@ -134,7 +134,7 @@ class ProximalPoint(Point):
             _deliver(messages, term.node, sent)
         return found
 
-    def hessian_product(self, direction: Vector) -> Vector:
+    def hessian_product(self, direction: BySlot) -> BySlot:
         """How the gradient changes: one sweep along the arrows for the values, one against them for the messages."""
         assert self.gradient is not None  # the shares are differentiated
         tangents: dict[str, Tensor] = {}
@@ -154,7 +154,7 @@ class ProximalPoint(Point):
             _deliver(messages, term.node, sent)
         return found
 
-    def precondition(self, gradient: Vector) -> Vector:
+    def precondition(self, gradient: BySlot) -> BySlot:
         """By the layers' own energies alone, whose Hessian is ``alpha K``."""
         return {term.node.name: term.conditioned(gradient[term.node.name]) for term in self._dense()}
 

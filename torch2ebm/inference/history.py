@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def energies(history: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    """The recorded energies as numbers, with one transfer to the host."""
+    """The energies of the history as numbers, with one transfer to the host."""
     rows = [[sweep[name] for name in names if name in sweep] for sweep in history]
     numbers = iter(_on_host([entry for row in rows for entry in row]))
     return _columns([{name: next(numbers) for name in names if name in sweep} for sweep in history], names)

@@ -1,4 +1,8 @@
-"""The statistics of batch norms: kept in the feed-forward pass, and used again while values move."""
+"""The statistics of batch norms: kept in the feed-forward pass, and used again while values move.
+
+A batch norm in train mode normalises by the mean and variance of the batch that it is given. While an algorithm moves
+values, these would move too, and the running statistics would be updated at every step.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ class _BatchNormInterceptor(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        # nn.BatchNorm calls the function as well; one that calls torch.batch_norm itself is not seen
         if func is functional.batch_norm:
             call = _batch_norm_arguments(*args, **kwargs)
             if call["training"]:
@@ -41,6 +46,7 @@ def _batch_norm_arguments(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> dict[str, Any]:
+    # the signature of functional.batch_norm, so that positional arguments get their names
     return dict(locals())
 
 
@@ -50,9 +56,11 @@ def keeping_statistics(statistics: Statistics) -> TorchFunctionMode:
     def replace(**call: Any) -> Tensor:
         batch = call["input"].detach()
         if batch.dtype in (torch.float16, torch.bfloat16):
-            batch = batch.float()
-        dimensions = [0, *range(2, batch.ndim)]
+            batch = batch.float()  # var_mean would return half precision, where batch_norm itself computes in single
+        dimensions = [0, *range(2, batch.ndim)]  # all but the channels
+        # biased, as what normalises the batch is (Ioffe and Szegedy 2015, algorithm 1); the running variance is not
         variance, mean = torch.var_mean(batch, dimensions, correction=0)
+        # torch refuses statistics of another dtype than the weight's ("mixed dtype ... parameter of type Float")
         dtype = mean.dtype if call["weight"] is None else call["weight"].dtype
         statistics.append((mean.to(dtype), variance.to(dtype)))
         return functional.batch_norm(**call)
@@ -61,11 +69,12 @@ def keeping_statistics(statistics: Statistics) -> TorchFunctionMode:
 
 
 def frozen_statistics(statistics: Statistics) -> TorchFunctionMode:
-    """Run batch norms with the recorded statistics, which then are constants, and leave the running ones alone."""
-    remaining = iter(statistics)
+    """Run batch norms with the statistics that were kept, as constants, and leave the running ones alone."""
+    remaining = iter(statistics)  # by order of calls: a node runs the same batch norms, in the same order, each time
 
     def replace(**call: Any) -> Tensor:
         mean, variance = next(remaining)
+        # as in eval mode, which uses the "running" statistics that it is given, and updates none
         return functional.batch_norm(**{**call, "running_mean": mean, "running_var": variance, "training": False})
 
     return _BatchNormInterceptor(replace)

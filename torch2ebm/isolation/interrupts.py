@@ -1,4 +1,9 @@
-"""What Ctrl-C may not cut in two."""
+"""Sections that Ctrl-C cannot leave half done.
+
+Python runs signal handlers between any two bytecodes. A ``KeyboardInterrupt`` can therefore come between a change and
+the ``try`` that would undo it, or inside of ``__exit__``. There are two answers: the signal is deferred
+(:class:`InterruptsDeferred`), or the undoing may be interrupted and done again (:class:`Change`, :func:`within`).
+"""
 
 from __future__ import annotations
 
@@ -16,10 +21,10 @@ _CONTEXTLIB = contextlib.__file__
 
 
 class InterruptsDeferred:
-    """A section in which SIGINT is noted, and handled where the section ends, by the handler that stands outside.
+    """A section in which SIGINT is noted; the handler of before handles it when the section ends.
 
-    Python runs signal handlers in the main thread alone: elsewhere, and where SIGINT has no handler of Python's, there
-    is nothing to defer.
+    Python runs signal handlers in the main thread alone. In other threads, and where SIGINT has no Python handler,
+    there is nothing to defer.
     """
 
     def __init__(self) -> None:
@@ -37,6 +42,7 @@ class InterruptsDeferred:
 
     def _install(self) -> None:
         outside = signal.getsignal(signal.SIGINT)
+        # not callable: SIG_DFL and SIG_IGN, and None for a handler that C code has installed
         if callable(outside) and threading.current_thread() is threading.main_thread():
             self._outside = outside
             signal.signal(signal.SIGINT, self._note)
@@ -48,14 +54,16 @@ class InterruptsDeferred:
         outside, self._outside = self._outside, None
         if outside is None:
             return
-        if signal.getsignal(signal.SIGINT) == self._note:  # a handler set inside stays
+        # ==, as each access makes a new bound method; a handler that the section itself has set stays
+        if signal.getsignal(signal.SIGINT) == self._note:
             signal.signal(signal.SIGINT, outside)
+        # last, as it may raise: by now the old handler stands again
         noted, self._noted = self._noted, None
         if noted is not None:
             outside(*noted)
 
     def lifted_in(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        """The function, in which SIGINT is handled at once: it may take long, and nothing is half done there."""
+        """The function, with SIGINT handled at once inside: for what may take long and leaves nothing half done."""
 
         def interruptible() -> Any:
             try:
@@ -68,10 +76,11 @@ class InterruptsDeferred:
 
 
 def undone_by(undo: Callable[[], None], function: Callable[[], Result]) -> Result:
-    """Call ``function``; where it fails run ``undo`` twice, as something may come in between; twice must be as once.
+    """Call ``function``; if it fails, run ``undo``, and once more if a signal interrupts ``undo``.
 
-    No ``with``: a signal that arrives as a block ends is raised where ``__exit__`` begins, and one that arrives as a
-    contextlib generator has yielded, before the block is entered; what was to be restored then is not, or later.
+    ``undo`` must therefore be able to run twice. This is no ``with``, because two moments are unprotected there. A
+    signal that arrives as a block ends is raised where ``__exit__`` begins; one that arrives just after the generator
+    of a context manager has yielded is raised before the block is entered. Then nothing is restored, or too late.
     """
     try:
         try:
@@ -87,8 +96,11 @@ def undone_by(undo: Callable[[], None], function: Callable[[], Result]) -> Resul
 
 
 def _close_left_open(error: BaseException) -> None:
-    """Close the contextlib generators that an interruption has left suspended (torch's own too), innermost first: else
-    each is closed when the traceback is freed, and what it restores then is out of date."""
+    """Close the ``@contextmanager`` generators that an interruption has left suspended, innermost first.
+
+    Torch has many of them. Left alone, each is closed when the traceback is freed, and restores what is out of date.
+    """
+    # the frames of contextlib's own __enter__ and __exit__, whose self holds the generator
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == _CONTEXTLIB]
     for frame in reversed(frames):
         generator = getattr(frame.f_locals.get("self"), "gen", None)
@@ -97,9 +109,10 @@ def _close_left_open(error: BaseException) -> None:
 
 
 class Change(AbstractContextManager[None]):
-    """Something to do before a function and to undo after it; undone twice must be as once, and not done at all.
+    """Something to do before a function and to undo after it.
 
-    As a ``with`` it is undone but for a signal in the moment that the block ends; :func:`within` has no such moment.
+    ``undo`` must be able to run twice, and to run where ``do`` did not. In a ``with`` statement, a signal in the moment
+    that the block ends leaves the change in place; :func:`within` has no such moment.
     """
 
     def __init__(self, do: Callable[[], Any], undo: Callable[[], None]) -> None:
@@ -113,7 +126,7 @@ class Change(AbstractContextManager[None]):
 
 
 def within(changes: Sequence[Change], function: Callable[[], Result]) -> Result:
-    """Call ``function`` with the changes done, in their order, and undo them, in the other."""
+    """Call ``function`` between the changes, done in their order, and their undoing in reverse order."""
 
     def done() -> Result:
         for change in changes:
@@ -130,6 +143,7 @@ def within(changes: Sequence[Change], function: Callable[[], Result]) -> Result:
         finally:
             undo()
 
+    # undone_by around it: a signal between the call and the finally, or inside of undo itself, undoes once more
     return undone_by(undo, undone)
 
 

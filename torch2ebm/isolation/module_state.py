@@ -1,4 +1,8 @@
-"""What must stand still while the values of one batch move: dropout masks, batch statistics, running buffers."""
+"""The state of a module, put back: buffers, hooks, attributes, parameters, whether parameters are frozen.
+
+Captures, verifications and relaxations run a user's forward more often than the training loop does. After each of
+these runs the module is as it was before.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,7 @@ class BufferSnapshot:
 
 
 class BufferHistory:
-    """The buffers before and after one forward, so that a step that is refused leaves no trace in them."""
+    """The buffers before and after one forward; a refused step can then take the forward's update back."""
 
     def __init__(self, buffers: Mapping[str, Tensor]) -> None:
         self.buffers = buffers
@@ -49,13 +53,15 @@ class BufferHistory:
 
     def undo(self) -> None:
         """Give them their contents from before, unless something else has changed them since."""
+        # |=: after an interrupted undo some buffers are back, and no longer equal to what the forward left
         self._undoing |= all(torch.equal(buffer, copy) for buffer, copy in self.after.copies)
-        if self._undoing:  # and not finished, where it is called again
+        if self._undoing:
             self.before.restore()
 
 
 def hooks_suspended(parameters: Iterable[Tensor]) -> Change:
     """Keep the hooks of parameters out of the gradients taken inside: they run once, when ``.grad`` is filled."""
+    # torch.autograd.grad runs a leaf's register_hook hooks too, and returns what they make of the gradient
     hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
 
     def suspend() -> None:
@@ -70,7 +76,8 @@ def hooks_suspended(parameters: Iterable[Tensor]) -> Change:
 
 
 def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Change:
-    """Put ``tensors`` where the parameters of these names are, a shared one everywhere it stands."""
+    """Put ``tensors`` in the place of the parameters of these names; a shared parameter is replaced everywhere."""
+    # into the registries, not by setattr: nn.Module refuses a plain tensor where a parameter is registered
     own = {name: parameter for name, parameter in module.named_parameters() if name in tensors}
     places = [
         (registry, key, name)
@@ -93,10 +100,11 @@ def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Change
 
 @contextmanager
 def plain_autograd() -> Iterator[None]:
-    """Gradients on, whatever the caller has switched: inference mode, no_grad, or the hooks of a checkpoint."""
+    """Gradients on, whatever the caller has set: inference mode, no_grad, or the saved-tensor hooks of a checkpoint."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
+        # torch asks the innermost pair alone, so hooks that do nothing switch those outside off
         torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged),
     ):
         yield
@@ -108,7 +116,7 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restore generators, buffers and attributes at the end; no hook of a parameter runs inside."""
+    """Restore generators, buffers and attributes at the end. No hook of a parameter runs inside."""
     random = RandomState(device)
     buffers = BufferSnapshot(dict(module.named_buffers()))
     with ExitStack() as stack:
@@ -121,12 +129,16 @@ def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def attributes_restored(module: nn.Module) -> Iterator[None]:
-    """Tracing runs forward with proxies, and forward may put them in attributes, buffers, lists and dicts."""
+    """Restore the attributes of all submodules at the end.
+
+    Tracing runs forward with proxies, and forward may put them in attributes, buffers, lists and dicts.
+    """
     before = [(m, dict(m.__dict__), _contents(m)) for m in module.modules()]
     try:
         yield
     finally:
         for m, attributes, contents in before:
+            # __dict__ and not setattr: a module's __setattr__ sorts by type, and a proxy may stand where a buffer was
             m.__dict__.clear()
             m.__dict__.update(attributes)
             for collection, content in contents:
@@ -134,13 +146,14 @@ def attributes_restored(module: nn.Module) -> Iterator[None]:
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The lists and dicts among the attributes, the module's registries included, each with a copy."""
+    """The lists and dicts among the attributes, each with a copy; ``_parameters`` and ``_buffers`` are among them."""
     return [(value, value.copy()) for value in module.__dict__.values() if isinstance(value, (list, dict))]
 
 
 def _restore(collection: Any, content: Any) -> None:
     if isinstance(collection, list):
         collection[:] = content
+    # by identity: == between tensors has no truth value
     elif [(key, id(value)) for key, value in collection.items()] != [(k, id(value)) for k, value in content.items()]:
         collection.clear()
         collection.update(content)
@@ -148,7 +161,7 @@ def _restore(collection: Any, content: Any) -> None:
 
 @contextmanager
 def all_parameters_trainable(module: nn.Module) -> Iterator[None]:
-    """Whether an operation is differentiable must not depend on what is frozen today."""
+    """All parameters require gradients inside: whether an operation can learn must not depend on what is frozen now."""
     frozen = [p for p in module.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
     for parameter in frozen:
         parameter.requires_grad_(True)

@@ -9,15 +9,17 @@ import torch
 
 from torch2ebm.errors import OutOfMemoryError
 
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch on the CPU has no class for it
+# What a plain RuntimeError says: torch's CPU allocator, which has no class for it ("can't allocate memory"; "not enough
+# memory" on Windows), and CUDA calls beside torch's own allocator ("CUDA error: out of memory").
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @contextmanager
 def exhausted_memory_named(where: str, algorithm: object) -> Iterator[None]:
-    """Say what to do where torch or Python finds no memory."""
+    """Turn an error of torch or Python that means "no memory" into one that says what to do."""
     try:
         yield
-    except OutOfMemoryError:
+    except OutOfMemoryError:  # named already, by a section inside of this one; it is a RuntimeError, too
         raise
     except (RuntimeError, MemoryError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,6 +1,8 @@
-"""The random numbers that a node drew, kept as tensors: another way to repeat them than to wind a generator back.
+"""Random numbers that a node drew, drawn again at later evaluations: one dropout mask for the whole inference.
 
-A recorded program has no generator to wind back; it takes the draws as inputs.
+There are two ways. :class:`RandomState` winds the generator back, which serves every operation.
+:class:`Draws` and :class:`Repeated` keep the drawn tensors and hand them out again. Recorded programs need the second
+way, because a program cannot wind a generator back; it takes the draws as inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch2ebm.isolation.interrupts import Change
 
 _aten = torch.ops.aten
-# what such an operation returns is all drawn: of its tensor arguments it uses shape, type and device alone
+# Operations whose result is drawn as a whole. Those in _LIKE take shape, dtype and device from their argument.
+# bernoulli takes its probabilities from it: the first draw stands, whatever these are later.
 _FILLS_IN_PLACE = frozenset(["bernoulli_", "uniform_", "normal_", "exponential_", "random_"])
 _LIKE = frozenset(["rand_like", "randn_like", "randint_like", "bernoulli"])
 
@@ -34,8 +37,10 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if is_draw(func, args, kwargs or {}):
-            drawn = result[1] if func is _aten.native_dropout.default else result  # its mask
+            # native_dropout, a fused kernel of accelerators, returns (input * mask / (1 - p), mask)
+            drawn = result[1] if func is _aten.native_dropout.default else result
             if isinstance(drawn, Tensor):
+                # A clone, as what was filled is written again: dropout on a CPU is empty_like(x).bernoulli_().div_().
                 self.kept.append(drawn.detach().clone() if _name(func) in _FILLS_IN_PLACE else drawn.detach())
         return result
 
@@ -58,6 +63,7 @@ class Repeated(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten.native_dropout.default:
             value, probability = args[0], args[1]
             return value * drawn * (1 / (1 - probability)), drawn
+        # rrelu, normal(mean, std) and others return their input mixed with a draw: the result is not what was drawn
         if any(isinstance(argument, Tensor) for argument in args[:1]) and _name(func) not in _LIKE:
             raise UnknownDrawError(f"{func} mixes its input with what it draws")
         return drawn
@@ -68,9 +74,10 @@ def _name(function: Any) -> str:
 
 
 def is_draw(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the call draws random numbers. One that could, with a dropout of zero, does not."""
+    """Whether the call draws random numbers. An operation that could, but has a dropout of zero, does not."""
     if torch.Tag.nondeterministic_seeded not in getattr(function, "tags", ()):
         return False
+    # the tag says "may draw": fused attention has it with every dropout_p, 0 included
     for position, argument in enumerate(function._schema.arguments):
         if argument.name == "dropout_p":
             given = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
@@ -79,7 +86,7 @@ def is_draw(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bo
 
 
 class RandomState:
-    """The state of the generators that a node draws from: the CPU's, and the accelerator's it runs on."""
+    """The state of the generators that a node draws from: the CPU's, and that of the CUDA device it runs on."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device if device.type == "cuda" else None

@@ -1,4 +1,9 @@
-"""Tracing, recording and compiling patch torch itself, for the whole process: one thread at a time may do so."""
+"""Torch's modes put back after an interruption, and the lock for what changes torch itself.
+
+Torch keeps the modes that are entered on stacks of its own, in C++. A Ctrl-C inside of a mode's ``__exit__`` can leave
+it there; every later operation of the thread would then go through it. :class:`Modes` notes the stacks, and restores
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch2ebm.isolation.interrupts import Change
 
-# whether a dispatch mode is entered, which torch keeps beside the stack of them
+# Module-level flags that say whether a dispatch mode is entered, which torch keeps beside the stack. TorchDispatchMode
+# sets them in __enter__ and puts them back in __exit__; how many there are depends on the version of torch.
 _FLAGS = tuple(
     name
     for name in (
@@ -23,6 +29,7 @@ _FLAGS = tuple(
     )
     if hasattr(_python_dispatch, name)
 )
+# the third flag has a copy in C++, which guards read
 _set_native_flag = getattr(_python_dispatch, "set_is_in_mode_without_ignore_compile_internals", None)
 
 
@@ -40,13 +47,14 @@ class Stacks:
         return Stacks(_functions(), _dispatched(), flags)
 
     def restore(self) -> None:
+        # push and pop, not __enter__ and __exit__: these keep states of their own, which may be half changed
         excess, missing = _differences(_functions(), self.functions)
         for _ in excess:
             torch._C._pop_torch_function_stack()
         for mode in missing:
             torch._C._push_on_torch_function_stack(mode)
         excess, missing = _differences(_dispatched(), self.dispatched)
-        for mode in reversed(excess):  # torch's own kinds (fake, functional, proxy) have a place of their own, by key
+        for mode in reversed(excess):  # fake, functional and proxy modes have a place of their own in torch, by key
             torch._C._pop_torch_dispatch_stack(getattr(mode, "_mode_key", None))
         for mode in missing:
             torch._C._push_on_torch_dispatch_stack(mode)
@@ -67,7 +75,7 @@ def _dispatched() -> tuple[Any, ...]:
 
 
 def _differences(found: tuple[Any, ...], expected: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """From the first mode on that is another: those to pop, those to push."""
+    """The modes to pop and those to push, from the first place on where the stacks differ."""
     same = 0
     while same < min(len(found), len(expected)) and found[same] is expected[same]:
         same += 1
@@ -75,7 +83,7 @@ def _differences(found: tuple[Any, ...], expected: tuple[Any, ...]) -> tuple[tup
 
 
 def entered(mode: TorchFunctionMode | TorchDispatchMode) -> Change:
-    """The mode, undone by the stacks as they are now and not by a pop."""
+    """Enter the mode; undo it by restoring the stacks as they are now. A pop would pop another mode if run twice."""
     return Change(mode.__enter__, Stacks.now().restore)
 
 
@@ -83,8 +91,8 @@ def entered(mode: TorchFunctionMode | TorchDispatchMode) -> Change:
 class Autocast:
     """Autocasting on one type of device.
 
-    ``torch.autocast`` also counts how deep it is nested, to clear its cache at the outermost end. Nothing can read that
-    count without changing it, so it is left alone here, and the cache is cleared.
+    ``torch.autocast`` also counts how deep it is nested, so that the outermost one clears the cache of cast weights.
+    That count cannot be read without changing it. So it is left alone here, and the cache is always cleared.
     """
 
     device: str
@@ -112,7 +120,7 @@ class Autocast:
 
 @dataclass(frozen=True)
 class Modes:
-    """All of them, and whether gradients are on."""
+    """All modes of the thread, and whether gradients are on."""
 
     stacks: Stacks
     autocast: Autocast
@@ -123,9 +131,12 @@ class Modes:
         return Modes(Stacks.now(), Autocast.now(device), torch.is_grad_enabled())
 
     def restore(self) -> None:
-        self.stacks.restore()
+        self.stacks.restore()  # first: function modes see the calls below, set_grad_enabled among them
         self.autocast.restore()
         torch._C._set_grad_enabled(self.grad)
 
 
+# For tracing, recording and compiling, which patch torch for the whole process: fx patches nn.Module, the tracer here
+# autograd.Function and torch's factories. Reentrant: the user's forward
+# runs under it, and may convert or train another model.
 TRACING = threading.RLock()

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from torch2ebm.errors import LossNotRecordedError
-from torch2ebm.loss.taped_tensor import name_of, plain, put_on_tape
+from torch2ebm.loss.taped_tensor import function_name, plain, put_on_tape
 
 
 class EnergyLoss:
-    """The explicit form of a loss, for one that the recorder cannot follow.
+    """The explicit form of a loss, for one that the tape cannot follow.
 
     The loss function is called on ordinary tensors, and again whenever the prediction has moved, whatever it does
     inside (NumPy, compiled code, custom autograd functions).
@@ -38,7 +38,10 @@ class EnergyLoss:
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise LossNotRecordedError(
-                f"EnergyLoss({name_of(self.loss_fn)})", got, "a tensor of no dimension", "Reduce it to one number."
+                f"EnergyLoss({function_name(self.loss_fn)})",
+                got,
+                "a tensor of no dimension",
+                "Reduce it to one number.",
             )
         given = {**getattr(self.loss_fn, "keywords", {}), **kwargs}  # those of a functools.partial
         summed = getattr(self.loss_fn, "reduction", given.get("reduction")) == "sum"

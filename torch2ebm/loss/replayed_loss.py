@@ -1,4 +1,4 @@
-"""The loss of one backward, replayed from the recorder's tape at other predictions."""
+"""The loss of one backward, replayed from its tape at other predictions."""
 
 from __future__ import annotations
 

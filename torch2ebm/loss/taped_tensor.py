@@ -89,7 +89,7 @@ def put_on_tape(
         return map_leaves(_untaped((args, kwargs)), result)
     if len(tapes) > 1:
         for tape in tapes.values():
-            tape.obstacle = f"{name_of(function)} mixes the outputs of two forward calls"
+            tape.obstacle = f"{function_name(function)} mixes the outputs of two forward calls"
         return map_leaves(_plain, result)
     tape = next(iter(tapes.values()))
     made_by_sum = _is_sum(function, args, kwargs) if summed is None else summed
@@ -171,12 +171,12 @@ def plain(structure: Any) -> Any:
         return map_leaves(_plain, structure)
 
 
-def name_of(function: Callable[..., Any]) -> str:
+def function_name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", repr(function))
 
 
 def _writes_in_place(function: Callable[..., Any], kwargs: Any) -> bool:
-    name = name_of(function)
+    name = function_name(function)
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in _IN_PLACE or kwargs.get("inplace") is True or "out" in kwargs
 

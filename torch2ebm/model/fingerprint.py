@@ -6,6 +6,7 @@ import inspect
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,11 +15,12 @@ from torch2ebm.errors import ModuleChangedError
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The objects a module consists of, and its modes. Holding them keeps an address from being used again."""
+    """The objects a module consists of, and how it runs. Holding them keeps an address from being used again."""
 
     modules: tuple[nn.Module, ...]
     parameters: tuple[nn.Parameter | None, ...]
     modes: tuple[bool, ...]
+    forwards: tuple[Any, ...]  # that were put in the place of the class's, None for most
 
     @staticmethod
     def of(module: nn.Module) -> Fingerprint:
@@ -26,7 +28,8 @@ class Fingerprint:
         for each in modules:  # grows while it is walked; a shared submodule may come twice
             modules += [child for child in each._modules.values() if child is not None]
         parameters = [p for each in modules for p in each._parameters.values()]
-        return Fingerprint(tuple(modules), tuple(parameters), tuple(each.training for each in modules))
+        modes, forwards = zip(*((each.training, each.__dict__.get("forward")) for each in modules), strict=True)
+        return Fingerprint(tuple(modules), tuple(parameters), modes, forwards)
 
     def same_objects(self, other: Fingerprint) -> bool:
         return (
@@ -45,20 +48,20 @@ def swapped_parameters(
     Raises :class:`ModuleChangedError` where layers or parameters were really replaced.
     """
     same_layers = len(before.modules) == len(now.modules) and all(map(operator.is_, before.modules, now.modules))
-    if not same_layers or len(before.parameters) != len(now.parameters) or not _inside_functional_call():
+    if not same_layers or len(before.parameters) != len(now.parameters) or not inside_functional_call():
         raise ModuleChangedError(
             f"EnergyModel({type(now.modules[0]).__name__})",
             _changes(before, now),
             "the layers and parameters that torch2ebm.convert saw",
-            "Convert the changed module again (fully_shard first, convert after); change parameters in place "
-            "(copy_, data) to keep the model.",
+            "Convert the changed module again (fully_shard first, convert after), or detach() the optimizer and attach "
+            "one that has the new parameters; change parameters in place (copy_, data) to keep both.",
         )
     names = {id(parameter): name for name, parameter in parameters.items()}
     pairs = zip(before.parameters, now.parameters, strict=True)
     return {names[id(old)]: new for old, new in pairs if old is not None and new is not None and new is not old}
 
 
-def _inside_functional_call() -> bool:
+def inside_functional_call() -> bool:
     """Whether ``torch.func.functional_call`` is on the stack: only it may put other tensors in a module's place."""
     frame = inspect.currentframe()
     while frame is not None:

@@ -96,7 +96,7 @@ def plot_error_map(state: InferenceState | Relaxation, path: str) -> None:
     An energy of exactly zero (no error has arrived yet) is grey, what is far below the largest has the darkest colour.
 
     Raises:
-        ConfigurationError: if matplotlib is not installed, or the algorithm recorded no energies.
+        ConfigurationError: if matplotlib is not installed, or the algorithm has no history of energies.
     """
     relaxation = state.relaxation if isinstance(state, InferenceState) else state
     energies = relaxation.node_energy

@@ -15,9 +15,9 @@ from torch2ebm.solvers.momentum import check_fraction
 
 @dataclass
 class Moments:
-    """Running means of each slot's gradient and of its square; those of a value not yet reached are zero."""
+    """Running means of the gradient and its square, for each slot; missing ones are zero."""
 
-    steps: int = 0
+    steps: int = 0  # t, of all slots: a value reached late is corrected as if its gradients so far were zeros
     first: dict[str, Tensor] = field(default_factory=dict)
     second: dict[str, Tensor] = field(default_factory=dict)
 
@@ -70,8 +70,11 @@ class AdamDescent(ValueSolver):
 
     def _direction(self, state: Moments, slot: str, gradient: Tensor) -> Tensor:
         first_decay, second_decay = self.betas
+        # m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2 (Kingma and Ba 2015, algorithm 1)
         first = state.first.setdefault(slot, torch.zeros_like(gradient)).lerp_(gradient, 1 - first_decay)
         second = state.second.setdefault(slot, torch.zeros_like(gradient)).mul_(second_decay)
         second.addcmul_(gradient, gradient, value=1 - second_decay)
+        # eps outside of the root, after the correction, as torch.optim.Adam has it
         root = (second / (1 - second_decay**state.steps)).sqrt_().add_(self.eps)
+        # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
         return first / (1 - first_decay**state.steps) / root

@@ -1,4 +1,4 @@
-"""Error descent, accelerated by what the last steps have shown of the map."""
+"""Error descent with Anderson acceleration: the last steps predict where the gradient is smallest."""
 
 from __future__ import annotations
 
@@ -60,19 +60,23 @@ class AndersonErrorDescent(ErrorSolver):
         return AndersonHistory()
 
     def step(self, inference: ErrorInference, state: AndersonHistory) -> AndersonHistory:
+        # the whole sweep first: weights of a sample need the gradients of all its slots
         found = dict(inference.total_sweep())
         rows = Rows(inference.values, tuple(inference.values), inference.call.batch_size)
         state.errors.append(rows.pack(inference.errors))
         state.gradients.append(rows.pack(found))
+        # `memory` differences to the newest need one iterate more
         del state.errors[: -self.memory - 1], state.gradients[: -self.memory - 1]
+        # into the errors at once, without `move`: slots are one vector here
         rows.unpack(self._next(state), inference.errors)
         return state
 
     def _next(self, state: AndersonHistory) -> Tensor:
         error, gradient = state.errors[-1], state.gradients[-1]
         if len(state.errors) == 1:
-            return error - self.lr * gradient
+            return error - self.lr * gradient  # no difference yet: plain descent
         steps = torch.stack([error - past for past in state.errors[:-1]], 2)  # [batch, entries, memory]
         changes = torch.stack([gradient - past for past in state.gradients[:-1]], 2)
+        # w = argmin |g_k - dG w|,  e <- (e_k - dE w) - lr (g_k - dG w) (Walker and Ni 2011)
         weights = least_squares(changes, gradient)  # [batch, memory, 1]
         return (error - (steps @ weights).squeeze(2)) - self.lr * (gradient - (changes @ weights).squeeze(2))

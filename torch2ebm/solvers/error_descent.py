@@ -1,4 +1,4 @@
-"""Gradient descent in the errors: one reverse sweep reaches all levels."""
+"""Gradient descent on the errors: one reverse sweep moves every level."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ErrorDescent(ErrorSolver):
 
     It has the minima of descent on the values, and the same energy. In these coordinates a deep network is far better
     conditioned: on a 20-layer tanh chain 10 steps do what 551 do on the values. Errors are stored, so float32 keeps
-    them where the nudge is small (A4).
+    them where the nudge is small.
 
     Args:
         steps: Most inference steps.
@@ -44,8 +44,9 @@ class ErrorDescent(ErrorSolver):
         return replace(self, steps=steps)
 
     def start(self, inference: ErrorInference) -> None:
-        return None
+        return None  # descent remembers nothing
 
     def step(self, inference: ErrorInference, state: None) -> None:
+        # dF/de_n = pi_n e_n - d_n, d_n = sum_c J_c^T d_c (Goemaere et al. 2025); safe to move while the sweep goes on
         for slot, gradient in inference.total_sweep():
             inference.move(slot, gradient, -self.lr)

@@ -1,4 +1,4 @@
-"""Gradient descent on the values: what predictive coding's inference is in all of the papers."""
+"""Gradient descent on the values: the inference of predictive coding in the literature."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ class GradientDescent(ValueSolver):
         return replace(self, steps=steps)
 
     def start(self, inference: ValueInference) -> None:
-        return None
+        return None  # descent remembers nothing
 
     def step(self, inference: ValueInference, state: None) -> None:
+        # Synchronous, though it moves each slot as it comes: a slot comes after all its children,
+        # and after its own error is sent.
         for slot, gradient in inference.sweep():
             inference.move(slot, gradient, -self.lr)

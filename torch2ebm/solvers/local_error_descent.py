@@ -1,4 +1,4 @@
-"""The errors relax by messages from the children alone."""
+"""Errors relax by messages from their own children only."""
 
 from __future__ import annotations
 
@@ -51,5 +51,6 @@ class LocalErrorDescent(ErrorSolver):
         return None
 
     def step(self, inference: ErrorInference, state: None) -> None:
+        # e += lr (sum_c J_c^T pi_c e_c - pi_n e_n): J^T of the errors, where the exact gradient has J^T of the d_c
         for slot, gradient in inference.local_sweep():
             inference.move(slot, gradient, -self.lr)

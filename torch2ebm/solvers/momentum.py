@@ -1,4 +1,4 @@
-"""Gradient descent with a heavy ball."""
+"""Gradient descent on the values with momentum (Polyak's heavy ball)."""
 
 from __future__ import annotations
 
@@ -46,13 +46,15 @@ class Momentum(ValueSolver):
         return replace(self, steps=steps)
 
     def start(self, inference: ValueInference) -> dict[str, Tensor]:
-        return {}
+        return {}  # a value that no error has reached has no velocity
 
     def step(self, inference: ValueInference, state: dict[str, Tensor]) -> dict[str, Tensor]:
         for slot, gradient in inference.sweep():
             if slot in state:
+                # m <- momentum m - lr dF/dv, then v <- v + m (Polyak 1964); torch.optim.SGD puts lr outside of m
                 state[slot].mul_(self.momentum).sub_(gradient, alpha=self.lr)
             else:
+                # a new tensor: a gradient may be an error that others still read
                 state[slot] = gradient * -self.lr
             inference.move(slot, state[slot], 1.0)
         return state

@@ -1,4 +1,4 @@
-"""Values move one node after another, from the output back."""
+"""Gradient descent on one node after another, from the output back."""
 
 from __future__ import annotations
 
@@ -49,16 +49,18 @@ class SequentialDescent(ValueSolver):
         return replace(self, steps=steps)
 
     def start(self, inference: ValueInference) -> int:
-        return 0
+        return 0  # t, which the step size is divided by
 
     def step(self, inference: ValueInference, state: int) -> int:
         inference.begin_sweep()
         sweep = _Sweep(inference)
+        # first, so that the history has the loss at the values where the step began
         sweep.messages_of_outputs()
         for node in reversed(inference.graph.hidden_nodes):
             messages = sweep.messages_to(node)
-            if not messages and not inference.is_active(node):
+            if not messages and not inference.is_active(node):  # e = 0, and nothing pulls
                 continue
+            # lr / (1 + t), the schedule of Alonso et al. 2023
             for slot, gradient in inference.completed(node, sweep.own_gradients(node), messages):
                 inference.move(slot, gradient, -self.lr / (1 + state))
             sweep.has_moved(node)
@@ -66,7 +68,7 @@ class SequentialDescent(ValueSolver):
 
 
 class _Sweep:
-    """What nodes say at the values as they are now; what one said before a parent moved is forgotten."""
+    """Evaluations and messages at the current values; those of a node are dropped once one of its parents moves."""
 
     def __init__(self, inference: ValueInference) -> None:
         self.inference = inference
@@ -82,16 +84,19 @@ class _Sweep:
         """The sum of what all children send to each slot of the node."""
         children = [self.inference.graph.nodes[name] for name in node.children]
         sent = [self._of_child(child) for child in children if not child.is_output]
+        # once for all outputs: they share a loss, and have one message dict
         if any(child.is_output for child in children):
             sent.append(self.messages_of_outputs())
         total: dict[str, Tensor] = {}
         for messages in sent:
+            # a child's messages are for all of its parents; the others take theirs in their own turn
             for slot in messages.keys() & set(node.slots):
                 total[slot] = total[slot] + messages[slot] if slot in total else messages[slot]
         return total
 
     def has_moved(self, node: Node) -> None:
         for name in node.children:
+            # the children predict from it: their predictions, errors and messages are stale
             self.passes.pop(name, None)
             self.sent.pop(LOSS if self.inference.graph.nodes[name].is_output else name, None)
 
@@ -108,6 +113,7 @@ class _Sweep:
         if child.name not in self.sent:
             messages: dict[str, Tensor] = {}
             if self.inference.is_active(child):
+                # not into the history: the energy of a step is that of its start
                 cotangents = self.inference.pulls(child, *self._errors(child))[1]
                 self.inference.send(self._pass_of(child), cotangents, messages)
             self.sent[child.name] = messages

@@ -1,0 +1,255 @@
+"""What torch2ebm holds of one converted module: its captures, its algorithm, and the state of the last backward."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.common.nested import fill, map_leaves
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.results import InferenceState
+from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
+from torch2ebm.graph.energy_graph import EnergyGraph, Node
+from torch2ebm.graph.granularity import Granularity
+from torch2ebm.isolation.module_state import tensors_in_place
+from torch2ebm.isolation.out_of_memory import exhausted_memory_named
+from torch2ebm.loss.taped_tensor import put_on_new_tape
+from torch2ebm.model.arguments import check_inputs
+from torch2ebm.model.backward import EnergyFunction, OpenCall
+from torch2ebm.model.capture_cache import Captures, Served
+from torch2ebm.model.fingerprint import inside_functional_call
+from torch2ebm.model.open_forwards import OpenForwards
+from torch2ebm.model.replicas import Replicas
+from torch2ebm.model.shards import Shards
+from torch2ebm.reports.drawing import draw_graph
+from torch2ebm.reports.tables import node_table
+
+
+class Conversion:
+    """The energy side of a converted model, at ``model.torch2ebm``; it knows the module, and not the model.
+
+    Every public name of :class:`EnergyModel` is here too, so that it can be reached where the module has an attribute
+    of the same name: ``model.torch2ebm.state`` beside a ``model.state`` of the module's own.
+
+    Attributes:
+        module: The module that was given to :func:`convert`.
+        algorithm: The attached algorithm, or None: ordinary backpropagation.
+        captures: The graphs of the module, one for each kind of call.
+        shards: Which parameters ``fully_shard`` has spread over processes.
+        forwards: The forwards that no backward has answered yet.
+        replicas: The wrapper that synchronises gradients among processes.
+    """
+
+    def __init__(self, module: nn.Module, granularity: Granularity, algorithm: Algorithm | None = None) -> None:
+        self.module, self.algorithm = module, algorithm
+        self.shards, self.captures = _seen(module, granularity)
+        self.forwards, self.replicas = OpenForwards(), Replicas()
+        self._holder: weakref.ref[object] | None = None
+        self._latest: EnergyGraph | None = None
+        self._captured_by: str | None = None
+        self._state: InferenceState | None = None
+
+    # calls
+
+    def answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What ``model(*args, **kwargs)`` returns."""
+        self._state = None
+        if self.algorithm is not None and self.algorithm.defines_output and not torch.is_grad_enabled():
+            return self._output_alone(self.algorithm, args, kwargs)
+        if self.algorithm is None or not torch.is_grad_enabled():
+            if self._latest is None:
+                self.capture(args, kwargs)
+            return self.module(*args, **kwargs)
+        if not self.shards.covers(self.captures.parameters):
+            self.replicas.forward(type(self.module).__name__)
+        return self.run(self.algorithm, args, kwargs, self._keep, self.forwards)
+
+    def _output_alone(self, algorithm: Algorithm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The output that the algorithm defines, where no backward will follow."""
+        # a relaxation differentiates, which inference mode forbids
+        with self.shards.gathered(), torch.inference_mode(False), torch.no_grad():
+            args, kwargs = map_leaves(_ordinary, (args, dict(kwargs)))
+            served = self._served(args, kwargs, algorithm)
+            check_inputs(served.tensors)
+            call = Call(served.graph, [tensor.detach() for tensor in served.tensors], served.swapped)
+            with tensors_in_place(self.module, served.swapped):
+                algorithm.forward(call)
+            return fill(served.graph.structure, served.graph.output(call.values, call.environment))
+
+    def feedforward(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain module's output, whatever algorithm is attached, with ordinary autograd."""
+        return self.module(*args, **kwargs)
+
+    def run(
+        self,
+        algorithm: Algorithm,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        keep: Callable[[InferenceState], None] = lambda state: None,
+        forwards: OpenForwards | None = None,
+    ) -> Any:
+        """The output whose backward is that of ``algorithm``, attached or not; ``keep`` gets the resulting state."""
+        forwards = forwards or OpenForwards()
+        if not self.shards.modules:  # no with: a signal at its end would come after the forward, and still inside
+            return self._run(algorithm, args, kwargs, keep, forwards)
+        with self.shards.gathered():
+            return self._run(algorithm, args, kwargs, keep, forwards)
+
+    def _run(
+        self,
+        algorithm: Algorithm,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        keep: Callable[[InferenceState], None],
+        forwards: OpenForwards,
+    ) -> Any:
+        served = self._served(args, kwargs, algorithm)
+        graph, tensors = served.graph, served.tensors
+        check_inputs(tensors)
+        changed = self.captures.buffers(graph.changing_buffers)
+        call = Call(graph, tensors, served.swapped)
+        open_call = OpenCall(call, algorithm, changed, self.captures.standing_buffers(), forwards, keep, self.shards)
+
+        def recorded_output() -> Any:
+            with exhausted_memory_named("model(...)", algorithm):
+                outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
+                    open_call, *self.shards.in_place_of(open_call.parameters), *tensors
+                )
+                recorded = dict(zip(graph.output_slots, put_on_new_tape(open_call.tape, outputs), strict=True))
+                return fill(graph.structure, graph.output(recorded, call.environment))
+
+        return open_call.withdrawn_on_error(recorded_output)
+
+    def _keep(self, state: InferenceState) -> None:
+        self._state = state
+
+    # captures
+
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Have a graph for calls as this one."""
+        with self.shards.gathered():
+            self._served(args, kwargs, self.algorithm)
+
+    def trace(self) -> None:
+        """Say before there are inputs what can be said against the module."""
+        with self.shards.gathered():
+            self.captures.trace()
+
+    def _served(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], algorithm: Algorithm | None) -> Served:
+        if self.algorithm is None:
+            self._see_again()
+        served = self.captures.serving(args, kwargs, algorithm)
+        self._latest, self._captured_by = served.graph, served.captured_by
+        return served
+
+    def _see_again(self) -> None:
+        """Layers and parameters that were replaced while no optimizer held the old ones are the module's now."""
+        with self.shards.gathered():
+            known = self.captures.know_the_module()
+        if not known and not inside_functional_call():
+            self.shards, self.captures = _seen(self.module, self.captures.granularity)
+            self._latest = None
+
+    # results
+
+    @property
+    def granularity(self) -> Granularity:
+        """What ``nodes`` was given to :func:`convert`."""
+        return self.captures.granularity
+
+    @property
+    def graph(self) -> EnergyGraph:
+        """The energy graph of the last call. Raises :class:`NotCapturedError` before any input was seen."""
+        if self._latest is None:
+            raise NotCapturedError(
+                "model.graph",
+                "no graph yet",
+                "an example input",
+                "Call the model once, or pass example_inputs to torch2ebm.convert.",
+            )
+        return self._latest
+
+    @property
+    def nodes(self) -> Mapping[str, Node]:
+        """Name to :class:`Node`, parents before children."""
+        return self.graph.nodes
+
+    @property
+    def captured_by(self) -> str:
+        """``"fx"`` or ``"export"``. Raises :class:`NotCapturedError` before any input was seen."""
+        assert self.graph is not None and self._captured_by is not None
+        return self._captured_by
+
+    @property
+    def state(self) -> InferenceState:
+        """Of the last backward. Raises :class:`NoStateError` before the first, and after the next forward."""
+        if self._state is None:
+            raise NoStateError(
+                "model.state",
+                "no state",
+                "a backward since the last forward",
+                "Attach an EnergyOptimizer, then call loss.backward(); look at the state before the next forward.",
+            )
+        return self._state
+
+    def summary(self) -> str:
+        """A table of the nodes."""
+        return node_table(self.graph, self._state)
+
+    def draw(self, path: str) -> None:
+        """Draw the graph to a picture file."""
+        draw_graph(self.graph, path)
+
+    # attaching
+
+    @property
+    def attached(self) -> bool:
+        """Whether whoever attached the algorithm is still there."""
+        return self._holder is not None and self._holder() is not None
+
+    def attach(self, algorithm: Algorithm, optimizer: object | None = None) -> None:
+        """Raises :class:`AttachmentError` if an algorithm is attached whose optimizer is still there."""
+        if self.attached:
+            gc.collect()  # a trainer that is gone keeps its optimizer until its cycles are collected
+        if self.attached:
+            raise AttachmentError(
+                "EnergyOptimizer(model)",
+                f"a model with {self.algorithm!r} attached",
+                "a model without an algorithm",
+                "Call detach() on the optimizer that is attached, or on the model.",
+            )
+        self._see_again()
+        self._holder = weakref.ref(self if optimizer is None else optimizer)
+        self.algorithm, self._state, self._latest = algorithm, None, None
+        self.forwards, self.replicas = OpenForwards(), Replicas()
+
+    def detach(self) -> None:
+        """End the attachment."""
+        self.algorithm, self._holder, self._state = None, None, None
+        self.forwards, self.replicas = OpenForwards(), Replicas()
+
+    # what the optimizer asks
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """By name, as an optimizer has them: shards, where ``fully_shard`` made some."""
+        return {**dict(self.module.named_parameters()), **self.shards.parts}
+
+    def synchronised(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The mean over processes of gradients that no wrapper has seen."""
+        return self.shards.scattered(gradients) if self.shards.parts else self.replicas.averaged(gradients)
+
+
+def _seen(module: nn.Module, granularity: Granularity) -> tuple[Shards, Captures]:
+    shards = Shards(module)
+    with shards.gathered():
+        return shards, Captures(module, granularity)
+
+
+def _ordinary(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
