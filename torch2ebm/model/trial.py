@@ -51,7 +51,7 @@ def call_and_loss(
     args, kwargs = as_arguments(inputs)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with torch.enable_grad(), untouched(model, device):
-        loss = loss_fn(model.run(given, args, kwargs))
+        loss = loss_fn(model.torch2ebm.run(given, args, kwargs))
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # retained: this backward is over, and the call is about to be used
         torch.autograd.grad(loss, trainable, retain_graph=True, allow_unused=True)
