@@ -231,15 +231,13 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @every_algorithm
-@pytest.mark.parametrize("example", [X, None], ids=["with an example", "without"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_is_written_on_the_model_is_what_forward_reads(
-    change: Callable[[Any], Any], example: Tensor | None, algorithm: torch2ebm.Algorithm
+    change: Callable[[Any], Any], algorithm: torch2ebm.Algorithm
 ) -> None:
     """After a first step, which has captured what was there before."""
     net, twin = seeded(Net), seeded(Net)
-    model = torch2ebm.convert(net, example_inputs=example)
-    torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, algorithm)
+    model = attached(net, algorithm)
     assert_learns_as(model, twin, algorithm, hidden_and_head(twin))
     change(model)
     change(twin)
@@ -1049,6 +1047,19 @@ def test_our_names_cannot_be_written_where_the_module_has_none() -> None:
         assert f"model.{name}" in str(caught.value) and not hasattr(net, name)
     model.torch2ebm.attach(CODING)
     assert model.algorithm is CODING
+
+
+def test_a_name_that_the_module_has_got_by_itself_is_written_there() -> None:
+    net = seeded(Net)
+    model = torch2ebm.convert(net)
+    net.draw = "before"
+    for name in ("draw", "torch2ebm"):
+        with pytest.warns(NameCollisionWarning, match=rf"model\.torch2ebm\.(module\.)?{name}"):
+            setattr(model, name, "the module's")
+        assert getattr(net, name) == "the module's"
+    assert model.draw == model.torch2ebm.module.torch2ebm == "the module's"
+    delattr(model, "torch2ebm")
+    assert not hasattr(net, "torch2ebm") and model.torch2ebm.module is net
 
 
 def test_a_layer_that_takes_one_of_our_names_later_is_told_then() -> None:

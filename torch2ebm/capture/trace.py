@@ -33,21 +33,23 @@ Settings = tuple[tuple[nn.Module, str, Any], ...]
 
 def settings_read_by(modules: Sequence[nn.Module]) -> Settings:
     """Plain attributes of the modules that tracing went through, as they are now: they are part of the graph."""
+    of_torch = vars(nn.Module()).keys()
     return tuple(
         (module, name, copy.deepcopy(value))
         for module in dict.fromkeys(modules)
         for name, value in module.__dict__.items()
-        if name != "training" and is_setting(value)
+        if name not in of_torch and is_setting(value)
     )
 
 
 def still_hold(settings: Settings) -> bool:
-    return all(holds(*setting) for setting in settings)
+    # most are the same object: every call looks at all of them
+    return all(module.__dict__.get(name) is value or holds(module, name, value) for module, name, value in settings)
 
 
 def holds(module: nn.Module, name: str, value: Any) -> bool:
     now = module.__dict__.get(name)
-    return now is value or (is_setting(now) and bool(now == value))  # of what is no setting, == may be a tensor
+    return now is value or (is_setting(now) and bool(now == value))  # of what is no setting, == may give a tensor
 
 
 def is_setting(value: Any) -> bool:

@@ -28,8 +28,9 @@ class Fingerprint:
         for each in modules:  # grows while it is walked; a shared submodule may come twice
             modules += [child for child in each._modules.values() if child is not None]
         parameters = [p for each in modules for p in each._parameters.values()]
-        modes, forwards = zip(*((each.training, each.__dict__.get("forward")) for each in modules), strict=True)
-        return Fingerprint(tuple(modules), tuple(parameters), modes, forwards)
+        modes = [each.training for each in modules]
+        forwards = [each.__dict__.get("forward") for each in modules]
+        return Fingerprint(tuple(modules), tuple(parameters), tuple(modes), tuple(forwards))
 
     def same_objects(self, other: Fingerprint) -> bool:
         return (

@@ -70,8 +70,8 @@ class ModuleView(nn.Module):
             object.__setattr__(self, name, value)
         elif _stays(self, name, value):
             self.__dict__[name] = value
-        elif _is_ours(self, name) and not isinstance(value, (nn.Module, nn.Parameter)):
-            raise _not_an_attribute(name, self.torch2ebm.module)
+        elif _is_refused(self, name, value):
+            raise _no_attribute(name, self.torch2ebm.module)
         else:
             if name == "forward":
                 self.__dict__.pop(name, None)  # a wrapper, which this one replaces
@@ -132,10 +132,16 @@ def _is_ours(view: ModuleView, name: str) -> bool:
     return name in vars(_plain_class(view)) and name not in own and name not in _NEVER_THE_MODULES
 
 
-def _not_an_attribute(name: str, module: nn.Module) -> ConfigurationError:
+def _is_refused(view: ModuleView, name: str, value: Any) -> bool:
+    """Whether it would be an attribute of the module that nobody reads; a layer or a parameter is registered."""
+    registered = isinstance(value, (nn.Module, nn.Parameter)) or name in _names_of(view.torch2ebm.module)
+    return _is_ours(view, name) and not registered
+
+
+def _no_attribute(name: str, module: nn.Module) -> ConfigurationError:
     return ConfigurationError(
         f"model.{name} = ...",
-        f"a name of torch2ebm's, which {type(module).__name__} has not",
+        f"a name of torch2ebm's that {type(module).__name__} does not have",
         "an attribute of the module, or another name",
         f"An EnergyOptimizer attaches an algorithm; if forward is to read self.{name}, set it on the module before "
         "torch2ebm.convert.",
@@ -158,7 +164,7 @@ def _change_followed(view: ModuleView, name: str | None = None) -> Iterator[nn.M
     after = _readable(module)
     if before.keys() != after.keys() or not all(_same(before[each], after[each]) for each in after):
         view.torch2ebm.captures.forget()
-    if name is None or hasattr(_plain_class(view), name):
+    if name in (None, HELD) or hasattr(_plain_class(view), str(name)):
         _look_like_the_module(view)
 
 
@@ -236,14 +242,19 @@ def _plain_class(view: ModuleView) -> type[ModuleView]:
 
 def _hidden_by(base: type[ModuleView], module: nn.Module) -> set[str]:
     """Names of the module's that ``base`` defines, or that Python would not look for on an object."""
-    classes = [each for each in type(module).__mro__ if each not in nn.Module.__mro__]
-    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}.union(*map(vars, classes))
-    own.update(name for name in vars(base) if _found_by_getattr(module, name))
+    names = _names_of(module).union(name for name in vars(base) if _found_by_getattr(module, name))
     return {
         name
-        for name in own - {*_NEVER_THE_MODULES}
+        for name in names - {*_NEVER_THE_MODULES}
         if name in (*_CONTAINERS, HELD) or (hasattr(base, name) and not name.startswith("__"))
     }
+
+
+def _names_of(module: nn.Module) -> set[str]:
+    """Those of the module and of its class that are not every module's."""
+    classes = [each for each in type(module).__mro__ if each not in nn.Module.__mro__]
+    own = (vars(module), module._parameters, module._buffers, module._modules, *map(vars, classes))
+    return {name for each in own for name in each}
 
 
 def _found_by_getattr(module: nn.Module, name: str) -> bool:
