@@ -1,7 +1,8 @@
 """The second way to a :class:`Trace`: ``torch.export`` from real inputs, where symbolic tracing cannot follow forward.
 
-Export inlines every submodule into operations of ATen. They are turned back into what the rest of the library reads:
-attributes by their path, no writes in place, no guards, no regions of their own.
+Export replaces every submodule by its ATen operations, and every parameter by an input. :class:`_Importer` turns that
+back into what the rest of the library reads: attributes by their path, no guards, no nested regions. Then writes in
+place are removed.
 """
 
 from __future__ import annotations
@@ -35,20 +36,24 @@ def export(
         warnings.simplefilter("ignore")
         flat, program = _program(module, signature, [tensor.detach().clone() for tensor in tensors])
         graph, constants = _Importer(module, program, list(signature.names(module))).graph(flat.seen.leaves)
-        aten_without_writes(graph)
+        aten_without_writes(graph)  # before dead code goes: it leaves views that nobody reads any more
         graph.eliminate_dead_code()
-        effects_as_methods(graph)
+        effects_as_methods(graph)  # last: fx drops a method call that nobody reads, even one that writes
     return Trace(graph, constants, leaves, settings_read_by(list(module.modules())), {}, captured_by="export")
 
 
 class _Seen:
-    """The leaves of the last output, TENSOR where export returns one. Export resets attributes of modules."""
+    """The leaves of the last output, with TENSOR for each that export returns."""
 
+    # in an object of its own: export puts back the attributes that forward has set, but not what these hold
     leaves: Sequence[Any] = ()
 
 
 class _Flat(nn.Module):
-    """The module as a function from a flat list of tensors to the leaves of its output that depend on them."""
+    """The module as a function from a flat list of tensors to those leaves of its output that are computed.
+
+    Export takes registered containers only, and would lose an output's class; a signature and a template keep both.
+    """
 
     def __init__(self, module: nn.Module, signature: Signature) -> None:
         super().__init__()
@@ -60,6 +65,7 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> list[Any]:
         args, kwargs = self.signature.unflatten(tensors)
         leaves = list(leaves_of(self.module(*args, **kwargs)))
+        # a size that forward returns is a symbol while export runs, and depends on the input as a tensor does
         computed = [isinstance(leaf, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)) for leaf in leaves]
         self.seen.leaves = [TENSOR if c else leaf for c, leaf in zip(computed, leaves, strict=True)]
         return [leaf for c, leaf in zip(computed, leaves, strict=True) if c]
@@ -68,7 +74,11 @@ class _Flat(nn.Module):
 def _program(
     module: nn.Module, signature: Signature, tensors: Sequence[Tensor]
 ) -> tuple[_Flat, torch.export.ExportedProgram]:
-    """As many dynamic dimensions as export can follow: all, the first of each input, none."""
+    """Export with as many dynamic dimensions as it can follow: all, then the first of each input, then none.
+
+    A dynamic dimension lets one graph serve other sizes; an export takes seconds.
+    """
+    # AUTO, not a named Dim: a size that forward fixes (view(4, -1)) becomes a constant, where a Dim raises
     auto = torch.export.Dim.AUTO
     attempts: list[Any] = [
         (tuple(dict.fromkeys(range(tensor.ndim), auto) for tensor in tensors),),
@@ -78,19 +88,23 @@ def _program(
     for i, dimensions in enumerate(attempts):
         flat = _Flat(module, signature)
         try:
+            # not strict: forward runs in Python on fake tensors. Strict export reads bytecode, and follows less.
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=dimensions, strict=False)
             _check_constants(program)
             return flat, program
         except Torch2EBMError:
             raise
-        except Exception as error:
+        except Exception as error:  # export's own, those of symbolic shapes, the user's: of no one class
             if i == len(attempts) - 1:
                 raise _unexportable(module, error) from error
     raise AssertionError
 
 
 def _check_constants(program: torch.export.ExportedProgram) -> None:
-    """What forward reads through ``.data`` is lost; newer versions of torch refuse that themselves."""
+    """Refuse what forward computes and then reads through ``.data``: torch 2.6 exports it as an empty constant.
+
+    Newer versions refuse it themselves.
+    """
     from torch._subclasses.fake_tensor import FakeTensor  # it loads sympy
 
     if lost := [name for name, constant in program.constants.items() if isinstance(constant, FakeTensor)]:
@@ -100,10 +114,11 @@ def _check_constants(program: torch.export.ExportedProgram) -> None:
 @contextmanager
 def _custom_functions_refused() -> Iterator[None]:
     """Export would follow the forward of a custom autograd function, and lose its backward."""
+    # the classmethod itself: getattr would bind it to Function, and every subclass would then apply Function
     apply = torch.autograd.Function.__dict__["apply"]
 
     def refused(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if function.__module__.startswith("torch."):
+        if function.__module__.startswith("torch."):  # checkpoint's and others of torch's own
             return apply.__func__(function, *args, **kwargs)
         raise TypeError(f"{function.__name__}.apply: export loses the backward of a custom autograd function")
 
@@ -124,12 +139,13 @@ def _unexportable(module: nn.Module, error: Exception) -> UntraceableError:
 
 
 def failing_parts(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> list[Problem]:
-    """Every innermost submodule that export cannot follow on its own, then the rest of the module."""
+    """The innermost submodules that export cannot follow on their own; the module itself if there is none."""
     calls = _calls(module, signature, tensors)
+    # deepest paths first: an outer module is asked only if nothing inside of it has failed
     found: dict[str, Problem] = {}
     for name, (args, kwargs) in sorted(calls.items(), key=lambda call: -call[0].count(".") if call[0] else 1):
         if any(inner.startswith(f"{name}.") for inner in found) or (found and not name):
-            continue  # what is wrong in it may be what is wrong inside of it
+            continue  # its failure may be that of its part
         part = module.get_submodule(name)
         try:
             given, part_signature = flatten_arguments(args, kwargs)
@@ -139,7 +155,7 @@ def failing_parts(module: nn.Module, signature: Signature, tensors: Sequence[Ten
                 problem = problem_of(part, error.__cause__)
                 found[name] = replace(problem, scope=".".join(filter(None, (name, problem.scope))))
         except Torch2EBMError:
-            continue  # arguments that are no tensors: the module around it will tell
+            continue  # its arguments cannot be inputs of a capture: the module around it is asked instead
     return list(found.values())
 
 
@@ -148,6 +164,7 @@ def _calls(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -
     calls: dict[str, Any] = {}
 
     def noting(name: str) -> Callable[..., None]:
+        # None in the end: what a forward pre-hook returns replaces the arguments
         return lambda part, args, kwargs: calls.setdefault(name, (args, kwargs)) and None
 
     parts = [(name, part) for name, part in module.named_modules() if not type(part).__module__.startswith("torch.")]

@@ -1,4 +1,9 @@
-"""From an exported program back to a graph over the module's own parameters and buffers."""
+"""From an exported program back to a graph over the module's own parameters and buffers.
+
+Export *lifts* what forward reads: parameters, buffers and constants become inputs of its graph, each under a name of
+its own. What ran under ``no_grad`` or ``autocast`` becomes a nested graph (a region) that one operation calls. Both are
+undone here.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,7 @@ from torch2ebm.capture.in_place_fx import attribute, stopped
 from torch2ebm.capture.signature import TENSOR
 from torch2ebm.errors import UntraceableError
 
+# checks of sizes and metadata that export adds; they compute nothing
 GUARDS = re.compile(r"aten::(_assert_\w+|sym_constrain_range\w*)$")
 
 
@@ -37,7 +43,7 @@ class _Importer:
         return self.result, self.constants
 
     def _inputs(self) -> dict[fx.Node, Any]:
-        """Placeholders of constants first, as a :class:`Trace` has them, then those of the inputs; attributes last."""
+        """Placeholders of constants first, then those of the inputs, as a :class:`Trace` has them; attributes last."""
         signature = self.program.graph_signature
         targets = {
             **signature.inputs_to_parameters,
@@ -49,6 +55,7 @@ class _Importer:
         attributes = []
         for node in placeholders:
             path = _own_path(targets[node.name]) if node.name in targets else None
+            # a lifted tensor is an attribute of the module again, or else a constant that forward itself has made
             if path is not None and self._stands_at(path, targets[node.name]):
                 attributes.append((node, path))
             elif path is not None:
@@ -62,7 +69,7 @@ class _Importer:
         return environment
 
     def _stands_at(self, path: str, target: str) -> bool:
-        """Whether the module has this tensor as an attribute; a constant that forward itself makes it has not."""
+        """Whether the module has this tensor as an attribute, and not a constant that forward itself makes."""
         try:
             found = attribute(self.module, path)
         except AttributeError:
@@ -77,6 +84,7 @@ class _Importer:
                 return tuple(fx.map_arg(node.args[0], environment.__getitem__))
             if node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
                 environment[node] = self._inlined(region, node, environment, write)
+            # what an inlined region returned is a Python tuple by now, not an operation that could be indexed
             elif node.target is operator.getitem and isinstance(results := environment[node.args[0]], tuple):
                 environment[node] = results[node.args[1]]
             elif node.op == "call_function" and not _is_guard(node):
@@ -86,12 +94,16 @@ class _Importer:
         return ()
 
     def _inlined(self, region: fx.GraphModule, node: fx.Node, environment: dict[fx.Node, Any], write: Write) -> Any:
-        """The operations of a region under ``no_grad`` or ``autocast``, each under it on its own."""
+        """The operations of a region under ``no_grad`` or ``autocast``, with that setting applied to each of them.
+
+        A node of the energy graph may hold a part of the region only, so the region cannot stay one operation.
+        """
         arguments = list(node.args)
         if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
-            enabled, body, inputs = arguments[0], arguments[1], arguments[2:]
+            enabled, body, inputs = arguments[0], arguments[1], arguments[2:]  # (enabled, body, *inputs)
             inner = write if enabled else _under_no_grad(write)
         elif node.target is torch.ops.higher_order.wrap_with_autocast:
+            # (device, dtype, enabled, cache_enabled, body, *inputs)
             settings, body, inputs = tuple(arguments[:4]), arguments[4], arguments[5:]
             inner = _under_autocast(settings, write)
         else:
@@ -103,7 +115,8 @@ class _Importer:
         return tuple(self._copied(graph_module, dict(zip(placeholders, given, strict=True)), inner))
 
     def _marked(self, node: fx.Node, environment: dict[fx.Node, Any], write: Write) -> fx.Node:
-        """Copy an operation, and note on all that this writes the submodules' calls that it comes from."""
+        """Copy an operation, and note on all copies from which calls of submodules it comes."""
+        # ``write`` may add several nodes for one: an argument that is detached, the operation, its result detached
         before = len(self.result.nodes)
         copy = write(self.result, node, environment)
         copy.meta["val"] = node.meta.get("val")
@@ -115,11 +128,12 @@ class _Importer:
 
     def _calls(self, node: fx.Node) -> dict[str, str]:
         """From each call of a submodule around an operation to the submodule's path, the outermost first."""
+        # export's stack: call -> (path, class), the path below _Flat, where the user's module stands as "module"
         stack = node.meta.get("nn_module_stack") or {}
         return {call: self._path(entry[0]) for call, entry in stack.items() if entry[0].startswith("module.")}
 
     def _path(self, path: str) -> str:
-        """Export has the path by which a module was called; one that stands in two places has one name."""
+        """The module's one name: export knows the path of the call, and a shared module stands at several paths."""
         found = self.module.get_submodule(_own_path(path))
         return self.module_names.get(id(found), _own_path(path))
 
@@ -128,7 +142,9 @@ Write = Callable[[fx.Graph, fx.Node, Mapping[fx.Node, Any]], fx.Node]
 
 
 def _plain(graph: fx.Graph, node: fx.Node, environment: Mapping[fx.Node, Any]) -> fx.Node:
-    if node.target is torch.ops.aten.batch_norm.default:  # as the function whose statistics are kept and frozen
+    # Back to the function, since that is what statistics are kept and frozen for. ATen's order of arguments is another,
+    # and its last one, cudnn_enabled, the function does not take.
+    if node.target is torch.ops.aten.batch_norm.default:
         batch, weight, bias, mean, variance, *rest = node.args
         arguments = (batch, mean, variance, weight, bias, *rest[:3])
         given = fx.map_arg(arguments, environment.__getitem__)
@@ -138,13 +154,13 @@ def _plain(graph: fx.Graph, node: fx.Node, environment: Mapping[fx.Node, Any]) -
 
 def _under_no_grad(write: Write) -> Write:
     def stopping(graph: fx.Graph, node: fx.Node, environment: Mapping[fx.Node, Any]) -> fx.Node:
-        if is_write(node):  # what is written is the content alone
+        if is_write(node):  # into a detached alias: under no_grad a write changes the content, and no gradient
             target = graph.call_function(stopped, (environment[node.args[0]],))  # type: ignore[index]
             target.meta = {"val": node.args[0].meta.get("val")}  # type: ignore[union-attr]
             environment = {**environment, node.args[0]: target}  # type: ignore[dict-item]
         written = write(graph, node, environment)
         if not isinstance(node.meta.get("val"), Tensor) and not isinstance(node.meta.get("val"), (tuple, list)):
-            return written
+            return written  # a size: there is nothing to detach
         written.meta = {"val": node.meta.get("val")}
         return graph.call_function(stopped, (written,))
 
@@ -161,6 +177,7 @@ def in_autocast(settings: Any, operation: Callable[..., Any], args: Any, kwargs:
 def _under_autocast(settings: Any, write: Write) -> Write:
     def casting(graph: fx.Graph, node: fx.Node, environment: Mapping[fx.Node, Any]) -> fx.Node:
         written = write(graph, node, environment)
+        # autocast casts no writes and no views, and as operations of their own these have to stay recognisable
         if isinstance(node.target, OpOverload) and not is_write(node) and not is_aliasing(node.target):
             written.args = (settings, written.target, written.args, written.kwargs)  # type: ignore[assignment]
             written.target, written.kwargs = in_autocast, {}
@@ -170,7 +187,7 @@ def _under_autocast(settings: Any, write: Write) -> Write:
 
 
 def _own_path(path: str) -> str:
-    """A path in the module from one in :class:`_Flat`; some versions count the calls of a module with ``@``."""
+    """The path in the module, from one in :class:`_Flat`. Some versions of torch number repeated calls: ``layer@1``."""
     return re.sub(r"@\d+", "", path.removeprefix("module").removeprefix("."))
 
 

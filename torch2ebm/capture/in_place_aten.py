@@ -1,4 +1,11 @@
-"""No writes in place in an exported graph: later readers of a tensor, and of views of it, read what a write made."""
+"""Writes in place in an exported graph become new tensors.
+
+A node's value belongs to the node: an operation elsewhere that wrote into it would change it while values move. A write
+to a view changes its base, and every other view of that base. So the write makes a new base, and all views that are
+read later are taken again::
+
+    v = x[0]; v.add_(1); y = x * 2    ->    x2 = write_through(x, (x[0],), add_, 1); v2 = x2[0]; y = x2 * 2
+"""
 
 from __future__ import annotations
 
@@ -13,13 +20,14 @@ from torch._ops import OpOverload
 from torch2ebm.capture.in_place_fx import stopped
 from torch2ebm.common.nested import leaves_of
 
-_VIEWS: dict[Any, Any] = {"getitem": operator.getitem, "stopped": stopped}  # code can write these names
+# by name: fx prints a tuple of arguments with repr, and that of a plain function ("<built-in function ...>") is no code
+_VIEWS: dict[Any, Any] = {"getitem": operator.getitem, "stopped": stopped}
 
 
 def write_through(
     base: Tensor, views: Sequence[tuple[Any, Any, Any]], operation: Callable[..., Any], args: Any, kwargs: Any
 ) -> Tensor:
-    """``base`` after ``operation`` has written a view of it in place, done to a copy."""
+    """A copy of ``base`` in which ``operation`` has written a view in place; ``views`` lead from the base to it."""
     copy = view = base.clone()
     for make, rest, keywords in views:
         view = _VIEWS.get(make, make)(view, *rest, **keywords)
@@ -28,13 +36,17 @@ def write_through(
 
 
 def aten_without_writes(graph: fx.Graph) -> None:
-    """Let later readers of a tensor, and of views of it, read what a write in place made. Attributes stay written."""
+    """Let later readers of a tensor, and of views of it, read what a write in place made.
+
+    Writes to attributes of the module stay: they are effects that forward is meant to have (running statistics).
+    """
     _Functional(graph).run()
 
 
 class _Functional:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
+        # new nodes get the position of the write that they stand for
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.viewed: dict[fx.Node, fx.Node] = {}  # a view -> what it is taken from
 
@@ -68,6 +80,7 @@ class _Functional:
         with self.graph.inserting_before(node):
             written = self._written(node, base, chain)
             copies = {base: written}
+            # the written view itself, those on the way to it, and any other that somebody reads after the write
             for view in [v for v in self.viewed if self._base(v) is base]:
                 if view is target or view in chain or self._later(view, node):
                     self._copied_view(view, copies, node)
@@ -106,7 +119,10 @@ class _Functional:
 
 
 def _functional_form(target: Any) -> Any:
-    """``aten.relu`` for ``aten.relu_``; None for draws, whose functional forms draw otherwise."""
+    """``aten.relu`` for ``aten.relu_``; None where there is no such form, and for random draws.
+
+    A draw's functional form is another operation (``bernoulli`` takes its probabilities from the tensor).
+    """
     namespace, name = target._schema.name.split("::")
     if torch.Tag.nondeterministic_seeded in target.tags:
         return None
@@ -129,6 +145,7 @@ def is_aliasing(target: OpOverload) -> bool:
 def _is_view(node: fx.Node) -> bool:
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
+    # an item of a tuple is a view where the tuple's maker is one: split, chunk, unbind
     if node.target is stopped or node.target is operator.getitem:
         return node.target is stopped or _is_view(node.args[0])
     return (
@@ -139,15 +156,16 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _share_memory(source: Any, result: Any) -> bool:
-    """Some operations (``reshape``, ``to``) are views or copies, as it comes; the exported values tell which."""
+    """Whether this result is a view: by their schemas ``reshape`` and ``to`` always are, in fact they may copy."""
     first = next((leaf for leaf in leaves_of(result) if isinstance(leaf, Tensor)), None)
     if first is None or not isinstance(source, Tensor):
-        return True
+        return True  # nothing to tell by: the schema's word counts
+    # by the storage object: the exported values are fake tensors, which have no address
     return bool(first.untyped_storage()._cdata == source.untyped_storage()._cdata)
 
 
 def effects_as_methods(graph: fx.Graph) -> None:
-    """A write to an attribute of the module, in the form in which symbolic tracing gives it."""
+    """Give writes to attributes of the module the form that they have after symbolic tracing: method calls."""
     for node in graph.nodes:
         if is_write(node):
             name = node.target._schema.name.split("::")[1]

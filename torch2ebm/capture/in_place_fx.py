@@ -1,4 +1,8 @@
-"""Rewrites of an ``fx.Graph`` that keep its meaning: no writes in place, no tuples between operations."""
+"""Rewrites of an ``fx.Graph`` that keep its meaning: no writes in place, no tuples between operations.
+
+Both serve the cut into nodes. A write in place would change a value that belongs to another node, and a node hands on
+tensors, each under a name of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from torch.nn import functional
 from torch2ebm.common.nested import map_leaves
 
 FactType = TypeVar("FactType")
+# for a forward that calls these functions itself: the statement x += y fx traces as operator.add (torch 2.13)
 _OPERATORS = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -30,7 +35,7 @@ _OPERATORS = {
 
 
 def stopped(value: Any) -> Any:
-    """What an operation under ``torch.no_grad`` returns."""
+    """What an operation under ``torch.no_grad`` returns: fx records the operation, and loses the ``no_grad``."""
     return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, value)
 
 
@@ -55,7 +60,7 @@ def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def on_a_copy(method: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What a method in place that has no other form (``zero_``, ``copy_``, ``normal_``) makes of a copy."""
+    """What a method that exists in place only (``zero_``, ``copy_``, ``normal_``) makes of a copy."""
     copy = tensor.clone()
     getattr(copy, method)(*args, **kwargs)
     return copy
@@ -64,7 +69,11 @@ def on_a_copy(method: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def graph_without_writes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Turn writes in place into new tensors for all later readers. Writes to attributes stay: they are effects.
 
-    Returns what each operation that was turned had written.
+    Views are not followed, as no name shows them here: a real run finds who reads what was written by another name
+    (:meth:`_Observer.check_writes`).
+
+    Returns:
+        Each operation that was turned, to the one whose result it had written.
     """
     writes: dict[fx.Node, fx.Node] = {}
     position = {node: i for i, node in enumerate(graph.nodes)}
@@ -77,6 +86,7 @@ def graph_without_writes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
             continue
         _write_to_copy(node)
         writes[node] = written
+        # earlier readers keep the tensor as it was; chained writes work because each is a reader of the one before
         for user in list(written.users):
             if user is not node and position[user] > position[node]:
                 user.replace_input_with(written, node)
@@ -93,6 +103,7 @@ def _written_argument(node: fx.Node) -> fx.Node | None:
         writes = (
             node.target in _OPERATORS
             or node.target is operator.setitem
+            # an underscore alone says little of a user's own function
             or (_is_in_place_name(name) and _out_of_place(node.target) is not None)
             or _in_place_argument(node) is not None
         )
@@ -110,6 +121,7 @@ def _is_in_place_name(name: str) -> bool:
 
 def _out_of_place(function: Any) -> Callable[..., Any] | None:
     name = function.__name__[:-1]
+    # from the namespace that the function itself is from, as a name may mean another function in the next
     for namespace in (functional, torch, Tensor):
         if getattr(namespace, function.__name__, None) is function and hasattr(namespace, name):
             return getattr(namespace, name)  # type: ignore[no-any-return]
@@ -120,7 +132,7 @@ def _in_place_argument(node: fx.Node) -> Mapping[str, Any] | None:
     """The call's arguments by name if it is made with ``inplace=True``."""
     try:
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # the name of a method is no callable; functions in C have no signature
         return node.kwargs if node.kwargs.get("inplace") is True else None
     return bound.arguments if bound.arguments.get("inplace") is True else None
 
@@ -150,15 +162,23 @@ def expand_tuples(
     facts: MutableMapping[fx.Node, FactType],
     fact_of: Callable[[Any], FactType],
 ) -> None:
-    """Let readers of a whole tuple, list or dict of tensors read each of its parts."""
+    """Let readers of a whole tuple, list or dict of tensors read each of its parts.
+
+    Args:
+        graph: Is rewritten.
+        outputs: Operation to what it returned in a real run, for those that returned no tensor.
+        facts: Gets an entry for each part that is taken.
+        fact_of: From a part's value to its entry.
+    """
     for node, value in outputs.items():
         if not _has_tensors(value):
             continue
         for user in list(node.users):
             if user.target is getattr and isinstance(value, dict) and user.args[1] not in value:
-                _read_by_all(graph, user, getattr(value, str(user.args[1])))  # a field that an output class left empty
+                # a field that an output class of transformers leaves empty: an attribute (None), and no key
+                _read_by_all(graph, user, getattr(value, str(user.args[1])))
                 continue
-            if user.target is getattr and user.args[0] is node:
+            if user.target is getattr and user.args[0] is node:  # result.values, output.logits: an item like others
                 user.target, user.args = operator.getitem, (node, _place(value, str(user.args[1])))
             if not (user.target is operator.getitem and user.args[0] is node):
                 with graph.inserting_before(user):
@@ -179,7 +199,7 @@ def _place(value: Any, name: str) -> Any:
     """Where the field ``name`` of a named result (``max``, ``topk``, a named tuple) stands; its key in a dict."""
     if isinstance(value, dict):
         return name
-    field = getattr(value, name)
+    field = getattr(value, name)  # by identity: serves named tuples, and torch's result types without _fields
     return next(i for i, part in enumerate(value) if part is field)
 
 

@@ -1,4 +1,25 @@
-"""What a real run shows of each operation of a trace: the :class:`Capture` that is cut in nodes."""
+"""What a real run shows of each operation of a trace: the :class:`Capture` that is cut in nodes.
+
+A traced graph says which operations follow one another. It does not say what they make: a tensor or a number, whether
+a gradient flows through it, whether random numbers were drawn. So the graph is run once, operation by operation, on
+real tensors, and each operation gets a :class:`Fact`. *Live* are results that can carry a gradient, and so an error::
+
+    def forward(self, x):             # x: [5, 4]    live   tensor   else
+        n = x.size(0)                 # 5            no     no
+        mask = x > 0                  # [5, 4]       no     yes      boolean
+        h = self.linear(x)            # [5, 8]       yes    yes
+        a, b = h.chunk(2, 1)          # 2 x [5, 4]   yes    no       data: a tuple of tensors
+        y = F.dropout(a * mask)       # [5, 4]       yes    yes      random
+        return y.reshape(n, 4) + b    # [5, 4]       yes    yes
+
+:mod:`torch2ebm.graph.roles` decides by these facts what each operation is to the energy graph.
+
+The module itself runs first. Its outputs, buffers and gradients (:class:`RealRun`) are what the finished energy graph
+is compared with. Both runs start from the same random numbers and buffers, and leave the module as it was.
+
+Warning: the run keeps all intermediate results until its end, since it tells shared memory by its address. A capture
+may therefore need more memory than a training step.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +48,18 @@ class Fact:
     """What a real run showed of one operation."""
 
     live: bool  # floating point, and differentiable with respect to parameters or to a node that the user named
-    tensor: bool
-    random: bool = False
-    batch_statistics: bool = False
-    finite: bool = True
+    tensor: bool  # exactly one tensor
+    random: bool = False  # it drew random numbers
+    batch_statistics: bool = False  # it normalised by the mean and variance of the batch
+    finite: bool = True  # no infinity and no NaN, as a mask of minus infinities has
     shape: tuple[int, ...] = ()
-    data: bool = False  # tensors, or a tuple of them (a chunk of an input): not a shape
+    data: bool = False  # a tensor, or a structure that holds some: not a shape
 
 
 class _Observer(fx.Interpreter):
     def __init__(self, module: nn.Module, traced: Trace, device: torch.device) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=traced.graph)  # storages must not be used again
+        # results are kept: the address of a freed one would be used again, and two would seem to share memory
+        super().__init__(module, garbage_collect_values=False, graph=traced.graph)
         self.device, self.leaves = device, traced.leaves
         self.facts: dict[fx.Node, Fact] = {}
         self.outputs: dict[fx.Node, Any] = {}  # of operations with several outputs
@@ -50,7 +72,7 @@ class _Observer(fx.Interpreter):
             self.facts[n] = Fact(live=False, tensor=isinstance(value, Tensor), data=_has_data(value))
             return value
         random_before, statistics = RandomState(self.device), Statistics()
-        versions = [tensor._version for tensor in self._read(n)]
+        versions = [tensor._version for tensor in self._read(n)]  # torch counts the writes to a tensor
         with entered(keeping_statistics(statistics)):
             value = super().run_node(n)
         if n.op == "call_module" and versions != [tensor._version for tensor in self._read(n)]:
@@ -77,18 +99,22 @@ class _Observer(fx.Interpreter):
         """Raise where what was written in place is read later under another name: a view, its base, the input."""
         position = {node: i for i, node in enumerate(self.facts)}
         storage = {node: _storages(value) for node, value in self.env.items() if node in position}
+        # the graph's own writes, which by now are new tensors, and modules kept whole, which still write
         for write, written in [*writes.items(), *((n, n.all_input_nodes[0]) for n in self.wrote)]:
+            # a copy that protects an input stands between: the module would have written what was copied
             original = written.all_input_nodes[0] if written.target is copied else written
             shared = storage.get(original, set())
             for other in position:
                 if position[other] >= position[write] or not shared & storage.get(other, set()):
                     continue
                 readers = [user for user in other.users if position.get(user, -1) > position[write]]
+                # readers of what the graph itself wrote read the new tensor already; those of its views do not
                 if readers and (other is not original or write in self.wrote):
                     raise _aliased(self.module, write, other)
 
 
 def _storages(value: Any) -> set[int]:
+    # tensors without elements all have address 0, and share nothing
     return {leaf.untyped_storage().data_ptr() for leaf in leaves_of(value) if isinstance(leaf, Tensor)} - {0}
 
 
@@ -107,7 +133,7 @@ def _has_data(value: Any) -> bool:
 
 
 def _made_live(value: Any) -> Any:
-    """A node that the user named has a value of its own even where no parameter feeds it."""
+    """Let a node that the user named have a value of its own, even if no parameter feeds it."""
     if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
         return value.detach().requires_grad_()
     return value
@@ -115,17 +141,17 @@ def _made_live(value: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """A verified-to-be graph of one module in one mode for one signature."""
+    """The graph of one module in one mode for one signature, with what a real run showed. It is verified later."""
 
     module: nn.Module
     graph: fx.Graph
-    constants: Mapping[str, Tensor]
-    leaves: frozenset[str]
+    constants: Mapping[str, Tensor]  # tensors that forward made while it was traced: the first placeholders
+    leaves: frozenset[str]  # submodules kept whole
     signature: Signature
     facts: Mapping[fx.Node, Fact]
     reference: RealRun
-    settings: Settings
-    captured_by: str
+    settings: Settings  # plain attributes whose values are written into the graph
+    captured_by: str  # "fx" or "export"
 
 
 def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Sequence[Tensor]) -> Capture:
@@ -133,6 +159,7 @@ def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Seq
     device = tensors[0].device if tensors else torch.device("cpu")
     with plain_autograd(), untouched(module, device):
         tensors = [tensor.detach().clone() for tensor in tensors]
+        # the module first: if it refuses the inputs, that is what the user should read, and not what the trace says
         reference = real_run(module, signature, tensors)
         settings = _kept_by_forward(traced.settings)
     _warn_of_kept(module, reference.kept, traced.leaves)
@@ -143,7 +170,7 @@ def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Seq
                 observer.run(*[constant.to(device) for constant in traced.constants.values()], *tensors)
             except Exception as error:
                 raise untraceable(module, "", error) from error
-    observer.check_writes(traced.writes)
+    observer.check_writes(traced.writes)  # before the tuples are taken apart: it knows the traced operations alone
     expand_tuples(traced.graph, observer.outputs, observer.facts, _fact_of_part)
     return Capture(
         module,
@@ -159,7 +186,10 @@ def capture(module: nn.Module, traced: Trace, signature: Signature, tensors: Seq
 
 
 def _warn_of_kept(module: nn.Module, kept: frozenset[str], whole: frozenset[str]) -> None:
-    """An attribute is no output, and nobody could give it a gradient; a submodule kept whole assigns it itself."""
+    """Warn where forward leaves tensors in attributes, which a graph in its place does not set.
+
+    A submodule kept whole runs as it is, and sets its own.
+    """
     stale = sorted(path for path in kept if not any(path.startswith(f"{name}.") for name in whole))
     if stale:
         warnings.warn(

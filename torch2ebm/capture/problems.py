@@ -44,7 +44,10 @@ def is_users(filename: str) -> bool:
 
 
 def users_level() -> int:
-    """The ``stacklevel`` of a warning at the caller's that points to the user's line; torch's own frames vary."""
+    """The ``stacklevel`` with which a warning of the caller points to the user's line.
+
+    A constant would not do: how many frames of torch's lie between depends on its version and on wrappers.
+    """
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and not is_users(frame.f_code.co_filename):
         level, frame = level + 1, frame.f_back
@@ -58,6 +61,7 @@ def _receiver(frame: FrameType) -> Any:
 
 def problem_of(module: nn.Module, error: BaseException) -> Problem:
     """The innermost place of the user's code on the way to ``error``, and the submodule that it belongs to."""
+    # traceback frames run from the outermost in, so the last one that is the user's wins
     names = {id(each): name for name, each in module.named_modules()}
     scope, place, line = "", "unknown place", ""
     frames = list(traceback.walk_tb(error.__traceback__))
@@ -70,6 +74,7 @@ def problem_of(module: nn.Module, error: BaseException) -> Problem:
 
 def _reason(error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # by name: the classes of export's symbolic shapes load sympy, and differ between versions
     if "DataDependent" in type(error).__name__ or "data-dependent" in first:
         return "needs the value of a tensor (a branch on it, an index, .item() or a size made of it)"
     if "numpy" in first:
@@ -78,6 +83,7 @@ def _reason(error: BaseException) -> str:
 
 
 _NUMBER = "turns a tensor's value into a Python number"
+# Keys as a TorchFunctionMode is given them. torch.equal and Tensor.equal are two functions; branches call __bool__.
 NEED_A_VALUE: Mapping[Any, str] = {
     Tensor.__bool__: "branches on a tensor's value",
     torch.is_nonzero: "branches on a tensor's value",
@@ -114,11 +120,13 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _note(self, reason: str) -> None:
+        # 2: past this method and __torch_function__, whose frames are the package's own and would end the walk
         frames = list(_frames_of_forward(sys._getframe(2)))
         users = [frame for frame in frames if is_users(frame.f_code.co_filename)]
         scopes = [self.names.get(id(_receiver(frame))) for frame in frames]
         if not users or not self.whole.isdisjoint(scopes) or _in_torchs_own_layer(frames):
             return
+        # the innermost frame that runs a method of a submodule; helpers in between have no submodule
         scope = next((name for frame in users if (name := self.names.get(id(_receiver(frame)))) is not None), "")
         summary = traceback.extract_stack(users[0], limit=1)[0]
         problem = Problem(scope, f"{summary.filename}:{summary.lineno}", summary.line or "", reason)
@@ -133,11 +141,12 @@ def _frames_of_forward(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _in_torchs_own_layer(frames: Sequence[FrameType]) -> bool:
-    """Symbolic tracing keeps those whole, so what they do inside is no problem."""
+    """Whether the innermost code is a layer of ``torch.nn``. Tracing keeps it whole, so what it does is no problem."""
     for frame in frames:
         file = Path(frame.f_code.co_filename)
         if is_users(str(file)):
             return False
+        # torch/nn/modules: module.py (Module.__call__) and container.py (Sequential) only pass calls on
         if file.parent.name == "modules" and file.name not in ("module.py", "container.py"):
             return True
     return False
@@ -146,7 +155,7 @@ def _in_torchs_own_layer(frames: Sequence[FrameType]) -> bool:
 def problems_in_a_run(
     module: nn.Module, signature: Signature, tensors: Sequence[Tensor], whole: frozenset[str] = frozenset()
 ) -> list[Problem]:
-    """Every place that needs a tensor's value, and what is returned that is no tensor, in the order of a real run.
+    """Every place that needs a tensor's value in Python, and outputs that hold no tensors, in the order of a real run.
 
     Of a branch only the side that ``tensors`` take is seen. What happens inside of ``whole`` submodules does not count.
     """

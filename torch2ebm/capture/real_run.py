@@ -1,4 +1,4 @@
-"""Real runs of a module, from which it comes back as it was: what every graph of it is held against."""
+"""Runs of the module itself, which leave it as it was. Every captured graph is compared with one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch2ebm.isolation.module_state import plain_autograd, untouched
 
 @dataclass(frozen=True)
 class RealRun:
-    """One real run of the module: what every composition of its parts has to give, bit for bit."""
+    """One real run of the module: the outputs, buffers and gradients that its energy graph has to reproduce."""
 
     tensors: tuple[Tensor, ...]
     outputs: list[Any]
     structure: Any  # a template of the output
     changed_buffers: Mapping[str, Tensor]  # name -> contents after the run
-    cotangents: Sequence[Tensor | None] = ()  # one an output: an arbitrary gradient of those that have one
+    cotangents: Sequence[Tensor | None] = ()  # for each output an arbitrary gradient, None where it has none
     gradients: Mapping[str, Tensor] | None = None  # of the parameters for these; None where the module has no backward
     kept: frozenset[str] = frozenset()  # plain attributes, by path, in which forward left tensors
 
@@ -52,6 +52,7 @@ def _mismatch(module: nn.Module, differences: Sequence[str]) -> CaptureMismatchE
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
+    # not torch.equal: a NaN that was there before has not changed
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
@@ -62,7 +63,8 @@ def _same(ours: Any, real: Any) -> bool:
         return False
     if not (real.is_floating_point() or real.is_complex()):
         return torch.equal(ours, real)
-    tolerance = 16 * torch.finfo(real.dtype).eps  # accelerators add in no fixed order; on the CPU it is the same bits
+    # Not equal: accelerators add in no fixed order. On the CPU the same operations give the same bits.
+    tolerance = 16 * torch.finfo(real.dtype).eps
     return torch.allclose(ours, real, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
@@ -75,9 +77,11 @@ def run_once(module: nn.Module, signature: Signature, tensors: Sequence[Tensor])
 
 def real_run(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> RealRun:
     before, held = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}, _tensors_held(module)
-    args, kwargs = signature.unflatten([tensor.clone() for tensor in tensors])
+    args, kwargs = signature.unflatten([tensor.clone() for tensor in tensors])  # clones: forward may write its input
     try:
         output = module(*args, **kwargs)
+    # How torch refuses an input: RuntimeError for shapes, dtypes and devices of a kernel, ValueError for layers' own
+    # checks, IndexError for a dimension or an embedding's row, TypeError for no tensor. All else is the user's own.
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise NodeEvaluationError(
             f"{type(module).__name__}.forward",
@@ -106,21 +110,26 @@ def _real_backward(module: nn.Module, leaves: Sequence[Any]) -> tuple[list[Tenso
     trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     if not live or not trainable:
         return cotangents, None
+    # an output returned twice gets one cotangent: autograd would add two, and its slot in the graph is one
     outputs, directions = zip(*live.values(), strict=True)
     once = [c if c is None or live[id(leaf)][1] is c else None for leaf, c in zip(leaves, cotangents, strict=True)]
     try:
         found = torch.autograd.grad(outputs, list(trainable.values()), directions, allow_unused=True)
-    except RuntimeError:
+    except RuntimeError:  # an operation without a backward: then there are no gradients to be held against
         return once, None
     return once, {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
 
 
 def _uneven(output: Tensor) -> Tensor:
+    # not ones: the pullback of a constant through a softmax or a layer norm is zero, which would show nothing
     return torch.linspace(-1, 1.5, output.numel(), device=output.device).reshape(output.shape).to(output.dtype)
 
 
 def _tensors_held(module: nn.Module) -> dict[str, list[Tensor]]:
-    """Path of each plain attribute that holds tensors to these. Holding them keeps an address from being used again."""
+    """Path of each plain attribute that holds tensors, to these tensors.
+
+    They are compared by identity. Keeping them alive keeps a new tensor from getting the address of an old one.
+    """
     held = {
         f"{prefix}.{name}".removeprefix("."): [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
         for prefix, each in module.named_modules()

@@ -1,4 +1,8 @@
-"""The arguments of a call: its tensors in order, and all that is no tensor, which a graph is specialised to."""
+"""The arguments of a call, in two parts: its tensors in order, and everything else.
+
+Tensors are inputs of a captured graph. Everything else (numbers, strings, None, the structure) is written into the
+graph, so another value there needs another capture.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,8 @@ class Signature:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """1, True and 1.0 are equal, and are not the same argument."""
+        """What two calls must have in common to be served by one capture."""
+        # the types too: 1, True and 1.0 are equal and have one hash, and are not the same argument
         return self.structure, tuple((type(leaf), leaf) for leaf in self.leaves)
 
     def unflatten(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -48,7 +53,7 @@ class Signature:
         args, kwargs = self.structure
         parameters = inspect.signature(module.forward).parameters.values()
         positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        positional += [f"input_{i}" for i in range(len(positional), len(args))]
+        positional += [f"input_{i}" for i in range(len(positional), len(args))]  # those that *args takes
         for name, argument in [*zip(positional, args, strict=False), *kwargs.items()]:
             places = list(leaves_of(argument))
             for i, place in enumerate(places):
@@ -69,7 +74,7 @@ PLAIN_OF_TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.mem
 
 
 def _checked(leaf: Any) -> Any:
-    """An argument that is no tensor is part of the graph, so it has to be comparable by value."""
+    """An argument that is no tensor becomes part of the graph, so it has to be comparable by value."""
     if not isinstance(leaf, (*PLAIN, *PLAIN_OF_TORCH)):
         raise ConfigurationError(
             "model(...)",
@@ -81,7 +86,10 @@ def _checked(leaf: Any) -> Any:
 
 
 def with_signature_of(shown: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    """The function ``method``, which has the arguments of a bound method ``shown`` for those who inspect it."""
+    """The function ``method`` with the signature of the bound method ``shown``, for callers that inspect it.
+
+    One is the Hugging Face Trainer, which passes a model the columns that its ``forward`` names.
+    """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return method(self, *args, **kwargs)
@@ -94,7 +102,7 @@ def with_signature_of(shown: Callable[..., Any], method: Callable[..., Any]) -> 
 
 
 def assumed_signature(module: nn.Module) -> Signature:
-    """Every argument without a default a tensor, every other left out: what ``convert`` traces before any example."""
+    """What ``convert`` traces without an example: arguments without a default are tensors, the others are left out."""
     required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
     positional = [p.name for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     keywords = {p.name: p.name for p in required if p.kind is p.KEYWORD_ONLY}

@@ -1,6 +1,9 @@
-"""The first way to a :class:`Trace`: from a module to one functional ``fx.Graph``, by symbolic tracing.
+"""The first way to a :class:`Trace`: symbolic tracing by ``torch.fx``.
 
-Knows nothing of energies. The module is left exactly as it was: attributes and buffers are restored.
+Forward runs once with proxies in place of tensors, and every operation on a proxy becomes a node of the graph. Shapes
+stay symbolic, so one graph serves all batch sizes. A branch on a tensor's value cannot be followed; then
+:mod:`torch2ebm.capture.export` is next. Plain ``fx`` misses much of what real modules do; :class:`EnergyTracer` adds
+it. The module is left as it was: attributes and buffers are restored.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import Torch2EBMError, UnknownNodeError
 from torch2ebm.isolation.module_state import attributes_restored
 
+# functions that fx does not see in every form: torch.zeros(x.size(0), 3) fails, torch.zeros((x.size(0), 3)) does not
 _FACTORIES = (
     *("zeros", "ones", "empty", "full", "eye", "arange", "linspace", "logspace", "tril_indices", "triu_indices"),
     *("rand", "randn", "randint", "randperm", "zeros_like", "ones_like", "full_like", "empty_like"),
@@ -32,7 +36,7 @@ _FACTORIES = (
 
 
 class WritableProxy(fx.Proxy):
-    """A proxy that can be written by index: ``x[i] = y`` is traced as ``operator.setitem``."""
+    """A proxy that can be written by index: ``x[i] = y`` is traced as ``operator.setitem``; fx's own refuses it."""
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -41,7 +45,8 @@ class WritableProxy(fx.Proxy):
 class EnergyTracer(fx.Tracer):
     """Symbolic tracing with modules of ``torch.nn`` and the modules that the user names as leaves."""
 
-    proxy_buffer_attributes = True  # else tracing would really write the buffers that forward writes
+    # else forward gets the buffer itself: self.counter.add_(1) would write it, and leave no trace in the graph
+    proxy_buffer_attributes = True
 
     def __init__(self, signature: Signature, leaves: frozenset[str]) -> None:
         super().__init__(autowrap_modules=(math,))
@@ -61,6 +66,8 @@ class EnergyTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
+        # One placeholder for each tensor, wherever it stands among the arguments. fx makes one for each argument of
+        # forward, which may be a list or dict of tensors.
         placeholders = [self.create_proxy("placeholder", n, (), {}) for n in self.signature.names(self.root)]
         args, kwargs = self.signature.unflatten(placeholders)
         self.entered.append(self.root)
@@ -81,7 +88,7 @@ class EnergyTracer(fx.Tracer):
                 self.entered.append(m)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
-            self.failed_in = self.failed_in or self.path_of_module(m)
+            self.failed_in = self.failed_in or self.path_of_module(m)  # the innermost is left first
             raise
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -94,24 +101,32 @@ class EnergyTracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        # no_grad is in force while forward runs here, but would not be when the graph does: each result is detached
         if kind.startswith("call") and not torch.is_grad_enabled() and target is not stopped:
             if writes_in_place(proxy.node):
+                # it changes the content and keeps the gradient, which no operation on a copy does
                 raise TypeError(f"{proxy.node.target} writes a tensor in place under torch.no_grad")
             proxy = super().create_proxy("call_function", stopped, (proxy,), {})
         return proxy
 
     def create_arg(self, a: Any) -> Any:
-        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+        return super().create_arg(a.item() if isinstance(a, np.generic) else a)  # fx refuses NumPy's scalars
 
     @contextmanager
     def patched(self) -> Iterator[None]:
-        """Custom autograd functions stay whole, and an assignment to a buffer becomes a write, while this traces."""
+        """Patch torch while this traces: custom autograd functions stay whole, and assigning a buffer becomes a write.
+
+        fx would trace through a custom function's forward and lose its backward. An assignment ``self.buffer = y``
+        would put a proxy into the module and leave no trace in the graph.
+        """
+        # from __dict__: getattr would bind the classmethod to Function, and the subclass would be lost
         apply, setattr_ = torch.autograd.Function.__dict__["apply"], nn.Module.__setattr__
         factories = {name: getattr(torch, name) for name in _FACTORIES}
 
         def traced_apply(function: Any, *args: Any, **kwargs: Any) -> Any:
             if any(isinstance(leaf, fx.Proxy) for leaf in leaves_of((args, kwargs))):
-                if function is CheckpointFunction:  # recomputation is the business of a node's own backward
+                # apply(run_function, preserve_rng_state, *args): what it runs is traced, without the recomputation
+                if function is CheckpointFunction:
                     return args[0](*args[2:])
                 return self.create_proxy("call_function", _as_operation(function), args, kwargs)
             return apply.__func__(function, *args, **kwargs)
@@ -135,7 +150,7 @@ class EnergyTracer(fx.Tracer):
             nn.Module.__setattr__ = setattr_  # type: ignore[method-assign]
 
     def _traced_factory(self, factory: Callable[..., Any]) -> Callable[..., Any]:
-        """fx sees ``torch.zeros(n, 3)`` where the whole shape is one argument; sizes and dtypes by version."""
+        """The factory as an operation of the graph, if a size or a dtype among its arguments is a proxy."""
 
         def traced(*args: Any, **kwargs: Any) -> Any:
             if any(isinstance(leaf, fx.Proxy) for leaf in leaves_of((args, kwargs))):
@@ -184,8 +199,10 @@ def trace(
 
 def _open_records(graph: fx.Graph) -> None:
     """A dataclass that forward makes for its output becomes a dict of its fields: the output is made of its leaves."""
+    # fx records the call of the class as an operation, whose result is no tensor that a node could have
     output = next(node for node in graph.nodes if node.op == "output")
     output.args = (_fields_in_order(output.args[0]),)
+    # these calls alone: by its own rule fx would also drop a write to a buffer, whose result nobody reads
     graph.eliminate_dead_code(lambda node: not dataclasses.is_dataclass(node.target))
 
 
@@ -210,7 +227,7 @@ def _protect_inputs(module: nn.Module, graph: fx.Graph, leaves: frozenset[str]) 
 
 
 def _may_write(module: nn.Module) -> bool:
-    """Known modules say so; of others only a real run could tell, and a copy costs little."""
+    """Whether a module may write its input: those of ``torch.nn`` say so by ``inplace``; of others nothing is known."""
     parts = list(module.modules())
     known = all(part.__class__.__module__.startswith("torch.nn") for part in parts)
     return not known or any(getattr(part, "inplace", False) is True for part in parts)
@@ -229,7 +246,10 @@ def _check_names(module: nn.Module, leaves: frozenset[str]) -> None:
 
 
 def _lift_constants(module: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
-    """Tensors that tracing itself made become placeholders, since the restored module does not have them."""
+    """Tensors that forward made while tracing become placeholders.
+
+    fx puts them on the module as ``_tensor_constant0`` and so on, and the restored module does not have them.
+    """
     constants: dict[str, Tensor] = {}
     first = next(iter(graph.nodes))
     for node in list(graph.nodes):

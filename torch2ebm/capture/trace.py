@@ -1,4 +1,4 @@
-"""What symbolic tracing and export hand on: a functional graph, and the settings that it was made under."""
+"""What symbolic tracing and export hand on: a graph without writes in place, and the settings it was made under."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from torch2ebm.errors import UntraceableError, first_line
 
 @dataclass(frozen=True)
 class Trace:
-    """A functional graph whose targets are attributes of the module; tensors made while tracing come as constants."""
+    """A graph without writes in place, over the module's own attributes.
+
+    Its placeholders are the constants (tensors that forward made while it was traced), then the input tensors.
+    """
 
     graph: fx.Graph
     constants: Mapping[str, Tensor]
-    leaves: frozenset[str]
+    leaves: frozenset[str]  # submodules kept whole: the graph calls each as one operation
     settings: Settings
     writes: Mapping[fx.Node, fx.Node]  # an operation that wrote in place -> what it wrote
     captured_by: str = "fx"
