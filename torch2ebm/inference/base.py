@@ -1,6 +1,6 @@
-"""One call's relaxation: what its two forms, moving values and moving errors, have in common.
+"""The relaxation of one call: what moving values and moving errors have in common.
 
-A node is evaluated on leaves, so only one node's autograd graph exists at a time, or one a node, never one across.
+Each node is evaluated on leaves, so an autograd graph covers one node and never crosses to another.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Inference(ABC):
         self.call, self.graph, self.loss, self.energies = call, call.graph, loss, energies
         hidden = [slot for node in self.graph.hidden_nodes for slot in node.slots]
         self.values = {slot: at_least_single(call.values[slot]) for slot in hidden}
+        # the nodes read what the module computed: half precision, for example, under autocast
         self._read_as = {slot: call.values[slot].dtype for slot in hidden}
         if not retain_call:  # the feed-forward values go as soon as the values have left them
             for slot in self.values:
@@ -54,7 +55,7 @@ class Inference(ABC):
         self.measuring = False
         self.driving: list[Tensor] = []
         self.evaluations = 0
-        self.scale: float | Tensor = loss.scale
+        self.scale: float | Tensor = loss.scale  # a tensor in a recorded program, where a number would be a constant
 
     # what moves, for a solver's step that is recorded and run again
 
@@ -76,12 +77,13 @@ class Inference(ABC):
         if not self.measuring:
             return
         if gradient.ndim and gradient.shape[0] == self.call.batch_size:
-            self.driving.append(gradient.reshape(len(gradient), -1).abs().amax(1))
+            self.driving.append(gradient.reshape(len(gradient), -1).abs().amax(1))  # [batch]
         else:
             self.driving.append(gradient.abs().max())
 
     def residual(self) -> Tensor:
         """Largest absolute entry of the gradient in the last measured sweep."""
+        # still on the device: who needs a number waits for it
         return torch.stack([each.max() for each in self.driving]).max() if self.driving else torch.zeros(())
 
     def residual_of_samples(self) -> Tensor | None:
@@ -122,6 +124,7 @@ class Inference(ABC):
     ) -> tuple[list[Tensor], list[Tensor]]:
         energy = self.energies.get(node.name)
         if energy is None:
+            # phi = 1/2 |e|^2: dphi/dv = -dphi/dmu = e. The very same tensors, by which callers know a unit Gaussian.
             return list(errors), list(errors)
         own, backward = zip(*[energy.gradients(*pair) for pair in _pairs(errors, predictions)], strict=True)
         return list(own), list(backward)
@@ -133,6 +136,7 @@ class Inference(ABC):
     def add_messages(self, evaluated: NodePass, products: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
         for slot, message in zip(evaluated.node.reads, products, strict=True):
             if message is not None:
+                # sum_c J_c^T e_c in single precision at least; not in place, since J^T of a sum returns e itself
                 message = at_least_single(message, detach=False)
                 messages[slot] = messages[slot] + message if slot in messages else message
 
@@ -141,6 +145,7 @@ class Inference(ABC):
     def output_errors(self, passes: Sequence[NodePass]) -> dict[str, Tensor]:
         """e_o = -dL/dmu_o of every output slot, L being lambda times the loss summed over samples."""
         predictions = {s: p.detach() for each in passes for s, p in zip(each.node.slots, each.predictions, strict=True)}
+        # one evaluation for all outputs: the loss may join them
         value, gradients = self.loss.gradients(predictions)
         self.history[-1][LOSS] = value
         return {slot: gradient.neg() for slot, gradient in gradients.items()}
@@ -154,6 +159,7 @@ class Inference(ABC):
     def collected(self) -> Collected:
         """The last pass over all nodes: errors, predictions and gradients of parameters."""
         self.history.append({})
+        # the energy at the end comes from this pass, as that of a step comes from its sweep
         result = Collected()
         self._collect_all(result)
         return result
@@ -164,6 +170,7 @@ class Inference(ABC):
             self.call.batch_size,
             result.predictions,
             result.errors,
+            # _collect has multiplied by -scale; a loss times 0 has none
             error_unit=-1 / self.loss.scale if self.loss.scale else 0.0,
             unreached=tuple(result.unreached),
             energies=self.energies,
@@ -189,12 +196,14 @@ class Inference(ABC):
         result: Collected,
     ) -> None:
         """The gradient of a node's parameters, -J^T of the cotangents, scaled as ``.grad`` is."""
+        # .grad = dF/dtheta * scale, dF/dtheta = -(dmu/dtheta)^T pi e. In place: nothing reads these errors any more.
         scaled = [None if error is None else error.mul_(-self.scale) for error in errors]
         for slot, prediction, error in zip(evaluated.node.slots, evaluated.predictions, scaled, strict=True):
             result.predictions[slot] = prediction.detach()
             if error is not None:
                 result.errors[slot] = error
         pulled = [
+            # the same tensor is scaled already: twice would square the factor
             own if cotangent is error or cotangent is None else cotangent * -self.scale
             for own, error, cotangent in zip(scaled, errors, cotangents, strict=True)
         ]
@@ -202,6 +211,7 @@ class Inference(ABC):
 
     def _collect_unreached(self, node: Node, result: Collected) -> None:
         """No error has reached the node: its gradients are exactly zero, its predictions its values."""
+        # nodes come in reverse order; the report has them in that of the graph
         result.unreached.insert(0, node.name)
         result.gradients.add_zeros(self.call, node)
         result.predictions.update({slot: self.values.pop(slot) for slot in node.slots})
@@ -245,4 +255,5 @@ def _on_host(entries: Sequence[Tensor]) -> list[float]:
 
 
 def _columns(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    # a node that no error has reached has no entry: its energy is exactly zero
     return {name: tuple(row.get(name, 0.0) for row in rows) for name in names}
