@@ -1,4 +1,4 @@
-"""Whether parameters, predictions and gradients are finite, and the error that names the first that is not."""
+"""Checks that parameters, predictions and gradients are finite; the error names the first that is not."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from torch2ebm.errors import NonFiniteError
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """One pass over the data; the sum may overflow where no entry is infinite, hence the second look."""
+    """Whether all entries are finite. Their sum decides in one pass; only where it is not finite is each entry read."""
     return math.isfinite(tensor.detach().sum()) or bool(torch.isfinite(tensor).all())
 
 
 def _sum_is_finite(tensors: Iterable[Tensor]) -> bool:
-    """Never true where an entry is NaN or infinite; one number a device goes to the host."""
+    """Whether the sum of all entries is finite, which it cannot be with a NaN or an infinity among them."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor.detach().sum(dtype=_wide(tensor.dtype)))
+    # one number for each device goes to the host: each transfer waits for what is queued there
     return all(math.isfinite(torch.stack(sums).sum()) for sums in by_device.values())
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype | None:
-    """Half precisions would overflow in a sum, and tensors of one precision can be stacked."""
+    """The dtype to sum in: float16 overflows at 65504, and float64 must not be rounded to infinity."""
     return None if dtype == torch.float64 else torch.float32
 
 
@@ -36,7 +37,7 @@ def count_bad(tensor: Tensor) -> str:
 
 
 def check_standing(tensors: Mapping[str, Tensor]) -> None:
-    """Parameters and buffers are finite; one pass over the data where they are."""
+    """Raise :class:`NonFiniteError` for a parameter or buffer with a NaN or an infinity."""
     if _sum_is_finite(tensors.values()):
         return
     for name, tensor in tensors.items():
@@ -48,6 +49,7 @@ def check_standing(tensors: Mapping[str, Tensor]) -> None:
 def check_predictions(call: Call) -> None:
     if all(all_finite(call.values[slot]) for slot in call.graph.output_slots):
         return
+    # in topological order: the first bad prediction is where it began, the later ones only inherit it
     for node in call.graph.nodes.values():
         for slot in node.slots:
             if not all_finite(call.values[slot]):
@@ -58,6 +60,7 @@ def first_bad(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first that is not finite. One pass over the data; a sum that merely overflows is seen again."""
     if _sum_is_finite(tensors.values()):
         return None
+    # none, where the sum overflowed over finite entries
     return next((name for name, tensor in tensors.items() if not all_finite(tensor)), None)
 
 
@@ -74,7 +77,7 @@ def check_gradients(gradients: Mapping[str, Tensor]) -> None:
 
 
 def check_unskipped(gradients: Mapping[str, Tensor]) -> None:
-    """What a backward under a factor above one left to a gradient scaler must not reach a step."""
+    """Raise where infinite gradients, left to a gradient scaler to skip, reach ``optimizer.step()`` all the same."""
     bad = first_bad(gradients)
     if bad is not None:
         raise _non_finite(

@@ -1,4 +1,4 @@
-"""Gradients of parameters and clamped inputs, added up node by node."""
+"""Sums of the gradients of parameters and clamped inputs, node by node."""
 
 from __future__ import annotations
 
@@ -65,16 +65,18 @@ class GradientSum:
         """
         parameters = {name: p for name in evaluated.node.parameters if (p := call.parameters[name]).requires_grad}
         clamped = call.clamped_inputs(evaluated.node)
+        # one product for all: a second one would walk the graph of the node again, which the first has freed
         products = evaluated.pullback(
             cotangents, [*wrt, *parameters.values(), *clamped.values()], retain_graph=retain_graph
         )
         found = iter(products[len(wrt) :])
         for name, parameter in parameters.items():
             product = next(found)
+            # zero and not None: the node is part of the graph, even where no error has reached it
             _add(self.parameters, name, torch.zeros_like(parameter) if product is None else product)
         for name in clamped:
             product = next(found)
-            if product is not None:
+            if product is not None:  # inputs may stay without a gradient, as in autograd
                 _add(self.clamped, name, product)
         return products[: len(wrt)]
 
@@ -97,6 +99,7 @@ class GradientSum:
 
 
 def _add(total: dict[str, Tensor], name: str, product: Tensor) -> None:
+    # not in place: of a sum the product may be the cotangent itself, which others read
     total[name] = total[name] + product if name in total else product
 
 

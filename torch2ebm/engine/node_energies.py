@@ -15,7 +15,7 @@ from torch2ebm.graph.energy_graph import EnergyGraph
 
 
 class NodeEnergies(Mapping[str, Energy]):
-    """Node name to energy, as a setting: it does not change, and two of equal energies are equal."""
+    """Node name to energy, as a setting: immutable, and equal to another one with equal energies."""
 
     def __init__(self, energies: Mapping[str, Energy] | None = None) -> None:
         self._energies = dict(energies or {})
@@ -30,6 +30,7 @@ class NodeEnergies(Mapping[str, Energy]):
         return len(self._energies)
 
     def __eq__(self, other: object) -> bool:
+        # not Mapping's own comparison: it would take the truth of a tensor
         if not isinstance(other, NodeEnergies) or self.keys() != other.keys():
             return False
         return all(_are_equal(energy, other[name]) for name, energy in self.items())
@@ -42,12 +43,13 @@ class NodeEnergies(Mapping[str, Energy]):
 
 
 def _are_equal(one: Any, other: Any) -> bool:
-    """Of settings: tensors by their numbers, whose ``==`` is no bool; what is no dataclass by itself."""
+    """Whether two settings are equal: tensors by their numbers, dataclasses field by field, others by ``==``."""
     if one is other:
         return True
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
+        # the device first: torch.equal raises where it differs
         return one.shape == other.shape and one.device == other.device and torch.equal(one, other)
     if dataclasses.is_dataclass(one):
         return all(_are_equal(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one))
@@ -76,6 +78,7 @@ def node_energies(where: str, precisions: Mapping[str, float | Tensor], energies
 
 def check_names(where: str, names: Iterable[str], graph: EnergyGraph) -> None:
     """Raise :class:`ConfigurationError` unless each is a node with a value of its own."""
+    # an output has no energy of its own: the loss acts on its prediction (mode O1)
     hidden = [node.name for node in graph.hidden_nodes]
     wrong = [name for name in names if name not in hidden]
     if wrong:

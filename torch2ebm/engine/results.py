@@ -1,4 +1,4 @@
-"""What a backward leaves: how the relaxation went, the values and errors of every node, and local gradients."""
+"""The results of one backward: the relaxation's report, values and errors of every node, and local gradients."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Relaxation:
     energy: tuple[float, ...] = ()
     node_energy: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     loss: tuple[float, ...] = ()
-    sample_residual: Tensor | None = field(default=None, compare=False)
+    sample_residual: Tensor | None = field(default=None, compare=False)  # == of tensors is no bool
     tol: float = 0.0
     beta: float = 1.0
     angle: float = 0.0
@@ -61,6 +61,7 @@ class Relaxation:
 class PerNode(Mapping[str, Any]):
     """Node name to tensor (a tuple of tensors for a node of several slots), computed when asked for."""
 
+    # By function and not as a dict: a value is a sum of two tensors, which most users never read.
     def __init__(self, graph: EnergyGraph, of_slot: Callable[[str], Tensor]) -> None:
         self._graph, self._of_slot = graph, of_slot
 
@@ -149,6 +150,7 @@ class InferenceState:
         if self.feedforward_distance is not None:
             steps = {"relaxation/steps": float(last.steps), "relaxation/residual": last.residual}
             return {**steps, "feedforward_distance": self.feedforward_distance}
+        # an algorithm that does not relax: the energies of its errors
         if not last.node_energy:
             return {f"energy/{name}": float(_sum_of(energy)) for name, energy in self.energy.items()}
         return {
@@ -167,11 +169,13 @@ class InferenceState:
                 "one that ended in finite numbers",
                 "Look at state.relaxation.energy, and take a smaller step size.",
             )
+        # without a grad_fn, which would keep the call's graph alive
         return self.predictions[slot].detach()
 
     def _error(self, slot: str) -> Tensor:
         if slot not in self.errors:
-            return torch.zeros_like(self._prediction(slot))
+            return torch.zeros_like(self._prediction(slot))  # no error has reached it
+        # kept in the scale of .grad, as the last pass left it; the unit makes it value minus prediction
         return at_least_single(self.errors[slot]) * self.error_unit
 
     def _energy(self, slot: str) -> Tensor:
@@ -183,6 +187,7 @@ class InferenceState:
                 f"a leading batch dimension of {self.batch_size}",
                 "Use state.error, or make it part of a larger node.",
             )
+        # the energy of an output is that of a unit Gaussian: none can be given for it
         energy = self.energies.get(self.graph.owner[slot].name)
         return gaussian_energy(error) if energy is None else energy.of_samples(error, self._prediction(slot).to(error))
 

@@ -36,9 +36,11 @@ def reverse_sweep(call: Call, delivered: Mapping[str, Tensor], retain_graph: boo
         True
     """
     gradients = GradientSum()
-    deltas = dict(delivered)
+    deltas = dict(delivered)  # delta_o = dL/dmu_o
     for node in reversed(tuple(call.graph.nodes.values())):
+        # popped, so that each graph is freed as soon as it has been used
         evaluated = call.passes[node.name] if retain_graph else call.passes.pop(node.name)
+        # delta_pa = sum_c J_c^T delta_c and dL/dtheta = (dmu/dtheta)^T delta (Salvatori et al. 2022), with delta = -e
         messages = gradients.add(
             call, evaluated, [deltas.get(slot) for slot in node.slots], evaluated.inputs, retain_graph
         )
@@ -46,6 +48,8 @@ def reverse_sweep(call: Call, delivered: Mapping[str, Tensor], retain_graph: boo
             if message is None:
                 continue
             if gamma != 1.0:
+                # a skip over k levels passes k - 1 levelling identities, each a step of gamma too: gamma^k in all
                 message = message * gamma ** (call.graph.owner[slot].level - node.level)
+            # in the message's dtype, as autograd sums: backprop's numbers are what this has to give
             deltas[slot] = deltas[slot] + message if slot in deltas else message
     return Swept(gradients, deltas)

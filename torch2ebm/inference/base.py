@@ -1,6 +1,6 @@
-"""One call's relaxation: what its two forms, moving values and moving errors, have in common.
+"""The relaxation of one call: what moving values and moving errors have in common.
 
-A node is evaluated on leaves, so only one node's autograd graph exists at a time, or one a node, never one across.
+Each node is evaluated on leaves, so an autograd graph covers one node and never crosses to another.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Inference(ABC):
         self.call, self.graph, self.loss, self.energies = call, call.graph, loss, energies
         hidden = [slot for node in self.graph.hidden_nodes for slot in node.slots]
         self.values = {slot: at_least_single(call.values[slot]) for slot in hidden}
+        # the nodes read what the module computed: half precision, for example, under autocast
         self._read_as = {slot: call.values[slot].dtype for slot in hidden}
         if not retain_call:  # the feed-forward values go as soon as the values have left them
             for slot in self.values:
@@ -80,7 +81,7 @@ class Inference(ABC):
         self.measuring = False
         self.driving: list[Tensor] = []
         self.evaluations = 0
-        self.scale: float | Tensor = loss.scale
+        self.scale: float | Tensor = loss.scale  # a tensor in a recorded program, where a number would be a constant
 
     # what moves, for a solver's step that is recorded and run again
 
@@ -109,7 +110,7 @@ class Inference(ABC):
         if not self.measuring:
             return
         if gradient.ndim and gradient.shape[0] == self.call.batch_size:
-            self.driving.append(gradient.reshape(len(gradient), -1).abs().amax(1))
+            self.driving.append(gradient.reshape(len(gradient), -1).abs().amax(1))  # [batch]
         else:
             self.driving.append(gradient.abs().max())
 
@@ -217,6 +218,7 @@ class Inference(ABC):
         """
         energy = self.energies.get(node.name)
         if energy is None:
+            # phi = 1/2 |e|^2: dphi/dv = -dphi/dmu = e. The very same tensors, by which callers know a unit Gaussian.
             return list(errors), list(errors)
         own, backward = zip(*[energy.gradients(*pair) for pair in _pairs(errors, predictions)], strict=True)
         return list(own), list(backward)
@@ -255,6 +257,7 @@ class Inference(ABC):
         """
         for slot, message in zip(evaluated.node.reads, products, strict=True):
             if message is not None:
+                # sum_c J_c^T e_c in single precision at least; not in place, since J^T of a sum returns e itself
                 message = at_least_single(message, detach=False)
                 messages[slot] = messages[slot] + message if slot in messages else message
 
@@ -276,6 +279,7 @@ class Inference(ABC):
             [torch.Size([5, 3])]
         """
         predictions = {s: p.detach() for each in passes for s, p in zip(each.node.slots, each.predictions, strict=True)}
+        # one evaluation for all outputs: the loss may join them
         value, gradients = self.loss.gradients(predictions)
         self.history[-1][LOSS] = value
         return {slot: gradient.neg() for slot, gradient in gradients.items()}
@@ -306,6 +310,7 @@ class Inference(ABC):
             ['2.weight', '2.bias', '0.weight', '0.bias']
         """
         self.history.append({})
+        # the energy at the end comes from this pass, as that of a step comes from its sweep
         result = Collected()
         self._collect_all(result)
         return result
@@ -328,6 +333,7 @@ class Inference(ABC):
             self.call.batch_size,
             result.predictions,
             result.errors,
+            # _collect has multiplied by -scale; a loss times 0 has none
             error_unit=-1 / self.loss.scale if self.loss.scale else 0.0,
             unreached=tuple(result.unreached),
             energies=self.energies,
@@ -353,12 +359,14 @@ class Inference(ABC):
         result: Collected,
     ) -> None:
         """The gradient of a node's parameters, -J^T of the cotangents, scaled as ``.grad`` is."""
+        # .grad = dF/dtheta * scale, dF/dtheta = -(dmu/dtheta)^T pi e. In place: nothing reads these errors any more.
         scaled = [None if error is None else error.mul_(-self.scale) for error in errors]
         for slot, prediction, error in zip(evaluated.node.slots, evaluated.predictions, scaled, strict=True):
             result.predictions[slot] = prediction.detach()
             if error is not None:
                 result.errors[slot] = error
         pulled = [
+            # the same tensor is scaled already: twice would square the factor
             own if cotangent is error or cotangent is None else cotangent * -self.scale
             for own, error, cotangent in zip(scaled, errors, cotangents, strict=True)
         ]
@@ -366,6 +374,7 @@ class Inference(ABC):
 
     def _collect_unreached(self, node: Node, result: Collected) -> None:
         """No error has reached the node: its gradients are exactly zero, its predictions its values."""
+        # nodes come in reverse order; the report has them in that of the graph
         result.unreached.insert(0, node.name)
         result.gradients.add_zeros(self.call, node)
         result.predictions.update({slot: self.values.pop(slot) for slot in node.slots})

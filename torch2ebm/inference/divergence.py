@@ -1,4 +1,4 @@
-"""A relaxation that ran away: how it is noticed across phases, and what the user wants done about it."""
+"""Diverged relaxations: how phases reveal one, and the choice between an error, a warning and a skipped batch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def check_on_divergence(where: str, choice: str) -> None:
 
 
 def no_gradients(choice: str, error: DivergenceError, call: Call) -> LocalGradients:
-    """What a diverged relaxation hands to autograd unless it is to raise: nothing, so ``.grad`` stays as it is."""
+    """The result of a diverged relaxation that is not to raise: no gradient, so ``.grad`` stays as it is."""
     if choice == "raise":
         raise error
     if choice == "warn":
         warnings.warn(DivergenceWarning(f"{error} This batch gives no gradient."), stacklevel=2)
     relaxation = Relaxation(converged=False, residual=float("inf"), energy=error.energy)
+    # without values and errors: who asks for them is told that the relaxation ran away
     state = InferenceState(call.graph, call.batch_size, {}, {}, relaxation=relaxation, phases=(relaxation,))
     return LocalGradients({}, [None] * len(call.tensors), state)
 
@@ -35,8 +36,9 @@ def check_phases(phases: Sequence[Relaxation]) -> None:
     """Raise :class:`LostMinimumError` where a negative nudge has left the minimum that the positive one moves."""
     positive = next((phase for phase in phases if phase.beta > 0), None)
     for phase in phases:
-        if phase.beta > 0 or positive is None:
+        if phase.beta > 0 or positive is None:  # a random sign has one phase, and no mirror
             continue
+        # errors are linear in a small beta, so their energy goes like beta^2 (Millidge et al. 2022)
         mirrored = (phase.beta / positive.beta) ** 2 * _errors(positive)
         if _errors(phase) > ASYMMETRY * mirrored:
             raise _lost(phase, positive, _errors(phase) / mirrored if mirrored else float("inf"))
@@ -56,7 +58,7 @@ def of_phase(error: DivergenceError, beta: float) -> DivergenceError:
 
 
 def _errors(phase: Relaxation) -> float:
-    """Energy in the prediction errors at the end."""
+    """The energy of the prediction errors at the end, without the loss."""
     return sum(column[-1] for column in phase.node_energy.values())
 
 

@@ -47,21 +47,25 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
     run = EagerRun(solver, inference) if programs is None else ProgramRun(programs, solver, inference)
     steps, residual = 0, math.inf
     while steps < solver.steps:
+        # a maximum over all values costs a pass: without a tolerance only the last step is reported
         inference.measuring = solver.tol > 0 or steps == solver.steps - 1
         steps += run.advance(_steps_unwatched(solver, steps))
         if inference.measuring:
+            # waits for the device
             residual = float(inference.residual())
             if residual <= solver.tol:
                 break
         if steps % WATCHED == 0 and _has_run_away(inference):
             break
+    # before the report: the last pass adds the final energy to the history
     gradients = run.local_gradients()
     relaxation = report(inference, steps, residual, solver.tol, beta, solver.remedy)
     return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
 
 
 def _steps_unwatched(solver: Solver[Any], steps: int) -> int:
-    """How many may be taken before somebody looks at the relaxation."""
+    """How many steps may be taken before the residual or the energy is read."""
+    # the last step is measured and hence a step, or program, of its own
     return 1 if solver.tol > 0 else max(1, min(solver.steps - 1 - steps, WATCHED - steps % WATCHED))
 
 
@@ -72,7 +76,7 @@ def _has_run_away(inference: Inference) -> bool:
 
 
 def _ceiling(first: float) -> float:
-    return first + RISE * abs(first) + 1.0
+    return first + RISE * abs(first) + 1.0  # + 1: the energy may start at zero; abs: it may be negative
 
 
 def report(
@@ -93,10 +97,12 @@ def report(
 def check_energies(total: tuple[float, ...], parts: Mapping[str, tuple[float, ...]], remedy: str = REMEDY) -> None:
     """Raise :class:`NonFiniteError` for a start, :class:`DivergenceError` for a later energy, that went wrong."""
     ceiling = _ceiling(total[0])
+    # not (finite and <=): NaN compares false with everything
     bad = next((step for step, energy in enumerate(total) if not (math.isfinite(energy) and energy <= ceiling)), None)
     if bad is None:
         return
     broken = (name for name, column in parts.items() if not math.isfinite(column[bad]))
+    # the part that is no number, else the largest one
     where = next(broken, max(parts, key=lambda name: parts[name][bad]))
     if not math.isfinite(total[0]):
         raise NonFiniteError(

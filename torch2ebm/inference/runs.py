@@ -1,4 +1,4 @@
-"""One relaxation, step by step: eagerly, or by programs that were recorded once and are run again."""
+"""Drives one relaxation: by eager steps, or by programs that were recorded once and run again."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ class EagerRun:
 
 
 class ProgramRun:
-    """The same by programs. Where one cannot be recorded, eager steps take over from where the last one ended."""
+    """One relaxation by programs. Where one cannot be recorded, eager steps go on from where the last program ended."""
 
     def __init__(self, programs: Programs, solver: Any, inference: Inference) -> None:
         self.inference, self._eager = inference, EagerRun(solver, inference)
         self._chain = _chain(programs, solver, inference)
         if self._chain is None or self._chain.is_broken:
+            # eager steps repeat draws by the state of the generator, which serves every operation
             inference.call.forget_draws()
         now = self._now()
         self._moving: Any = template_of(now)
@@ -53,12 +54,14 @@ class ProgramRun:
         count = _size(self._moving)
         self._leaves, rest = leaves[:count], leaves[count:]
         each = _size(others)
+        # a program of several rounds returns what moves once, and energies and driving terms of each round
         for start in range(0, len(rest), each):
             history, self.inference.driving = fill(others, [*self._leaves, *rest[start : start + each]])
             self.inference.history.append(history)
         return len(rest) // each
 
     def local_gradients(self) -> LocalGradients:
+        # an input: as a constant, the outer factor of the first batch would stay in the program
         scale = torch.tensor(self.inference.loss.scale, dtype=torch.float64)
         found = self._run("the local gradients", lambda: self._eager_collect(scale), [scale])
         if found is None:
@@ -71,6 +74,7 @@ class ProgramRun:
 
     def _eager_step(self) -> Any:
         self._eager.advance(1)
+        # popped: `advance` appends it, after a recording and after a program alike
         return self._now(), self.inference.history.pop(), self.inference.driving
 
     def _eager_collect(self, scale: Tensor) -> Any:
@@ -106,6 +110,7 @@ class ProgramRun:
         self, chain: Chain, role: Hashable, moving: Sequence[Tensor], function: Callable[[], Any]
     ) -> tuple[Any, list[Any]] | None:
         self._hand_back()
+        # steps move tensors in place: a recording that fails half-way is undone by these copies
         before = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         evaluations, sweeps = self.inference.evaluations, len(self.inference.history)
         found = chain.record(role, moving, self._now(), function)
@@ -117,6 +122,7 @@ class ProgramRun:
             self._hand_back()
             return None
         recorded, result = found
+        # a program runs no Python that could count
         recorded.evaluations = self.inference.evaluations - evaluations
         return recorded.program.result, list(leaves_of(result))
 

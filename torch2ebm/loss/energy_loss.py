@@ -1,4 +1,4 @@
-"""The explicit form of a loss, for one that the tape cannot follow."""
+"""Wraps a loss function that the tape cannot record, so that it is called again as a whole."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class EnergyLoss:
         self.loss_fn = loss_fn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        # ordinary tensors: nothing inside is recorded, only the call as one entry
         loss = self.loss_fn(*plain(args), **plain(kwargs))
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -44,5 +45,7 @@ class EnergyLoss:
                 "Reduce it to one number.",
             )
         given = {**getattr(self.loss_fn, "keywords", {}), **kwargs}  # those of a functools.partial
+        # the only signs of a sum that an unrecorded function shows
         summed = getattr(self.loss_fn, "reduction", given.get("reduction")) == "sum"
+        # writes=True: what it does inside is unknown, so a replay hands it copies of the outputs
         return put_on_tape(self.loss_fn, args, kwargs, loss, summed, writes=True)  # type: ignore[no-any-return]

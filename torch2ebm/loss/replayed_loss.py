@@ -17,8 +17,10 @@ from torch2ebm.loss.tape import Scalar, Tape
 def make_loss(
     call: Call, tape: Tape, delivered: Mapping[str, Tensor], reduction: str | None, asked_by: str
 ) -> ReplayedLoss:
-    """The loss of this backward, not checked yet; the factors that the tape has seen are consumed."""
+    """The loss of this backward, not checked yet. It consumes the outer factors that the tape has seen."""
+    # a scalar that a later loss has read counts in that loss
     scalars = [(scalar, _sum(scalar.factors)) for scalar in tape.scalars if scalar.factors and not scalar.absorbed]
+    # a second backward through the same call brings its own factors
     for scalar in tape.scalars:
         scalar.factors = []
     return ReplayedLoss(call, tape, delivered, scalars, reduction, asked_by)
@@ -54,14 +56,16 @@ class ReplayedLoss(OutputLoss):
         self.relative = [factor / outer if outer else 0.0 for factor in factors]
         self.multiplier = self._multiplier()
         self.factor = outer
+        # .grad = outer dF/dtheta / B for a mean, since the energy holds sum_b loss_b = B L
         self.scale = outer / self.multiplier
+        # a loss times 0 delivers zeros, which no unit can undo
         self.unit = self.multiplier / outer if outer else 0.0
         self._weights: list[Tensor] | None = None
 
     @property
     def magnified(self) -> bool:
         """Whether an outer factor above one, as a gradient scaler's, stands before a loss."""
-        return not self.factor <= 1
+        return not self.factor <= 1  # not ... <=: NaN is magnified
 
     @property
     def finite(self) -> bool:
@@ -84,6 +88,7 @@ class ReplayedLoss(OutputLoss):
         values, leaves = self._replayed(predictions)
         with torch.enable_grad():
             total = self._total(values)
+        # differentiable once more, for products with the Hessian
         found = torch.autograd.grad(total, list(leaves.values()), create_graph=True, allow_unused=True)
         curved = _present(leaves, found)
 
@@ -123,6 +128,7 @@ class ReplayedLoss(OutputLoss):
     def _replayed(self, predictions: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The scalars at other predictions, and the leaves that a gradient is wanted for, by slot."""
         slots = self.call.graph.output_slots
+        # no leaf for an output that the loss does not read: autograd delivered nothing for it
         leaves = [predictions[slot].detach().requires_grad_(slot in self.delivered) for slot in slots]
         with torch.enable_grad():
             values = self.tape.replay(leaves, [scalar.index for scalar in self.scalars])
@@ -151,7 +157,7 @@ class ReplayedLoss(OutputLoss):
                 raise self._refusal(f"a gradient in output '{slot}' that differs by up to {worst:.3g}")
 
     def _check_reduction(self) -> None:
-        summed = any(scalar.summed for scalar in self.scalars)
+        summed = any(scalar.summed for scalar in self.scalars)  # of one sample a sum is the mean, too
         if summed and self.call.batch_size > 1 and self.reduction == "mean":
             raise LossReductionError(
                 "loss.backward()",
@@ -182,4 +188,5 @@ def _agree(ours: Tensor, expected: Tensor) -> bool:
     tolerance = torch.finfo(expected.dtype).eps ** 0.5  # far above rounding, far below any real difference
     difference = (ours.double() - expected.double()).abs().max() if expected.numel() else torch.zeros(())
     scale = expected.double().abs().max() if expected.numel() else torch.zeros(())
+    # zeros agree with zeros; infinite gradients are for the finite checks, or a gradient scaler, to handle
     return bool((difference <= tolerance * scale + 1e-300) | ~torch.isfinite(scale))

@@ -1,4 +1,4 @@
-"""The operations that led from the model's output to the loss, in order, so that they can be run again."""
+"""The tape: the operations from the model's output to the loss, in order, so that they can be run again."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch2ebm.isolation.torch_modes import Autocast
 
 @dataclass(frozen=True)
 class Context:
-    """The modes that an entry ran under."""
+    """The modes of torch in which an entry ran."""
 
-    grad: bool
+    grad: bool  # a target computed under no_grad must not pass a gradient in the replay either
     autocast: bool
     dtype: torch.dtype
 
@@ -29,6 +29,7 @@ class Context:
     def run(self, device: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call ``function`` in these modes."""
         now = Context.now(device)
+        # where autocast is off in both, its dtype says nothing
         if now == self or (now.grad == self.grad and not now.autocast and not self.autocast):
             return function(*args, **kwargs)
         autocast = Autocast(device, self.autocast, self.dtype, torch.is_autocast_cache_enabled())
@@ -52,7 +53,7 @@ class Scalar:
 
     index: int
     summed: bool
-    handed_out: weakref.ref[Tensor]  # the ordinary tensor that the user has
+    handed_out: weakref.ref[Tensor]  # the user's ordinary tensor; weak, since its hook holds this scalar
     value: Tensor  # of no dimension
     absorbed: bool = False  # read by a later entry on the tape, through which its gradient comes
     factors: list[Tensor] = field(default_factory=list)
@@ -66,14 +67,15 @@ class Tape:
         self.refused = refused
         self.device = device.type
         self.entries: list[TapeEntry] = []
+        # by the indices wanted and the length then: the tape may grow after a first backward
         self._entries: dict[tuple[tuple[int, ...], int], tuple[list[TapeEntry], bool]] = {}
         self.scalars: list[Scalar] = []
         self.obstacle = ""
 
     def loss_read_again(self, leaf: Tensor) -> ResultReference | None:
-        """Where an ordinary tensor stands on the tape, as a loss does. One that is read again is a step to another."""
+        """The place of a loss on the tape; None for other tensors. One that is read again is a step to a later loss."""
         for scalar in self.scalars:
-            if scalar.handed_out() is leaf:
+            if scalar.handed_out() is leaf:  # by identity: == of tensors is no bool
                 scalar.absorbed = True
                 return ResultReference(scalar.index)
         return None
@@ -93,6 +95,7 @@ class Tape:
         found: dict[int, Any] = dict(enumerate(outputs))
         entries, writes = self._entries_for(tuple(wanted))
         if writes:
+            # else a write would reach the caller's prediction
             found = {index: output.clone() for index, output in found.items()}
         for entry in entries:
             args = _resolved(entry.args, found)
@@ -120,9 +123,11 @@ class Tape:
 
     def _needed(self, wanted: Sequence[int]) -> list[TapeEntry]:
         if any(entry.writes for entry in self.entries):
+            # A write changes what views made before it show, which no argument tells: all entries run, in order.
             last = max(i for i, entry in enumerate(self.entries) if set(entry.results) & set(wanted))
             return self.entries[: last + 1]
         needed, kept = set(wanted), []
+        # backwards from the loss: metrics and logging on the output are not replayed
         for entry in reversed(self.entries):
             if needed & set(entry.results):
                 kept.append(entry)
@@ -139,7 +144,7 @@ def _references(structure: Any) -> Iterator[int]:
 
 
 def _is_of_torch(function: Callable[..., Any]) -> bool:
-    """Whether its result depends on nothing but its arguments."""
+    """Whether a function is torch's own, whose result depends on its arguments and modes alone."""
     owner = getattr(function, "__objclass__", None) or getattr(function, "__self__", None)
     module = getattr(function, "__module__", None) or getattr(type(owner), "__module__", "")
     return owner is Tensor or owner is torch._C.TensorBase or str(module).split(".")[0] == "torch"

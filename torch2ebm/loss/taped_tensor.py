@@ -1,4 +1,4 @@
-"""What the user does to the model's output, kept on a tape so that it can be done again to a prediction that has moved.
+"""Tensors that record what you do to the model's output, so that it can be repeated for a prediction that has moved.
 
 ``model(x)`` returns tensors of :class:`TapedTensor`. The first tensor of no dimension that is computed from them and
 has a gradient is the loss. You get it as an ordinary tensor, whose hook says with which outer factor it entered the
@@ -58,15 +58,18 @@ def _run_on_tape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
             "a loss that depends on it",
             "Look for a detach(), an argmax or a torch.no_grad() between model(x) and the loss.",
         )
+    # else the operation would come back to __torch_function__
     with torch._C.DisableTorchFunctionSubclass():
         result = func(*args, **kwargs)
     if func in _NOT_TAPED:
         return map_leaves(_untaped(args), result)
+    # a shape or a number: nothing to replay
     if not _writes_in_place(func, kwargs) and not any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
         return result
     return put_on_tape(func, args, kwargs, result)
 
 
+# attributes outside of the autograd graph: through them no gradient reaches the loss
 _NOT_TAPED = frozenset(getattr(Tensor, name).__get__ for name in ("grad", "data", "grad_fn", "_base"))
 
 
@@ -87,7 +90,7 @@ def put_on_tape(
     tapes = {id(tape): tape for leaf in leaves_of((args, kwargs)) if (tape := _tape_of(leaf)) is not None}
     if not tapes:
         return map_leaves(_untaped((args, kwargs)), result)
-    if len(tapes) > 1:
+    if len(tapes) > 1:  # one call's replay cannot move the outputs of the other
         for tape in tapes.values():
             tape.obstacle = f"{function_name(function)} mixes the outputs of two forward calls"
         return map_leaves(_plain, result)
@@ -106,12 +109,14 @@ def put_on_tape(
 
 def _marked(tensor: Tensor, tape: Tape, index: int, summed: bool | None) -> Tensor:
     if tensor.ndim == 0 and tensor.requires_grad:
+        # ordinary from here on: scaling, sums and backward are autograd's
         loss: Tensor = _plain(tensor)
         scalar = Scalar(index, bool(summed), weakref.ref(loss), loss.detach())
         tape.scalars.append(scalar)
+        # what arrives at the loss is its outer factor: that of accumulation, of a gradient scaler
         loss.register_hook(lambda gradient: scalar.factors.append(gradient.detach()))  # type: ignore[no-untyped-call]
         return loss
-    if tensor.ndim == 0 and not tensor.is_floating_point():
+    if tensor.ndim == 0 and not tensor.is_floating_point():  # a count, or an index
         ordinary: Tensor = _plain(tensor)
         return ordinary
     marked = tensor if isinstance(tensor, TapedTensor) else _as_taped(tensor)
@@ -141,6 +146,7 @@ def _tape_of(leaf: Any) -> Tape | None:
 def _referred(leaf: Any, tape: Tape) -> Any:
     """What stands for an argument on the tape."""
     if isinstance(leaf, TapedTensor):
+        # a tensor of another, finished call is a constant like any target
         return ResultReference(leaf._place) if _tape_of(leaf) is tape else _plain(leaf)
     if isinstance(leaf, Tensor) and leaf.ndim == 0:
         return tape.loss_read_again(leaf) or leaf
@@ -181,6 +187,7 @@ def _writes_in_place(function: Callable[..., Any], kwargs: Any) -> bool:
     return in_place or name in _IN_PLACE or kwargs.get("inplace") is True or "out" in kwargs
 
 
+# operators that write although their names end in two underscores
 _IN_PLACE = frozenset(
     ["__setitem__"]
     + [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")]
@@ -191,9 +198,10 @@ _SUMS = frozenset([torch.sum, Tensor.sum, torch.nansum, Tensor.nansum])
 def _is_sum(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
     if function in _SUMS or kwargs.get("reduction") == "sum":
         return True
+    # a reduction given by position: only where the word occurs is the signature looked up
     if not any(isinstance(argument, str) and argument == "sum" for argument in args):
         return False
     try:
         return inspect.signature(function).bind(*args, **kwargs).arguments.get("reduction") == "sum"
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # a builtin has no signature
         return False
