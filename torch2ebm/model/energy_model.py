@@ -71,8 +71,8 @@ class EnergyModel(ModuleView):
     model as on the module: ``model.tau = 0.5`` is what forward reads.
 
     The names below are the exception, unless the module that you convert has an attribute of the same name.
-    ``model.state`` is then the module's, and :func:`convert` warns. ``model.torch2ebm`` has all of torch2ebm's names in any case, for example
-    ``model.torch2ebm.state``; ``model.torch2ebm.module`` is the module itself.
+    ``model.state`` is then the module's, and :func:`convert` warns. ``model.torch2ebm`` has all of torch2ebm's names in
+    any case, for example ``model.torch2ebm.state``; ``model.torch2ebm.module`` is the module itself.
 
     A hook around the call (``model.register_forward_hook``) belongs to the model. It runs once each time you call the
     model, and gets the model. Hooks that you register on the module run where the module itself runs: without an
