@@ -76,7 +76,7 @@ def left_by(algorithm: torch2ebm.Algorithm, steps: int) -> tuple[int, int]:
 @every_algorithm
 def test_500_steps_leave_no_tensor(algorithm: torch2ebm.Algorithm) -> None:
     tensors, _ = left_by(algorithm, 500)
-    assert tensors == 0
+    assert tensors <= 0  # below 0 where what earlier tests left in circles is freed meanwhile
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
