@@ -96,6 +96,25 @@ def test_a_solver_can_be_replaced_and_is_not_overruled() -> None:
         dataclasses.replace(torch2ebm.PredictiveCoding(solver=momentum), lr=0.3)
 
 
+def test_complex_nudges_are_refused_as_that() -> None:
+    with pytest.raises(ConfigurationError, match=r"Holomorphic\(beta=0\.1.*complex.*real.*Symmetric"):
+        torch2ebm.PredictiveCoding(nudging=torch2ebm.Holomorphic(0.1))
+
+
+def test_an_algorithm_that_returns_no_gradients_is_named_and_changes_nothing() -> None:
+    class Forgetful(torch2ebm.Algorithm):
+        def forward(self, call):
+            call.feedforward(keep_graph=True)
+
+        def backward(self, call, kept, loss, retain_graph):
+            return {"0.weight": None}
+
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    with pytest.raises(ConfigurationError, match=r"Forgetful\.backward.*type dict.*LocalGradients.*torch2ebm\.extend"):
+        gradients(attached(net, Forgetful()))
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
 def test_precisions_are_compared_by_their_numbers() -> None:
     def of(*numbers: float) -> torch2ebm.Algorithm:
         return torch2ebm.PredictiveCoding(precisions={"0": torch.tensor(numbers)})

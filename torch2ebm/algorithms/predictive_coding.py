@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
@@ -94,6 +94,7 @@ class PredictiveCoding(Algorithm):
         check_on_divergence("PredictiveCoding", self.on_divergence)
         _check_kind("solver", self.solver, Solver, "For example GradientDescent(steps=50).")
         _check_kind("nudging", self.nudging, Nudging, "For example Symmetric(beta=0.1).")
+        _check_real(self.nudging)
         given = {name: number for name in ("steps", "lr") if not isinstance(number := getattr(self, name), _Implied)}
         if self.solver is None or (given and hasattr(self.solver, _MADE)):
             solver: Solver[Any] = GradientDescent(_plain(self.steps), _plain(self.lr))
@@ -185,13 +186,8 @@ def _mean(parts: list[Tensor | None]) -> Tensor | None:
 
 def _plain(number: Any) -> Any:
     """The number alone, for the solver to show and to check."""
-    return (
-        int(number)
-        if isinstance(number, _ImpliedSteps)
-        else float(number)
-        if isinstance(number, _ImpliedRate)
-        else number
-    )
+    kinds: Mapping[type, Callable[[Any], Any]] = {_ImpliedSteps: int, _ImpliedRate: float}
+    return kinds[type(number)](number) if type(number) in kinds else number
 
 
 def _check_agreement(given: Mapping[str, float], solver: Solver[Any]) -> None:
@@ -207,7 +203,17 @@ def _check_agreement(given: Mapping[str, float], solver: Solver[Any]) -> None:
         )
 
 
+def _check_real(nudging: Nudging | None) -> None:
+    if nudging is not None and nudging.is_complex:
+        raise ConfigurationError(
+            "PredictiveCoding(nudging=...)",
+            f"{nudging!r}, whose nudges are complex numbers",
+            "a nudging of real numbers, since values are real here",
+            "For example Symmetric(beta=0.1); EquilibriumPropagation takes complex ones.",
+        )
+
+
 def _check_kind(name: str, value: object, kind: type, example: str) -> None:
-    if value is not None and (not isinstance(value, kind) or getattr(value, "is_complex", False)):
+    if value is not None and not isinstance(value, kind):
         got, expected = repr(value), f"a {kind.__name__.lower()} object"
         raise ConfigurationError(f"PredictiveCoding({name}=...)", got, expected, example)

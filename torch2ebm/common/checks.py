@@ -6,6 +6,8 @@ import math
 
 from torch2ebm.errors import ConfigurationError
 
+REDUCTIONS = ("mean", "sum")
+
 
 def check_positive(where: str, **numbers: float) -> None:
     """Refuse a step size, a nudge or a rate that is not positive and finite.
@@ -62,9 +64,6 @@ def check_tolerance(where: str, tol: float) -> None:
     """
     if not (isinstance(tol, (int, float)) and math.isfinite(tol) and tol >= 0):
         raise ConfigurationError(f"{where}(tol=...)", repr(tol), "a finite number, 0 or more", "0 runs all steps.")
-
-
-REDUCTIONS = ("mean", "sum")
 
 
 def check_reduction(where: str, loss_reduction: str) -> None:

@@ -19,7 +19,7 @@ from torch2ebm.engine.finite import (
     first_bad,
 )
 from torch2ebm.engine.results import InferenceState, LocalGradients
-from torch2ebm.errors import GraphFreedError, HigherOrderGradientError, InputGradientError
+from torch2ebm.errors import ConfigurationError, GraphFreedError, HigherOrderGradientError, InputGradientError
 from torch2ebm.isolation.interrupts import Result, undone_by, within
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, hooks_suspended, tensors_in_place
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
@@ -101,6 +101,7 @@ class OpenCall:
         if self.algorithm.reevaluates_loss:
             loss.check()
         gradients = self._as_in_forward(call, lambda: self.algorithm.backward(call, kept, loss, retain_graph))
+        self._check_returned(gradients)
         self._check_inputs(call, gradients)
         self._check_parameters(gradients, loss)
         self.keep(gradients.state)
@@ -176,6 +177,16 @@ class OpenCall:
             check_gradients(gradients.parameters)
         elif first_bad(gradients.parameters) is not None:
             self.forwards.overflowed.append(self.history)
+
+    def _check_returned(self, gradients: object) -> None:
+        """Anybody may write an algorithm, and forget its return."""
+        if not isinstance(gradients, LocalGradients):
+            raise ConfigurationError(
+                f"{type(self.algorithm).__name__}.backward(call, kept, loss, retain_graph)",
+                f"a result of type {type(gradients).__name__}",
+                "LocalGradients",
+                "Return LocalGradients(parameters, inputs, state), from torch2ebm.extend.",
+            )
 
     def _check_inputs(self, call: Call, gradients: LocalGradients) -> None:
         wanted = any(tensor.requires_grad for tensor in call.tensors)

@@ -116,15 +116,15 @@ class Conversion:
         call = Call(graph, tensors, served.swapped)
         open_call = OpenCall(call, algorithm, changed, self.captures.standing_buffers(), forwards, keep, self.shards)
 
-        def recorded_output() -> Any:
+        def taped_output() -> Any:
             with exhausted_memory_named("model(...)", algorithm):
                 outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
                     open_call, *self.shards.in_place_of(open_call.parameters), *tensors
                 )
-                recorded = dict(zip(graph.output_slots, put_on_new_tape(open_call.tape, outputs), strict=True))
-                return fill(graph.structure, graph.output(recorded, call.environment))
+                taped = dict(zip(graph.output_slots, put_on_new_tape(open_call.tape, outputs), strict=True))
+                return fill(graph.structure, graph.output(taped, call.environment))
 
-        return open_call.withdrawn_on_error(recorded_output)
+        return open_call.withdrawn_on_error(taped_output)
 
     def _keep(self, state: InferenceState) -> None:
         self._state = state

@@ -104,7 +104,7 @@ class EnergyModel(ModuleView):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         answer = self.torch2ebm.answer
-        if torch.compiler.is_dynamo_compiling():  # it would trace the capture and the recorder, to no gain
+        if torch.compiler.is_dynamo_compiling():  # it would trace the capture and the tape, to no gain
             return torch.compiler.disable(answer)(args, kwargs)  # type: ignore[no-untyped-call]
         return answer(args, kwargs)
 
