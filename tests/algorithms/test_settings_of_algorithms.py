@@ -96,11 +96,6 @@ def test_a_solver_can_be_replaced_and_is_not_overruled() -> None:
         dataclasses.replace(torch2ebm.PredictiveCoding(solver=momentum), lr=0.3)
 
 
-def test_complex_nudges_are_refused_as_that() -> None:
-    with pytest.raises(ConfigurationError, match=r"Holomorphic\(beta=0\.1.*complex.*real.*Symmetric"):
-        torch2ebm.PredictiveCoding(nudging=torch2ebm.Holomorphic(0.1))
-
-
 def test_an_algorithm_that_returns_no_gradients_is_named_and_changes_nothing() -> None:
     class Forgetful(torch2ebm.Algorithm):
         def forward(self, call):
