@@ -69,6 +69,14 @@ class ModuleChangedError(ConfigurationError):
     """Layers or parameters of the module were replaced after ``convert``."""
 
 
+class ChangingForwardWarning(UserWarning):
+    """Forward runs other operations in nearly every call, and each sequence of operations is captured anew."""
+
+
+class OpaqueModuleWarning(UserWarning):
+    """A module cannot be looked into, and is one node: inside of it gradients are backpropagation's."""
+
+
 class StaleAttributeWarning(UserWarning):
     """Forward leaves tensors in attributes of the module, which a graph in its place does not change."""
 

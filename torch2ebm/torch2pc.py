@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from torch2ebm.capture.watch import Run
 from torch2ebm.engine.call import Call, NodePass
 from torch2ebm.engine.gradients import GradientSum
 from torch2ebm.errors import ConfigurationError, NonFiniteError
@@ -83,10 +83,11 @@ def PCInfer(
     """
     _check_arguments(model, X, ErrType, eta, n)
     X = X.detach().requires_grad_(ErrType == "FixedPred" and X.is_floating_point())  # its belief moves there
-    call = Call(_graph(model), [X])
+    run = Run(constants=[X], external_leaves={0: X} if X.requires_grad else {})
+    call = Call(_graph(model), run, X.device, X.shape[0] if X.ndim else 1)
     with torch.enable_grad(), _restored_on_error(model, call.device):
         call.feedforward(keep_graph=ErrType != "Strict")
-        chain = _Chain(call, lambda prediction: LossFun(prediction, Y))
+        chain = _Chain(call, X, lambda prediction: LossFun(prediction, Y))
         Loss, dLdy = chain.loss(chain.vhat[-1])
         with BufferSnapshot(dict(model.named_buffers())).preserved():
             if ErrType == "Exact":
@@ -176,11 +177,11 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 class _Chain:
     """One call of a chain of L layers: layer l, from 1 to L, leads from entry l - 1 of ``vhat`` to entry l."""
 
-    def __init__(self, call: Call, loss_function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, call: Call, X: Tensor, loss_function: Callable[[Tensor], Tensor]) -> None:
         self.call, self.loss_function = call, loss_function
         self.nodes = call.graph.order
         self.length = len(self.nodes)
-        self.vhat = [call.tensors[0].detach(), *(call.values[node.name].detach() for node in self.nodes)]
+        self.vhat = [X.detach(), *(call.values[node.name].detach() for node in self.nodes)]
         self.gradients = GradientSum()
 
     def layers_from_output(self) -> range:
@@ -244,7 +245,7 @@ def _graph(model: nn.Sequential) -> EnergyGraph:
             )
         )
     outputs = (OutputReference(slot=nodes[-1].name),)
-    return EnergyGraph(model, nodes, lambda tensors: {INPUT: tensors[0]}, outputs, pytree.tree_structure(0))
+    return EnergyGraph(model, nodes, lambda run: {INPUT: run.constants[0]}, outputs, constants=(INPUT,))
 
 
 def _run(layer: nn.Module, value: Tensor) -> Tensor:

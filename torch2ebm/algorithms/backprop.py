@@ -29,21 +29,20 @@ class Backprop(Algorithm):
 
     def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         parameters = {name: p for name, p in call.parameters.items() if p.requires_grad}
-        inputs = [tensor for tensor in call.tensors if tensor.requires_grad]
         values = {slot: value for slot, value in call.values.items() if value.requires_grad}
         # autograd delivers nothing for an output that the loss does not read
         outputs = [slot for slot in loss.delivered if slot in values]
         # one run for parameters, inputs and values: a second one would walk the same graph again
         products = torch.autograd.grad(
             [values[slot] for slot in outputs],
-            [*parameters.values(), *inputs, *values.values()],
+            [*parameters.values(), *call.tensors, *values.values()],
             [loss.delivered[slot] for slot in outputs],
             retain_graph=retain_graph,
             allow_unused=True,  # a parameter without a path to the loss keeps its .grad, as in plain torch
         )
         found = iter(products)
         gradients = {name: product for name in parameters if (product := next(found)) is not None}
-        of_inputs = [next(found) if tensor.requires_grad else None for tensor in call.tensors]
+        of_inputs = [next(found) for _ in call.tensors]
         deltas = {slot: product for slot in values if (product := next(found)) is not None}
         predictions = {slot: value.detach() for slot, value in call.values.items()}
         # e = -delta, of the loss summed over samples: unit is B for a mean

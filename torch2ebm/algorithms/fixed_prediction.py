@@ -14,8 +14,6 @@ from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.gradients import GradientSum, Swept
 from torch2ebm.engine.results import InferenceState, LocalGradients, Relaxation
 from torch2ebm.loss.output_loss import OutputLoss
-from torch2ebm.programs.cache import Programs
-from torch2ebm.programs.sweep import PendingSweep, ProgramSweep
 
 METHODS = ("closed_form", "sweep")
 
@@ -35,7 +33,7 @@ class FixedPrediction(Algorithm):
         method: ``"closed_form"``: one reverse sweep with one vector a path length (one in all on a chain);
             ``"sweep"``: the literal iteration.
         loss_reduction: In which units ``state.error`` is given; the gradients are the same.
-        compile: Record the feed-forward pass and the sweep once, as two programs, and hand them to ``torch.compile``.
+        compile: Changes nothing: the forward pass is the module's own run, and the sweep walks what it has left.
 
     Raises:
         ConfigurationError: for an illegal step size, number of steps, method or reduction.
@@ -53,7 +51,6 @@ class FixedPrediction(Algorithm):
     method: str = field(default="closed_form", kw_only=True)
     loss_reduction: str = field(default="mean", kw_only=True)
     compile: bool = field(default=False, kw_only=True)
-    _programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_steps("FixedPrediction", self.steps)
@@ -67,11 +64,12 @@ class FixedPrediction(Algorithm):
             f"loss_reduction={self.loss_reduction!r}{', compile=True' if self.compile else ''})"
         )
 
-    def forward(self, call: Call) -> PendingSweep | None:
-        return self._program_sweep().forward(call)
+    def forward(self, call: Call) -> None:
+        call.feedforward(keep_graph=True)
 
-    def backward(self, call: Call, kept: PendingSweep | None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        swept = self._program_sweep().backward(call, kept, loss.delivered, retain_graph)
+    def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        sweep = self._sweep if self.method == "sweep" else self._closed_form
+        swept = sweep(call, loss.delivered, retain_graph)
         unreached = tuple(n.name for n in call.graph.hidden_nodes if not any(s in swept.deltas for s in n.slots))
         relaxation = Relaxation(steps=self.steps, residual=math.nan)  # in closed form no step shows a residual
         unit, phases = -loss.unit, (relaxation,)
@@ -83,10 +81,6 @@ class FixedPrediction(Algorithm):
 
     def with_steps(self, steps: int) -> FixedPrediction:
         return replace(self, steps=steps)
-
-    def _program_sweep(self) -> ProgramSweep:
-        sweep = self._sweep if self.method == "sweep" else self._closed_form
-        return ProgramSweep(self._programs if self.compile else None, self, sweep)
 
     def _closed_form(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:
         arrived = arrivals(self.steps, self.lr, call.graph.depth)

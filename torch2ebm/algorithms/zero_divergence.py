@@ -17,8 +17,6 @@ from torch2ebm.engine.reverse_sweep import reverse_sweep
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.loss.output_loss import OutputLoss
-from torch2ebm.programs.cache import Programs
-from torch2ebm.programs.sweep import PendingSweep, ProgramSweep
 
 SCHEDULES = ("reverse", "levels")
 
@@ -34,7 +32,7 @@ class ZeroDivergence(Algorithm):
             nodes of level t take their parameters' gradients, then all values move at once. ``"reverse"`` (default)
             visits the nodes in reverse topological order, which gives the same numbers at the cost of one backprop.
         gamma: Step size of the values. Only 1 is exact; else a node of level d has gamma^d times backprop's gradient.
-        compile: Record the feed-forward pass and the sweep once, as two programs, and hand them to ``torch.compile``.
+        compile: Changes nothing: the forward pass is the module's own run, and the sweep walks what it has left.
 
     Raises:
         ConfigurationError: for an unknown schedule, a ``gamma`` that is not positive and finite, or ``compile=True``
@@ -51,7 +49,6 @@ class ZeroDivergence(Algorithm):
     schedule: str = "reverse"
     gamma: float = field(default=1.0, kw_only=True)
     compile: bool = field(default=False, kw_only=True)
-    _programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_choice("ZeroDivergence", "schedule", self.schedule, SCHEDULES)
@@ -64,20 +61,17 @@ class ZeroDivergence(Algorithm):
         compiled = ", compile=True" if self.compile else ""
         return f"ZeroDivergence(schedule={self.schedule!r}, gamma={self.gamma!r}{compiled})"
 
-    def forward(self, call: Call) -> PendingSweep | None:
-        return self._program_sweep().forward(call)
+    def forward(self, call: Call) -> None:
+        call.feedforward(keep_graph=True)
 
-    def backward(self, call: Call, kept: PendingSweep | None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+    def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         if self.schedule == "levels":
             # levelled: on a skip over k levels k - 1 identities hold a message back until its level is due
             return by_levels(call, call.graph.levelled(), loss.delivered, loss.unit, self.gamma)
-        swept = self._program_sweep().backward(call, kept, loss.delivered, retain_graph)
+        swept = self._reverse(call, loss.delivered, retain_graph)
         # minus: a delta is -e
         state = InferenceState(call.graph, call.batch_size, call.values, swept.deltas, -loss.unit)
         return LocalGradients(swept.gradients.parameters, call.input_gradients(swept.gradients.clamped), state)
-
-    def _program_sweep(self) -> ProgramSweep:
-        return ProgramSweep(self._programs if self.compile else None, self, self._reverse)
 
     # pickles of 0.1 hold this bound method by its name
     def _reverse(self, call: Call, delivered: Mapping[str, Tensor], retain_graph: bool) -> Swept:

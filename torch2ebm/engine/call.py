@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch2ebm.capture.watch import Run
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
-from torch2ebm.isolation.batch_statistics import Statistics, frozen_statistics, keeping_statistics
+from torch2ebm.isolation.batch_statistics import Statistics, frozen_statistics, keeping_statistics, statistics_of
 from torch2ebm.isolation.interrupts import within
+from torch2ebm.isolation.module_state import BufferSnapshot
 from torch2ebm.isolation.random_numbers import Draws, RandomState, Repeated
 from torch2ebm.isolation.torch_modes import entered
 
@@ -100,7 +102,10 @@ class Call:
 
     Attributes:
         graph: The nodes, and how they compose to the model.
-        tensors: The input tensors, detached, in the order of the arguments.
+        run: The module's own run, which this call is about.
+        tensors: Those from outside that require a gradient (an input, or what forward made of it before any
+            parameter), as leaves.
+        external: The same by name.
         batch_size: Size of the first dimension of the first input.
         device: That of the first input.
         values: The feed-forward value of every slot; with ``keep_graph`` each is a leaf that its readers share.
@@ -123,18 +128,21 @@ class Call:
     """
 
     def __init__(
-        self, graph: EnergyGraph, tensors: Sequence[Tensor], swapped: Mapping[str, Tensor] = MappingProxyType({})
+        self,
+        graph: EnergyGraph,
+        run: Run,
+        device: torch.device,
+        batch_size: int = 1,
+        swapped: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        self.graph = graph
+        self.graph, self.run, self.device, self.batch_size = graph, run, device, batch_size
         self.parameters: Mapping[str, Tensor] = {**graph.parameters, **swapped}
         self.swapped = swapped
-        self.device = tensors[0].device if tensors else torch.device("cpu")
-        self.batch_size = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
-        self.tensors = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        self.external = {graph.constants[place]: leaf for place, leaf in run.external_leaves.items()}
+        self.tensors = list(self.external.values())
         self.values: dict[str, Tensor] = {}
         self.passes: dict[str, NodePass] = {}
         self.environment: dict[str, Any] = {}
-        self.clamped_leaves: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (as computed from inputs, leaf)
         self._random: dict[str, RandomState] = {}
         self._draws: dict[str, list[Tensor]] = {}
         self._statistics: dict[str, Statistics] = {}
@@ -142,7 +150,7 @@ class Call:
     # the feed-forward pass
 
     def feedforward(self, keep_graph: bool, cut: bool = True, keep_draws: bool = False) -> None:
-        """Evaluate every node once, in order. The only pass that moves buffers and draws new random numbers.
+        """Take the feed-forward values of every node from the module's own run, which has just been.
 
         Args:
             keep_graph: Whether ``passes`` keeps the autograd graph of every node, for sweeps at these values.
@@ -154,30 +162,52 @@ class Call:
             >>> torch.allclose(call.values[hidden], net[:2](x))
             True
         """
+        drawn = keep_draws and bool(self.graph.draws)
         with torch.enable_grad():
-            self._clamp(cut)
-            if keep_draws:
-                self._draws = {node.name: [] for node in self.graph.order if node.random}
-            for node in self.graph.order:
-                inputs = tuple(self.values[slot] for slot in node.reads)
-                arguments = [*inputs, *[self.environment[name] for name in node.constants]]
-                results = self._first_evaluation(node, arguments, freeze_statistics=not keep_graph)
-                predictions = tuple(results[: len(node.slots)])
-                self.environment.update(zip(node.exports, _detached(results[len(node.slots) :]), strict=True))
-                for slot, prediction in zip(node.slots, predictions, strict=True):
-                    self.values[slot] = prediction.detach().requires_grad_(keep_graph) if cut else prediction
-                if keep_graph and cut and node.name in self.graph.nodes:
-                    self.passes[node.name] = NodePass(node, inputs, predictions)
+            self.environment = self.graph.clamp(self.run)
+            if self.run.followed and cut and not drawn:
+                self._adopt(keep_graph)
+            else:
+                # the module's own run has moved the buffers already
+                buffers = dict(self.graph.module.named_buffers()) if self.graph.changing_buffers else {}
+                moved = BufferSnapshot({name: buffers[name] for name in self.graph.changing_buffers if name in buffers})
+                within([moved.preserved()], lambda: self._compose(keep_graph, cut, drawn))
 
-    def _clamp(self, cut: bool) -> None:
-        self.environment = self.graph.clamp(self.tensors)
-        if not cut:
-            return
-        for name, value in self.environment.items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                leaf = value.detach().requires_grad_()
-                self.clamped_leaves[name] = (value, leaf)
-                self.environment[name] = leaf
+    def _adopt(self, keep_graph: bool) -> None:
+        """Take what the run has left where it was cut."""
+        run = self.run
+        self.environment.update(run.exports)
+        self._random = {node: run.random[node] for node in self.graph.draws}
+        for node in self.graph.order:
+            inputs = tuple([self.values[slot] for slot in node.reads])
+            if node.operations:
+                predictions = tuple([run.predictions[slot] for slot in node.slots])
+                leaves: Sequence[Tensor] = [run.leaves[slot] for slot in node.slots]
+            else:  # an output that follows a value
+                predictions = tuple(node.evaluate(inputs))
+                leaves = [prediction.detach().requires_grad_(keep_graph) for prediction in predictions]
+            for slot, leaf in zip(node.slots, leaves, strict=True):
+                self.values[slot] = leaf if keep_graph else leaf.detach()
+            if keep_graph and node.name in self.graph.nodes:
+                self.passes[node.name] = NodePass(node, inputs, predictions)
+            if node.batch_statistics and not keep_graph:
+                self._statistics[node.name] = [statistics_of(*each) for each in run.normalised[node.name]]
+        run.released()
+
+    def _compose(self, keep_graph: bool, cut: bool, keep_draws: bool) -> None:
+        """Evaluate every node once, in order, with the random numbers that the run has drawn."""
+        if keep_draws:
+            self._draws = {node.name: [] for node in self.graph.order if node.random}
+        for node in self.graph.order:
+            inputs = tuple(self.values[slot] for slot in node.reads)
+            arguments = [*inputs, *[self.environment[name] for name in node.constants]]
+            results = self._first_evaluation(node, arguments, freeze_statistics=not keep_graph)
+            predictions = tuple(results[: len(node.slots)])
+            self.environment.update(zip(node.exports, _detached(results[len(node.slots) :]), strict=True))
+            for slot, prediction in zip(node.slots, predictions, strict=True):
+                self.values[slot] = prediction.detach().requires_grad_(keep_graph) if cut else prediction
+            if keep_graph and cut and node.name in self.graph.nodes:
+                self.passes[node.name] = NodePass(node, inputs, predictions)
 
     def _first_evaluation(self, node: Node, arguments: Sequence[Any], freeze_statistics: bool) -> Sequence[Any]:
         """Evaluate, and keep what later evaluations have to repeat; with the graph kept, values do not move."""
@@ -185,12 +215,20 @@ class Call:
             return node.evaluate(arguments)
         changes = []
         if node.random:
-            self._random[node.name] = RandomState(self.device)
+            state = self._state_before(node)
+            self._random[node.name] = state or RandomState(self.device)
+            if state is not None:
+                changes.append(state.replayed())
         if node.name in self._draws:
             changes.append(entered(Draws(self._draws[node.name])))
         if node.batch_statistics and freeze_statistics:
             changes.append(entered(keeping_statistics(self._statistics.setdefault(node.name, []))))
         return within(changes, lambda: node.evaluate(arguments))
+
+    def _state_before(self, node: Node) -> RandomState | None:
+        """The generators as the run had them where it began to draw for this node."""
+        place = node.name if self.run.followed else self.graph.draws.get(node.name)
+        return self.run.random.get(place)
 
     def output(self) -> list[Any]:
         """The leaves of the model's output, at the values as they are.
@@ -278,28 +316,22 @@ class Call:
             >>> call.clamped_inputs(call.graph.nodes["0"])
             {}
         """
-        return {name: self.clamped_leaves[name][1] for name in node.constants if name in self.clamped_leaves}
+        return {name: self.external[name] for name in node.constants if name in self.external}
 
     def input_gradients(self, messages: Mapping[str, Tensor]) -> list[Tensor | None]:
-        """From gradients of the clamped leaves to those of the inputs, through what lies between them.
+        """From gradients by name to one for each tensor that the caller gave.
 
         Args:
             messages: By name of the clamped leaf, in its shape and in the scale of ``.grad``: ``GradientSum.clamped``.
 
         Returns:
-            One for each of ``tensors``, in its shape; None for one that requires no gradient.
+            One for each of ``tensors``, in its shape; None for one that nothing reaches.
 
         Example:
             >>> call.input_gradients({})
-            [None]
+            []
         """
-        wanted = [tensor for tensor in self.tensors if tensor.requires_grad]
-        attached = [(self.clamped_leaves[name][0], message) for name, message in messages.items()]
-        if not wanted or not attached:
-            return [None] * len(self.tensors)
-        outputs, directions = zip(*attached, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, directions, retain_graph=True, allow_unused=True))
-        return [next(found) if tensor.requires_grad else None for tensor in self.tensors]
+        return [messages.get(name) for name in self.external]
 
 
 def at_least_single(tensor: Tensor, detach: bool = True) -> Tensor:

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from torch2ebm.capture.in_place_fx import attribute
+from torch2ebm.capture.in_place import attribute
 from torch2ebm.capture.observation import Capture
+from torch2ebm.capture.watch import Run
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import PartitionError
+from torch2ebm.graph.cuts import cuts_of, draws_of
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, Operation, OutputReference, identity
 from torch2ebm.graph.granularity import Granularity
-from torch2ebm.graph.naming import described, name_of, unique_name
+from torch2ebm.graph.naming import described, name_of, operation_name, unique_name
+from torch2ebm.graph.operations import parameters_of
 from torch2ebm.graph.partition import Group, Partition
 from torch2ebm.graph.roles import Roles, assign_roles
 
@@ -94,10 +97,12 @@ class _Assembly:
     def graph(self) -> EnergyGraph:
         taken: set[str] = set()
         nodes: list[Node] = []
+        names: list[str] = []
         output_slot: dict[fx.Node, str] = {}
         for i, group in enumerate(self.groups):
             node = self._node(i, unique_name(name_of(group, self.capture.module, self.roles), taken))
             nodes.append(node)
+            names.append(node.name)
             for operation in self.slots[i]:
                 self._check_value(node, operation)
                 if operation not in self.returned:
@@ -116,21 +121,42 @@ class _Assembly:
                 "at least one",
                 "A model without parameters has nothing to learn; check that forward uses them.",
             )
-        outputs, structure = self._outputs(output_slot)
-        buffers = tuple(self.capture.reference.changed_buffers)
+        outputs = self._outputs(output_slot)
+        buffers = self.capture.run.changed_buffers
+        bodies = {name: self._sorted(body) for name, body in zip(names, self.body, strict=True)}
         shapes = {operation.name: self.capture.facts[operation].shape for slots in self.slots for operation in slots}
         shapes |= {slot: shapes[operation.name] for operation, slot in output_slot.items()}
         return EnergyGraph(
-            self.capture.module, nodes, self._clamp(), outputs, structure, buffers, shapes, self._inputs()
+            self.capture.module,
+            nodes,
+            self._clamp(),
+            outputs,
+            buffers,
+            shapes,
+            self._inputs(),
+            cuts_of(
+                self.capture,
+                self.roles,
+                bodies,
+                [node for slots in self.slots for node in slots],
+                {node: self._name_of_export(node) for exports in self.exports for node in exports},
+            ),
+            tuple(self.capture.trace.constants),
+            {name: draws[0] for name, body in bodies.items() if (draws := draws_of(self.capture, body))},
         )
+
+    def _name_of_export(self, node: fx.Node) -> str:
+        return f"{node.name}.fixed" if node in self.roles.live else node.name
 
     def _inputs(self) -> dict[str, tuple[str, ...]]:
         """What is made of the input tensors' contents, not of their shapes alone, and of which."""
         found: dict[fx.Node, tuple[str, ...]] = {}
+        made_of = map(tuple, map(sorted, self.capture.run.origins))
+        origins = dict(zip(self.capture.trace.constants, made_of, strict=True))
         for node in self.capture.graph.nodes:
             fact = self.capture.facts.get(node)
             if node.op == "placeholder":
-                found[node] = () if node.target in self.capture.constants else (node.name,)
+                found[node] = origins.get(node.name, ())
             elif node not in self.roles.live and fact is not None and (fact.tensor or fact.data):
                 found[node] = tuple(dict.fromkeys(n for s in node.all_input_nodes for n in found.get(s, ())))
         return {node.name: names for node, names in found.items() if names}
@@ -144,7 +170,7 @@ class _Assembly:
             if source in self.roles.live and any(source in node.all_input_nodes for node in self.core[i])
         ]
         constants = [s for s in dict.fromkeys(external) if s not in values and s.op != "get_attr"]
-        fixed = {s: f"{s.name}.fixed" if s in self.roles.live else s.name for s in (*constants, *self.exports[i])}
+        fixed = {s: self._name_of_export(s) for s in (*constants, *self.exports[i])}
         results = [*self.slots[i], *self.exports[i]]
         facts = self.capture.facts
         return Node(
@@ -166,9 +192,7 @@ class _Assembly:
         )
 
     def _called(self, node: fx.Node) -> Operation:
-        if node.op == "call_module":
-            return Operation(str(node.target), self.capture.module.get_submodule(str(node.target)))
-        return Operation(node.name, node.target)
+        return Operation(operation_name(node, self.capture.module), node.target)
 
     def _compiled(
         self, name: str, arguments: Sequence[fx.Node], body: Sequence[fx.Node], results: Sequence[fx.Node]
@@ -194,15 +218,8 @@ class _Assembly:
     def _parameters(self, body: Iterable[fx.Node]) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}
         for node in body:
-            if node.op == "call_module":
-                own: Iterable[Any] = self.capture.module.get_submodule(str(node.target)).parameters()
-            else:
-                own = [
-                    attribute(self.capture.module, str(s.target)) for s in node.all_input_nodes if s.op == "get_attr"
-                ]
-            for parameter in own:
-                if isinstance(parameter, nn.Parameter):
-                    found[self.names_of_parameters[id(parameter)]] = parameter
+            for parameter in parameters_of(node, self.capture.module):
+                found[self.names_of_parameters[id(parameter)]] = parameter
         return found
 
     def _check_value(self, node: Node, operation: fx.Node) -> None:
@@ -216,17 +233,15 @@ class _Assembly:
 
     # the rest of the model
 
-    def _clamp(self) -> Callable[[Sequence[Tensor]], dict[str, Any]]:
+    def _clamp(self) -> Callable[[Run], dict[str, Any]]:
         body = self._sorted({*self.roles.static, *self._with_repeated(self._returned_static())})
         read = {source for group in self.body for node in group for source in node.all_input_nodes} | set(self.returned)
         results = [n for n in body if n in read] + [n for n in self.returned if n.op == "get_attr"]
         placeholders = [node for node in self.capture.graph.nodes if node.op == "placeholder"]
         function = self._compiled("static", placeholders, body, results)
-        constants = list(self.capture.constants.values())
 
-        def clamp(tensors: Sequence[Tensor]) -> dict[str, Any]:
-            device = tensors[0].device if tensors else torch.device("cpu")
-            arguments = [*[constant.to(device) for constant in constants], *tensors]
+        def clamp(run: Run) -> dict[str, Any]:
+            arguments = self.capture.inputs(run)
             environment = {node.name: argument for node, argument in zip(placeholders, arguments, strict=True)}
             if body or results:
                 values = function(*arguments)
@@ -239,7 +254,7 @@ class _Assembly:
     def _returned_static(self) -> list[fx.Node]:
         return [node for node in self.returned if node in self.roles.repeated]
 
-    def _outputs(self, output_slot: dict[fx.Node, str]) -> tuple[tuple[OutputReference, ...], Any]:
+    def _outputs(self, output_slot: dict[fx.Node, str]) -> tuple[OutputReference, ...]:
         output = next(node for node in self.capture.graph.nodes if node.op == "output")
         references = []
         for leaf in leaves_of(output.args[0]):
@@ -249,7 +264,7 @@ class _Assembly:
                 references.append(OutputReference(constant=leaf.name))
             else:
                 references.append(OutputReference(literal=leaf))
-        return tuple(references), self.capture.reference.structure
+        return tuple(references)
 
 
 def _add(results: list[list[fx.Node]], index: int, node: fx.Node) -> None:
@@ -258,18 +273,18 @@ def _add(results: list[list[fx.Node]], index: int, node: fx.Node) -> None:
 
 
 def _normalises_groups(target: Any) -> bool:
-    if isinstance(target, nn.Module):
-        return any(isinstance(part, nn.GroupNorm) for part in target.modules())
+    opaque = getattr(target, "opaque_module", None)
+    if opaque is not None:
+        return any(isinstance(part, nn.GroupNorm) for part in opaque.modules())
     return target in _GROUP_NORMS
 
 
 def _look_up_odd_names(graph: fx.Graph, module: nn.Module) -> None:
     """A function finds by its path what fx cannot write: ``self.class(x)``, of a submodule ``class``, is no Python."""
     for node in list(graph.nodes):
-        if node.op in ("call_module", "get_attr") and not _can_be_written(str(node.target)):
-            made = _call_of if node.op == "call_module" else _read_of
+        if node.op == "get_attr" and not _can_be_written(str(node.target)):
             with graph.inserting_before(node):
-                found = graph.call_function(made(module, str(node.target)), node.args, node.kwargs)
+                found = graph.call_function(_read_of(module, str(node.target)))
             node.replace_all_uses_with(found)
             graph.erase_node(node)
 
@@ -278,13 +293,6 @@ def _can_be_written(path: str) -> bool:
     """Whether fx makes an expression of it. What is no identifier it puts between quotes, as it is."""
     quoted = path.isprintable() and '"' not in path and "\\" not in path
     return quoted and not any(map(keyword.iskeyword, path.split(".")))
-
-
-def _call_of(module: nn.Module, path: str) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return module.get_submodule(path)(*args, **kwargs)
-
-    return call
 
 
 def _read_of(module: nn.Module, path: str) -> Callable[[], Any]:

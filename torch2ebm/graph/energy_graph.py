@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from torch2ebm.capture.watch import Cuts, Run
 from torch2ebm.errors import NodeEvaluationError, Torch2EBMError
 
 Made = TypeVar("Made")
@@ -148,8 +149,11 @@ class EnergyGraph:
         shapes: Shape of each slot for the input that the graph was captured with.
         changing_buffers: Buffers that a forward pass changes (running statistics).
         parameters: Those that some output depends on, by qualified name, each once, in the module's order.
-        clamp: From the input tensors to everything that depends on them alone, by name.
-        inputs: Name of each tensor that ``clamp`` makes of input tensors to the names of these.
+        clamp: From the constants of a run to everything that depends on them alone, by name.
+        inputs: Name of each tensor that ``clamp`` makes to the names of the arguments that it is made of.
+        constants: Name of each constant of a run.
+        draws: Name of a node that draws random numbers to the operation of a run with which it begins to.
+        cuts: Where a run of the module is cut so that it leaves what the nodes would; None where it cannot be.
         owner: Slot to its node.
         hidden_nodes: The nodes that have a value, parents before children.
         output_nodes: The nodes whose prediction the loss reads.
@@ -169,16 +173,18 @@ class EnergyGraph:
         self,
         module: nn.Module,
         order: Iterable[Node],
-        clamp: Callable[[Sequence[Tensor]], dict[str, Any]],
+        clamp: Callable[[Run], dict[str, Any]],
         outputs: tuple[OutputReference, ...],
-        structure: Any,
         changing_buffers: tuple[str, ...] = (),
         shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
         inputs: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+        cuts: Cuts | None = None,
+        constants: tuple[str, ...] = (),
+        draws: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        self.inputs = inputs
+        self.inputs, self.cuts, self.constants, self.draws = inputs, cuts, constants, draws
         self.module, self.changing_buffers, self.shapes = module, changing_buffers, shapes
-        self.clamp, self.outputs, self.structure = clamp, outputs, structure
+        self.clamp, self.outputs = clamp, outputs
         self.order, self.nodes = _linked(tuple(order), {o.slot for o in outputs if o.slot is not None})
         self.owner = MappingProxyType({slot: node for node in self.nodes.values() for slot in node.slots})
         self.output_slots = tuple(dict.fromkeys(o.slot for o in outputs if o.slot is not None))
@@ -264,7 +270,14 @@ class EnergyGraph:
                 reads.append(read)
             order.append(replace(node, reads=tuple(reads)))
         return EnergyGraph(
-            self.module, order, self.clamp, self.outputs, self.structure, self.changing_buffers, inputs=self.inputs
+            self.module,
+            order,
+            self.clamp,
+            self.outputs,
+            self.changing_buffers,
+            inputs=self.inputs,
+            constants=self.constants,
+            draws=self.draws,
         )
 
 

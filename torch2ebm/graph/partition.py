@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
-from torch2ebm.capture.in_place_fx import attribute
 from torch2ebm.capture.observation import Capture
 from torch2ebm.graph.activations import activation_kind
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.graph.named_nodes import check_called, check_learnable, check_order, interleaved
+from torch2ebm.graph.operations import called_module, parameters_of
 from torch2ebm.graph.roles import Roles, output_node
 
 
@@ -85,8 +85,6 @@ class Partition:
         sources, target = producer.all_input_nodes, producer.target
         if len(sources) != 1 or sources[0] not in self.roles.live:
             return False
-        if producer.op == "call_module":
-            target = self.capture.module.get_submodule(str(target))
         return activation_kind(target) is not None
 
     def _extended(self, root: fx.Node, dominator: dict[fx.Node, fx.Node | None]) -> fx.Node:
@@ -158,7 +156,7 @@ class Partition:
 
     def _check_names(self) -> None:
         sites = self.roles.sites
-        if not isinstance(self.granularity, str) and self.capture.captured_by == "export":
+        if not isinstance(self.granularity, str):
             check_called(self.capture.module, self.capture.leaves, sites)
             check_learnable(self.capture.leaves, sites, self.producers)
         check_order(self.producers, self.readers, sites)
@@ -166,21 +164,14 @@ class Partition:
     def _is_root(self, producer: fx.Node) -> bool:
         if producer in self.roles.sites:
             return True
-        if producer.op == "call_module":
-            module = self.capture.module.get_submodule(str(producer.target))
-            return self.granularity == "module" or self._is_named(producer) or any(True for _ in module.parameters())
-        return any(
-            (source in self.roles.repeated and self.capture.facts[source].live) or self._is_parameter(source)
-            for source in producer.all_input_nodes
-        )
-
-    def _is_parameter(self, node: fx.Node) -> bool:
-        return node.op == "get_attr" and isinstance(attribute(self.capture.module, str(node.target)), nn.Parameter)
+        if self.granularity == "module" and called_module(producer, self.capture.module):
+            return True
+        if any(True for _ in parameters_of(producer, self.capture.module)):
+            return True
+        return any(source in self.roles.repeated and self.capture.facts[source].live for source in producer.all_input_nodes)
 
     def _is_named(self, producer: fx.Node) -> bool:
-        if producer in self.roles.sites:
-            return True
-        return producer.op == "call_module" and producer.target in self.capture.leaves
+        return producer in self.roles.sites
 
     def _is_returned(self, producer: fx.Node) -> bool:
         return any(part in self.returned for part in self.parts[producer])

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from torch2ebm.capture.in_place_fx import copied
 from torch2ebm.capture.observation import Capture
 from torch2ebm.graph.named_nodes import CallSite, call_sites
+from torch2ebm.graph.operations import begins_a_layer
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Roles:
     repeated: frozenset[fx.Node]  # fed by parameters alone, or not differentiable: computed again in each reader
     once: tuple[fx.Node, ...]  # shapes, and random draws fed by live tensors: fixed by the feed-forward pass
     static: tuple[fx.Node, ...]  # fed by no live tensor: computed before all nodes
-    sites: Mapping[fx.Node, CallSite]  # of an exported graph, the named submodules' calls that operations are part of
+    sites: Mapping[fx.Node, CallSite]  # the named submodules' calls that operations are part of
 
 
 def assign_roles(capture: Capture) -> Roles:
@@ -37,13 +37,11 @@ def assign_roles(capture: Capture) -> Roles:
     static: list[fx.Node] = []
     for node in operations:
         sources = node.all_input_nodes
-        named = node in sites or (node.op == "call_module" and node.target in capture.leaves)
-        if named or any(s in from_data and facts[s].data for s in sources):
+        # a layer on what parameters alone have made (a learned query, a class token) is where data begin
+        if node in sites or begins_a_layer(node) or any(s in from_data and facts[s].data for s in sources):
             from_data.add(node)
         fed_by_live = any(s in live or s in once for s in _upstream(node, repeated))
-        if node.target is copied:
-            repeated.add(node)  # what its reader writes in place has to be new at every evaluation
-        elif facts[node].live and (node in from_data or fed_by_live or facts[node].random or node in returned):
+        if facts[node].live and (node in from_data or fed_by_live or facts[node].random or node in returned):
             from_data.add(node)
             whole = producer_of.setdefault(sites[node], node) if node in sites else node
             live[node] = live[sources[0]] if _is_part(node, live, capture) else whole
@@ -84,6 +82,5 @@ def _is_part(node: fx.Node, live: dict[fx.Node, fx.Node], capture: Capture) -> b
 
 
 def _is_kept(node: fx.Node, returned: set[fx.Node]) -> bool:
-    """Results that nobody reads matter only where they are effects: a write to an attribute, a module with a state."""
-    writes = node.op == "call_module" or (node.op == "call_method" and str(node.target).endswith("_"))
-    return bool(node.users) or node in returned or writes or node.target is operator.setitem
+    """Results that nobody reads do not matter: effects are those of forward's own run."""
+    return bool(node.users) or node in returned

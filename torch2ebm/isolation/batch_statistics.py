@@ -50,19 +50,23 @@ def _batch_norm_arguments(
     return dict(locals())
 
 
+def statistics_of(batch: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of each channel of a batch."""
+    if batch.dtype in (torch.float16, torch.bfloat16):
+        batch = batch.float()  # var_mean would return half precision, where batch_norm itself computes in single
+    dimensions = [0, *range(2, batch.ndim)]  # all but the channels
+    # biased, as what normalises the batch is (Ioffe and Szegedy 2015, algorithm 1); the running variance is not
+    variance, mean = torch.var_mean(batch, dimensions, correction=0)
+    # torch refuses statistics of another dtype than the weight's ("mixed dtype ... parameter of type Float")
+    dtype = mean.dtype if weight is None else weight.dtype
+    return mean.to(dtype), variance.to(dtype)
+
+
 def keeping_statistics(statistics: Statistics) -> TorchFunctionMode:
     """Run batch norms as they are and append each one's batch mean and (biased) variance to ``statistics``."""
 
     def replace(**call: Any) -> Tensor:
-        batch = call["input"].detach()
-        if batch.dtype in (torch.float16, torch.bfloat16):
-            batch = batch.float()  # var_mean would return half precision, where batch_norm itself computes in single
-        dimensions = [0, *range(2, batch.ndim)]  # all but the channels
-        # biased, as what normalises the batch is (Ioffe and Szegedy 2015, algorithm 1); the running variance is not
-        variance, mean = torch.var_mean(batch, dimensions, correction=0)
-        # torch refuses statistics of another dtype than the weight's ("mixed dtype ... parameter of type Float")
-        dtype = mean.dtype if call["weight"] is None else call["weight"].dtype
-        statistics.append((mean.to(dtype), variance.to(dtype)))
+        statistics.append(statistics_of(call["input"].detach(), call["weight"]))
         return functional.batch_norm(**call)
 
     return _BatchNormInterceptor(replace)

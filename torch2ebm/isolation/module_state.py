@@ -127,22 +127,29 @@ def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def attributes_restored(module: nn.Module) -> Iterator[None]:
-    """Restore the attributes of all submodules at the end.
+class AttributeSnapshot:
+    """The attributes of all submodules, with the contents of those that are lists and dicts."""
 
-    Tracing runs forward with proxies, and forward may put them in attributes, buffers, lists and dicts.
-    """
-    before = [(m, dict(m.__dict__), _contents(m)) for m in module.modules()]
-    try:
-        yield
-    finally:
-        for m, attributes, contents in before:
-            # __dict__ and not setattr: a module's __setattr__ sorts by type, and a proxy may stand where a buffer was
+    def __init__(self, module: nn.Module) -> None:
+        self.before = [(m, dict(m.__dict__), _contents(m)) for m in module.modules()]
+
+    def restore(self) -> None:
+        for m, attributes, contents in self.before:
+            # __dict__ and not setattr: a module's __setattr__ sorts by type
             m.__dict__.clear()
             m.__dict__.update(attributes)
             for collection, content in contents:
                 _restore(collection, content)
+
+
+@contextmanager
+def attributes_restored(module: nn.Module) -> Iterator[None]:
+    """Restore the attributes of all submodules at the end."""
+    before = AttributeSnapshot(module)
+    try:
+        yield
+    finally:
+        before.restore()
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from torch2ebm.common.nested import leaves_of
 from torch2ebm.engine.finite import all_finite, count_bad
-from torch2ebm.errors import ConfigurationError, NodeEvaluationError, NonFiniteError
+from torch2ebm.errors import ConfigurationError, NodeEvaluationError, NonFiniteError, Torch2EBMError, first_line
 
 
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (tuple(example_inputs) if isinstance(example_inputs, tuple) else (example_inputs,)), {}
-
-
-def takes_any_arguments(module: nn.Module) -> bool:
-    kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
-    return inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -35,6 +34,63 @@ def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
         ) from error
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """What a module is called with.
+
+    Attributes:
+        names: id of each tensor to the name of the argument that holds it.
+        tensors: These tensors, in order.
+        device: That of the first tensor; of a module without any, that of its parameters.
+        batch_size: Size of the first dimension of the first tensor that has one.
+    """
+
+    names: Mapping[int, str]
+    tensors: Sequence[Tensor]
+    device: torch.device
+    batch_size: int
+
+    @staticmethod
+    def of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        names: dict[int, str] = {}
+        tensors: list[Tensor] = []
+        for name, argument in [*zip(_positional(module, len(args)), args, strict=False), *kwargs.items()]:
+            held = [leaf for leaf in leaves_of(argument) if isinstance(leaf, Tensor)]
+            for i, tensor in enumerate(held):
+                names.setdefault(id(tensor), re.sub(r"\W", "_", name if len(held) == 1 else f"{name}_{i}"))
+                tensors.append(tensor)
+        first = next((t for t in tensors if t.ndim), None)
+        device = tensors[0].device if tensors else next((p.device for p in module.parameters()), torch.device("cpu"))
+        return Arguments(names, tensors, device, first.shape[0] if first is not None else 1)
+
+
+def _positional(module: nn.Module, count: int) -> list[str]:
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return names + [f"input_{i}" for i in range(len(names), count)]  # those that *args takes
+
+
+def called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call the module. Raises :class:`NodeEvaluationError` where it refuses its inputs."""
+    try:
+        return module(*args, **kwargs)
+    except Torch2EBMError:
+        raise
+    # How torch refuses an input: RuntimeError for shapes, dtypes and devices of a kernel, ValueError for layers' own
+    # checks, IndexError for a dimension or an embedding's row, TypeError for no tensor. All else is the user's own.
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if type(error) not in (RuntimeError, ValueError, IndexError, TypeError):
+            raise
+        check_arguments(module, args, kwargs)
+        tensors = Arguments.of(module, args, kwargs).tensors
+        raise NodeEvaluationError(
+            f"{type(module).__name__}.forward",
+            ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors),
+            "inputs that the module takes",
+            f"The module said: {first_line(error)}. Check shape, dtype and device of the input.",
+        ) from error
+
+
 def check_inputs(tensors: Sequence[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
         if tensor.is_meta:
@@ -44,9 +100,33 @@ def check_inputs(tensors: Sequence[Tensor]) -> None:
                 "a tensor with data",
                 "Move it: tensor.to(...).",
             )
-        if tensor.is_floating_point() and not all_finite(tensor):
+        if tensor.ndim and tensor.shape[0] == 0:
+            raise ConfigurationError(f"model(...), input {i}", "a batch of 0", "at least one sample", "Skip the batch.")
+
+
+def check_finite_inputs(tensors: Sequence[Tensor]) -> None:
+    """Raise :class:`NonFiniteError` for the input to blame where an output is not finite.
+
+    An input that is not finite is no fault in itself: forward may fill in what is missing, or mask by infinities.
+    """
+    for i, tensor in enumerate(tensors):
+        if tensor.is_floating_point() and tensor.layout is torch.strided and not all_finite(tensor):
             raise NonFiniteError(
                 f"model(...), input {i}", count_bad(tensor), "finite numbers", "Check how the batch was made."
             )
-        if tensor.ndim and tensor.shape[0] == 0:
-            raise ConfigurationError(f"model(...), input {i}", "a batch of 0", "at least one sample", "Skip the batch.")
+
+
+def with_signature_of(shown: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    """The function ``method`` with the signature of the bound method ``shown``, for callers that inspect it.
+
+    One is the Hugging Face Trainer, which passes a model the columns that its ``forward`` names.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    signature = inspect.signature(shown)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [own, *signature.parameters.values()]
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward

@@ -19,13 +19,20 @@ from torch2ebm.engine.finite import (
     first_bad,
 )
 from torch2ebm.engine.results import InferenceState, LocalGradients
-from torch2ebm.errors import ConfigurationError, GraphFreedError, HigherOrderGradientError, InputGradientError
+from torch2ebm.errors import (
+    ConfigurationError,
+    GraphFreedError,
+    HigherOrderGradientError,
+    InputGradientError,
+    NonFiniteError,
+)
 from torch2ebm.isolation.interrupts import Result, undone_by, within
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, hooks_suspended, tensors_in_place
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.isolation.torch_modes import Autocast, Modes
 from torch2ebm.loss.replayed_loss import ReplayedLoss, make_loss
 from torch2ebm.loss.tape import Tape
+from torch2ebm.model.arguments import Arguments, check_finite_inputs
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.shards import Shards
 
@@ -33,49 +40,41 @@ from torch2ebm.model.shards import Shards
 class OpenCall:
     """One forward call and all that its backward needs; what a second backward may not find is released.
 
-    ``buffers`` are those that the forward changes, ``finite`` those in which NaN or infinity would be new.
+    ``history`` is that of the buffers that the forward changes, ``finite`` are those in which NaN or infinity would be
+    new.
     """
 
     def __init__(
         self,
         call: Call,
         algorithm: Algorithm,
-        buffers: Mapping[str, Tensor],
+        history: BufferHistory,
         finite: Mapping[str, Tensor],
         forwards: OpenForwards,
         keep: Callable[[InferenceState], None],
         shards: Shards,
+        arguments: Arguments,
     ) -> None:
         self.call: Call | None = call
         self.kept: Any = None  # what the algorithm's forward returned
-        self.algorithm, self.buffers, self.forwards = algorithm, buffers, forwards
-        self.keep, self.shards = keep, shards
+        self.algorithm, self.history, self.forwards = algorithm, history, forwards
+        self.keep, self.shards, self.arguments = keep, shards, arguments
         self.finite = {**call.parameters, **finite}
-        self.history = BufferHistory(buffers)
         self.tape = Tape(len(call.graph.output_slots), call.device, forwards.undo)
         self.parameters = {name: p for name, p in call.parameters.items() if p.requires_grad}
         self.device = call.device
         self.autocast = Autocast.now(self.device.type)
-
-    def withdrawn_on_error(self, function: Callable[[], Result]) -> Result:
-        """Call it; an exception before the caller has its output is as if there had been no forward."""
-        opened, modes = self.forwards.opened_since_step, Modes.now(self.device.type)
-
-        def withdraw() -> None:
-            modes.restore()
-            self.history.before.restore()
-            if self.history in self.forwards.histories:
-                self.forwards.histories.remove(self.history)
-            self.forwards.opened_since_step = opened
-
-        return undone_by(withdraw, function)
 
     def run(self) -> list[Tensor]:
         """The forward pass: recordable outputs, in the order of the graph's output slots."""
         assert self.call is not None
         self.kept = self.algorithm.forward(self.call)
         check_standing(self.finite)  # a clamp can hide it from the prediction
-        check_predictions(self.call)
+        try:
+            check_predictions(self.call)
+        except NonFiniteError:
+            check_finite_inputs(self.arguments.tensors)
+            raise
         self.history.forward_ended()
         self.forwards.opened(self.history)
         # copies: what the user writes on the output is no value of the call
@@ -124,8 +123,8 @@ class OpenCall:
     def _as_in_forward(self, call: Call, function: Callable[[], Result]) -> Result:
         """Autocast and swapped parameters as the forward had them; what a pass changes is put back, hooks stay out."""
         changes = []
-        if self.buffers:
-            changes.append(BufferSnapshot(self.buffers).preserved())
+        if self.history.buffers:
+            changes.append(BufferSnapshot(self.history.buffers).preserved())
         if any(parameter._backward_hooks for parameter in self.parameters.values()):
             changes.append(hooks_suspended(self.parameters.values()))
         if call.swapped:
@@ -164,7 +163,7 @@ class OpenCall:
         nothing = InferenceState(call.graph, call.batch_size, {}, {})
         return LocalGradients(
             {name: torch.full_like(parameter, torch.nan) for name, parameter in self.parameters.items()},
-            [torch.full_like(t, torch.nan) if t.requires_grad else None for t in call.tensors],
+            [torch.full_like(t, torch.nan) for t in call.tensors],
             nothing,
         )
 

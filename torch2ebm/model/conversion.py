@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.common.nested import fill, map_leaves
+from torch2ebm.common.nested import map_leaves
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
-from torch2ebm.graph.energy_graph import EnergyGraph, Node
+from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
-from torch2ebm.isolation.module_state import tensors_in_place
+from torch2ebm.isolation.module_state import BufferHistory, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.loss.taped_tensor import put_on_new_tape
-from torch2ebm.model.arguments import check_inputs
+from torch2ebm.model.arguments import Arguments, called, check_inputs
 from torch2ebm.model.backward import EnergyFunction, OpenCall
 from torch2ebm.model.capture_cache import Captures, Served
 from torch2ebm.model.fingerprint import inside_functional_call
@@ -52,7 +52,6 @@ class Conversion:
         self.forwards, self.replicas = OpenForwards(), Replicas()
         self._holder: weakref.ref[object] | None = None
         self._latest: EnergyGraph | None = None
-        self._captured_by: str | None = None
         self._state: InferenceState | None = None
 
     # calls
@@ -64,7 +63,7 @@ class Conversion:
             return self._output_alone(self.algorithm, args, kwargs)
         if self.algorithm is None or not torch.is_grad_enabled():
             if self._latest is None:
-                self.capture(args, kwargs)
+                return self._captured_run(args, kwargs).run.output
             return self.module(*args, **kwargs)
         if not self.shards.covers(self.captures.parameters):
             self.replicas.forward(type(self.module).__name__)
@@ -76,11 +75,10 @@ class Conversion:
         with self.shards.gathered(), torch.inference_mode(False), torch.no_grad():
             args, kwargs = map_leaves(_ordinary, (args, dict(kwargs)))
             served = self._served(args, kwargs, algorithm)
-            check_inputs(served.tensors)
-            call = Call(served.graph, [tensor.detach() for tensor in served.tensors], served.swapped)
+            call = self._call(served)
             with tensors_in_place(self.module, served.swapped):
                 algorithm.forward(call)
-            return fill(served.graph.structure, served.graph.output(call.values, call.environment))
+            return _filled(served.run.output, call.output(), call.graph.outputs)
 
     def feedforward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain module's output, whatever algorithm is attached, with ordinary autograd."""
@@ -109,22 +107,26 @@ class Conversion:
         keep: Callable[[InferenceState], None],
         forwards: OpenForwards,
     ) -> Any:
-        served = self._served(args, kwargs, algorithm)
-        graph, tensors = served.graph, served.tensors
-        check_inputs(tensors)
-        changed = self.captures.buffers(graph.changing_buffers)
-        call = Call(graph, tensors, served.swapped)
-        open_call = OpenCall(call, algorithm, changed, self.captures.standing_buffers(), forwards, keep, self.shards)
+        history = BufferHistory(self.captures.changing_buffers())
 
         def taped_output() -> Any:
             with exhausted_memory_named("model(...)", algorithm):
+                served = self._served(args, kwargs, algorithm)
+                call = self._call(served)
+                finite = self.captures.standing_buffers()
+                open_call = OpenCall(call, algorithm, history, finite, forwards, keep, self.shards, served.arguments)
                 outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
-                    open_call, *self.shards.in_place_of(open_call.parameters), *tensors
+                    open_call, *self.shards.in_place_of(open_call.parameters), *served.run.external.values()
                 )
-                taped = dict(zip(graph.output_slots, put_on_new_tape(open_call.tape, outputs), strict=True))
-                return fill(graph.structure, graph.output(taped, call.environment))
+                taped = dict(zip(call.graph.output_slots, put_on_new_tape(open_call.tape, outputs), strict=True))
+                leaves = call.graph.output(taped, call.environment)
+                return _filled(served.run.output, leaves, call.graph.outputs)
 
-        return open_call.withdrawn_on_error(taped_output)
+        return forwards.withdrawn_on_error(history, taped_output)
+
+    def _call(self, served: Served) -> Call:
+        arguments = served.arguments
+        return Call(served.graph, served.run, arguments.device, arguments.batch_size, served.swapped)
 
     def _keep(self, state: InferenceState) -> None:
         self._state = state
@@ -132,20 +134,22 @@ class Conversion:
     # captures
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Have a graph for calls as this one."""
-        with self.shards.gathered():
+        """Have a graph for calls as this one, and leave the module as it was."""
+        device = Arguments.of(self.module, args, kwargs).device
+        with self.shards.gathered(), plain_autograd(), untouched(self.module, device):
             self._served(args, kwargs, self.algorithm)
 
-    def trace(self) -> None:
-        """Say before there are inputs what can be said against the module."""
+    def _captured_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Served:
         with self.shards.gathered():
-            self.captures.trace()
+            return self._served(args, kwargs, self.algorithm)
 
     def _served(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], algorithm: Algorithm | None) -> Served:
         if self.algorithm is None:
             self._see_again()
-        served = self.captures.serving(args, kwargs, algorithm)
-        self._latest, self._captured_by = served.graph, served.captured_by
+        arguments = Arguments.of(self.module, args, kwargs)
+        check_inputs(arguments.tensors)
+        served = self.captures.run(arguments, lambda: called(self.module, args, kwargs), algorithm)
+        self._latest = served.graph
         return served
 
     def _see_again(self) -> None:
@@ -182,9 +186,9 @@ class Conversion:
 
     @property
     def captured_by(self) -> str:
-        """``"fx"`` or ``"export"``. Raises :class:`NotCapturedError` before any input was seen."""
-        assert self.graph is not None and self._captured_by is not None
-        return self._captured_by
+        """``"run"``: by a run of the module. Raises :class:`NotCapturedError` before any input was seen."""
+        assert self.graph is not None
+        return "run"
 
     @property
     def state(self) -> InferenceState:
@@ -249,6 +253,17 @@ def _seen(module: nn.Module, granularity: Granularity) -> tuple[Shards, Captures
     shards = Shards(module)
     with shards.gathered():
         return shards, Captures(module, granularity)
+
+
+def _filled(output: Any, leaves: Sequence[Any], references: Sequence[OutputReference]) -> Any:
+    """The module's own output, with the leaves that are predictions in the place of its own."""
+    pairs = iter(zip(leaves, references, strict=True))
+
+    def of(leaf: Any) -> Any:
+        ours, reference = next(pairs)
+        return leaf if reference.slot is None else ours
+
+    return map_leaves(of, output)
 
 
 def _ordinary(leaf: Any) -> Any:

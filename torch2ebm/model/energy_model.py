@@ -13,7 +13,7 @@ from torch2ebm.engine.results import InferenceState
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.graph.granularity import Granularity
-from torch2ebm.model.arguments import as_arguments, takes_any_arguments
+from torch2ebm.model.arguments import as_arguments
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.module_view import ModuleView
 
@@ -99,8 +99,6 @@ class EnergyModel(ModuleView):
         super().__init__(Conversion(module, nodes))
         if example_inputs is not None:
             self.torch2ebm.capture(*as_arguments(example_inputs))
-        elif not takes_any_arguments(module):
-            self.torch2ebm.trace()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         answer = self.torch2ebm.answer

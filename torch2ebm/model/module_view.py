@@ -6,17 +6,15 @@ import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from torch2ebm.capture.problems import users_level
-from torch2ebm.capture.signature import with_signature_of
-from torch2ebm.capture.trace import is_setting
 from torch2ebm.errors import ConfigurationError, NameCollisionWarning, UnsupportedError
 from torch2ebm.model.conversion import Conversion
+from torch2ebm.model.arguments import with_signature_of
 from torch2ebm.model.own_forward import calls_one_of
 
 HELD = "torch2ebm"  # the one attribute of a view that is not the module's
@@ -157,37 +155,10 @@ def _of_module(view: ModuleView, value: Any) -> Any:
 
 @contextmanager
 def _change_followed(view: ModuleView, name: str | None = None) -> Iterator[nn.Module]:
-    """Inside, an attribute of the module may be changed; captures that would not notice are forgotten."""
-    module = view.torch2ebm.module
-    before = _readable(module)
-    yield module
-    after = _readable(module)
-    if before.keys() != after.keys() or not all(_same(before[each], after[each]) for each in after):
-        view.torch2ebm.captures.forget()
+    """Inside, an attribute of the module may be changed; the view then looks like the module again."""
+    yield view.torch2ebm.module
     if name in (None, HELD) or hasattr(_plain_class(view), str(name)):
         _look_like_the_module(view)
-
-
-@dataclass(frozen=True)
-class _Noticed:
-    """Stands for what a capture reads or compares in each call; of a buffer, all but the contents is in the capture."""
-
-    kind: Any = None
-
-
-def _readable(module: nn.Module) -> dict[tuple[int, str], Any]:
-    """What forward may read that is no parameter, of all modules: a property's setter may write to another one."""
-    found: dict[tuple[int, str], Any] = {}
-    for i, each in enumerate(module.modules()):
-        for name, value in vars(each).items():
-            found[i, name] = _Noticed() if i == 0 and is_setting(value) else value
-        for name, buffer in each._buffers.items():
-            found[i, name] = _Noticed(buffer is not None and (buffer.shape, buffer.dtype, buffer.device))
-    return found
-
-
-def _same(before: Any, after: Any) -> bool:
-    return before is after or (isinstance(before, _Noticed) and before == after)
 
 
 # the class of a view

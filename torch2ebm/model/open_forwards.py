@@ -14,6 +14,7 @@ from torch2ebm.engine.finite import (
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.isolation.interrupts import Result, undone_by
 from torch2ebm.isolation.module_state import BufferHistory
+from torch2ebm.isolation.torch_modes import Modes
 
 
 class OpenForwards:
@@ -72,6 +73,19 @@ class OpenForwards:
         while history in self.histories:
             self.histories.popleft()
         self.answered_since_step = True
+
+    def withdrawn_on_error(self, history: BufferHistory, function: Callable[[], Result]) -> Result:
+        """Call it; an exception before the caller has its output is as if there had been no forward."""
+        opened, modes = self.opened_since_step, Modes.now("cpu")
+
+        def withdraw() -> None:
+            modes.restore()
+            history.before.restore()
+            if history in self.histories:
+                self.histories.remove(history)
+            self.opened_since_step = opened
+
+        return undone_by(withdraw, function)
 
     def without_a_trace(self, function: Callable[[], Result]) -> Result:
         """Call it; where it fails it is as if it, and the forwards that it was to answer, had not been."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.capture.signature import PLAIN
 from torch2ebm.common.nested import leaves_of, signature
 from torch2ebm.engine.call import Call
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.loss.output_loss import OutputLoss
 from torch2ebm.programs.cache import Programs
 
+PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, slice, type(Ellipsis))
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -37,9 +38,9 @@ def surroundings(call: Call) -> Hashable:
 
 
 def _whole_modules(graph: EnergyGraph) -> Iterator[nn.Module]:
-    """Those that nodes call as they are; of the others, a capture holds for their settings alone."""
-    called = [operation.target for node in graph.order for operation in node.operations]
-    return (part for module in called if isinstance(module, nn.Module) for part in module.modules())
+    """Those that nodes call as they are; of the others, the sequence of operations says all."""
+    called = [getattr(operation.target, "opaque_module", None) for node in graph.order for operation in node.operations]
+    return (part for module in called if module is not None for part in module.modules())
 
 
 def _settings(module: nn.Module) -> Hashable:

@@ -1,0 +1,242 @@
+"""From a recorded run to a graph: parameters by their path, constants and numbers as inputs, no writes in place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from torch2ebm.capture.in_place import stopped, without_writes
+from torch2ebm.capture.watch import Ambient, Constant, Hot, ModuleCall, Number, Record, Run
+from torch2ebm.common.nested import leaves_of, map_leaves
+from torch2ebm.errors import UntraceableError
+from torch2ebm.isolation.torch_modes import Autocast
+
+Place = tuple[int, int]  # operation, and place among its numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A graph without writes in place, over the module's own parameters.
+
+    Attributes:
+        graph: Its placeholders are the constants, then the varying numbers.
+        constants: Name of each constant.
+        numbers: Name of each number that another run may have otherwise, to its place.
+        node_of: Number of a result to the graph's node for it; those that a rewrite has replaced are missing.
+        operations: The graph's node to the operation of the run.
+    """
+
+    graph: fx.Graph
+    constants: Sequence[str]
+    numbers: Mapping[str, Place]
+    node_of: Mapping[int, fx.Node]
+    operations: Mapping[fx.Node, int]
+
+
+def traced(module: nn.Module, run: Run, varying: frozenset[Place], device: str) -> Trace:
+    """The graph of a recorded run.
+
+    Args:
+        module: The module whose run it was.
+        run: A run with records.
+        varying: Numbers that the graph takes as inputs; objects are inputs in any case.
+        device: Type of the device.
+
+    Raises:
+        UntraceableError: where something was written in place that is no first argument.
+    """
+    return _Importer(module, run, varying, device).trace()
+
+
+class _Importer:
+    def __init__(self, module: nn.Module, run: Run, varying: frozenset[Place], device: str) -> None:
+        assert run.records is not None
+        self.module, self.run, self.varying, self.device = module, run, varying, device
+        self.records: Sequence[Record] = run.records
+        self.graph = fx.Graph()
+        self.nodes: dict[int | str, fx.Node] = {}
+        self.operations: dict[fx.Node, int] = {}
+        self.viewed: dict[fx.Node, fx.Node] = {}
+        self.written: dict[fx.Node, fx.Node] = {}
+
+    def trace(self) -> Trace:
+        constants = self._constants()
+        numbers = self._numbers()
+        for i, record in enumerate(self.records):
+            self._copied(i, record)
+        self._returned()
+        replaced = without_writes(self.graph, self.viewed, self.written)
+        _drop_unread(self.graph)
+        left = set(self.graph.nodes)
+        made = {n: replaced.get(node, node) for n, node in self.nodes.items() if isinstance(n, int)}
+        node_of = {n: node for n, node in made.items() if node in left}
+        operations = {replaced.get(node, node): i for node, i in self.operations.items()}
+        return Trace(self.graph, constants, numbers, node_of, {n: i for n, i in operations.items() if n in left})
+
+    def _constants(self) -> list[str]:
+        """A placeholder for each constant, named after the argument that it is or is made of."""
+        names = []
+        for i, origins in enumerate(self.run.origins):
+            own = self.run.names[i] or (f"of_{next(iter(origins))}" if len(origins) == 1 else "constant")
+            node = self.nodes[f"constant {i}"] = self.graph.placeholder(own)
+            names.append(node.name)
+        return names
+
+    def _numbers(self) -> dict[str, Place]:
+        """A placeholder for each number that varies, and for each object."""
+        found: dict[str, Place] = {}
+        for i, numbers in enumerate(self.run.numbers):
+            for j, number in enumerate(numbers):
+                if (i, j) in self.varying or not isinstance(number, (int, float)) or type(number) not in (int, float):
+                    kind = "number" if type(number) in (int, float) else "object"
+                    node = self.nodes[f"number {i} {j}"] = self.graph.placeholder(kind)
+                    found[node.name] = (i, j)
+        return found
+
+    def _copied(self, i: int, record: Record) -> None:
+        """One operation, and an item for each tensor of its result where that is no tensor itself."""
+        args, kwargs = self._resolved(i, record.args), self._resolved(i, record.kwargs)
+        kind, target, args = self._target(record, args)
+        node = self.graph.create_node(kind, target, args, kwargs)
+        node.meta["calls"] = dict(record.scopes)
+        node.meta["place"] = record.place
+        self.operations[node] = i
+        wrote = [self._node(each) for each in record.wrote]
+        self._check_writes(record, node, wrote)
+        if isinstance(record.results, int):
+            self._result(record, record.results, node)
+        else:
+            self._items(record, record.results, node)
+        if wrote:
+            self.written[node] = wrote[0]
+
+    def _check_writes(self, record: Record, node: fx.Node, wrote: Sequence[fx.Node]) -> None:
+        if wrote and (len(wrote) > 1 or not node.args or node.args[0] is not wrote[0]):
+            raise UntraceableError(
+                f"torch2ebm cannot capture {type(self.module).__name__}",
+                f"{node.format_node()} ({record.place}) writes in place what is not its first argument",
+                "writes in place to the first argument of an operation",
+                "Use the form that is not in place.",
+            )
+
+    def _result(self, record: Record, number: int, node: fx.Node) -> None:
+        self.nodes[number] = node
+        if number in record.sources:
+            self.viewed[node] = self._node(record.sources[number])
+
+    def _items(self, record: Record, results: Any, node: fx.Node) -> None:
+        parts = results.items() if isinstance(results, Mapping) else enumerate(results)
+        for key, part in parts:
+            if not any(isinstance(leaf, int) for leaf in leaves_of(part)):
+                continue
+            item = self.graph.call_function(operator.getitem, (node, key))
+            item.meta = dict(node.meta)
+            self.operations[item] = self.operations[node]
+            if isinstance(part, int):
+                self._result(record, part, item)
+            else:
+                self._items(record, part, item)
+
+    def _target(self, record: Record, args: Any) -> tuple[str, Any, Any]:
+        """As torch.fx writes it: methods by their names, so that the same operation is recognised as such."""
+        function = record.function
+        if isinstance(function, ModuleCall):
+            writes = bool(record.wrote)
+            return "call_function", _module_call(self.module, function.path, writes), args
+        if isinstance(function, type):
+            function = _applied(function)
+        kind, target = "call_function", function
+        if getattr(function, "__name__", "") == "__get__":
+            kind, target, args = "call_function", getattr, (args[0], function.__self__.__name__)
+        elif getattr(Tensor, getattr(function, "__name__", ""), None) is function and isinstance(args[0], fx.Node):
+            kind, target = "call_method", function.__name__
+        if record.ambient is not None:
+            operation = getattr(Tensor, target) if kind == "call_method" else target
+            kind, target = "call_function", _under(record.ambient, operation, self.device)
+        return kind, target, args
+
+    def _resolved(self, i: int, structure: Any) -> Any:
+        def of(leaf: Any) -> Any:
+            if isinstance(leaf, (Hot, Constant)):
+                return self._node(leaf)
+            if isinstance(leaf, Number):
+                varying = self.nodes.get(f"number {i} {leaf.place}")
+                return self.run.numbers[i][leaf.place] if varying is None else varying
+            return leaf
+
+        return map_leaves(of, structure)
+
+    def _node(self, reference: Hot | Constant) -> fx.Node:
+        if isinstance(reference, Constant):
+            return self.nodes[f"constant {reference.place}"]
+        if reference.place not in self.nodes:
+            # a parameter: where it is first read, after the placeholders
+            self.nodes[reference.place] = self.graph.get_attr(str(reference.place))
+        return self.nodes[reference.place]
+
+    def _returned(self) -> None:
+        """The graph's output: a node for each tensor that was computed, and None for every other leaf."""
+        structure, leaves = self.run.returned
+        found: list[fx.Node | None] = []
+        for leaf in leaves:
+            if isinstance(leaf, int):
+                found.append(self.nodes[~leaf])
+            elif isinstance(leaf, str):
+                found.append(self._node(Hot(leaf)))
+            else:
+                found.append(None)
+        self.graph.output(found)
+
+
+def _drop_unread(graph: fx.Graph) -> None:
+    """What nobody reads: forward's own run has had its effects."""
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
+
+
+def _applied(function: Any) -> Callable[..., Any]:
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        return function.apply(*args, **kwargs)
+
+    operation.__name__ = operation.__qualname__ = function.__name__
+    return operation
+
+
+def _module_call(module: nn.Module, path: str, writes: bool) -> Callable[..., Any]:
+    part = module.get_submodule(path)
+
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        if writes:
+            args, kwargs = map_leaves(_copy, (args, kwargs))
+        return part(*args, **kwargs)
+
+    operation.__name__ = operation.__qualname__ = type(part).__name__
+    operation.opaque_module, operation.opaque_path = part, path  # type: ignore[attr-defined]
+    return operation
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _under(ambient: Ambient, operation: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The operation in the modes in which forward ran it."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        autocast = Autocast(device, ambient.autocast, ambient.dtype, False)
+        before = Autocast.now(device)
+        autocast.set()
+        try:
+            result = operation(*args, **kwargs)
+        finally:
+            before.set()
+        return result if ambient.grad else stopped(result)
+
+    function.__name__ = function.__qualname__ = getattr(operation, "__name__", "operation")
+    return function

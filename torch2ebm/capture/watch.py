@@ -1,0 +1,782 @@
+"""The module's own run, watched: every operation on what depends on parameters, in the order of the run.
+
+The module runs as it always does, and its output is its own. A function mode sees each operation. *Hot* is a parameter
+and whatever is computed from one. An operation that reads nothing hot belongs to the data: it is left alone, and its
+result is a *constant* of the run where a hot operation reads it::
+
+    def forward(self, x):                       # x                                        constant 0
+        mask = x > 0                            # reads nothing hot: not watched
+        h = self.linear(x)                      # F.linear(x, weight, bias)                operation 0
+        h = torch.where(mask, h, h.mean())      # mask: constant 1                         operations 1, 2
+        return h.reshape(len(x), 4)             # len(x), 4: numbers of the run            operation 3
+
+The operations, and how they hang together, are the run's *sequence*. Numbers are no part of it, apart from zeros,
+infinities and NaN: another batch size, temperature or dropout rate is the same sequence with other numbers.
+
+A run that is given the :class:`Cuts` of a graph with the same sequence is cut at the graph's nodes while it goes: the
+result of a node's last operation is handed on as a leaf of autograd. A run whose sequence turns out to be another one
+goes on uncut.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
+
+from torch2ebm.capture.custom_functions import untold
+from torch2ebm.common.nested import leaves_of, map_leaves, template_of
+from torch2ebm.isolation.random_numbers import RandomState
+
+
+class _Reference:
+    """Stands for a leaf among the arguments of an operation. No dataclass: :mod:`nested` would look inside."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, place: Any) -> None:
+        self.place = place
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.place == self.place  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.place))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.place!r})"
+
+
+class Hot(_Reference):
+    """A result: the parameter of this path, or the tensor of this number that an operation has made."""
+
+
+class Constant(_Reference):
+    """A tensor that depends on no parameter."""
+
+
+class Number(_Reference):
+    """A number, or an object that is neither tensor nor number; each run has its own."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Record:
+    """One watched operation, apart from its numbers: what a graph is made of.
+
+    Attributes:
+        function: A function of torch, a custom autograd function (a class), or :class:`ModuleCall`.
+        args: Positional arguments, with :class:`Hot`, :class:`Constant` and :class:`Number` in place of leaves.
+        kwargs: The same for keywords.
+        results: The result, with the number of each tensor in its place and None for anything else.
+        sources: For each tensor of the result that shares its memory with a hot argument: this argument.
+        wrote: Hot arguments and constants that it has written in place.
+        random: Whether it drew random numbers.
+        ambient: Whether gradients were on, and how autocast stood, where that was not as when the run began.
+        scopes: The calls of submodules that it is part of, outermost first: a label of the call, and the path.
+        place: The line of the user's code.
+    """
+
+    function: Any
+    args: Any
+    kwargs: Any
+    results: Any
+    sources: Mapping[int, Hot]
+    wrote: tuple[Hot | Constant, ...]
+    random: bool
+    ambient: Ambient | None
+    scopes: tuple[tuple[str, str], ...]
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCall:
+    """A module that is one operation, since what it does inside cannot be followed."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ambient:
+    grad: bool
+    autocast: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def now(device: str) -> Ambient:
+        return Ambient(torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Cuts:
+    """What a run of a known sequence has to do at its operations, so that it leaves what a graph's nodes would.
+
+    Attributes:
+        records: The operations that the graph was made of.
+        sequence: Their keys, one for each.
+        output: The key of what the run returns.
+        numbers: Their numbers.
+        varying: For operations with numbers that may be others: their places among the operation's numbers.
+        slots: Number of a result to the slot whose value it is.
+        rewritten: Those of these results that forward writes in place later.
+        exports: Number of a result to the name under which nodes read it as a constant.
+        random: Operation to the node whose draws begin there.
+        normalised: Operation to the node that it normalises for by the statistics of the batch.
+        constants: The name of each constant.
+        copied: Those constants that forward changes after they were read.
+        opaque: Paths of modules that are one operation.
+    """
+
+    records: Sequence[Record]
+    sequence: tuple[Any, ...]
+    output: Any
+    numbers: Sequence[Sequence[Any]]
+    varying: Mapping[int, frozenset[int]]
+    slots: Mapping[int, str]
+    rewritten: frozenset[int]
+    exports: Mapping[int, str]
+    random: Mapping[int, str]
+    normalised: Mapping[int, str]
+    copied: frozenset[int]
+    opaque: frozenset[str]
+
+
+@dataclass(eq=False)
+class Run:
+    """What a watched run has left.
+
+    Attributes:
+        output: What the module returned, as it returned it.
+        sequence: The key of each operation.
+        numbers: The numbers of each operation, in the order of its arguments.
+        constants: What hot operations have read and no parameter has made, detached.
+        external: Those constants that require a gradient, by their place: the tensor of the user.
+        returned: The key of the output: its structure, and what each leaf is.
+        records: The operations; None where the run has followed known cuts to the end.
+        followed: Whether it was cut as asked for.
+        copied: Constants that were changed after they were read.
+        leaves: Slot to the leaf that was handed on.
+        predictions: Slot to what the node has made, at the end of its own autograd graph.
+        exports: Name to what nodes read as a constant.
+        random: Operation, or with cuts node, to the state of the generators before it.
+        normalised: Node to the inputs and weights of its batch norms.
+        hot: The tensors that operations have made, by number.
+        origins: Constant to the names of the arguments that it was made of.
+        names: Constant to the name of the argument that it is, None for others.
+        opaque: Path of each module that is one operation, to the reason.
+        changed_buffers: Names of the buffers that forward has changed.
+    """
+
+    output: Any = None
+    sequence: list[Any] = field(default_factory=list)
+    numbers: list[list[Any]] = field(default_factory=list)
+    constants: list[Tensor] = field(default_factory=list)
+    external: dict[int, Tensor] = field(default_factory=dict)
+    returned: Any = None
+    records: list[Record] | None = None
+    followed: bool = False
+    copied: frozenset[int] = frozenset()
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    predictions: dict[str, Tensor] = field(default_factory=dict)
+    exports: dict[str, Tensor] = field(default_factory=dict)
+    random: dict[Any, RandomState] = field(default_factory=dict)
+    normalised: dict[str, list[tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
+    hot: list[Tensor] = field(default_factory=list)
+    origins: list[frozenset[str]] = field(default_factory=list)
+    names: list[str | None] = field(default_factory=list)
+    opaque: dict[str, str] = field(default_factory=dict)
+    changed_buffers: tuple[str, ...] = ()
+    outputs: dict[int, int] = field(default_factory=dict)  # id of a tensor in the output to its number
+    external_leaves: dict[int, Tensor] = field(default_factory=dict)
+
+    def released(self) -> None:
+        """What the run has left at the cuts is somebody else's by now."""
+        self.leaves, self.predictions, self.normalised, self.hot = {}, {}, {}, []
+
+
+def _getters(*names: str) -> Iterator[Any]:
+    return (getattr(Tensor, name).__get__ for name in names if hasattr(Tensor, name))
+
+
+def _methods(*names: str) -> Iterator[Any]:
+    return (getattr(Tensor, name) for name in names if hasattr(Tensor, name))
+
+
+# What tells of a tensor and makes none. Their results matter where they are numbers of later operations.
+PASSIVE = frozenset(
+    [
+        *_getters("shape", "dtype", "device", "ndim", "layout", "is_leaf", "requires_grad", "grad_fn", "names", "name"),
+        *_getters("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized", "is_mkldnn", "is_mps"),
+        *_getters("_version", "output_nr", "itemsize", "nbytes", "_base", "_backward_hooks", "grad", "is_sparse_csr"),
+        *_methods("dim", "size", "numel", "nelement", "ndimension", "stride", "storage_offset", "is_contiguous"),
+        *_methods("is_floating_point", "is_complex", "is_signed", "is_inference", "data_ptr", "element_size", "is_conj"),
+        *_methods("item", "tolist", "numpy", "get_device", "untyped_storage", "storage", "is_neg", "equal", "allclose"),
+        *_methods("__bool__", "__len__", "__int__", "__float__", "__index__", "__complex__", "__format__", "__repr__"),
+        *_methods("__contains__", "__hash__", "__array__", "is_shared", "type", "is_same_size", "is_set_to", "is_pinned"),
+        *_methods("retain_grad", "requires_grad_", "__reduce_ex__", "__deepcopy__"),
+        *(torch.is_floating_point, torch.is_complex, torch.numel, torch.equal, torch.allclose, torch.is_nonzero),
+        *(torch.result_type, torch.is_same_size, torch.is_signed, torch.is_inference, torch.is_conj, torch.is_neg),
+    ]
+)
+_GRADIENTS = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
+_EXACT = frozenset(
+    [bool, type(None), str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format]
+)
+_CONSTANT = 1 << 40  # constants count down from here, results from -1: one integer tells all
+_HERE = __file__
+
+
+def with_hook(tensor: Tensor, hook: Callable[..., Any]) -> Tensor:
+    """``tensor``, with a hook on its gradient: what ``register_hook`` does to all who read it later."""
+    hooked = tensor.view_as(tensor)
+    if hooked.requires_grad:
+        hooked.register_hook(hook)
+    return hooked
+
+
+class Watch(TorchFunctionMode):
+    """Watches one run.
+
+    Args:
+        paths: id of each parameter to its path.
+        device: Type of the device that autocast is looked at for.
+        cuts: Those of the graph that the run is expected to have.
+        opaque: Paths of modules that are known to be opaque, each with the reason.
+        modules: id of each submodule to its path.
+        inputs: id of each tensor among the arguments to its name.
+        passive: Functions that are known to return no tensor; more are added as they are met.
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[int, str],
+        device: torch.device,
+        modules: Mapping[int, str],
+        inputs: Mapping[int, str],
+        cuts: Cuts | None = None,
+        opaque: Mapping[str, str] | None = None,
+        passive: set[Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.passive = set() if passive is None else passive
+        self.run = Run(records=None if cuts is not None else [])
+        self.paths, self.modules, self.inputs, self.cuts = paths, modules, inputs, cuts
+        self.device = device
+        self.opaque = dict(opaque or {})
+        self.suspended = False
+        self.start = Ambient.now(device.type)
+        self._numbers: dict[int, int] = {}  # id -> number
+        self._known: dict[tuple[int, int], int] = {}  # (id, version) -> constant
+        self._alive: list[Any] = []  # an address that is free may be used again
+        self._substitutes: dict[int, Tensor] = {}
+        self._originals: list[tuple[Tensor, int]] = []
+        self._origins: dict[int, frozenset[str]] = {}
+        self._frames: list[FrameType] = []
+        self._labels: dict[int, str] = {}
+        self.lost: dict[str, str] = {}  # path of a module that cannot be followed, to the reason
+        self._calls: list[str] = []
+
+    @property
+    def recording(self) -> bool:
+        return self.run.records is not None
+
+    # what torch tells
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.suspended or func in PASSIVE or func in self.passive:
+            return func(*args, **kwargs)
+        return self._seen(func, func, args, kwargs)
+
+    def applied(self, function: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A custom autograd function is one operation, its backward its own."""
+        if self.suspended:
+            return apply(function, *args, **kwargs)
+        if function is CheckpointFunction:  # apply(run, preserve, *args): run as it is, for the sake of its operations
+            return args[0](*args[2:])
+        return self._seen(function, lambda *a, **k: self._hidden(apply, (function, *a), k), args, kwargs)
+
+    def called(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A submodule is called; where it is opaque, this is an operation."""
+        path = self.modules.get(id(module))
+        if path is None or self.suspended:
+            return call(module, *args, **kwargs)
+        reason = self.opaque.get(path)
+        if reason is None and runs_elsewhere(module):
+            reason = f"is a {type(module).__name__}, whose operations run outside of Python"
+        if reason is not None and (any(True for _ in module.parameters()) or self._any_hot(args, kwargs)):
+            self.run.opaque[path] = reason
+            return self._seen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
+        if not self.recording:
+            return call(module, *args, **kwargs)
+        self._calls.append(path)
+        try:
+            result = call(module, *args, **kwargs)
+        finally:
+            self._calls.pop()
+        for leaf in _tensors(result):
+            self._check_known(leaf, path)
+        return result
+
+    def _any_hot(self, args: Any, kwargs: Any) -> bool:
+        return any(id(leaf) in self._numbers or id(leaf) in self.paths for leaf in _tensors((args, kwargs)))
+
+    def _hidden(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.suspended = True
+        try:
+            with untold(), torch._C.DisableTorchFunction():  # dynamo would trace this mode, too
+                return function(*args, **kwargs)
+        finally:
+            self.suspended = False
+
+    # one operation
+
+    def _seen(self, function: Any, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        if self._substitutes:
+            args, kwargs = map_leaves(self._current, (args, kwargs))
+        key: list[Any] = [function]
+        numbers: list[Any] = []
+        found: list[tuple[int, Tensor]] = []
+        hot = self._scan(args, key, numbers, found)
+        if kwargs:
+            key.append(tuple(kwargs))
+            hot |= self._scan(kwargs.values(), key, numbers, found)
+        if not hot and type(function) is not ModuleCall:
+            return self._cold(execute, args, kwargs)
+        for place, tensor in found:
+            key[place] = self._constant(tensor)
+        if found and self.run.external_leaves and not self.recording:
+            args, kwargs = map_leaves(self._current, (args, kwargs))
+        ambient = Ambient.now(self.device.type)
+        if ambient != self.start:
+            key.append(ambient)
+        index = len(self.run.sequence)
+        if not self.recording and not self._expected(index, key, numbers):
+            self._deviate()
+        return (self._followed if not self.recording else self._recorded)(
+            index, function, execute, args, kwargs, tuple(key), numbers, ambient
+        )
+
+    def _scan(self, parts: Iterable[Any], key: list[Any], numbers: list[Any], found: list[tuple[int, Tensor]]) -> bool:
+        hot = False
+        for part in parts:
+            kind = type(part)
+            if kind is Tensor or isinstance(part, Tensor):
+                number = self._numbers.get(id(part))
+                if number is not None:
+                    key.append(~number)
+                    hot = True
+                elif (path := self.paths.get(id(part))) is not None:
+                    key.append(path)
+                    key.append(Tensor)  # a string among the arguments is no path
+                    hot = True
+                else:
+                    found.append((len(key), part))
+                    key.append(None)
+            elif kind is int or kind is float:
+                if part == 0 or part - part != 0:
+                    key.append((kind, repr(part)))
+                else:
+                    key.append(kind)
+                    numbers.append(part)
+            elif kind in _EXACT:
+                key.append(part)
+            elif kind is tuple or kind is list or isinstance(part, (tuple, list)):
+                key.append("(")
+                hot |= self._scan(part, key, numbers, found)
+                key.append(")")
+            elif isinstance(part, dict):
+                key.append(("{", *part))
+                hot |= self._scan(part.values(), key, numbers, found)
+                key.append("}")
+            elif kind is slice:
+                key.append(slice)
+                hot |= self._scan((part.start, part.stop, part.step), key, numbers, found)
+            else:
+                key.append(getattr(part, "__code__", kind))
+                numbers.append(part)
+        return hot
+
+    def _constant(self, tensor: Tensor) -> int:
+        version = 0 if tensor.is_inference() else tensor._version
+        known = self._known.get((id(tensor), version))
+        if known is not None:
+            return _CONSTANT - known
+        place = self._known[id(tensor), version] = len(self.run.constants)
+        self._alive.append(tensor)
+        self._originals.append((tensor, version))
+        copied = self.recording or (self.cuts is not None and place in self.cuts.copied)
+        value = tensor.detach()
+        self.run.constants.append(value.clone() if copied else value)
+        if tensor.requires_grad and self.start.grad:
+            self.run.external[place] = tensor
+            leaf = self.run.external_leaves[place] = self.run.constants[place].requires_grad_()
+            if self.recording:
+                self._check_known(tensor, self._calls[-1] if self._calls else "")
+            else:
+                self._substitutes[id(tensor)] = leaf
+                self._known[id(leaf), leaf._version] = place
+        if self.recording:
+            names = self._origins.get(id(tensor)) or frozenset()
+            own = self.inputs.get(id(tensor))
+            self.run.origins.append(names | {own} if own else names)
+            self.run.names.append(own)
+        return _CONSTANT - place
+
+    def _cold(self, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        if not self.recording:
+            return execute(*args, **kwargs)
+        result = execute(*args, **kwargs)
+        names: frozenset[str] = frozenset()
+        for leaf in _tensors((args, kwargs)):
+            names |= self._origins.get(id(leaf), frozenset())
+            if id(leaf) in self.inputs:
+                names |= {self.inputs[id(leaf)]}
+        for leaf in _tensors(result):
+            self._alive.append(leaf)
+            self._origins[id(leaf)] = self._origins.get(id(leaf), frozenset()) | names
+        return result
+
+    # a run that is as expected
+
+    def _expected(self, index: int, key: list[Any], numbers: list[Any]) -> bool:
+        cuts = self.cuts
+        return cuts is not None and index < len(cuts.sequence) and cuts.sequence[index] == tuple(key)
+
+    def _followed(
+        self,
+        index: int,
+        function: Any,
+        execute: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        key: tuple[Any, ...],
+        numbers: list[Any],
+        ambient: Ambient,
+    ) -> Any:
+        cuts = self.cuts
+        assert cuts is not None
+        if index in cuts.random:
+            self.run.random[cuts.random[index]] = RandomState(self.device)
+        if index in cuts.normalised:
+            batch = args[0] if args else kwargs["input"]
+            weight = args[3] if len(args) > 3 else kwargs.get("weight")
+            self.run.normalised.setdefault(cuts.normalised[index], []).append((batch.detach(), weight))
+        if function is Tensor.register_hook:
+            return self._hooked(args, kwargs, key, numbers)
+        result = execute(*args, **kwargs)
+        if type(result) is not Tensor and not _makes_tensors(function, result):
+            return result
+        self.run.sequence.append(key)
+        self.run.numbers.append(numbers)
+        if result is None:  # __setitem__
+            self._handed_on(args[0])
+            return None
+        if type(result) is Tensor:
+            return self._handed_on(result)
+        return map_leaves(lambda leaf: self._handed_on(leaf) if isinstance(leaf, Tensor) else leaf, result)
+
+    def _handed_on(self, result: Tensor) -> Tensor:
+        """The result, or where it is a node's value a leaf in its place."""
+        assert self.cuts is not None
+        known_before = id(result) in self._numbers
+        number = self._number(result)
+        if (export := self.cuts.exports.get(number)) is not None:
+            self.run.exports[export] = result.detach()
+        slot = self.cuts.slots.get(number)
+        if slot is None:
+            return result
+        leaf = self.run.leaves[slot] = result.detach().requires_grad_()
+        self.run.predictions[slot] = result
+        # a leaf of autograd may not be written in place
+        handed = leaf.clone() if number in self.cuts.rewritten else leaf
+        self._numbers[id(handed)] = number
+        self._alive.append(handed)
+        self.run.hot[number] = handed
+        if known_before:  # written in place: whoever has the tensor from before has to read the leaf as well
+            self._substitutes[id(result)] = handed
+        return handed
+
+    def _current(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            while (following := self._substitutes.get(id(leaf))) is not None:
+                leaf = following
+        return leaf
+
+    def _number(self, tensor: Tensor) -> int:
+        number = len(self.run.hot)
+        self.run.hot.append(tensor)
+        self._numbers[id(tensor)] = number
+        self._alive.append(tensor)
+        return number
+
+    def _hooked(self, args: Any, kwargs: Any, key: tuple[Any, ...], numbers: list[Any]) -> Any:
+        """A hook on a gradient: an operation between the tensor and all who read it from now on."""
+        tensor = args[0]
+        hooked = tensor.view_as(tensor)
+        handle = hooked.register_hook(*args[1:], **kwargs)
+        self.run.sequence.append(key)
+        self.run.numbers.append(numbers)
+        handed = self._handed_on(hooked) if not self.recording else hooked
+        if self.recording:
+            self._number(hooked)
+        self._substitutes[id(tensor)] = handed
+        self._numbers[id(tensor)] = self._numbers[id(handed)]
+        return handle
+
+    # a run that is recorded
+
+    def _deviate(self) -> None:
+        """Another sequence than expected: record from here on, with what was known so far."""
+        assert self.cuts is not None
+        self.run.records = list(self.cuts.records[: len(self.run.sequence)])
+        self.run.random = {i: self.run.random[node] for i, node in self.cuts.random.items() if node in self.run.random}
+        self.run.origins = [frozenset()] * len(self.run.constants)
+        self.run.names = [None] * len(self.run.constants)
+
+    def _recorded(
+        self,
+        index: int,
+        function: Any,
+        execute: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        key: tuple[Any, ...],
+        numbers: list[Any],
+        ambient: Ambient,
+    ) -> Any:
+        if function in _GRADIENTS:
+            self.lost[self._calls[-1] if self._calls else ""] = "takes a gradient inside of forward"
+        scopes, place = self._scopes()
+        if function is Tensor.register_hook:
+            described = self._described(args, kwargs)
+            source = described[0][0]
+            handle = self._hooked(args, kwargs, key, numbers)
+            self._append(with_hook, described, len(self.run.hot) - 1, {len(self.run.hot) - 1: source}, (), False,
+                         ambient, scopes, place)  # fmt: skip
+            return handle
+        described = self._described(args, kwargs)
+        given = [leaf for leaf in _tensors((args, kwargs)) if not leaf.is_inference()]
+        versions = [tensor._version for tensor in given]
+        state = RandomState(self.device)
+        result = execute(*args, **kwargs)
+        if type(result) is not Tensor and not _makes_tensors(function, result):
+            if result is not None:
+                self.passive.add(function)
+            return result
+        random = state.advanced()
+        if random:
+            self.run.random[index] = state
+        changed = [t for t, version in zip(given, versions, strict=True) if t._version != version]
+        wrote = tuple(dict.fromkeys(self._reference(tensor) for tensor in changed))
+        if not wrote and _named_in_place(function) and args and result is args[0]:
+            wrote = (self._reference(result),)  # detach_ and its like change no content
+        if result is not None and wrote and all(isinstance(w, Constant) for w in wrote):
+            if isinstance(result, Tensor) and not result.requires_grad and any(result is t for t in changed):
+                return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
+        sources: dict[int, Hot] = {}
+        result_numbers = self._registered(result, args, kwargs, sources)
+        self.run.sequence.append(key)
+        self.run.numbers.append(numbers)
+        self._append(function, described, result_numbers, sources, wrote, random, ambient, scopes, place)
+        return result
+
+    def _append(
+        self,
+        function: Any,
+        described: tuple[Any, Any],
+        results: Any,
+        sources: Mapping[int, Hot],
+        wrote: tuple[Hot | Constant, ...],
+        random: bool,
+        ambient: Ambient,
+        scopes: tuple[tuple[str, str], ...],
+        place: str,
+    ) -> None:
+        assert self.run.records is not None
+        there = None if ambient == self.start else ambient
+        self.run.records.append(Record(function, *described, results, sources, wrote, random, there, scopes, place))
+
+    def _registered(self, result: Any, args: Any, kwargs: Any, sources: dict[int, Hot]) -> Any:
+        """The result with a number in place of each tensor. What was written in place gets a new number."""
+        if result is None:  # __setitem__
+            return self._number_of(args[0], args, kwargs, sources)
+        return map_leaves(
+            lambda leaf: self._number_of(leaf, args, kwargs, sources) if isinstance(leaf, Tensor) else None, result
+        )
+
+    def _number_of(self, tensor: Tensor, args: Any, kwargs: Any, sources: dict[int, Hot]) -> int:
+        source = next((r for t in _tensors((args, kwargs)) if _share(t, tensor) and
+                       isinstance(r := self._reference(t), Hot)), None)  # fmt: skip
+        number = self._number(tensor)
+        if source is not None:
+            sources[number] = source
+        return number
+
+    def _reference(self, tensor: Tensor) -> Hot | Constant:
+        number = self._numbers.get(id(tensor))
+        if number is not None:
+            return Hot(number)
+        if (path := self.paths.get(id(tensor))) is not None:
+            return Hot(path)
+        for (address, _), place in reversed(self._known.items()):
+            if address == id(tensor):
+                return Constant(place)
+        return Constant(_CONSTANT - self._constant(tensor))
+
+    def _described(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments with what stands for each leaf, the numbers counted as :meth:`_scan` finds them."""
+        counted = [0]
+
+        def of(part: Any) -> Any:
+            kind = type(part)
+            if isinstance(part, Tensor):
+                return self._reference(part)
+            if kind is int or kind is float:
+                if part == 0 or part - part != 0:
+                    return part
+                counted[0] += 1
+                return Number(counted[0] - 1)
+            if kind in _EXACT:
+                return part
+            if isinstance(part, (tuple, list)):
+                made = [of(each) for each in part]
+                return made if isinstance(part, list) else tuple(made)
+            if isinstance(part, dict):
+                return {name: of(each) for name, each in part.items()}
+            if kind is slice:
+                return slice(of(part.start), of(part.stop), of(part.step))
+            counted[0] += 1
+            return Number(counted[0] - 1)
+
+        return tuple(of(each) for each in args), {name: of(each) for name, each in kwargs.items()}
+
+    def _scopes(self) -> tuple[tuple[tuple[str, str], ...], str]:
+        """The submodules whose code is on the stack, outermost first, and the user's line."""
+        from torch2ebm.capture.problems import is_users
+
+        found: list[tuple[str, FrameType]] = []
+        place = ""
+        frame: FrameType | None = sys._getframe(3)
+        while frame is not None and frame.f_code is not Watch.watching.__code__:
+            code = frame.f_code
+            if not place and is_users(code.co_filename):
+                place = f"{code.co_filename}:{frame.f_lineno}"
+            if code.co_argcount and code.co_filename != _HERE:
+                receiver = frame.f_locals.get(code.co_varnames[0])
+                if isinstance(receiver, nn.Module) and (path := self.modules.get(id(receiver))):
+                    if found and found[-1][0] == path:
+                        found.pop()  # one call has several frames, and its outermost, __call__, stands for it
+                    found.append((path, frame))
+            frame = frame.f_back
+        return tuple([(self._label(path, frame), path) for path, frame in reversed(found)]), place
+
+    def _label(self, path: str, frame: FrameType) -> str:
+        """The path, with a number where it is called again. Frames are kept: an address may be used again."""
+        label = self._labels.get(id(frame))
+        if label is None:
+            self._frames.append(frame)
+            count = sum(1 for known in self._labels.values() if known.split("@")[0] == path)
+            label = self._labels[id(frame)] = f"{path}@{count}" if count else path
+        return label
+
+    # what cannot be followed
+
+    def _check_known(self, tensor: Tensor, path: str) -> None:
+        """Notice a tensor that something unseen has made of hot ones."""
+        if not tensor.requires_grad or id(tensor) in self._numbers or id(tensor) in self.paths:
+            return
+        if self._comes_from_hot(tensor):
+            self.lost[path] = "computes with parameters what torch2ebm cannot see, outside of torch's own operations"
+
+    def _comes_from_hot(self, tensor: Tensor) -> bool:
+        hot = {t.grad_fn for t in self.run.hot if t.grad_fn is not None}
+        hot_leaves = set(self.paths) | {id(t) for t in self.run.leaves.values()}
+        pending, seen = [tensor.grad_fn], set()
+        while pending:
+            each = pending.pop()
+            if each is None or each in seen:
+                continue
+            seen.add(each)
+            variable = getattr(each, "variable", None)
+            if each in hot or (variable is not None and id(variable) in hot_leaves):
+                return True
+            pending += [following for following, _ in each.next_functions]
+        return False
+
+    # the run as a whole
+
+    def watching(self, function: Callable[[], Any]) -> Run:
+        """Run it."""
+        with self:
+            output = function()
+        self._finish(output)
+        return self.run
+
+    def _finish(self, output: Any) -> None:
+        run = self.run
+        if self.recording:
+            for leaf in _tensors(output):
+                self._check_known(leaf, "")
+        run.output = output
+        run.returned = self._output_key(output)
+        run.copied = frozenset(
+            i for i, (t, version) in enumerate(self._originals) if not t.is_inference() and t._version != version
+        )
+        if not self.recording and self.cuts is not None:
+            same = len(run.sequence) == len(self.cuts.sequence) and run.returned == self.cuts.output
+            if not same:
+                self._deviate()
+            elif not run.copied <= self.cuts.copied:
+                self._deviate()
+            run.followed = same and not self.recording
+        self._frames.clear()
+        self._alive.clear()
+
+    def _output_key(self, output: Any) -> Any:
+        leaves = []
+        for leaf in leaves_of(output):
+            if isinstance(leaf, Tensor):
+                leaf = self._current(leaf)
+                number = self._numbers.get(id(leaf))
+                if number is not None:
+                    self.run.outputs[id(leaf)] = number
+                leaves.append(~number if number is not None else self.paths.get(id(leaf)))
+            else:
+                leaves.append(type(leaf))
+        return template_of(output), tuple(leaves)
+
+
+def _tensors(structure: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in leaves_of(structure) if isinstance(leaf, Tensor))
+
+
+def _makes_tensors(function: Any, result: Any) -> bool:
+    if result is None:
+        return function is Tensor.__setitem__
+    return any(True for _ in _tensors(result))
+
+
+def _named_in_place(function: Any) -> bool:
+    name = getattr(function, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    try:
+        return a is b or a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # sparse tensors have no storage
+        return False
+
+
+def runs_elsewhere(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule"

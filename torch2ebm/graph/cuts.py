@@ -1,0 +1,111 @@
+"""Where a watched run of the module is cut, so that it leaves what the nodes of an energy graph would have made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import fx
+
+from torch2ebm.capture.observation import Capture
+from torch2ebm.capture.watch import Cuts, Hot, Record
+from torch2ebm.common.nested import leaves_of
+from torch2ebm.graph.roles import Roles
+
+
+def cuts_of(
+    capture: Capture,
+    roles: Roles,
+    bodies: Mapping[str, Iterable[fx.Node]],
+    slots: Iterable[fx.Node],
+    exports: Mapping[fx.Node, str],
+) -> Cuts | None:
+    """The cuts of a graph; None where only a composition of its nodes gives what the nodes make.
+
+    Args:
+        capture: The recorded run that the graph was made of.
+        roles: What each operation is to the graph.
+        bodies: Name of each node to its operations, in order.
+        slots: The operations whose results are values.
+        exports: Operations whose results nodes read as constants, to their names.
+    """
+    assert capture.run.records is not None
+    number_of = {node: number for number, node in capture.trace.node_of.items()}
+    slots = list(slots)
+    if any(node not in number_of for node in (*slots, *exports)) or _shared(capture, roles, bodies.values()):
+        return None
+    if any(node.meta.get("taken_again") for node in capture.graph.nodes):
+        return None  # a view of what was written later leads past the leaf
+    random = {name: draws for name, body in bodies.items() if (draws := draws_of(capture, body))}
+    if not _draws_apart(sorted(capture.run.random), random):
+        return None
+    of_slots = {number_of[node]: node.name for node in slots}
+    normalised = {
+        capture.trace.operations[node]: name
+        for name, body in bodies.items()
+        for node in body
+        if capture.facts[node].batch_statistics
+    }
+    run = capture.run
+    varying: dict[int, frozenset[int]] = {}
+    for i, j in (*capture.varying, *capture.trace.numbers.values()):
+        varying[i] = varying.get(i, frozenset()) | {j}
+    return Cuts(
+        capture.run.records,
+        tuple(run.sequence),
+        run.returned,
+        [tuple(numbers) for numbers in run.numbers],
+        varying,
+        of_slots,
+        _rewritten(capture.run.records, of_slots),
+        {number_of[node]: name for node, name in exports.items()},
+        {min(draws): name for name, draws in random.items()},
+        normalised,
+        run.copied,
+        frozenset(run.opaque),
+    )
+
+
+def _shared(capture: Capture, roles: Roles, bodies: Iterable[Iterable[fx.Node]]) -> bool:
+    """Whether nodes share a computation on parameters: the run makes it once, and the first pullback would free it."""
+    seen: set[fx.Node] = set()
+    for body in bodies:
+        prepared = {node for node in body if node in roles.repeated and capture.facts[node].live}
+        if seen & prepared:
+            return True
+        seen |= prepared
+    return False
+
+
+def draws_of(capture: Capture, body: Iterable[fx.Node]) -> list[int]:
+    """The operations of the run, in order, that draw random numbers for a node."""
+    assert capture.run.records is not None
+    operations = {capture.trace.operations[node] for node in body if node in capture.trace.operations}
+    return sorted(i for i in operations if capture.run.records[i].random)
+
+
+def _draws_apart(draws: Sequence[int], of_nodes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether each node draws its random numbers one after the other: a node winds the generator back once."""
+    place = {draw: i for i, draw in enumerate(draws)}
+    return all(place[own[-1]] - place[own[0]] == len(own) - 1 for own in of_nodes.values())
+
+
+def _rewritten(records: Sequence[Record], slots: Mapping[int, str]) -> frozenset[int]:
+    """Results that forward writes in place after they are values, itself or through a view."""
+    base: dict[int, int] = {}
+    born: dict[int, int] = {}
+    found: set[int] = set()
+    for i, record in enumerate(records):
+        for target in record.wrote:
+            if isinstance(target, Hot) and isinstance(target.place, int):
+                written = base.get(target.place, target.place)
+                found |= {n for n in slots if n in born and base.get(n, n) == written}
+        for number in _numbers(record.results):
+            born[number] = i
+            source = record.sources.get(number)
+            if source is not None and isinstance(source.place, int):
+                base[number] = base.get(source.place, source.place)
+    return frozenset(found)
+
+
+def _numbers(results: object) -> Iterable[int]:
+    return (leaf for leaf in leaves_of(results) if isinstance(leaf, int) and not isinstance(leaf, bool))
