@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from torch2ebm.capture.custom_functions import untold
-from torch2ebm.common.nested import leaves_of, map_leaves, template_of
+from torch2ebm.common.nested import leaves_of, map_leaves, signature, template_of
 from torch2ebm.isolation.random_numbers import RandomState
 
 
@@ -125,6 +125,7 @@ class Cuts:
         numbers: Their numbers.
         varying: For operations with numbers that may be others: their places among the operation's numbers.
         slots: Number of a result to the slot whose value it is.
+        kept: The same for results that no other node reads, and that are not handed on as leaves.
         rewritten: Those of these results that forward writes in place later.
         exports: Number of a result to the name under which nodes read it as a constant.
         random: Operation to the node whose draws begin there.
@@ -140,6 +141,7 @@ class Cuts:
     numbers: Sequence[Sequence[Any]]
     varying: Mapping[int, frozenset[int]]
     slots: Mapping[int, str]
+    kept: Mapping[int, str]
     rewritten: frozenset[int]
     exports: Mapping[int, str]
     random: Mapping[int, str]
@@ -494,6 +496,8 @@ class Watch(TorchFunctionMode):
             self.run.exports[export] = result.detach()
         slot = self.cuts.slots.get(number)
         if slot is None:
+            if (slot := self.cuts.kept.get(number)) is not None:
+                self.run.predictions[slot], self.run.leaves[slot] = result, result.detach().requires_grad_()
             return result
         leaf = self.run.leaves[slot] = result.detach().requires_grad_()
         self.run.predictions[slot] = result
@@ -753,7 +757,7 @@ class Watch(TorchFunctionMode):
                 leaves.append(~number if number is not None else self.paths.get(id(leaf)))
             else:
                 leaves.append(type(leaf))
-        return template_of(output), tuple(leaves)
+        return signature(template_of(output)), tuple(leaves)
 
 
 def _tensors(structure: Any) -> Iterator[Tensor]:

@@ -227,8 +227,8 @@ class Call:
 
     def _state_before(self, node: Node) -> RandomState | None:
         """The generators as the run had them where it began to draw for this node."""
-        place = node.name if self.run.followed else self.graph.draws.get(node.name)
-        return self.run.random.get(place)
+        found = self.run.random.get(node.name)  # of a run that was cut
+        return self.run.random.get(self.graph.draws.get(node.name)) if found is None else found
 
     def output(self) -> list[Any]:
         """The leaves of the model's output, at the values as they are.

@@ -85,6 +85,7 @@ class _Assembly:
                         read_as_value = source in self.roles.live and node in self.core[i]
                         _add(self.slots if read_as_value else self.exports, self.group_of[source], source)
         self.read = [bool(slots) for slots in self.slots]
+        self.read_slots = [list(slots) for slots in self.slots]
         for node in self.returned:
             if node in self.group_of:
                 _add(self.slots if node in self.roles.live else self.exports, self.group_of[node], node)
@@ -138,7 +139,8 @@ class _Assembly:
                 self.capture,
                 self.roles,
                 bodies,
-                [node for slots in self.slots for node in slots],
+                {node: name for name, slots in zip(names, self.slots, strict=True) for node in slots},
+                [node for slots, read in zip(self.slots, self.read_slots, strict=True) for node in slots if node in read],
                 {node: self._name_of_export(node) for exports in self.exports for node in exports},
             ),
             tuple(self.capture.trace.constants),

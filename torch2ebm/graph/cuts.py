@@ -16,7 +16,8 @@ def cuts_of(
     capture: Capture,
     roles: Roles,
     bodies: Mapping[str, Iterable[fx.Node]],
-    slots: Iterable[fx.Node],
+    slots: Mapping[fx.Node, str],
+    read: Iterable[fx.Node],
     exports: Mapping[fx.Node, str],
 ) -> Cuts | None:
     """The cuts of a graph; None where only a composition of its nodes gives what the nodes make.
@@ -25,12 +26,12 @@ def cuts_of(
         capture: The recorded run that the graph was made of.
         roles: What each operation is to the graph.
         bodies: Name of each node to its operations, in order.
-        slots: The operations whose results are values.
+        slots: The operations whose results are values or outputs, to their nodes.
+        read: Those of them that other nodes read.
         exports: Operations whose results nodes read as constants, to their names.
     """
     assert capture.run.records is not None
     number_of = {node: number for number, node in capture.trace.node_of.items()}
-    slots = list(slots)
     if any(node not in number_of for node in (*slots, *exports)) or _shared(capture, roles, bodies.values()):
         return None
     if any(node.meta.get("taken_again") for node in capture.graph.nodes):
@@ -38,7 +39,12 @@ def cuts_of(
     random = {name: draws for name, body in bodies.items() if (draws := draws_of(capture, body))}
     if not _draws_apart(sorted(capture.run.random), random):
         return None
-    of_slots = {number_of[node]: node.name for node in slots}
+    handed_on = {number_of[node]: node.name for node in read}
+    kept = {number_of[node]: node.name for node in slots if number_of[node] not in handed_on}
+    inside = any(user in bodies[slots[node]] for node in read for user in node.users)
+    rewritten = _rewritten(capture.run.records, {*handed_on, *kept})
+    if inside or not rewritten.isdisjoint(kept):
+        return None  # a leaf would also come between operations of the node itself
     normalised = {
         capture.trace.operations[node]: name
         for name, body in bodies.items()
@@ -55,8 +61,9 @@ def cuts_of(
         run.returned,
         [tuple(numbers) for numbers in run.numbers],
         varying,
-        of_slots,
-        _rewritten(capture.run.records, of_slots),
+        handed_on,
+        kept,
+        rewritten,
         {number_of[node]: name for node, name in exports.items()},
         {min(draws): name for name, draws in random.items()},
         normalised,
@@ -89,7 +96,7 @@ def _draws_apart(draws: Sequence[int], of_nodes: Mapping[str, Sequence[int]]) ->
     return all(place[own[-1]] - place[own[0]] == len(own) - 1 for own in of_nodes.values())
 
 
-def _rewritten(records: Sequence[Record], slots: Mapping[int, str]) -> frozenset[int]:
+def _rewritten(records: Sequence[Record], slots: Iterable[int]) -> frozenset[int]:
     """Results that forward writes in place after they are values, itself or through a view."""
     base: dict[int, int] = {}
     born: dict[int, int] = {}

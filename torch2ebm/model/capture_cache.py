@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from torch2ebm.graph.granularity import Granularity, named_leaves
 from torch2ebm.isolation.torch_modes import TRACING
 from torch2ebm.model.arguments import Arguments
 from torch2ebm.model.fingerprint import Fingerprint, swapped_parameters
-from torch2ebm.model.verification import verify
+from torch2ebm.model.verification import same_by_cuts, verify
 
 KEPT = 32  # sequences of operations: branches may differ from batch to batch
 
@@ -64,6 +65,7 @@ class Captures:
         self._paths = {id(parameter): name for name, parameter in self.parameters.items()}
         self._fingerprint = Fingerprint.of(module)
         self._told = False
+        self._cut_before: weakref.WeakSet[EnergyGraph] = weakref.WeakSet()
         self._forgotten = 0
         self._finite_buffers: tuple[str, ...] | None = None
 
@@ -118,11 +120,19 @@ class Captures:
         cuts = graph.cuts if graph is not None and keep_cuts else None
         run = self.subject.run(call, paths, arguments.names, arguments.device, cuts)
         if run.followed and entry is not None and graph is not None and self._same_numbers(run, entry, graph.cuts):
+            if graph not in self._cut_before:
+                self._check_cuts(graph, run, arguments, swapped)
             return Served(run, graph, swapped, arguments)
         with TRACING:
             entry, graph = self._graph_for(run, cuts, granularity, graded, arguments.device, swapped)
         self._latest[granularity, graded] = entry, graph
         return Served(run, graph, swapped, arguments)
+
+    def _check_cuts(self, graph: EnergyGraph, run: Run, arguments: Arguments, swapped: Mapping[str, Tensor]) -> None:
+        """Hold the first run that was cut against the composition of the nodes; where they differ, compose for ever."""
+        self._cut_before.add(graph)
+        if not same_by_cuts(graph, run, arguments.device, swapped):
+            graph.cuts, run.followed = None, False
 
     def _granularity_for(self, algorithm: Algorithm | None) -> Granularity:
         if self.granularity != "auto":
@@ -157,6 +167,7 @@ class Captures:
             assert cuts is not None
             run.records, run.origins = list(cuts.records), [frozenset()] * len(run.constants)
             run.names = [None] * len(run.constants)
+            run.random = {i: run.random[node] for i, node in cuts.random.items() if node in run.random}
         run.followed = False
         key = (graded, tuple(run.sequence), run.returned)
         entry = self.entries.get(key)

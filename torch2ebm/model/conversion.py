@@ -124,6 +124,10 @@ class Conversion:
 
         return forwards.withdrawn_on_error(history, taped_output)
 
+    def new_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """A run of the module, as a call that no algorithm has filled."""
+        return self._call(self._captured_run(args, kwargs))
+
     def _call(self, served: Served) -> Call:
         arguments = served.arguments
         return Call(served.graph, served.run, arguments.device, arguments.batch_size, served.swapped)

@@ -27,14 +27,36 @@ def verify(graph: EnergyGraph, run: Run, device: torch.device, swapped: Mapping[
     """
     with plain_autograd(), untouched(graph.module, device):
         call = Call(graph, run, device, 1, swapped)
-        followed, run.followed = run.followed, False  # composed, and not what the run has left
-        try:
-            call.feedforward(keep_graph=True)
-        finally:
-            run.followed = followed
+        call.feedforward(keep_graph=True)
         real = list(leaves_of(run.output))
         _check_outputs(graph, real, call.output())
         _check_gradients(graph, call, run, real)
+
+
+def same_by_cuts(graph: EnergyGraph, run: Run, device: torch.device, swapped: Mapping[str, Tensor]) -> bool:
+    """Whether what a run has left at its cuts gives the gradients that the composition of the nodes gives."""
+    found = []
+    real = list(leaves_of(run.output))
+    with plain_autograd(), untouched(graph.module, device):
+        for followed in (True, False):
+            run.followed = followed
+            call = Call(graph, run, device, 1, swapped)
+            kept = dict(run.leaves), dict(run.predictions), dict(run.normalised)
+            call.feedforward(keep_graph=True)
+            run.leaves, run.predictions, run.normalised = kept
+            delivered = {
+                o.slot: _uneven(leaf)
+                for leaf, o in zip(real, graph.outputs, strict=True)
+                if o.slot is not None and is_live(call.values[o.slot])
+            }
+            trainable = {name for name, p in call.parameters.items() if p.requires_grad}
+            gradients = reverse_sweep(call, delivered, retain_graph=True).gradients.parameters
+            found.append({name: g for name, g in gradients.items() if name in trainable})
+            values = {slot: value.detach() for slot, value in call.values.items()}
+            found.append(values)
+    run.followed = True
+    cut, cut_values, composed, composed_values = found
+    return not _differing(cut, composed) and all(_same(v, composed_values[slot]) for slot, v in cut_values.items())
 
 
 def _check_outputs(graph: EnergyGraph, real: Sequence[Any], ours: Sequence[Any]) -> None:
