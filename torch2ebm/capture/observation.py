@@ -61,6 +61,7 @@ class Capture:
         facts: By the graph's nodes.
         run: The recorded run.
         varying: Numbers that are inputs of the graph.
+        held: Results that somebody may hold after the run, and use in the loss: further outputs.
     """
 
     module: nn.Module
@@ -69,6 +70,7 @@ class Capture:
     facts: Mapping[fx.Node, Fact]
     run: Run
     varying: frozenset[Place]
+    held: tuple[int, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
@@ -119,16 +121,22 @@ def is_live(value: Any) -> bool:
 
 
 def capture(
-    module: nn.Module, run: Run, leaves: frozenset[str], varying: frozenset[Place], device: torch.device
+    module: nn.Module,
+    run: Run,
+    leaves: frozenset[str],
+    varying: frozenset[Place],
+    held: frozenset[int],
+    device: torch.device,
 ) -> Capture:
     """The graph of a recorded run; generators, buffers and attributes are as before.
 
     Raises:
         UntraceableError: where an operation that forward ran cannot run again.
     """
-    trace = traced(module, run, varying, device.type)
+    further = tuple(sorted(held))
+    trace = traced(module, run, varying, further, device.type)
     observer = _Observer(module, trace, device)
-    made = Capture(module, trace, leaves, observer.facts, run, varying)
+    made = Capture(module, trace, leaves, observer.facts, run, varying, further)
     with plain_autograd(), untouched(module, device), all_parameters_trainable(module):
         try:
             observer.run(*made.inputs(run))

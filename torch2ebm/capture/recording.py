@@ -38,25 +38,28 @@ class Trace:
     operations: Mapping[fx.Node, int]
 
 
-def traced(module: nn.Module, run: Run, varying: frozenset[Place], device: str) -> Trace:
+def traced(module: nn.Module, run: Run, varying: frozenset[Place], held: Sequence[int], device: str) -> Trace:
     """The graph of a recorded run.
 
     Args:
         module: The module whose run it was.
         run: A run with records.
         varying: Numbers that the graph takes as inputs; objects are inputs in any case.
+        held: Results that are further outputs.
         device: Type of the device.
 
     Raises:
         UntraceableError: where something was written in place that is no first argument.
     """
-    return _Importer(module, run, varying, device).trace()
+    return _Importer(module, run, varying, held, device).trace()
 
 
 class _Importer:
-    def __init__(self, module: nn.Module, run: Run, varying: frozenset[Place], device: str) -> None:
+    def __init__(
+        self, module: nn.Module, run: Run, varying: frozenset[Place], held: Sequence[int], device: str
+    ) -> None:
         assert run.records is not None
-        self.module, self.run, self.varying, self.device = module, run, varying, device
+        self.module, self.run, self.varying, self.held, self.device = module, run, varying, held, device
         self.records: Sequence[Record] = run.records
         self.graph = fx.Graph()
         self.nodes: dict[int | str, fx.Node] = {}
@@ -190,7 +193,7 @@ class _Importer:
                 found.append(self._node(Hot(leaf)))
             else:
                 found.append(None)
-        self.graph.output(found)
+        self.graph.output([*found, *(self.nodes[number] for number in self.held)])
 
 
 def _drop_unread(graph: fx.Graph) -> None:

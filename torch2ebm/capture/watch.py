@@ -20,7 +20,9 @@ goes on uncut.
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -133,6 +135,7 @@ class Cuts:
         constants: The name of each constant.
         copied: Those constants that forward changes after they were read.
         opaque: Paths of modules that are one operation.
+        held: Results that somebody may hold after the run.
     """
 
     records: Sequence[Record]
@@ -148,6 +151,7 @@ class Cuts:
     normalised: Mapping[int, str]
     copied: frozenset[int]
     opaque: frozenset[str]
+    held: frozenset[int]
 
 
 @dataclass(eq=False)
@@ -173,6 +177,8 @@ class Run:
         origins: Constant to the names of the arguments that it was made of.
         names: Constant to the name of the argument that it is, None for others.
         opaque: Path of each module that is one operation, to the reason.
+        kept: Numbers of results with a gradient that somebody else still holds, by a hook or an attribute: these tensors.
+        originals: Constants as the caller has them, each with its version when the run ended.
         changed_buffers: Names of the buffers that forward has changed.
     """
 
@@ -197,6 +203,8 @@ class Run:
     changed_buffers: tuple[str, ...] = ()
     outputs: dict[int, int] = field(default_factory=dict)  # id of a tensor in the output to its number
     external_leaves: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    originals: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def released(self) -> None:
         """What the run has left at the cuts is somebody else's by now."""
@@ -724,6 +732,11 @@ class Watch(TorchFunctionMode):
         with self:
             output = function()
         self._finish(output)
+        del output  # a reference more than those that count
+        if self.start.grad:
+            self.run.kept = _held_elsewhere(self.run, self._numbers)
+            if self.run.followed and self.cuts is not None:
+                self.run.followed = self.run.kept.keys() <= self.cuts.held
         return self.run
 
     def _finish(self, output: Any) -> None:
@@ -743,8 +756,11 @@ class Watch(TorchFunctionMode):
             elif not run.copied <= self.cuts.copied:
                 self._deviate()
             run.followed = same and not self.recording
+        run.originals = [(t, 0 if t.is_inference() else t._version) for t, _ in self._originals]
+        self._originals.clear()
         self._frames.clear()
         self._alive.clear()
+        self._substitutes.clear()
 
     def _output_key(self, output: Any) -> Any:
         leaves = []
@@ -758,6 +774,42 @@ class Watch(TorchFunctionMode):
             else:
                 leaves.append(type(leaf))
         return signature(template_of(output)), tuple(leaves)
+
+
+def _held_elsewhere(run: Run, numbers: Mapping[int, int]) -> dict[int, Tensor]:
+    """Results that have more references than the run and its output: somebody has kept them, and may use them."""
+    own = Counter(map(id, (*run.hot, *run.leaves.values(), *run.predictions.values(), *_tensors(run.output))))
+    none = _references([object()])[0] - 1  # what looking itself adds
+    return {
+        numbers[id(run.hot[i])]: run.hot[i]
+        for i, count in enumerate(_references(run.hot))
+        if count - none > own[id(run.hot[i])]
+        and run.hot[i].requires_grad
+        and count - none - _references_of_torch(run.hot[i]) > own[id(run.hot[i])]
+    }
+
+
+def _references_of_torch(tensor: Tensor) -> int:
+    """What a tensor that C++ holds, as autograd does what it saves, adds to its references from Python."""
+    return int(_torch_counts_itself() and tensor._use_count() > 1)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _torch_counts_itself() -> bool:
+    """Whether torch has a reference to the Python object of a tensor that it holds; older versions have none."""
+    if not hasattr(Tensor, "_use_count"):
+        return False
+    with torch.enable_grad():
+        made = [torch.ones(1, requires_grad=True).exp()]  # saves its result
+        before = _references(made)
+        saved = made[0] * made[0]
+        after = _references(made)
+    del saved
+    return before != after or before[0] > _references([object()])[0]
+
+
+def _references(things: Sequence[Any]) -> list[int]:
+    return [sys.getrefcount(things[i]) for i in range(len(things))]
 
 
 def _tensors(structure: Any) -> Iterator[Tensor]:

@@ -144,6 +144,7 @@ class _Assembly:
                 {node: self._name_of_export(node) for exports in self.exports for node in exports},
             ),
             tuple(self.capture.trace.constants),
+            self.capture.held,
             {name: draws[0] for name, body in bodies.items() if (draws := draws_of(self.capture, body))},
         )
 

@@ -69,6 +69,7 @@ def cuts_of(
         normalised,
         run.copied,
         frozenset(run.opaque),
+        frozenset(capture.held),
     )
 
 

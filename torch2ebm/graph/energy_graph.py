@@ -152,6 +152,7 @@ class EnergyGraph:
         clamp: From the constants of a run to everything that depends on them alone, by name.
         inputs: Name of each tensor that ``clamp`` makes to the names of the arguments that it is made of.
         constants: Name of each constant of a run.
+        held: Results of a run that are further outputs, since somebody may hold them and use them in the loss.
         draws: Name of a node that draws random numbers to the operation of a run with which it begins to.
         cuts: Where a run of the module is cut so that it leaves what the nodes would; None where it cannot be.
         owner: Slot to its node.
@@ -180,9 +181,10 @@ class EnergyGraph:
         inputs: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
         cuts: Cuts | None = None,
         constants: tuple[str, ...] = (),
+        held: tuple[int, ...] = (),
         draws: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        self.inputs, self.cuts, self.constants, self.draws = inputs, cuts, constants, draws
+        self.inputs, self.cuts, self.constants, self.held, self.draws = inputs, cuts, constants, held, draws
         self.module, self.changing_buffers, self.shapes = module, changing_buffers, shapes
         self.clamp, self.outputs = clamp, outputs
         self.order, self.nodes = _linked(tuple(order), {o.slot for o in outputs if o.slot is not None})
@@ -277,6 +279,7 @@ class EnergyGraph:
             self.changing_buffers,
             inputs=self.inputs,
             constants=self.constants,
+            held=self.held,
             draws=self.draws,
         )
 

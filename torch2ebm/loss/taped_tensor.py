@@ -49,7 +49,22 @@ def _modes_undone(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     return undone_by(stacks.restore, lambda: _run_on_tape(func, args, kwargs))
 
 
+def stand_for(kept: Tensor, taped: Tensor) -> None:
+    """Let a tensor that forward has left with somebody be the taped one in all that is done to it from now on.
+
+    By its class alone: a view can neither be detached in place nor get another history.
+    """
+    kept.__class__ = TapedTensor
+    kept._instead = taped  # type: ignore[attr-defined]
+
+
+def _meant(leaf: Any) -> Any:
+    return getattr(leaf, "_instead", leaf) if isinstance(leaf, TapedTensor) else leaf
+
+
 def _run_on_tape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.is_grad_enabled() and any(hasattr(leaf, "_instead") for leaf in leaves_of((args, kwargs))):
+        args, kwargs = map_leaves(_meant, (args, kwargs))
     if func is Tensor.backward and isinstance(args[0], TapedTensor) and not args[0].requires_grad:
         args[0]._refused()
         raise LossIndependentError(

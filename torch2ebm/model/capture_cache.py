@@ -45,6 +45,7 @@ class _Entry:
     """What is known of one sequence."""
 
     varying: frozenset[Place] = frozenset()
+    held: frozenset[int] = frozenset()
     graphs: dict[Granularity, EnergyGraph] = field(default_factory=dict)
     captured: Capture | None = None
 
@@ -173,9 +174,10 @@ class Captures:
         entry = self.entries.get(key)
         if entry is None:
             entry = self._new_entry(key, run, device)
-        elif others := self._others(run, entry):
+        elif (others := self._others(run, entry)) or not run.kept.keys() <= entry.held:
             entry.varying |= others
-            entry.captured = self._captured(run, entry.varying, device)
+            entry.held |= run.kept.keys()
+            entry.captured = self._captured(run, entry, device)
             entry.graphs.clear()
         self.entries.move_to_end(key)
         if granularity not in entry.graphs:
@@ -186,16 +188,16 @@ class Captures:
         return entry, entry.graphs[granularity]
 
     def _new_entry(self, key: Any, run: Run, device: torch.device) -> _Entry:
-        entry = _Entry()
-        entry.captured = self._captured(run, frozenset(), device)
+        entry = _Entry(held=frozenset(run.kept))
+        entry.captured = self._captured(run, entry, device)
         self.entries[key] = entry
         if len(self.entries) > KEPT:
             self.entries.popitem(last=False)
             self._tell_of_changing()
         return entry
 
-    def _captured(self, run: Run, varying: frozenset[Place], device: torch.device) -> Capture:
-        return capture(self.module, run, self.leaves, varying, device)
+    def _captured(self, run: Run, entry: _Entry, device: torch.device) -> Capture:
+        return capture(self.module, run, self.leaves, entry.varying, entry.held, device)
 
     def _tell_of_changing(self) -> None:
         self._forgotten += 1

@@ -19,7 +19,7 @@ from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.isolation.module_state import BufferHistory, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
-from torch2ebm.loss.taped_tensor import put_on_new_tape
+from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for
 from torch2ebm.model.arguments import Arguments, called, check_inputs
 from torch2ebm.model.backward import EnergyFunction, OpenCall
 from torch2ebm.model.capture_cache import Captures, Served
@@ -120,6 +120,9 @@ class Conversion:
                 )
                 taped = dict(zip(call.graph.output_slots, put_on_new_tape(open_call.tape, outputs), strict=True))
                 leaves = call.graph.output(taped, call.environment)
+                for number, ours in zip(call.graph.held, leaves[len(leaves) - len(call.graph.held) :], strict=True):
+                    if number in served.run.kept:
+                        stand_for(served.run.kept[number], ours)
                 return _filled(served.run.output, leaves, call.graph.outputs)
 
         return forwards.withdrawn_on_error(history, taped_output)
@@ -261,7 +264,7 @@ def _seen(module: nn.Module, granularity: Granularity) -> tuple[Shards, Captures
 
 def _filled(output: Any, leaves: Sequence[Any], references: Sequence[OutputReference]) -> Any:
     """The module's own output, with the leaves that are predictions in the place of its own."""
-    pairs = iter(zip(leaves, references, strict=True))
+    pairs = iter(zip(leaves, references, strict=True))  # those after the output's are held elsewhere
 
     def of(leaf: Any) -> Any:
         ours, reference = next(pairs)

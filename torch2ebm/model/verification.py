@@ -28,7 +28,7 @@ def verify(graph: EnergyGraph, run: Run, device: torch.device, swapped: Mapping[
     with plain_autograd(), untouched(graph.module, device):
         call = Call(graph, run, device, 1, swapped)
         call.feedforward(keep_graph=True)
-        real = list(leaves_of(run.output))
+        real = _returned(graph, run)
         _check_outputs(graph, real, call.output())
         _check_gradients(graph, call, run, real)
 
@@ -36,7 +36,7 @@ def verify(graph: EnergyGraph, run: Run, device: torch.device, swapped: Mapping[
 def same_by_cuts(graph: EnergyGraph, run: Run, device: torch.device, swapped: Mapping[str, Tensor]) -> bool:
     """Whether what a run has left at its cuts gives the gradients that the composition of the nodes gives."""
     found = []
-    real = list(leaves_of(run.output))
+    real = _returned(graph, run)
     with plain_autograd(), untouched(graph.module, device):
         for followed in (True, False):
             run.followed = followed
@@ -59,11 +59,16 @@ def same_by_cuts(graph: EnergyGraph, run: Run, device: torch.device, swapped: Ma
     return not _differing(cut, composed) and all(_same(v, composed_values[slot]) for slot, v in cut_values.items())
 
 
+def _returned(graph: EnergyGraph, run: Run) -> list[Any]:
+    """The leaves of the output, and what else may reach the loss; None where this run has none of it."""
+    return [*leaves_of(run.output), *(run.kept.get(number) for number in graph.held)]
+
+
 def _check_outputs(graph: EnergyGraph, real: Sequence[Any], ours: Sequence[Any]) -> None:
     wrong = [
         f"output {i}"
         for i, reference in enumerate(graph.outputs)
-        if reference.slot is not None and not _same(ours[i], real[i])
+        if reference.slot is not None and real[i] is not None and not _same(ours[i], real[i])
     ]
     if wrong:
         raise CaptureMismatchError(
