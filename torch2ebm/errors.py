@@ -136,6 +136,10 @@ class HigherOrderGradientError(UnsupportedError):
     """``create_graph=True``: local gradients are not differentiable."""
 
 
+class ChangedSinceForwardError(ConfigurationError, RuntimeError):
+    """An input, a parameter or a mode is another than when the model was called."""
+
+
 class GraphFreedError(ConfigurationError, RuntimeError):
     """A second backward through a call that the first one has released."""
 

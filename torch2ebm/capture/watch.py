@@ -36,6 +36,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from torch2ebm.capture.custom_functions import untold
 from torch2ebm.common.nested import leaves_of, map_leaves, signature, template_of
+from torch2ebm.isolation.module_state import is_lazy
 from torch2ebm.isolation.random_numbers import RandomState
 
 
@@ -262,6 +263,7 @@ class Watch(TorchFunctionMode):
         modules: id of each submodule to its path.
         inputs: id of each tensor among the arguments to its name.
         passive: Functions that are known to return no tensor; more are added as they are met.
+        lazy: Whether some parameters have not been made yet.
     """
 
     def __init__(
@@ -273,8 +275,10 @@ class Watch(TorchFunctionMode):
         cuts: Cuts | None = None,
         opaque: Mapping[str, str] | None = None,
         passive: set[Any] | None = None,
+        lazy: bool = False,
     ) -> None:
         super().__init__()
+        self.lazy = lazy
         self.passive = set() if passive is None else passive
         self.run = Run(records=None if cuts is not None else [])
         self.paths, self.modules, self.inputs, self.cuts = paths, modules, inputs, cuts
@@ -305,6 +309,8 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.suspended or func in PASSIVE or func in self.passive:
             return func(*args, **kwargs)
+        if self.lazy and any(is_lazy(leaf) for leaf in _tensors((args, kwargs))):
+            return func(*args, **kwargs)  # a lazy module makes its parameters
         return self._seen(func, func, args, kwargs)
 
     def applied(self, function: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -323,6 +329,8 @@ class Watch(TorchFunctionMode):
         reason = self.opaque.get(path)
         if reason is None and runs_elsewhere(module):
             reason = f"is a {type(module).__name__}, whose operations run outside of Python"
+        if reason is None and hung_on_autograd(module):
+            reason = "has backward hooks, which run with its own backward"
         if reason is not None and (any(True for _ in module.parameters()) or self._any_hot(args, kwargs)):
             self.run.opaque[path] = reason
             return self._seen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
@@ -832,6 +840,11 @@ def _share(a: Tensor, b: Tensor) -> bool:
         return a is b or a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):  # sparse tensors have no storage
         return False
+
+
+def hung_on_autograd(module: nn.Module) -> bool:
+    """Whether a module has backward hooks, which torch hangs on the autograd functions of its inputs and results."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def runs_elsewhere(module: nn.Module) -> bool:

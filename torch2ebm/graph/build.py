@@ -145,6 +145,7 @@ class _Assembly:
             ),
             tuple(self.capture.trace.constants),
             self.capture.held,
+            self.capture.run.opaque,
             {name: draws[0] for name, body in bodies.items() if (draws := draws_of(self.capture, body))},
         )
 

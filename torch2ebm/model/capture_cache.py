@@ -18,10 +18,12 @@ from torch2ebm.capture.problems import users_level
 from torch2ebm.capture.recording import Place
 from torch2ebm.capture.running import Subject
 from torch2ebm.capture.watch import Cuts, Run
+from torch2ebm.engine.finite import all_finite
 from torch2ebm.errors import ChangingForwardWarning
 from torch2ebm.graph.build import build_graph
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.graph.granularity import Granularity, named_leaves
+from torch2ebm.isolation.module_state import is_lazy
 from torch2ebm.isolation.torch_modes import TRACING
 from torch2ebm.model.arguments import Arguments
 from torch2ebm.model.fingerprint import Fingerprint, swapped_parameters
@@ -79,7 +81,7 @@ class Captures:
         known = [graph for entry in self.entries.values() for graph in entry.graphs.values()]
         buffers = dict(self.module.named_buffers())
         if not known:
-            return {name: buffer for name, buffer in buffers.items() if not _is_lazy(buffer)}
+            return {name: buffer for name, buffer in buffers.items() if not is_lazy(buffer)}
         names = dict.fromkeys(name for graph in known for name in graph.changing_buffers)
         return {name: buffers[name] for name in names if name in buffers}
 
@@ -92,8 +94,8 @@ class Captures:
                 for name, buffer in buffers.items()
                 if buffer.is_floating_point()
                 and not buffer.is_meta
-                and not _is_lazy(buffer)
-                and bool(torch.isfinite(buffer).all())
+                and not is_lazy(buffer)
+                and all_finite(buffer)
             )
         return {name: buffers[name] for name in self._finite_buffers if name in buffers}
 
@@ -216,7 +218,3 @@ def _equal(ours: Any, theirs: Any) -> bool:
     return len(ours) == len(theirs) and all(
         a is b or (type(a) is type(b) and type(a) in (int, float) and a == b) for a, b in zip(ours, theirs, strict=True)
     )
-
-
-def _is_lazy(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)

@@ -81,7 +81,13 @@ def _check_outputs(graph: EnergyGraph, real: Sequence[Any], ours: Sequence[Any])
 
 
 def _same(ours: Any, real: Any) -> bool:
-    if not isinstance(ours, Tensor) or ours.shape != real.shape or ours.dtype != real.dtype:
+    if not isinstance(ours, Tensor) or ours.dtype != real.dtype or ours.layout is not real.layout:
+        return False
+    if real.is_nested:
+        return len(ours.unbind()) == len(real.unbind()) and all(map(_same, ours.unbind(), real.unbind()))
+    if ours.layout is not torch.strided:
+        ours, real = ours.to_dense(), real.to_dense()
+    if ours.shape != real.shape:
         return False
     if not (real.is_floating_point() or real.is_complex()):
         return torch.equal(ours, real)
@@ -148,6 +154,7 @@ def _differing(ours: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> Sequen
 
     One that only one side has is zero on the other: a detach that was lost gives a gradient too many.
     """
+    ours, real = _dense(ours), _dense(real)
     pairs = {
         name: (ours.get(name), real.get(name))
         for name in {**real, **ours}
@@ -161,5 +168,8 @@ def _differing(ours: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> Sequen
 
 def _distance(a: Tensor | None, b: Tensor | None) -> Tensor:
     present = [gradient for gradient in (a, b) if gradient is not None]
-    difference = present[0] - present[1] if len(present) == 2 else present[0]
-    return (difference.to_dense() if difference.layout != torch.strided else difference).abs().max()
+    return (present[0] - present[1] if len(present) == 2 else present[0]).abs().max()
+
+
+def _dense(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: g if g.layout is torch.strided else g.to_dense() for name, g in gradients.items()}
