@@ -585,7 +585,7 @@ class Watch(TorchFunctionMode):
                          ambient, scopes, place)  # fmt: skip
             return handle
         described = self._described(args, kwargs)
-        given = [leaf for leaf in _tensors((args, kwargs)) if not leaf.is_inference()]
+        given = [leaf for leaf in _tensors((kwargs.get("out"), args, kwargs)) if not leaf.is_inference()]
         versions = [tensor._version for tensor in given]
         state = RandomState(self.device)
         result = execute(*args, **kwargs)
@@ -596,7 +596,7 @@ class Watch(TorchFunctionMode):
         random = state.advanced()
         if random:
             self.run.random[index] = state
-        changed = [t for t, version in zip(given, versions, strict=True) if t._version != version]
+        changed = _apart([t for t, version in zip(given, versions, strict=True) if t._version != version])
         wrote = tuple(dict.fromkeys(self._reference(tensor) for tensor in changed))
         if not wrote and _named_in_place(function) and args and result is args[0]:
             wrote = (self._reference(result),)  # detach_ and its like change no content
@@ -840,6 +840,15 @@ def _share(a: Tensor, b: Tensor) -> bool:
         return a is b or a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):  # sparse tensors have no storage
         return False
+
+
+def _apart(written: Sequence[Tensor]) -> list[Tensor]:
+    """The first of those that share their memory: torch counts writes to the memory, and not to the view."""
+    found: list[Tensor] = []
+    for tensor in written:
+        if not any(_share(tensor, other) for other in found):
+            found.append(tensor)
+    return found
 
 
 def hung_on_autograd(module: nn.Module) -> bool:
