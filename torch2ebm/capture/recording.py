@@ -119,6 +119,8 @@ class _Importer:
             self.written[node] = wrote[0]
 
     def _check_writes(self, record: Record, node: fx.Node, wrote: Sequence[fx.Node]) -> None:
+        if wrote and all(each.op == "get_attr" for each in wrote):
+            return  # an effect on a parameter
         if wrote and (len(wrote) > 1 or not node.args or node.args[0] is not wrote[0]):
             raise UntraceableError(
                 f"torch2ebm cannot capture {type(self.module).__name__}",

@@ -21,6 +21,7 @@ goes on uncut.
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from torch2ebm.capture.custom_functions import untold
 from torch2ebm.common.nested import leaves_of, map_leaves, signature, template_of
-from torch2ebm.isolation.module_state import is_lazy
+from torch2ebm.isolation.module_state import is_lazy, unchanged
 from torch2ebm.isolation.random_numbers import RandomState
 
 
@@ -206,6 +207,21 @@ class Run:
     external_leaves: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
     originals: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def outline(self) -> Run:
+        """What a graph is made of, without the tensors of this run."""
+        return Run(
+            sequence=self.sequence,
+            numbers=self.numbers,
+            returned=self.returned,
+            records=self.records,
+            copied=self.copied,
+            random=dict.fromkeys(self.random),
+            origins=self.origins,
+            names=self.names,
+            opaque=self.opaque,
+            changed_buffers=self.changed_buffers,
+        )
 
     def released(self) -> None:
         """What the run has left at the cuts is somebody else's by now."""
@@ -786,6 +802,9 @@ class Watch(TorchFunctionMode):
 
 def _held_elsewhere(run: Run, numbers: Mapping[int, int]) -> dict[int, Tensor]:
     """Results that have more references than the run and its output: somebody has kept them, and may use them."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and hooks[0] is unchanged:  # a run that is only looked at
+        return {}
     own = Counter(map(id, (*run.hot, *run.leaves.values(), *run.predictions.values(), *_tensors(run.output))))
     none = _references([object()])[0] - 1  # what looking itself adds
     return {
@@ -794,7 +813,16 @@ def _held_elsewhere(run: Run, numbers: Mapping[int, int]) -> dict[int, Tensor]:
         if count - none > own[id(run.hot[i])]
         and run.hot[i].requires_grad
         and count - none - _references_of_torch(run.hot[i]) > own[id(run.hot[i])]
+        and not isinstance(run.hot[i], nn.Parameter)
+        and (hooks is None or _referred(run.hot[i], run))
     }
+
+
+def _referred(tensor: Tensor, run: Run) -> bool:
+    """Whether somebody else refers to a tensor to which hooks on what autograd saves refer, too."""
+    known = [run.hot, run.leaves, run.predictions, run.output, vars(run), run]
+    referrers = [each for each in gc.get_referrers(tensor) if all(each is not one for one in known)]
+    return any(not isinstance(each, FrameType) for each in referrers)
 
 
 def _references_of_torch(tensor: Tensor) -> int:

@@ -59,6 +59,8 @@ class Conversion:
     def answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What ``model(*args, **kwargs)`` returns."""
         self._state = None
+        if torch.jit.is_tracing() or _exporting():
+            return self.module(*args, **kwargs)
         if self.algorithm is not None and self.algorithm.defines_output and not torch.is_grad_enabled():
             return self._output_alone(self.algorithm, args, kwargs)
         if self.algorithm is None or not torch.is_grad_enabled():
@@ -260,6 +262,11 @@ def _seen(module: nn.Module, granularity: Granularity) -> tuple[Shards, Captures
     shards = Shards(module)
     with shards.gathered():
         return shards, Captures(module, granularity)
+
+
+def _exporting() -> bool:
+    ask = getattr(torch.compiler, "is_exporting", None)  # not in torch 2.6
+    return bool(ask()) if ask is not None else False
 
 
 def _filled(output: Any, leaves: Sequence[Any], references: Sequence[OutputReference]) -> Any:

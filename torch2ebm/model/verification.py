@@ -47,7 +47,7 @@ def same_by_cuts(graph: EnergyGraph, run: Run, device: torch.device, swapped: Ma
             delivered = {
                 o.slot: _uneven(leaf)
                 for leaf, o in zip(real, graph.outputs, strict=True)
-                if o.slot is not None and is_live(call.values[o.slot])
+                if o.slot is not None and is_live(leaf) and not leaf.is_nested
             }
             trainable = {name for name, p in call.parameters.items() if p.requires_grad}
             gradients = reverse_sweep(call, delivered, retain_graph=True).gradients.parameters
@@ -101,7 +101,7 @@ def _check_gradients(graph: EnergyGraph, call: Call, run: Run, real: Sequence[An
     cotangents: dict[int, tuple[Tensor, Tensor]] = {}  # an output returned twice gets one
     delivered: dict[str, Tensor] = {}
     for leaf, reference in zip(real, graph.outputs, strict=True):
-        if reference.slot is not None and is_live(leaf) and id(leaf) not in cotangents:
+        if reference.slot is not None and is_live(leaf) and id(leaf) not in cotangents and not leaf.is_nested:
             cotangents[id(leaf)] = leaf, _uneven(leaf)
             delivered[reference.slot] = cotangents[id(leaf)][1]
     trainable = {name: p for name, p in call.parameters.items() if p.requires_grad}
