@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -179,6 +178,7 @@ class Run:
         origins: Constant to the names of the arguments that it was made of.
         names: Constant to the name of the argument that it is, None for others.
         opaque: Path of each module that is one operation, to the reason.
+        values_read: Lines of code at which Python has read a number off a hot tensor, to how.
         kept: Numbers of results with a gradient that somebody else still holds, by a hook or an attribute: these tensors.
         originals: Constants as the caller has them, each with its version when the run ended.
         changed_buffers: Names of the buffers that forward has changed.
@@ -203,6 +203,7 @@ class Run:
     names: list[str | None] = field(default_factory=list)
     opaque: dict[str, str] = field(default_factory=dict)
     changed_buffers: tuple[str, ...] = ()
+    values_read: dict[str, str] = field(default_factory=dict)
     outputs: dict[int, int] = field(default_factory=dict)  # id of a tensor in the output to its number
     external_leaves: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
@@ -243,13 +244,25 @@ PASSIVE = frozenset(
         *_getters("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized", "is_mkldnn", "is_mps"),
         *_getters("_version", "output_nr", "itemsize", "nbytes", "_base", "_backward_hooks", "grad", "is_sparse_csr"),
         *_methods("dim", "size", "numel", "nelement", "ndimension", "stride", "storage_offset", "is_contiguous"),
-        *_methods("is_floating_point", "is_complex", "is_signed", "is_inference", "data_ptr", "element_size", "is_conj"),
+        *_methods(
+            "is_floating_point", "is_complex", "is_signed", "is_inference", "data_ptr", "element_size", "is_conj"
+        ),
         *_methods("item", "tolist", "numpy", "get_device", "untyped_storage", "storage", "is_neg", "equal", "allclose"),
         *_methods("__bool__", "__len__", "__int__", "__float__", "__index__", "__complex__", "__format__", "__repr__"),
-        *_methods("__contains__", "__hash__", "__array__", "is_shared", "type", "is_same_size", "is_set_to", "is_pinned"),
+        *_methods(
+            "__contains__", "__hash__", "__array__", "is_shared", "type", "is_same_size", "is_set_to", "is_pinned"
+        ),
         *_methods("retain_grad", "requires_grad_", "__reduce_ex__", "__deepcopy__"),
         *(torch.is_floating_point, torch.is_complex, torch.numel, torch.equal, torch.allclose, torch.is_nonzero),
         *(torch.result_type, torch.is_same_size, torch.is_signed, torch.is_inference, torch.is_conj, torch.is_neg),
+    ]
+)
+# what gives Python a tensor's numbers, so that a branch or a later number may depend on them
+VALUES = frozenset(
+    [
+        *_methods("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "equal"),
+        *_methods("__contains__", "__array__", "allclose"),
+        *(torch.equal, torch.allclose, torch.is_nonzero),
     ]
 )
 _GRADIENTS = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
@@ -324,6 +337,8 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.suspended or func in PASSIVE or func in self.passive:
+            if func in VALUES and self.recording and not self.suspended and self._any_hot(args, kwargs):
+                self.run.values_read.setdefault(self._scopes()[1], func.__name__)
             return func(*args, **kwargs)
         if self.lazy and any(is_lazy(leaf) for leaf in _tensors((args, kwargs))):
             return func(*args, **kwargs)  # a lazy module makes its parameters
@@ -702,7 +717,7 @@ class Watch(TorchFunctionMode):
 
         found: list[tuple[str, FrameType]] = []
         place = ""
-        frame: FrameType | None = sys._getframe(3)
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None and frame.f_code is not Watch.watching.__code__:
             code = frame.f_code
             if not place and is_users(code.co_filename):
@@ -775,9 +790,7 @@ class Watch(TorchFunctionMode):
         )
         if not self.recording and self.cuts is not None:
             same = len(run.sequence) == len(self.cuts.sequence) and run.returned == self.cuts.output
-            if not same:
-                self._deviate()
-            elif not run.copied <= self.cuts.copied:
+            if not same or not run.copied <= self.cuts.copied:
                 self._deviate()
             run.followed = same and not self.recording
         run.originals = [(t, 0 if t.is_inference() else t._version) for t, _ in self._originals]

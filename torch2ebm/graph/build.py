@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional
 
 from torch2ebm.capture.in_place import attribute
@@ -140,7 +140,12 @@ class _Assembly:
                 self.roles,
                 bodies,
                 {node: name for name, slots in zip(names, self.slots, strict=True) for node in slots},
-                [node for slots, read in zip(self.slots, self.read_slots, strict=True) for node in slots if node in read],
+                [
+                    node
+                    for slots, read in zip(self.slots, self.read_slots, strict=True)
+                    for node in slots
+                    if node in read
+                ],
                 {node: self._name_of_export(node) for exports in self.exports for node in exports},
             ),
             tuple(self.capture.trace.constants),
