@@ -77,6 +77,10 @@ class OpaqueModuleWarning(UserWarning):
     """A module cannot be looked into, and is one node: inside of it gradients are backpropagation's."""
 
 
+class LoneNodeWarning(UserWarning):
+    """One node has every parameter of the module, so nothing can relax."""
+
+
 class StaleAttributeWarning(UserWarning):
     """Forward leaves tensors in attributes of the module, which a graph in its place does not change."""
 

@@ -59,7 +59,7 @@ class Subject:
             cuts: Where the run is cut if its sequence is as expected; None records it.
         """
         lazy = cuts is None and any(map(is_lazy, self.module.parameters()))
-        before = None if cuts is not None else _Before.now(self.module, device)
+        before = None if cuts is not None else Before.now(self.module, device)
         for _ in range(len(self.modules) + 1):
             watch = Watch(paths, device, self.modules, inputs, cuts, self.opaque, self.passive, lazy)
             of_modules = cuts is None or bool(cuts.opaque) or self.elsewhere or self._has_backward_hooks()
@@ -78,14 +78,13 @@ class Subject:
             run.changed_buffers = ()
         return run
 
-
     def _has_backward_hooks(self) -> bool:
         """Whether some submodule has a hook that torch hangs on results' autograd functions, where no mode sees it."""
         return any(hung_on_autograd(part) for part in self.parts)
 
 
 @dataclass(frozen=True, eq=False)
-class _Before:
+class Before:
     """What a run changes beside its results."""
 
     module: nn.Module
@@ -95,9 +94,9 @@ class _Before:
     generators: Generators
 
     @staticmethod
-    def now(module: nn.Module, device: torch.device) -> _Before:
+    def now(module: nn.Module, device: torch.device) -> Before:
         buffers = {name: b for name, b in module.named_buffers() if not b.is_meta and not is_lazy(b)}
-        return _Before(module, buffers, BufferSnapshot(buffers), AttributeSnapshot(module), Generators(device))
+        return Before(module, buffers, BufferSnapshot(buffers), AttributeSnapshot(module), Generators(device))
 
     def restore(self) -> None:
         self.attributes.restore()
@@ -108,7 +107,6 @@ class _Before:
         now = dict(self.module.named_buffers())
         copies = dict(zip(self.buffers, (copy for _, copy in self.contents.copies), strict=True))
         return tuple(name for name, copy in copies.items() if name in now and not _identical(now[name], copy))
-
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:

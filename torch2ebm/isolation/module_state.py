@@ -110,12 +110,12 @@ def plain_autograd() -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         # torch asks the innermost pair alone, so hooks that do nothing switch those outside off
-        torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged),
+        torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged),
     ):
         yield
 
 
-def _unchanged(tensor: Tensor) -> Tensor:
+def unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
