@@ -129,7 +129,7 @@ class Cuts:
         varying: For operations with numbers that may be others: their places among the operation's numbers.
         slots: Number of a result to the slot whose value it is.
         kept: The same for results that no other node reads, and that are not handed on as leaves.
-        rewritten: Those of these results that forward writes in place later.
+        rewritten: Those of all these results that forward writes in place later.
         exports: Number of a result to the name under which nodes read it as a constant.
         random: Operation to the node whose draws begin there.
         normalised: Operation to the node that it normalises for by the statistics of the batch.
@@ -540,16 +540,17 @@ class Watch(TorchFunctionMode):
         known_before = id(result) in self._numbers
         number = self._number(result)
         if (export := self.cuts.exports.get(number)) is not None:
-            self.run.exports[export] = result.detach()
+            self.run.exports[export] = result.detach().clone() if number in self.cuts.rewritten else result.detach()
         slot = self.cuts.slots.get(number)
         if slot is None:
             if (slot := self.cuts.kept.get(number)) is not None:
                 self.run.predictions[slot], self.run.leaves[slot] = result, result.detach().requires_grad_()
             return result
         leaf = self.run.leaves[slot] = result.detach().requires_grad_()
-        self.run.predictions[slot] = result
-        # a leaf of autograd may not be written in place
-        handed = leaf.clone() if number in self.cuts.rewritten else leaf
+        # torch takes a view's autograd graph anew once its base is written, and a leaf may not be written in place
+        rewritten = number in self.cuts.rewritten
+        self.run.predictions[slot] = result.clone() if rewritten and result._is_view() else result
+        handed = leaf.clone() if rewritten else leaf
         self._numbers[id(handed)] = number
         self._alive.append(handed)
         self.run.hot[number] = handed
