@@ -350,7 +350,7 @@ class Watch(TorchFunctionMode):
             return apply(function, *args, **kwargs)
         if function is CheckpointFunction:  # apply(run, preserve, *args): run as it is, for the sake of its operations
             return args[0](*args[2:])
-        return self._seen(function, lambda *a, **k: self._hidden(apply, (function, *a), k), args, kwargs)
+        return self._unseen(function, lambda *a, **k: self._hidden(apply, (function, *a), k), args, kwargs)
 
     def called(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A submodule is called; where it is opaque, this is an operation."""
@@ -364,7 +364,7 @@ class Watch(TorchFunctionMode):
             reason = "has backward hooks, which run with its own backward"
         if reason is not None and (any(True for _ in module.parameters()) or self._any_hot(args, kwargs)):
             self.run.opaque[path] = reason
-            return self._seen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
+            return self._unseen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
         if not self.recording:
             return call(module, *args, **kwargs)
         self._calls.append(path)
@@ -379,13 +379,17 @@ class Watch(TorchFunctionMode):
     def _any_hot(self, args: Any, kwargs: Any) -> bool:
         return any(id(leaf) in self._numbers or id(leaf) in self.paths for leaf in _tensors((args, kwargs)))
 
-    def _hidden(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _unseen(self, function: Any, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """What torch does not tell of: unlike in ``__torch_function__`` this mode is still entered."""
         self.suspended = True
         try:
-            with untold(), torch._C.DisableTorchFunction():  # dynamo would trace this mode, too
-                return function(*args, **kwargs)
+            return self._seen(function, execute, args, kwargs)
         finally:
             self.suspended = False
+
+    def _hidden(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with untold(), torch._C.DisableTorchFunction():  # dynamo would trace this mode, too
+            return function(*args, **kwargs)
 
     # one operation
 
