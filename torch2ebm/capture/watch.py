@@ -110,11 +110,12 @@ class ModuleCall:
 class Ambient:
     grad: bool
     autocast: bool
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # where autocast is off it says nothing
 
     @staticmethod
     def now(device: str) -> Ambient:
-        return Ambient(torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        autocast = torch.is_autocast_enabled(device)
+        return Ambient(torch.is_grad_enabled(), autocast, torch.get_autocast_dtype(device) if autocast else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,6 +270,7 @@ _GRADIENTS = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.bac
 _EXACT = frozenset(
     [bool, type(None), str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format]
 )
+_ONE_TENSOR = signature(0)  # the template of an output that is one tensor
 _CONSTANT = 1 << 40  # constants count down from here, results from -1: one integer tells all
 _HERE = __file__
 
@@ -290,7 +292,7 @@ class Watch(TorchFunctionMode):
         cuts: Those of the graph that the run is expected to have.
         opaque: Paths of modules that are known to be opaque, each with the reason.
         modules: id of each submodule to its path.
-        inputs: id of each tensor among the arguments to its name.
+        inputs: From the id of each tensor among the arguments to its name.
         passive: Functions that are known to return no tensor; more are added as they are met.
         lazy: Whether some parameters have not been made yet.
     """
@@ -300,7 +302,7 @@ class Watch(TorchFunctionMode):
         paths: Mapping[int, str],
         device: torch.device,
         modules: Mapping[int, str],
-        inputs: Mapping[int, str],
+        inputs: Callable[[], Mapping[int, str]],
         cuts: Cuts | None = None,
         opaque: Mapping[str, str] | None = None,
         passive: set[Any] | None = None,
@@ -310,7 +312,7 @@ class Watch(TorchFunctionMode):
         self.lazy = lazy
         self.passive = set() if passive is None else passive
         self.run = Run(records=None if cuts is not None else [])
-        self.paths, self.modules, self.inputs, self.cuts = paths, modules, inputs, cuts
+        self.paths, self.modules, self._named, self.cuts = paths, modules, inputs, cuts
         self.device = device
         self.opaque = dict(opaque or {})
         self.suspended = False
@@ -323,8 +325,15 @@ class Watch(TorchFunctionMode):
         self._origins: dict[int, frozenset[str]] = {}
         self._frames: list[FrameType] = []
         self._labels: dict[int, str] = {}
+        self.custom = False  # whether a custom autograd function was applied
+        self.blind = False  # whether one was, perhaps, before anybody was told
+        self.deviates: Callable[[], Any] = bool  # called where a run turns out to be another than expected
         self.lost: dict[str, str] = {}  # path of a module that cannot be followed, to the reason
         self._calls: list[str] = []
+
+    @functools.cached_property
+    def inputs(self) -> Mapping[int, str]:
+        return self._named()
 
     @property
     def recording(self) -> bool:
@@ -348,9 +357,10 @@ class Watch(TorchFunctionMode):
         """A custom autograd function is one operation, its backward its own."""
         if self.suspended:
             return apply(function, *args, **kwargs)
+        self.custom = True
         if function is CheckpointFunction:  # apply(run, preserve, *args): run as it is, for the sake of its operations
             return args[0](*args[2:])
-        return self._seen(function, lambda *a, **k: self._hidden(apply, (function, *a), k), args, kwargs)
+        return self._unseen(function, lambda *a, **k: self._hidden(apply, (function, *a), k), args, kwargs)
 
     def called(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A submodule is called; where it is opaque, this is an operation."""
@@ -364,7 +374,7 @@ class Watch(TorchFunctionMode):
             reason = "has backward hooks, which run with its own backward"
         if reason is not None and (any(True for _ in module.parameters()) or self._any_hot(args, kwargs)):
             self.run.opaque[path] = reason
-            return self._seen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
+            return self._unseen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
         if not self.recording:
             return call(module, *args, **kwargs)
         self._calls.append(path)
@@ -379,13 +389,17 @@ class Watch(TorchFunctionMode):
     def _any_hot(self, args: Any, kwargs: Any) -> bool:
         return any(id(leaf) in self._numbers or id(leaf) in self.paths for leaf in _tensors((args, kwargs)))
 
-    def _hidden(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _unseen(self, function: Any, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """What torch does not tell of: unlike in ``__torch_function__`` this mode is still entered."""
         self.suspended = True
         try:
-            with untold(), torch._C.DisableTorchFunction():  # dynamo would trace this mode, too
-                return function(*args, **kwargs)
+            return self._seen(function, execute, args, kwargs)
         finally:
             self.suspended = False
+
+    def _hidden(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with untold(), torch._C.DisableTorchFunction():  # dynamo would trace this mode, too
+            return function(*args, **kwargs)
 
     # one operation
 
@@ -411,6 +425,8 @@ class Watch(TorchFunctionMode):
         index = len(self.run.sequence)
         if not self.recording and not self._expected(index, key, numbers):
             self._deviate()
+            self.deviates()
+            self.blind = self.start.grad and not ambient.grad  # as the forward of a custom function is
         return (self._followed if not self.recording else self._recorded)(
             index, function, execute, args, kwargs, tuple(key), numbers, ambient
         )
@@ -811,7 +827,8 @@ class Watch(TorchFunctionMode):
                 leaves.append(~number if number is not None else self.paths.get(id(leaf)))
             else:
                 leaves.append(type(leaf))
-        return signature(template_of(output)), tuple(leaves)
+        structure = _ONE_TENSOR if type(output) is Tensor else signature(template_of(output))
+        return structure, tuple(leaves)
 
 
 def _held_elsewhere(run: Run, numbers: Mapping[int, int]) -> dict[int, Tensor]:
