@@ -541,6 +541,9 @@ class Watch(TorchFunctionMode):
         result = execute(*args, **kwargs)
         if type(result) is not Tensor and not _makes_tensors(function, result):
             return result
+        if type(result) in (tuple, list) and len(result) != len(cuts.records[index].results):  # as of unbind
+            self._deviate()
+            return self._recorded(index, function, lambda *_, **__: result, args, kwargs, key, numbers, ambient)
         self.run.sequence.append(key)
         self.run.numbers.append(numbers)
         if result is None:  # __setitem__
