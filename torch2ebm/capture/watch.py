@@ -138,6 +138,7 @@ class Cuts:
         copied: Those constants that forward changes after they were read.
         opaque: Paths of modules that are one operation.
         held: Results that somebody may hold after the run.
+        references: To each result in a run after which nobody held any.
     """
 
     records: Sequence[Record]
@@ -154,6 +155,7 @@ class Cuts:
     copied: frozenset[int]
     opaque: frozenset[str]
     held: frozenset[int]
+    references: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -789,7 +791,7 @@ class Watch(TorchFunctionMode):
         self._finish(output)
         del output  # a reference more than those that count
         if self.start.grad:
-            self.run.kept = _held_elsewhere(self.run, self._numbers)
+            self.run.kept = _held_elsewhere(self.run, self._numbers, self.cuts)
             if self.run.followed and self.cuts is not None:
                 self.run.followed = self.run.kept.keys() <= self.cuts.held
         return self.run
@@ -830,22 +832,28 @@ class Watch(TorchFunctionMode):
         return structure, tuple(leaves)
 
 
-def _held_elsewhere(run: Run, numbers: Mapping[int, int]) -> dict[int, Tensor]:
+def _held_elsewhere(run: Run, numbers: Mapping[int, int], cuts: Cuts | None) -> dict[int, Tensor]:
     """Results that have more references than the run and its output: somebody has kept them, and may use them."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is not None and hooks[0] is unchanged:  # a run that is only looked at
         return {}
+    found = _references(run.hot)
+    if run.followed and cuts is not None and cuts.references == found:
+        return {}  # as in an earlier run, in which nobody held any
     own = Counter(map(id, (*run.hot, *run.leaves.values(), *run.predictions.values(), *_tensors(run.output))))
     none = _references([object()])[0] - 1  # what looking itself adds
-    return {
+    held = {
         numbers[id(run.hot[i])]: run.hot[i]
-        for i, count in enumerate(_references(run.hot))
+        for i, count in enumerate(found)
         if count - none > own[id(run.hot[i])]
         and run.hot[i].requires_grad
         and count - none - _references_of_torch(run.hot[i]) > own[id(run.hot[i])]
         and not isinstance(run.hot[i], nn.Parameter)
         and (hooks is None or _referred(run.hot[i], run))
     }
+    if run.followed and cuts is not None and not held:
+        cuts.references[:] = found
+    return held
 
 
 def _referred(tensor: Tensor, run: Run) -> bool:
