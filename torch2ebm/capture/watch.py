@@ -49,7 +49,7 @@ class _Reference:
         self.place = place
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.place == self.place  # type: ignore[attr-defined]
+        return type(other) is type(self) and other.place == self.place
 
     def __hash__(self) -> int:
         return hash((type(self), self.place))
@@ -182,7 +182,7 @@ class Run:
         names: Constant to the name of the argument that it is, None for others.
         opaque: Path of each module that is one operation, to the reason.
         values_read: Lines of code at which Python has read a number off a hot tensor, to how.
-        kept: Numbers of results with a gradient that somebody else still holds, by a hook or an attribute: these tensors.
+        kept: Results with a gradient that somebody else still holds, by a hook or an attribute, by number.
         originals: Constants as the caller has them, each with its version when the run ended.
         changed_buffers: Names of the buffers that forward has changed.
     """
@@ -220,7 +220,7 @@ class Run:
             returned=self.returned,
             records=self.records,
             copied=self.copied,
-            random=dict.fromkeys(self.random),
+            random=dict(self.random),
             origins=self.origins,
             names=self.names,
             opaque=self.opaque,
@@ -281,7 +281,7 @@ def with_hook(tensor: Tensor, hook: Callable[..., Any]) -> Tensor:
     """``tensor``, with a hook on its gradient: what ``register_hook`` does to all who read it later."""
     hooked = tensor.view_as(tensor)
     if hooked.requires_grad:
-        hooked.register_hook(hook)
+        hooked.register_hook(hook)  # type: ignore[no-untyped-call]
     return hooked
 
 
@@ -649,9 +649,9 @@ class Watch(TorchFunctionMode):
         wrote = tuple(dict.fromkeys(self._reference(tensor) for tensor in changed))
         if not wrote and _named_in_place(function) and args and result is args[0]:
             wrote = (self._reference(result),)  # detach_ and its like change no content
-        if result is not None and wrote and all(isinstance(w, Constant) for w in wrote):
-            if isinstance(result, Tensor) and not result.requires_grad and any(result is t for t in changed):
-                return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
+        only_constants = bool(wrote) and all(isinstance(each, Constant) for each in wrote)
+        if only_constants and isinstance(result, Tensor) and not result.requires_grad and _among(result, changed):
+            return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
         sources: dict[int, Hot] = {}
         result_numbers = self._registered(result, args, kwargs, sources)
         self.run.sequence.append(key)
@@ -818,7 +818,7 @@ class Watch(TorchFunctionMode):
         self._substitutes.clear()
 
     def _output_key(self, output: Any) -> Any:
-        leaves = []
+        leaves: list[Any] = []
         for leaf in leaves_of(output):
             if isinstance(leaf, Tensor):
                 leaf = self._current(leaf)
@@ -899,6 +899,10 @@ def _makes_tensors(function: Any, result: Any) -> bool:
 def _named_in_place(function: Any) -> bool:
     name = getattr(function, "__name__", "")
     return name.endswith("_") and not name.endswith("__")
+
+
+def _among(tensor: Tensor, tensors: Iterable[Tensor]) -> bool:
+    return any(tensor is each for each in tensors)
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
