@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from torch2ebm.capture.in_place import stopped, without_writes
@@ -238,7 +239,8 @@ def _under(ambient: Ambient, operation: Callable[..., Any], device: str) -> Call
         autocast = Autocast(device, ambient.autocast, ambient.dtype or before.dtype, False)
         autocast.set()
         try:
-            result = operation(*args, **kwargs)
+            with torch.set_grad_enabled(ambient.grad and torch.is_grad_enabled()):  # of writes no gradient is taken
+                result = operation(*args, **kwargs)
         finally:
             before.set()
         return result if ambient.grad else stopped(result)

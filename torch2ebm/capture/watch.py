@@ -130,7 +130,7 @@ class Cuts:
         varying: For operations with numbers that may be others: their places among the operation's numbers.
         slots: Number of a result to the slot whose value it is.
         kept: The same for results that no other node reads, and that are not handed on as leaves.
-        rewritten: Those of these results that forward writes in place later.
+        rewritten: Those of all these results that forward writes in place later.
         exports: Number of a result to the name under which nodes read it as a constant.
         random: Operation to the node whose draws begin there.
         normalised: Operation to the node that it normalises for by the statistics of the batch.
@@ -543,6 +543,9 @@ class Watch(TorchFunctionMode):
         result = execute(*args, **kwargs)
         if type(result) is not Tensor and not _makes_tensors(function, result):
             return result
+        if type(result) in (tuple, list) and len(result) != len(cuts.records[index].results):  # as of unbind
+            self._deviate()
+            return self._recorded(index, function, lambda *_, **__: result, args, kwargs, key, numbers, ambient)
         self.run.sequence.append(key)
         self.run.numbers.append(numbers)
         if result is None:  # __setitem__
@@ -558,16 +561,17 @@ class Watch(TorchFunctionMode):
         known_before = id(result) in self._numbers
         number = self._number(result)
         if (export := self.cuts.exports.get(number)) is not None:
-            self.run.exports[export] = result.detach()
+            self.run.exports[export] = result.detach().clone() if number in self.cuts.rewritten else result.detach()
         slot = self.cuts.slots.get(number)
         if slot is None:
             if (slot := self.cuts.kept.get(number)) is not None:
                 self.run.predictions[slot], self.run.leaves[slot] = result, result.detach().requires_grad_()
             return result
         leaf = self.run.leaves[slot] = result.detach().requires_grad_()
-        self.run.predictions[slot] = result
-        # a leaf of autograd may not be written in place
-        handed = leaf.clone() if number in self.cuts.rewritten else leaf
+        # torch takes a view's autograd graph anew once its base is written, and a leaf may not be written in place
+        rewritten = number in self.cuts.rewritten
+        self.run.predictions[slot] = result.clone() if rewritten and result._is_view() else result
+        handed = leaf.clone() if rewritten else leaf
         self._numbers[id(handed)] = number
         self._alive.append(handed)
         self.run.hot[number] = handed
@@ -634,7 +638,7 @@ class Watch(TorchFunctionMode):
                          ambient, scopes, place)  # fmt: skip
             return handle
         described = self._described(args, kwargs)
-        given = [leaf for leaf in _tensors((args, kwargs)) if not leaf.is_inference()]
+        given = [leaf for leaf in _tensors((kwargs.get("out"), args, kwargs)) if not leaf.is_inference()]
         versions = [tensor._version for tensor in given]
         state = RandomState(self.device)
         result = execute(*args, **kwargs)
@@ -645,7 +649,7 @@ class Watch(TorchFunctionMode):
         random = state.advanced()
         if random:
             self.run.random[index] = state
-        changed = [t for t, version in zip(given, versions, strict=True) if t._version != version]
+        changed = _apart([t for t, version in zip(given, versions, strict=True) if t._version != version])
         wrote = tuple(dict.fromkeys(self._reference(tensor) for tensor in changed))
         if not wrote and _named_in_place(function) and args and result is args[0]:
             wrote = (self._reference(result),)  # detach_ and its like change no content
@@ -910,6 +914,15 @@ def _share(a: Tensor, b: Tensor) -> bool:
         return a is b or a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):  # sparse tensors have no storage
         return False
+
+
+def _apart(written: Sequence[Tensor]) -> list[Tensor]:
+    """The first of those that share their memory: torch counts writes to the memory, and not to the view."""
+    found: list[Tensor] = []
+    for tensor in written:
+        if not any(_share(tensor, other) for other in found):
+            found.append(tensor)
+    return found
 
 
 def hung_on_autograd(module: nn.Module) -> bool:
