@@ -104,10 +104,16 @@ def plain_autograd() -> Iterator[None]:
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        # torch asks the innermost pair alone, so hooks that do nothing switch those outside off
-        torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged),
+        nothing_packed(),
     ):
         yield
+
+
+def nothing_packed() -> torch.autograd.graph.saved_tensors_hooks:
+    """Switch off the saved-tensor hooks outside, a checkpoint's for example."""
+    # Torch asks the innermost pair alone. Detached: a graph that held the Python object of a tensor would make it
+    # look as if somebody had kept it.
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _unchanged)
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
