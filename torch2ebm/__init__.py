@@ -17,6 +17,7 @@ from torch2ebm.algorithms import (
     RecurrentBackprop,
     ZeroDivergence,
 )
+from torch2ebm.check import CheckReport, Finding, check
 from torch2ebm.common.moved import old_name, serve_old_paths
 from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.engine.energies import Categorical, Energy, Gaussian
@@ -52,6 +53,7 @@ __all__ = [
     "AndersonMixing",
     "Backprop",
     "Categorical",
+    "CheckReport",
     "ConjugateGradient",
     "ContrastiveHebbian",
     "CoupledLearning",
@@ -62,6 +64,7 @@ __all__ = [
     "EnergyOptimizer",
     "EquilibriumPropagation",
     "ErrorDescent",
+    "Finding",
     "FixedPointSolve",
     "FixedPrediction",
     "GaussSeidel",
@@ -87,6 +90,7 @@ __all__ = [
     "Symmetric",
     "Torch2EBMError",
     "ZeroDivergence",
+    "check",
     "compare",
     "convert",
     "errors",

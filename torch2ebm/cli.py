@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch2ebm.algorithms import FixedPrediction, PredictiveCoding, ZeroDivergence
+from torch2ebm.check import check
 from torch2ebm.common.version import version
 from torch2ebm.compare import compare
 from torch2ebm.errors import ConfigurationError, Torch2EBMError
@@ -135,9 +136,8 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _graph(arguments: argparse.Namespace) -> None:
     model, x = _model_and_input(arguments)
     _output(model, x)
-    converted = convert(model, arguments.nodes, example_inputs=x).torch2ebm
-    converted.draw(arguments.output)
-    print(converted.summary())
+    convert(model, arguments.nodes, example_inputs=x).torch2ebm.draw(arguments.output)
+    print(check(model, x, arguments.nodes))
     print(f"\nPicture: {arguments.output}")
 
 

@@ -77,6 +77,10 @@ class OpaqueModuleWarning(UserWarning):
     """A module cannot be looked into, and is one node: inside of it gradients are backpropagation's."""
 
 
+class LoneNodeWarning(UserWarning):
+    """One node has every parameter of the module, so nothing can relax."""
+
+
 class StaleAttributeWarning(UserWarning):
     """Forward leaves tensors in attributes of the module, which a graph in its place does not change."""
 
@@ -134,6 +138,10 @@ class LossCurvatureError(UnsupportedError):
 
 class HigherOrderGradientError(UnsupportedError):
     """``create_graph=True``: local gradients are not differentiable."""
+
+
+class ChangedSinceForwardError(ConfigurationError, RuntimeError):
+    """An input, a parameter or a mode is another than when the model was called."""
 
 
 class GraphFreedError(ConfigurationError, RuntimeError):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.common.checks import check_steps
 from torch2ebm.errors import AttachmentError, CheckpointError, LossIndependentError, NoStateError
 from torch2ebm.isolation.interrupts import InterruptsDeferred
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
@@ -73,8 +74,12 @@ class EnergyOptimizer(Optimizer):
         monitor: Called in every ``step()``, as ``monitor(name, value, step)``, with the energy of each node, their sum
             with the loss, and how the relaxation went. ``SummaryWriter.add_scalar`` of TensorBoard fits as it is.
 
+        check_every: Hold one of so many calls against the module itself: outputs, buffers and gradients. The module
+            then runs once more, so anything that it counts or draws by itself is counted twice. None never does.
+
     Raises:
         AttachmentError: if the model is not converted, or has an algorithm attached whose optimizer is still there.
+        CaptureMismatchError: by a call that is checked, where the energy graph is not the module.
 
     Example:
         >>> import torch, torch2ebm
@@ -88,11 +93,21 @@ class EnergyOptimizer(Optimizer):
     """
 
     def __init__(
-        self, optimizer: Optimizer, model: nn.Module, algorithm: Algorithm, *, monitor: Monitor | None = None
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        algorithm: Algorithm,
+        *,
+        monitor: Monitor | None = None,
+        check_every: int | None = None,
     ) -> None:
         converted = unwrapped(model)
         _check(optimizer, algorithm, monitor)
+        if check_every is not None:
+            check_steps("EnergyOptimizer", check_every, "check_every")
         converted.torch2ebm.attach(algorithm, self)
+        if check_every is not None:
+            converted.torch2ebm.check_every = check_every
         self._be(optimizer, converted, algorithm)
         self.monitor, self.monitored = monitor, 0
 

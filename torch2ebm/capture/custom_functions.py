@@ -85,18 +85,16 @@ def _installed(name: str) -> None:
     owner, replacement = _PLACES[name]
     with _LOCK:
         count, original = _PATCHES.get(name, (0, None))
-        if not count:
+        if owner.__dict__[name] is not replacement:  # it may stand there: torch.fx puts back what it has found
             original = owner.__dict__[name]
-            _PATCHES[name] = (1, original)
             setattr(owner, name, replacement)
-        else:
-            _PATCHES[name] = (count + 1, original)
+        _PATCHES[name] = (count + 1, original)
 
 
 def _removed(name: str) -> None:
-    owner = _PLACES[name][0]
+    owner, replacement = _PLACES[name]
     with _LOCK:
         count, original = _PATCHES[name]
         _PATCHES[name] = (count - 1, original)
-        if count == 1:
+        if count == 1 and owner.__dict__[name] is replacement:
             setattr(owner, name, original)

@@ -55,9 +55,7 @@ def without_writes(
 
 
 class _Functional:
-    def __init__(
-        self, graph: fx.Graph, viewed: Mapping[fx.Node, fx.Node], written: Mapping[fx.Node, fx.Node]
-    ) -> None:
+    def __init__(self, graph: fx.Graph, viewed: Mapping[fx.Node, fx.Node], written: Mapping[fx.Node, fx.Node]) -> None:
         self.graph, self.viewed, self.written = graph, dict(viewed), written
         # new nodes get the position of the write that they stand for
         self.position = {node: i for i, node in enumerate(graph.nodes)}

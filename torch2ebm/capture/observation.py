@@ -19,7 +19,7 @@ Warning: the results of all operations are kept until the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class Capture:
         trace: The graph, and how it hangs together with the run.
         leaves: Submodules that become one node each.
         facts: By the graph's nodes.
-        run: The recorded run.
+        run: The recorded run, without its tensors.
         varying: Numbers that are inputs of the graph.
         held: Results that somebody may hold after the run, and use in the loss: further outputs.
     """
@@ -136,7 +136,7 @@ def capture(
     further = tuple(sorted(held))
     trace = traced(module, run, varying, further, device.type)
     observer = _Observer(module, trace, device)
-    made = Capture(module, trace, leaves, observer.facts, run, varying, further)
+    made = Capture(module, trace, leaves, observer.facts, run.outline(), varying, further)
     with plain_autograd(), untouched(module, device), all_parameters_trainable(module):
         try:
             observer.run(*made.inputs(run))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from torch2ebm.capture.in_place import stopped, without_writes
@@ -119,6 +118,8 @@ class _Importer:
             self.written[node] = wrote[0]
 
     def _check_writes(self, record: Record, node: fx.Node, wrote: Sequence[fx.Node]) -> None:
+        if wrote and all(each.op == "get_attr" for each in wrote):
+            return  # an effect on a parameter
         if wrote and (len(wrote) > 1 or not node.args or node.args[0] is not wrote[0]):
             raise UntraceableError(
                 f"torch2ebm cannot capture {type(self.module).__name__}",

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from torch2ebm.capture.custom_functions import told_of_calls
-from torch2ebm.capture.watch import Cuts, Run, Watch, runs_elsewhere
-from torch2ebm.isolation.module_state import AttributeSnapshot, BufferSnapshot
-from torch2ebm.isolation.random_numbers import RandomState
+from torch2ebm.capture.watch import Cuts, Run, Watch, hung_on_autograd, runs_elsewhere
+from torch2ebm.isolation.module_state import AttributeSnapshot, BufferSnapshot, is_lazy
+from torch2ebm.isolation.random_numbers import Generators
 
 
 @dataclass(eq=False)
@@ -26,6 +24,8 @@ class Subject:
         modules: id of each submodule to its path.
         opaque: Path of each module that is one operation, to the reason.
         passive: Functions that return no tensor.
+        elsewhere: Whether some submodule runs outside of Python.
+        parts: All submodules, itself among them.
     """
 
     module: nn.Module
@@ -33,11 +33,13 @@ class Subject:
     opaque: dict[str, str] = field(default_factory=dict)
     passive: set[Any] = field(default_factory=set)
     elsewhere: bool = False
+    parts: Sequence[nn.Module] = ()
 
     @staticmethod
     def of(module: nn.Module) -> Subject:
+        parts = list(module.modules())
         modules = {id(part): path for path, part in module.named_modules()}
-        return Subject(module, modules, elsewhere=any(runs_elsewhere(part) for part in module.modules()))
+        return Subject(module, modules, elsewhere=any(map(runs_elsewhere, parts)), parts=parts)
 
     def run(
         self,
@@ -56,10 +58,12 @@ class Subject:
             device: Where the module computes.
             cuts: Where the run is cut if its sequence is as expected; None records it.
         """
-        before = None if cuts is not None else _Before.now(self.module, device)
+        lazy = cuts is None and any(map(is_lazy, self.module.parameters()))
+        before = None if cuts is not None else Before.now(self.module, device)
         for _ in range(len(self.modules) + 1):
-            watch = Watch(paths, device, self.modules, inputs, cuts, self.opaque, self.passive)
-            with told_of_calls(watch, cuts is None or bool(cuts.opaque) or self.elsewhere):
+            watch = Watch(paths, device, self.modules, inputs, cuts, self.opaque, self.passive, lazy)
+            of_modules = cuts is None or bool(cuts.opaque) or self.elsewhere or self._has_backward_hooks()
+            with told_of_calls(watch, of_modules):
                 run = watch.watching(function)
             if run.records is None or not watch.lost:
                 break
@@ -74,31 +78,30 @@ class Subject:
             run.changed_buffers = ()
         return run
 
+    def _has_backward_hooks(self) -> bool:
+        """Whether some submodule has a hook that torch hangs on results' autograd functions, where no mode sees it."""
+        return any(hung_on_autograd(part) for part in self.parts)
+
 
 @dataclass(frozen=True, eq=False)
-class _Before:
+class Before:
     """What a run changes beside its results."""
 
     module: nn.Module
     buffers: Mapping[str, Tensor]
     contents: BufferSnapshot
     attributes: AttributeSnapshot
-    generators: RandomState
-    python: Any
-    numpy: Any
+    generators: Generators
 
     @staticmethod
-    def now(module: nn.Module, device: torch.device) -> _Before:
-        buffers = {name: b for name, b in module.named_buffers() if not b.is_meta and not _is_lazy(b)}
-        state = random.getstate(), np.random.get_state()
-        return _Before(module, buffers, BufferSnapshot(buffers), AttributeSnapshot(module), RandomState(device), *state)
+    def now(module: nn.Module, device: torch.device) -> Before:
+        buffers = {name: b for name, b in module.named_buffers() if not b.is_meta and not is_lazy(b)}
+        return Before(module, buffers, BufferSnapshot(buffers), AttributeSnapshot(module), Generators(device))
 
     def restore(self) -> None:
         self.attributes.restore()
         self.contents.restore()
         self.generators.restore()
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
 
     def changed_buffers(self) -> tuple[str, ...]:
         now = dict(self.module.named_buffers())
@@ -106,10 +109,12 @@ class _Before:
         return tuple(name for name, copy in copies.items() if name in now and not _identical(now[name], copy))
 
 
-def _is_lazy(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
-
-
 def _identical(a: Tensor, b: Tensor) -> bool:
     # not torch.equal: a NaN that was there before has not changed
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    if a.shape != b.shape or a.layout is not b.layout:
+        return False
+    if a.layout is not torch.strided:
+        return a is b or (a.layout is torch.sparse_coo and _identical(a.to_dense(), b.to_dense()))
+    if a.is_floating_point() and a.itemsize == 1:  # torch compares no numbers of eight bits
+        a, b = a.float(), b.float()
+    return bool(((a == b) | ((a != a) & (b != b))).all())

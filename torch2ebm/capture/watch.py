@@ -21,6 +21,7 @@ goes on uncut.
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,12 +32,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from torch2ebm.capture.custom_functions import untold
 from torch2ebm.common.nested import leaves_of, map_leaves, signature, template_of
+from torch2ebm.isolation.module_state import is_lazy, unchanged
 from torch2ebm.isolation.random_numbers import RandomState
 
 
@@ -178,6 +179,7 @@ class Run:
         origins: Constant to the names of the arguments that it was made of.
         names: Constant to the name of the argument that it is, None for others.
         opaque: Path of each module that is one operation, to the reason.
+        values_read: Lines of code at which Python has read a number off a hot tensor, to how.
         kept: Numbers of results with a gradient that somebody else still holds, by a hook or an attribute: these tensors.
         originals: Constants as the caller has them, each with its version when the run ended.
         changed_buffers: Names of the buffers that forward has changed.
@@ -202,10 +204,26 @@ class Run:
     names: list[str | None] = field(default_factory=list)
     opaque: dict[str, str] = field(default_factory=dict)
     changed_buffers: tuple[str, ...] = ()
+    values_read: dict[str, str] = field(default_factory=dict)
     outputs: dict[int, int] = field(default_factory=dict)  # id of a tensor in the output to its number
     external_leaves: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
     originals: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def outline(self) -> Run:
+        """What a graph is made of, without the tensors of this run."""
+        return Run(
+            sequence=self.sequence,
+            numbers=self.numbers,
+            returned=self.returned,
+            records=self.records,
+            copied=self.copied,
+            random=dict.fromkeys(self.random),
+            origins=self.origins,
+            names=self.names,
+            opaque=self.opaque,
+            changed_buffers=self.changed_buffers,
+        )
 
     def released(self) -> None:
         """What the run has left at the cuts is somebody else's by now."""
@@ -227,13 +245,25 @@ PASSIVE = frozenset(
         *_getters("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized", "is_mkldnn", "is_mps"),
         *_getters("_version", "output_nr", "itemsize", "nbytes", "_base", "_backward_hooks", "grad", "is_sparse_csr"),
         *_methods("dim", "size", "numel", "nelement", "ndimension", "stride", "storage_offset", "is_contiguous"),
-        *_methods("is_floating_point", "is_complex", "is_signed", "is_inference", "data_ptr", "element_size", "is_conj"),
+        *_methods(
+            "is_floating_point", "is_complex", "is_signed", "is_inference", "data_ptr", "element_size", "is_conj"
+        ),
         *_methods("item", "tolist", "numpy", "get_device", "untyped_storage", "storage", "is_neg", "equal", "allclose"),
         *_methods("__bool__", "__len__", "__int__", "__float__", "__index__", "__complex__", "__format__", "__repr__"),
-        *_methods("__contains__", "__hash__", "__array__", "is_shared", "type", "is_same_size", "is_set_to", "is_pinned"),
+        *_methods(
+            "__contains__", "__hash__", "__array__", "is_shared", "type", "is_same_size", "is_set_to", "is_pinned"
+        ),
         *_methods("retain_grad", "requires_grad_", "__reduce_ex__", "__deepcopy__"),
         *(torch.is_floating_point, torch.is_complex, torch.numel, torch.equal, torch.allclose, torch.is_nonzero),
         *(torch.result_type, torch.is_same_size, torch.is_signed, torch.is_inference, torch.is_conj, torch.is_neg),
+    ]
+)
+# what gives Python a tensor's numbers, so that a branch or a later number may depend on them
+VALUES = frozenset(
+    [
+        *_methods("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "equal"),
+        *_methods("__contains__", "__array__", "allclose"),
+        *(torch.equal, torch.allclose, torch.is_nonzero),
     ]
 )
 _GRADIENTS = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
@@ -263,6 +293,7 @@ class Watch(TorchFunctionMode):
         modules: id of each submodule to its path.
         inputs: id of each tensor among the arguments to its name.
         passive: Functions that are known to return no tensor; more are added as they are met.
+        lazy: Whether some parameters have not been made yet.
     """
 
     def __init__(
@@ -274,8 +305,10 @@ class Watch(TorchFunctionMode):
         cuts: Cuts | None = None,
         opaque: Mapping[str, str] | None = None,
         passive: set[Any] | None = None,
+        lazy: bool = False,
     ) -> None:
         super().__init__()
+        self.lazy = lazy
         self.passive = set() if passive is None else passive
         self.run = Run(records=None if cuts is not None else [])
         self.paths, self.modules, self.inputs, self.cuts = paths, modules, inputs, cuts
@@ -305,7 +338,11 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.suspended or func in PASSIVE or func in self.passive:
+            if func in VALUES and self.recording and not self.suspended and self._any_hot(args, kwargs):
+                self.run.values_read.setdefault(self._scopes()[1], func.__name__)
             return func(*args, **kwargs)
+        if self.lazy and any(is_lazy(leaf) for leaf in _tensors((args, kwargs))):
+            return func(*args, **kwargs)  # a lazy module makes its parameters
         return self._seen(func, func, args, kwargs)
 
     def applied(self, function: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -314,7 +351,7 @@ class Watch(TorchFunctionMode):
             return apply(function, *args, **kwargs)
         if function is CheckpointFunction:  # apply(run, preserve, *args): run as it is, for the sake of its operations
             return args[0](*args[2:])
-        return self._seen(function, lambda *a, **k: self._hidden(apply, (function, *a), k), args, kwargs)
+        return self._unseen(function, lambda *a, **k: self._hidden(apply, (function, *a), k), args, kwargs)
 
     def called(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A submodule is called; where it is opaque, this is an operation."""
@@ -324,9 +361,11 @@ class Watch(TorchFunctionMode):
         reason = self.opaque.get(path)
         if reason is None and runs_elsewhere(module):
             reason = f"is a {type(module).__name__}, whose operations run outside of Python"
+        if reason is None and hung_on_autograd(module):
+            reason = "has backward hooks, which run with its own backward"
         if reason is not None and (any(True for _ in module.parameters()) or self._any_hot(args, kwargs)):
             self.run.opaque[path] = reason
-            return self._seen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
+            return self._unseen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
         if not self.recording:
             return call(module, *args, **kwargs)
         self._calls.append(path)
@@ -341,13 +380,17 @@ class Watch(TorchFunctionMode):
     def _any_hot(self, args: Any, kwargs: Any) -> bool:
         return any(id(leaf) in self._numbers or id(leaf) in self.paths for leaf in _tensors((args, kwargs)))
 
-    def _hidden(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _unseen(self, function: Any, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """What torch does not tell of: unlike in ``__torch_function__`` this mode is still entered."""
         self.suspended = True
         try:
-            with untold(), torch._C.DisableTorchFunction():  # dynamo would trace this mode, too
-                return function(*args, **kwargs)
+            return self._seen(function, execute, args, kwargs)
         finally:
             self.suspended = False
+
+    def _hidden(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with untold(), torch._C.DisableTorchFunction():  # dynamo would trace this mode, too
+            return function(*args, **kwargs)
 
     # one operation
 
@@ -679,7 +722,7 @@ class Watch(TorchFunctionMode):
 
         found: list[tuple[str, FrameType]] = []
         place = ""
-        frame: FrameType | None = sys._getframe(3)
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None and frame.f_code is not Watch.watching.__code__:
             code = frame.f_code
             if not place and is_users(code.co_filename):
@@ -752,9 +795,7 @@ class Watch(TorchFunctionMode):
         )
         if not self.recording and self.cuts is not None:
             same = len(run.sequence) == len(self.cuts.sequence) and run.returned == self.cuts.output
-            if not same:
-                self._deviate()
-            elif not run.copied <= self.cuts.copied:
+            if not same or not run.copied <= self.cuts.copied:
                 self._deviate()
             run.followed = same and not self.recording
         run.originals = [(t, 0 if t.is_inference() else t._version) for t, _ in self._originals]
@@ -779,6 +820,9 @@ class Watch(TorchFunctionMode):
 
 def _held_elsewhere(run: Run, numbers: Mapping[int, int]) -> dict[int, Tensor]:
     """Results that have more references than the run and its output: somebody has kept them, and may use them."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and hooks[0] is unchanged:  # a run that is only looked at
+        return {}
     own = Counter(map(id, (*run.hot, *run.leaves.values(), *run.predictions.values(), *_tensors(run.output))))
     none = _references([object()])[0] - 1  # what looking itself adds
     return {
@@ -787,7 +831,16 @@ def _held_elsewhere(run: Run, numbers: Mapping[int, int]) -> dict[int, Tensor]:
         if count - none > own[id(run.hot[i])]
         and run.hot[i].requires_grad
         and count - none - _references_of_torch(run.hot[i]) > own[id(run.hot[i])]
+        and not isinstance(run.hot[i], nn.Parameter)
+        and (hooks is None or _referred(run.hot[i], run))
     }
+
+
+def _referred(tensor: Tensor, run: Run) -> bool:
+    """Whether somebody else refers to a tensor to which hooks on what autograd saves refer, too."""
+    known = [run.hot, run.leaves, run.predictions, run.output, vars(run), run]
+    referrers = [each for each in gc.get_referrers(tensor) if all(each is not one for one in known)]
+    return any(not isinstance(each, FrameType) for each in referrers)
 
 
 def _references_of_torch(tensor: Tensor) -> int:
@@ -838,6 +891,11 @@ def _share(a: Tensor, b: Tensor) -> bool:
         return a is b or a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):  # sparse tensors have no storage
         return False
+
+
+def hung_on_autograd(module: nn.Module) -> bool:
+    """Whether a module has backward hooks, which torch hangs on the autograd functions of its inputs and results."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def runs_elsewhere(module: nn.Module) -> bool:

@@ -30,12 +30,13 @@ def check_positive(where: str, **numbers: float) -> None:
             raise ConfigurationError(f"{where}({name}=...)", repr(number), "a finite number above 0", "Choose another.")
 
 
-def check_steps(where: str, steps: int) -> None:
+def check_steps(where: str, steps: int, name: str = "steps") -> None:
     """Refuse a number of steps that is no whole number, 1 or more.
 
     Args:
         where: Who was given it, for the error.
         steps: The number.
+        name: Of the argument.
 
     Raises:
         ConfigurationError: if it is illegal.
@@ -45,7 +46,7 @@ def check_steps(where: str, steps: int) -> None:
         >>> check_steps("MySolver", 20)
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ConfigurationError(f"{where}(steps=...)", repr(steps), "a whole number, 1 or more", "Choose another.")
+        raise ConfigurationError(f"{where}({name}=...)", repr(steps), "a whole number, 1 or more", "Choose another.")
 
 
 def check_tolerance(where: str, tol: float) -> None:

@@ -14,24 +14,44 @@ from torch2ebm.errors import NonFiniteError
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether all entries are finite. Their sum decides in one pass; only where it is not finite is each entry read."""
-    return math.isfinite(tensor.detach().sum()) or bool(torch.isfinite(tensor).all())
+    tensor = summable(tensor)
+    return _is_finite(tensor.sum(dtype=_wide(tensor.dtype))) or bool(torch.isfinite(tensor).all())
 
 
 def _sum_is_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether the sum of all entries is finite, which it cannot be with a NaN or an infinity among them."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
-        by_device.setdefault(tensor.device, []).append(tensor.detach().sum(dtype=_wide(tensor.dtype)))
+        tensor = summable(tensor)
+        total = tensor.sum(dtype=_wide(tensor.dtype))
+        by_device.setdefault(tensor.device, []).append(total.abs() if total.is_complex() else total)
     # one number for each device goes to the host: each transfer waits for what is queued there
-    return all(math.isfinite(torch.stack(sums).sum()) for sums in by_device.values())
+    return all(_is_finite(torch.stack(sums).sum()) for sums in by_device.values())
+
+
+def summable(tensor: Tensor) -> Tensor:
+    """The entries of a tensor in a form that torch can sum: of sparse ones the values, of eight bits in more."""
+    tensor = tensor.dequantize() if tensor.is_quantized else tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce().values()
+    elif tensor.layout is not torch.strided:
+        tensor = tensor.values()
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+
+
+def _is_finite(number: Tensor) -> bool:
+    return math.isfinite(abs(number.detach().item()))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype | None:
     """The dtype to sum in: float16 overflows at 65504, and float64 must not be rounded to infinity."""
+    if dtype.is_complex:
+        return None
     return None if dtype == torch.float64 else torch.float32
 
 
 def count_bad(tensor: Tensor) -> str:
+    tensor = summable(tensor)
     bad = int((~torch.isfinite(tensor)).sum())
     return f"{bad} of {tensor.numel()} elements NaN or infinite"
 
@@ -46,12 +66,17 @@ def check_standing(tensors: Mapping[str, Tensor]) -> None:
             raise _non_finite(f"{kind} '{name}', feed-forward pass", tensor)
 
 
-def check_predictions(call: Call) -> None:
+def check_predictions(call: Call, of_outputs: bool = True) -> None:
+    """Raise :class:`NonFiniteError` where an output is not finite, with the node in which that began.
+
+    Without ``of_outputs``, one that begins in the output itself is let pass: forward may mask by minus infinity, or
+    return what no loss reads. If the loss does read it, its gradient tells.
+    """
     if all(all_finite(call.values[slot]) for slot in call.graph.output_slots):
         return
     # in topological order: the first bad prediction is where it began, the later ones only inherit it
     for node in call.graph.nodes.values():
-        for slot in node.slots:
+        for slot in node.slots if of_outputs or not node.is_output else ():
             if not all_finite(call.values[slot]):
                 raise _non_finite(f"prediction of node '{node.name}', feed-forward pass", call.values[slot])
 

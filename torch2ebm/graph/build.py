@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional
 
 from torch2ebm.capture.in_place import attribute
 from torch2ebm.capture.observation import Capture
-from torch2ebm.capture.watch import Run
+from torch2ebm.capture.watch import Run, hung_on_autograd
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import PartitionError
 from torch2ebm.graph.cuts import cuts_of, draws_of
@@ -140,11 +140,17 @@ class _Assembly:
                 self.roles,
                 bodies,
                 {node: name for name, slots in zip(names, self.slots, strict=True) for node in slots},
-                [node for slots, read in zip(self.slots, self.read_slots, strict=True) for node in slots if node in read],
+                [
+                    node
+                    for slots, read in zip(self.slots, self.read_slots, strict=True)
+                    for node in slots
+                    if node in read
+                ],
                 {node: self._name_of_export(node) for exports in self.exports for node in exports},
             ),
             tuple(self.capture.trace.constants),
             self.capture.held,
+            self.capture.run.opaque,
             {name: draws[0] for name, body in bodies.items() if (draws := draws_of(self.capture, body))},
         )
 
@@ -189,7 +195,7 @@ class _Assembly:
             exports=tuple(fixed[node] for node in self.exports[i]),
             random=any(facts[node].random for node in body),
             batch_statistics=any(facts[node].batch_statistics for node in body),
-            group_norm=any(_normalises_groups(self._called(node).target) for node in body),
+            group_norm=any(_needs_input_gradients(self._called(node).target) for node in body),
             description=described(self._sorted(self.groups[i].members), self.capture.module, self.roles),
             operations=tuple(self._called(node) for node in self._sorted(self.core[i])),
         )
@@ -275,10 +281,11 @@ def _add(results: list[list[fx.Node]], index: int, node: fx.Node) -> None:
         results[index].append(node)
 
 
-def _normalises_groups(target: Any) -> bool:
+def _needs_input_gradients(target: Any) -> bool:
+    """Group norms, for a fault of torch (see :meth:`NodePass.pullback`), and backward hooks, which are given them."""
     opaque = getattr(target, "opaque_module", None)
     if opaque is not None:
-        return any(isinstance(part, nn.GroupNorm) for part in opaque.modules())
+        return any(isinstance(part, nn.GroupNorm) or hung_on_autograd(part) for part in opaque.modules())
     return target in _GROUP_NORMS
 
 

@@ -153,6 +153,7 @@ class EnergyGraph:
         inputs: Name of each tensor that ``clamp`` makes to the names of the arguments that it is made of.
         constants: Name of each constant of a run.
         held: Results of a run that are further outputs, since somebody may hold them and use them in the loss.
+        opaque: Path of each module that is one operation, since it cannot be looked into, to the reason.
         draws: Name of a node that draws random numbers to the operation of a run with which it begins to.
         cuts: Where a run of the module is cut so that it leaves what the nodes would; None where it cannot be.
         owner: Slot to its node.
@@ -182,9 +183,11 @@ class EnergyGraph:
         cuts: Cuts | None = None,
         constants: tuple[str, ...] = (),
         held: tuple[int, ...] = (),
+        opaque: Mapping[str, str] = MappingProxyType({}),
         draws: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        self.inputs, self.cuts, self.constants, self.held, self.draws = inputs, cuts, constants, held, draws
+        self.inputs, self.cuts, self.constants, self.draws = inputs, cuts, constants, draws
+        self.held, self.opaque = held, opaque
         self.module, self.changing_buffers, self.shapes = module, changing_buffers, shapes
         self.clamp, self.outputs = clamp, outputs
         self.order, self.nodes = _linked(tuple(order), {o.slot for o in outputs if o.slot is not None})
@@ -280,6 +283,7 @@ class EnergyGraph:
             inputs=self.inputs,
             constants=self.constants,
             held=self.held,
+            opaque=self.opaque,
             draws=self.draws,
         )
 

@@ -168,7 +168,9 @@ class Partition:
             return True
         if any(True for _ in parameters_of(producer, self.capture.module)):
             return True
-        return any(source in self.roles.repeated and self.capture.facts[source].live for source in producer.all_input_nodes)
+        return any(
+            source in self.roles.repeated and self.capture.facts[source].live for source in producer.all_input_nodes
+        )
 
     def _is_named(self, producer: fx.Node) -> bool:
         return producer in self.roles.sites

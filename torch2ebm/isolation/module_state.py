@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.isolation.interrupts import Change, restored_by
-from torch2ebm.isolation.random_numbers import RandomState
+from torch2ebm.isolation.random_numbers import Generators
 
 
 class BufferSnapshot:
@@ -57,6 +57,11 @@ class BufferHistory:
         self._undoing |= all(torch.equal(buffer, copy) for buffer, copy in self.after.copies)
         if self._undoing:
             self.before.restore()
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether a lazy module has not made it yet."""
+    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
 
 
 def hooks_suspended(parameters: Iterable[Tensor]) -> Change:
@@ -111,20 +116,19 @@ def plain_autograd() -> Iterator[None]:
 
 def nothing_packed() -> torch.autograd.graph.saved_tensors_hooks:
     """Switch off the saved-tensor hooks outside, a checkpoint's for example."""
-    # Torch asks the innermost pair alone. Detached: a graph that held the Python object of a tensor would make it
-    # look as if somebody had kept it.
-    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _unchanged)
+    # torch asks the innermost pair alone
+    return torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged)
 
 
-def _unchanged(tensor: Tensor) -> Tensor:
+def unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
 @contextmanager
 def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore generators, buffers and attributes at the end. No hook of a parameter runs inside."""
-    random = RandomState(device)
-    buffers = BufferSnapshot(dict(module.named_buffers()))
+    random = Generators(device)
+    buffers = BufferSnapshot({name: b for name, b in module.named_buffers() if not b.is_meta and not is_lazy(b)})
     with ExitStack() as stack:
         stack.callback(random.restore)
         stack.callback(buffers.restore)

@@ -7,9 +7,11 @@ way, because a program cannot wind a generator back; it takes the draws as input
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,3 +111,15 @@ class RandomState:
         """Draw the same numbers again, and leave the generators as they are now."""
         now = RandomState(self.cuda or torch.device("cpu"))
         return Change(self.restore, now.restore)
+
+
+class Generators:
+    """The states of all global generators: torch's, Python's and NumPy's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.torch, self.python, self.numpy = RandomState(device), random.getstate(), np.random.get_state()
+
+    def restore(self) -> None:
+        self.torch.restore()
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)

@@ -92,6 +92,7 @@ def called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 def check_inputs(tensors: Sequence[Tensor]) -> None:
+    first = next((i for i, tensor in enumerate(tensors) if tensor.ndim), None)
     for i, tensor in enumerate(tensors):
         if tensor.is_meta:
             raise NodeEvaluationError(
@@ -100,7 +101,7 @@ def check_inputs(tensors: Sequence[Tensor]) -> None:
                 "a tensor with data",
                 "Move it: tensor.to(...).",
             )
-        if tensor.ndim and tensor.shape[0] == 0:
+        if i == first and tensor.shape[0] == 0:  # others may be empty: a class without samples, a bag without words
             raise ConfigurationError(f"model(...), input {i}", "a batch of 0", "at least one sample", "Skip the batch.")
 
 

@@ -35,6 +35,7 @@ from torch2ebm.loss.tape import Tape
 from torch2ebm.model.arguments import Arguments, check_finite_inputs
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.shards import Shards
+from torch2ebm.model.unchanged import Unchanged
 
 
 class OpenCall:
@@ -70,15 +71,20 @@ class OpenCall:
         assert self.call is not None
         self.kept = self.algorithm.forward(self.call)
         check_standing(self.finite)  # a clamp can hide it from the prediction
-        try:
-            check_predictions(self.call)
-        except NonFiniteError:
-            check_finite_inputs(self.arguments.tensors)
-            raise
+        self._check_predictions(of_outputs=False)
+        self.unchanged = Unchanged(self.call, self.algorithm.reevaluates_loss)
         self.history.forward_ended()
         self.forwards.opened(self.history)
         # copies: what the user writes on the output is no value of the call
         return [self.call.values[slot].detach().clone() for slot in self.call.graph.output_slots]
+
+    def _check_predictions(self, of_outputs: bool = True) -> None:
+        assert self.call is not None
+        try:
+            check_predictions(self.call, of_outputs)
+        except NonFiniteError:
+            check_finite_inputs(self.arguments.tensors)
+            raise
 
     def answer(self, delivered: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The gradients of what :class:`EnergyFunction` was applied to."""
@@ -97,6 +103,7 @@ class OpenCall:
         loss = make_loss(call, self.tape, by_slot, self.algorithm.loss_reduction, type(self.algorithm).__name__)
         if not self._delivered_finite(loss):
             return self._overflowed(call)
+        self.unchanged.check(call)
         if self.algorithm.reevaluates_loss:
             loss.check()
         gradients = self._as_in_forward(call, lambda: self.algorithm.backward(call, kept, loss, retain_graph))
@@ -152,6 +159,7 @@ class OpenCall:
         if first_bad(loss.delivered) is None:
             return True
         if not (loss.magnified and loss.finite):
+            self._check_predictions()
             check_delivered(loss.delivered)
         self.forwards.overflowed.append(self.history)
         return False

@@ -18,11 +18,13 @@ from torch2ebm.capture.problems import users_level
 from torch2ebm.capture.recording import Place
 from torch2ebm.capture.running import Subject
 from torch2ebm.capture.watch import Cuts, Run
-from torch2ebm.errors import ChangingForwardWarning
+from torch2ebm.engine.finite import all_finite
+from torch2ebm.errors import ChangingForwardWarning, LoneNodeWarning, OpaqueModuleWarning
 from torch2ebm.graph.build import build_graph
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.graph.granularity import Granularity, named_leaves
-from torch2ebm.isolation.module_state import tensors_in_place
+from torch2ebm.graph.lone_node import ALONE, FINER, lone_node
+from torch2ebm.isolation.module_state import is_lazy, tensors_in_place
 from torch2ebm.isolation.torch_modes import TRACING
 from torch2ebm.model.arguments import Arguments
 from torch2ebm.model.fingerprint import Fingerprint, swapped_parameters
@@ -72,6 +74,7 @@ class Captures:
         self._paths = {id(parameter): name for name, parameter in self.parameters.items()}
         self._fingerprint = Fingerprint.of(module)
         self._told = False
+        self._told_of: set[str | None] = set()
         self._cut_before: weakref.WeakSet[EnergyGraph] = weakref.WeakSet()
         self._forgotten = 0
         self._finite_buffers: tuple[str, ...] | None = None
@@ -85,7 +88,7 @@ class Captures:
         known = [graph for entry in self.entries.values() for graph in entry.graphs.values()]
         buffers = dict(self.module.named_buffers())
         if not known:
-            return {name: buffer for name, buffer in buffers.items() if not _is_lazy(buffer)}
+            return {name: buffer for name, buffer in buffers.items() if not is_lazy(buffer)}
         names = dict.fromkeys(name for graph in known for name in graph.changing_buffers)
         return {name: buffers[name] for name in names if name in buffers}
 
@@ -96,10 +99,7 @@ class Captures:
             self._finite_buffers = tuple(
                 name
                 for name, buffer in buffers.items()
-                if buffer.is_floating_point()
-                and not buffer.is_meta
-                and not _is_lazy(buffer)
-                and bool(torch.isfinite(buffer).all())
+                if buffer.is_floating_point() and not buffer.is_meta and not is_lazy(buffer) and all_finite(buffer)
             )
         return {name: buffers[name] for name in self._finite_buffers if name in buffers}
 
@@ -147,7 +147,7 @@ class Captures:
         return "layer" if algorithm is None else algorithm.partition
 
     def _same_numbers(self, run: Run, entry: _Entry, cuts: Cuts | None) -> bool:
-        return cuts is not None and all(map(_equal, run.numbers, cuts.numbers)) or not self._others(run, entry)
+        return (cuts is not None and all(map(_equal, run.numbers, cuts.numbers))) or not self._others(run, entry)
 
     def _others(self, run: Run, entry: _Entry) -> frozenset[Place]:
         """Numbers that the entry takes for granted, and that this run has otherwise."""
@@ -185,6 +185,7 @@ class Captures:
         if granularity not in entry.graphs:
             verify(graph, run, device, swapped)
             entry.graphs[granularity] = graph
+            self._tell(graph, run)
         return entry, graph
 
     def _entry_for(self, run: Run, graded: bool, device: torch.device) -> _Entry:
@@ -212,6 +213,22 @@ class Captures:
     def _captured(self, run: Run, entry: _Entry, device: torch.device) -> Capture:
         return capture(self.module, run, self.leaves, entry.varying, entry.held, device)
 
+    def _tell(self, graph: EnergyGraph, run: Run) -> None:
+        """Say once what a graph cannot show, and what cannot learn by inference."""
+        name = type(self.module).__name__
+        for path, reason in run.opaque.items():
+            if path not in self._told_of:
+                self._told_of.add(path)
+                warnings.warn(
+                    f"{f'{name}.{path}' if path else name} {reason}. It is one node: its values do not relax, and its "
+                    "gradients are backpropagation's. torch2ebm.check(module, example_inputs) lists all there is to know.",
+                    OpaqueModuleWarning,
+                    stacklevel=users_level(),
+                )
+        if (lone := lone_node(graph)) and None not in self._told_of:
+            self._told_of.add(None)
+            warnings.warn(f"{name}, node '{lone}': {ALONE} {FINER}", LoneNodeWarning, stacklevel=users_level())
+
     def _tell_of_changing(self) -> None:
         self._forgotten += 1
         if not self._told:
@@ -229,7 +246,3 @@ def _equal(ours: Any, theirs: Any) -> bool:
     return len(ours) == len(theirs) and all(
         a is b or (type(a) is type(b) and type(a) in (int, float) and a == b) for a, b in zip(ours, theirs, strict=True)
     )
-
-
-def _is_lazy(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.capture.running import Before
 from torch2ebm.common.nested import map_leaves
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState
@@ -27,6 +28,7 @@ from torch2ebm.model.fingerprint import inside_functional_call
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.shards import Shards
+from torch2ebm.model.whole_call import check_whole_call
 from torch2ebm.reports.drawing import draw_graph
 from torch2ebm.reports.tables import node_table
 
@@ -46,10 +48,14 @@ class Conversion:
         replicas: The wrapper that synchronises gradients among processes.
     """
 
+    check_every_by_default: int | None = None  # what EnergyOptimizer(check_every=) is where nothing is given
+
     def __init__(self, module: nn.Module, granularity: Granularity, algorithm: Algorithm | None = None) -> None:
         self.module, self.algorithm = module, algorithm
         self.shards, self.captures = _seen(module, granularity)
         self.forwards, self.replicas = OpenForwards(), Replicas()
+        self.check_every: int | None = None
+        self._calls = 0
         self._holder: weakref.ref[object] | None = None
         self._latest: EnergyGraph | None = None
         self._state: InferenceState | None = None
@@ -59,6 +65,8 @@ class Conversion:
     def answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What ``model(*args, **kwargs)`` returns."""
         self._state = None
+        if torch.jit.is_tracing() or _exporting():
+            return self.module(*args, **kwargs)
         if self.algorithm is not None and self.algorithm.defines_output and not torch.is_grad_enabled():
             return self._output_alone(self.algorithm, args, kwargs)
         if self.algorithm is None or not torch.is_grad_enabled():
@@ -109,9 +117,14 @@ class Conversion:
     ) -> Any:
         history = BufferHistory(self.captures.changing_buffers())
 
+        checked = self._is_checked()
+
         def taped_output() -> Any:
             with exhausted_memory_named("model(...)", algorithm):
+                before = Before.now(self.module, Arguments.of(self.module, args, kwargs).device) if checked else None
                 served = self._served(args, kwargs, algorithm)
+                if before is not None:
+                    check_whole_call(served, before, lambda: self.module(*args, **kwargs))
                 call = self._call(served)
                 finite = self.captures.standing_buffers()
                 open_call = OpenCall(call, algorithm, history, finite, forwards, keep, self.shards, served.arguments)
@@ -131,6 +144,10 @@ class Conversion:
         """A run of the module, as a call that no algorithm has filled."""
         return self._call(self._captured_run(args, kwargs))
 
+    def _is_checked(self) -> bool:
+        self._calls += 1
+        return self.check_every is not None and self._calls % self.check_every == 0
+
     def _call(self, served: Served) -> Call:
         arguments = served.arguments
         return Call(served.graph, served.run, arguments.device, arguments.batch_size, served.swapped)
@@ -145,6 +162,13 @@ class Conversion:
         device = Arguments.of(self.module, args, kwargs).device
         with self.shards.gathered(), plain_autograd(), untouched(self.module, device):
             self._served(args, kwargs, self.algorithm)
+
+    def looked_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """A recorded run of the module, which is left as it was."""
+        arguments = Arguments.of(self.module, args, kwargs)
+        with self.shards.gathered(), plain_autograd(), untouched(self.module, arguments.device):
+            call = lambda: called(self.module, args, kwargs)  # noqa: E731
+            return self._call(self.captures.run(arguments, call, self.algorithm, keep_cuts=False))
 
     def _captured_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Served:
         with self.shards.gathered():
@@ -239,6 +263,7 @@ class Conversion:
         self._holder = weakref.ref(self if optimizer is None else optimizer)
         self.algorithm, self._state, self._latest = algorithm, None, None
         self.forwards, self.replicas = OpenForwards(), Replicas()
+        self._calls, self.check_every = 0, type(self).check_every_by_default
 
     def detach(self) -> None:
         """End the attachment."""
@@ -260,6 +285,11 @@ def _seen(module: nn.Module, granularity: Granularity) -> tuple[Shards, Captures
     shards = Shards(module)
     with shards.gathered():
         return shards, Captures(module, granularity)
+
+
+def _exporting() -> bool:
+    ask = getattr(torch.compiler, "is_exporting", None)  # not in torch 2.6
+    return bool(ask()) if ask is not None else False
 
 
 def _filled(output: Any, leaves: Sequence[Any], references: Sequence[OutputReference]) -> Any:

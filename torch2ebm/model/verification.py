@@ -34,29 +34,35 @@ def verify(graph: EnergyGraph, run: Run, device: torch.device, swapped: Mapping[
 
 
 def same_by_cuts(graph: EnergyGraph, run: Run, device: torch.device, swapped: Mapping[str, Tensor]) -> bool:
-    """Whether what a run has left at its cuts gives the gradients that the composition of the nodes gives."""
-    found = []
-    real = _returned(graph, run)
-    with plain_autograd(), untouched(graph.module, device):
-        for followed in (True, False):
-            run.followed = followed
-            call = Call(graph, run, device, 1, swapped)
-            kept = dict(run.leaves), dict(run.predictions), dict(run.normalised)
-            call.feedforward(keep_graph=True)
-            run.leaves, run.predictions, run.normalised = kept
-            delivered = {
-                o.slot: _uneven(leaf)
-                for leaf, o in zip(real, graph.outputs, strict=True)
-                if o.slot is not None and is_live(call.values[o.slot])
-            }
-            trainable = {name for name, p in call.parameters.items() if p.requires_grad}
-            gradients = reverse_sweep(call, delivered, retain_graph=True).gradients.parameters
-            found.append({name: g for name, g in gradients.items() if name in trainable})
-            values = {slot: value.detach() for slot, value in call.values.items()}
-            found.append(values)
+    """Whether what a run has left at its cuts gives the values and gradients of the composition of the nodes."""
+    delivered = {
+        reference.slot: uneven(leaf)
+        for leaf, reference in zip(_returned(graph, run), graph.outputs, strict=True)
+        if reference.slot is not None and is_live(leaf) and not leaf.is_nested
+    }
+    cut, cut_values = swept(graph, run, device, swapped, delivered)
+    run.followed = False
+    composed, composed_values = swept(graph, run, device, swapped, delivered)
     run.followed = True
-    cut, cut_values, composed, composed_values = found
-    return not _differing(cut, composed) and all(_same(v, composed_values[slot]) for slot, v in cut_values.items())
+    return not differing(cut, composed) and all(same(v, composed_values[slot]) for slot, v in cut_values.items())
+
+
+def swept(
+    graph: EnergyGraph,
+    run: Run,
+    device: torch.device,
+    swapped: Mapping[str, Tensor],
+    delivered: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gradients of trainable parameters by one reverse sweep, and all values; the run can be used again."""
+    left = dict(run.leaves), dict(run.predictions), dict(run.normalised), list(run.hot)
+    with plain_autograd(), untouched(graph.module, device):
+        call = Call(graph, run, device, 1, swapped)
+        call.feedforward(keep_graph=True)
+        run.leaves, run.predictions, run.normalised, run.hot = left
+        gradients = reverse_sweep(call, delivered, retain_graph=True).gradients.parameters
+    trainable = {name: g for name, g in gradients.items() if call.parameters[name].requires_grad}
+    return trainable, {slot: value.detach() for slot, value in call.values.items()}
 
 
 def _returned(graph: EnergyGraph, run: Run) -> list[Any]:
@@ -68,7 +74,7 @@ def _check_outputs(graph: EnergyGraph, real: Sequence[Any], ours: Sequence[Any])
     wrong = [
         f"output {i}"
         for i, reference in enumerate(graph.outputs)
-        if reference.slot is not None and real[i] is not None and not _same(ours[i], real[i])
+        if reference.slot is not None and real[i] is not None and not same(ours[i], real[i])
     ]
     if wrong:
         raise CaptureMismatchError(
@@ -80,8 +86,14 @@ def _check_outputs(graph: EnergyGraph, real: Sequence[Any], ours: Sequence[Any])
         )
 
 
-def _same(ours: Any, real: Any) -> bool:
-    if not isinstance(ours, Tensor) or ours.shape != real.shape or ours.dtype != real.dtype:
+def same(ours: Any, real: Any) -> bool:
+    if not isinstance(ours, Tensor) or ours.dtype != real.dtype or ours.layout is not real.layout:
+        return False
+    if real.is_nested:
+        return len(ours.unbind()) == len(real.unbind()) and all(map(same, ours.unbind(), real.unbind()))
+    if ours.layout is not torch.strided:
+        ours, real = ours.to_dense(), real.to_dense()
+    if ours.shape != real.shape:
         return False
     if not (real.is_floating_point() or real.is_complex()):
         return torch.equal(ours, real)
@@ -95,8 +107,8 @@ def _check_gradients(graph: EnergyGraph, call: Call, run: Run, real: Sequence[An
     cotangents: dict[int, tuple[Tensor, Tensor]] = {}  # an output returned twice gets one
     delivered: dict[str, Tensor] = {}
     for leaf, reference in zip(real, graph.outputs, strict=True):
-        if reference.slot is not None and is_live(leaf) and id(leaf) not in cotangents:
-            cotangents[id(leaf)] = leaf, _uneven(leaf)
+        if reference.slot is not None and is_live(leaf) and id(leaf) not in cotangents and not leaf.is_nested:
+            cotangents[id(leaf)] = leaf, uneven(leaf)
             delivered[reference.slot] = cotangents[id(leaf)][1]
     trainable = {name: p for name, p in call.parameters.items() if p.requires_grad}
     if not cotangents or not trainable:
@@ -107,7 +119,7 @@ def _check_gradients(graph: EnergyGraph, call: Call, run: Run, real: Sequence[An
     except RuntimeError:  # an operation without a backward: then there are no gradients to be held against
         return
     ours = reverse_sweep(call, delivered).gradients.parameters
-    if wrong := _differing({n: g for n, g in ours.items() if n in trainable}, reference_gradients):
+    if wrong := differing({n: g for n, g in ours.items() if n in trainable}, reference_gradients):
         raise CaptureMismatchError(
             f"torch2ebm cannot capture {type(graph.module).__name__}",
             f"another gradient of {', '.join(wrong)}, though the outputs agree",
@@ -138,16 +150,17 @@ def _through_the_run(
     return {name: total[id(p)] for name, p in trainable.items() if id(p) in total}
 
 
-def _uneven(output: Tensor) -> Tensor:
+def uneven(output: Tensor) -> Tensor:
     # not ones: the pullback of a constant through a softmax or a layer norm is zero, which would show nothing
     return torch.linspace(-1, 1.5, output.numel(), device=output.device).reshape(output.shape).to(output.dtype)
 
 
-def _differing(ours: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> Sequence[str]:
+def differing(ours: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> Sequence[str]:
     """Names of the parameters whose gradients differ by more than rounding, relative to the largest gradient.
 
     One that only one side has is zero on the other: a detach that was lost gives a gradient too many.
     """
+    ours, real = _dense(ours), _dense(real)
     pairs = {
         name: (ours.get(name), real.get(name))
         for name in {**real, **ours}
@@ -161,5 +174,8 @@ def _differing(ours: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> Sequen
 
 def _distance(a: Tensor | None, b: Tensor | None) -> Tensor:
     present = [gradient for gradient in (a, b) if gradient is not None]
-    difference = present[0] - present[1] if len(present) == 2 else present[0]
-    return (difference.to_dense() if difference.layout != torch.strided else difference).abs().max()
+    return (present[0] - present[1] if len(present) == 2 else present[0]).abs().max()
+
+
+def _dense(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: g if g.layout is torch.strided else g.to_dense() for name, g in gradients.items()}

@@ -29,7 +29,8 @@ def node_table(graph: EnergyGraph, state: InferenceState | None = None) -> str:
         shape = " ".join(str(graph.shapes.get(slot, "?")) for slot in node.slots)
         rows.append([node.name, node.description, reads, kind, str(node.level), shape, f"{size:,}"])
     header = ["node", "function", "reads", "", "level", "shape", "parameters"]
-    return "\n".join([aligned(header, rows, left=4), *(_remarks(state) if state is not None else ())])
+    opaque = [f"module '{path}' is one node: it {reason}" for path, reason in graph.opaque.items()]
+    return "\n".join([aligned(header, rows, left=4), *opaque, *(_remarks(state) if state is not None else ())])
 
 
 def _remarks(state: InferenceState) -> Iterator[str]:

@@ -1,0 +1,188 @@
+"""``torch2ebm.check``: what there is to know of a module before you train it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch2ebm.common.nested import leaves_of
+from torch2ebm.engine.call import Call
+from torch2ebm.errors import ConfigurationError
+from torch2ebm.graph.energy_graph import EnergyGraph
+from torch2ebm.graph.granularity import Granularity
+from torch2ebm.graph.lone_node import ALONE, FINER, lone_node
+from torch2ebm.model.arguments import Arguments, as_arguments
+from torch2ebm.model.energy_model import EnergyModel, convert
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know of a module.
+
+    Attributes:
+        kind: ``"opaque"``, ``"no gradient"``, ``"random"``, ``"batch statistics"``, ``"value"``, ``"branches"``,
+            ``"one node"``, ``"held"``, ``"batch"`` or ``"warning"``.
+        place: The submodule, parameter, node or line of code that it is about.
+        text: What was found.
+        remedy: What you can do, and what follows if you do nothing.
+    """
+
+    kind: str
+    place: str
+    text: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"[{self.kind}] {self.place}: {self.text} {self.remedy}"
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What :func:`check` has found. ``print`` it.
+
+    Attributes:
+        nodes: The names of the value nodes, parents before children.
+        table: The nodes as a text table.
+        findings: What there is to know; none of it keeps the module from being trained.
+        batch_size: The size of the dimension that is taken for the batch: the first of the first input.
+    """
+
+    nodes: tuple[str, ...]
+    table: str
+    findings: tuple[Finding, ...]
+    batch_size: int
+
+    def of_kind(self, kind: str) -> tuple[Finding, ...]:
+        """The findings of one kind, for example ``"opaque"``."""
+        return tuple(finding for finding in self.findings if finding.kind == kind)
+
+    def __str__(self) -> str:
+        counted = f"{len(self.nodes)} nodes, a batch of {self.batch_size}"
+        found = [str(finding) for finding in self.findings] or ["nothing to report"]
+        return "\n".join([self.table, "", counted, *found])
+
+
+def check(module: nn.Module, example_inputs: Any, nodes: Granularity = "auto") -> CheckReport:
+    """Look at a module without training it: its nodes, what is opaque, random or without a gradient, and where.
+
+    The module runs twice on the example. Parameters, buffers, attributes and generators are left as they were.
+
+    Args:
+        module: Any module, or a converted model.
+        example_inputs: A tuple is positional, a dict is keywords, a tensor is one positional.
+        nodes: As for :func:`convert`.
+
+    Returns:
+        The report. A module that cannot be converted at all raises what :func:`convert` raises.
+
+    Raises:
+        ConfigurationError: without example inputs.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
+        >>> report = torch2ebm.check(net, torch.randn(5, 4))
+        >>> report.nodes
+        ('0', '2')
+        >>> [finding.place for finding in report.of_kind("random")]
+        ["node '0'"]
+    """
+    if example_inputs is None:
+        raise ConfigurationError(
+            "torch2ebm.check(module, example_inputs)", "None", "an input that the module takes", "Pass one batch."
+        )
+    if isinstance(module, EnergyModel):
+        module = module.torch2ebm.module
+    args, kwargs = as_arguments(example_inputs)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = convert(module, nodes, example_inputs)
+        conversion = model.torch2ebm
+        first = conversion.looked_at(args, kwargs)
+        sequences = len(conversion.captures.entries)
+    arguments = Arguments.of(module, args, kwargs)
+    findings = [
+        *_of_graph(model.graph, module),
+        *_of_run(first, arguments),
+        *_branches(sequences),
+        *(Finding("warning", type(each.message).__name__, str(each.message), "") for each in told if _is_news(each)),
+    ]
+    return CheckReport(tuple(model.nodes), model.torch2ebm.summary(), tuple(findings), arguments.batch_size)
+
+
+def _is_news(told: warnings.WarningMessage) -> bool:
+    """Whether a warning says what no other finding says."""
+    return "torch2ebm" not in str(told.category.__module__)
+
+
+def _of_graph(graph: EnergyGraph, module: nn.Module) -> Iterator[Finding]:
+    for path, reason in graph.opaque.items():
+        yield Finding(
+            "opaque",
+            f"module '{path}'" if path else "the whole module",
+            f"{reason}, so it is one node.",
+            "Inside of it gradients are backpropagation's; convert its parts on their own if they should relax.",
+        )
+    for name, parameter in module.named_parameters():
+        if name not in graph.parameters:
+            yield Finding(
+                "no gradient",
+                f"parameter '{name}'",
+                "no output depends on it.",
+                "It stays as it is, as in plain torch; leave it out, or look for a detach().",
+            )
+        elif not parameter.requires_grad:
+            yield Finding("no gradient", f"parameter '{name}'", "it is frozen.", "Its node relaxes all the same.")
+    for node in graph.nodes.values():
+        if node.random:
+            yield Finding(
+                "random", f"node '{node.name}'", "it draws random numbers.", "One draw serves a whole inference."
+            )
+        if node.batch_statistics:
+            yield Finding(
+                "batch statistics",
+                f"node '{node.name}'",
+                "it normalises by the statistics of the batch.",
+                "Samples of one batch depend on one another; model.eval() takes the running statistics.",
+            )
+    if lone := lone_node(graph):
+        yield Finding("one node", f"node '{lone}'", ALONE, FINER)
+    if graph.held:
+        yield Finding(
+            "held",
+            "forward",
+            f"{len(graph.held)} results stay with somebody after it: a hook, or an attribute.",
+            "Each is an output on which the loss may act; keep a detach() of it if it is for looking only.",
+        )
+
+
+def _of_run(call: Call, arguments: Arguments) -> Iterator[Finding]:
+    for place, what in call.run.values_read.items():
+        yield Finding(
+            "value",
+            place,
+            f"Python reads a value ({what}).",
+            "While values relax it stays what the feed-forward pass has made of it; torch.where follows instead.",
+        )
+    sizes = {leaf.shape[0] for leaf in leaves_of(call.run.output) if isinstance(leaf, Tensor) and leaf.ndim}
+    if sizes and arguments.batch_size not in sizes:
+        yield Finding(
+            "batch",
+            "output",
+            f"no output has {arguments.batch_size} rows, the first dimension of the first input.",
+            "The loss is weighted by the number of samples: put the batch first in the first argument.",
+        )
+
+
+def _branches(sequences: int) -> Iterator[Finding]:
+    if sequences > 1:
+        yield Finding(
+            "branches",
+            "forward",
+            "two runs on the same input ran other operations.",
+            "Each sequence has a graph of its own; a call that takes another branch than the one before costs more.",
+        )
