@@ -56,9 +56,9 @@ _PLACES: dict[str, tuple[type, Any]] = {
 
 
 @contextmanager
-def told_of_calls(watch: Watching, of_modules: bool) -> Iterator[None]:
-    """Tell ``watch`` of what its thread calls inside: custom functions and, where ``of_modules``, modules."""
-    names = ("apply", "__call__") if of_modules else ("apply",)
+def told_of_calls(watch: Watching, custom: bool, modules: bool) -> Iterator[None]:
+    """Tell ``watch`` of what its thread calls inside: custom functions, modules."""
+    names = [name for name, wanted in (("apply", custom), ("__call__", modules)) if wanted]
     before = _THREAD.watch
     for name in names:
         _installed(name)

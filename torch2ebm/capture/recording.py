@@ -233,8 +233,8 @@ def _under(ambient: Ambient, operation: Callable[..., Any], device: str) -> Call
     """The operation in the modes in which forward ran it."""
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        autocast = Autocast(device, ambient.autocast, ambient.dtype, False)
         before = Autocast.now(device)
+        autocast = Autocast(device, ambient.autocast, ambient.dtype or before.dtype, False)
         autocast.set()
         try:
             result = operation(*args, **kwargs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ class Subject:
         opaque: Path of each module that is one operation, to the reason.
         passive: Functions that return no tensor.
         elsewhere: Whether some submodule runs outside of Python.
+        custom: Whether a run has applied a custom autograd function.
         parts: All submodules, itself among them.
     """
 
@@ -34,6 +37,7 @@ class Subject:
     passive: set[Any] = field(default_factory=set)
     elsewhere: bool = False
     parts: Sequence[nn.Module] = ()
+    custom: bool = False
 
     @staticmethod
     def of(module: nn.Module) -> Subject:
@@ -45,7 +49,7 @@ class Subject:
         self,
         function: Callable[[], Any],
         paths: Mapping[int, str],
-        inputs: Mapping[int, str],
+        inputs: Callable[[], Mapping[int, str]],
         device: torch.device,
         cuts: Cuts | None = None,
     ) -> Run:
@@ -54,7 +58,7 @@ class Subject:
         Args:
             function: Calls the module.
             paths: id of each parameter, or of what stands in its place, to its path.
-            inputs: id of each tensor among the arguments to its name.
+            inputs: From the id of each tensor among the arguments to its name, for a run that is recorded.
             device: Where the module computes.
             cuts: Where the run is cut if its sequence is as expected; None records it.
         """
@@ -62,10 +66,12 @@ class Subject:
         before = None if cuts is not None else Before.now(self.module, device)
         for _ in range(len(self.modules) + 1):
             watch = Watch(paths, device, self.modules, inputs, cuts, self.opaque, self.passive, lazy)
-            of_modules = cuts is None or bool(cuts.opaque) or self.elsewhere or self._has_backward_hooks()
-            with told_of_calls(watch, of_modules):
+            with ExitStack() as told:
+                watch.deviates = partial(told.enter_context, told_of_calls(watch, custom=True, modules=True))
+                told.enter_context(self._told(watch, cuts))
                 run = watch.watching(function)
-            if run.records is None or not watch.lost:
+            self.custom |= watch.custom
+            if run.records is None or not (watch.lost or watch.blind):
                 break
             # nobody has its results yet: it is as if it had not been
             self.opaque.update(watch.lost)
@@ -77,6 +83,11 @@ class Subject:
         else:
             run.changed_buffers = ()
         return run
+
+    def _told(self, watch: Watch, cuts: Cuts | None) -> AbstractContextManager[None]:
+        """Torch's classes are patched for what is known to be needed alone: a patch costs more than an operation."""
+        modules = cuts is None or bool(cuts.opaque) or self.elsewhere or self._has_backward_hooks()
+        return told_of_calls(watch, custom=cuts is None or self.custom or modules, modules=modules)
 
     def _has_backward_hooks(self) -> bool:
         """Whether some submodule has a hook that torch hangs on results' autograd functions, where no mode sees it."""

@@ -111,11 +111,12 @@ class ModuleCall:
 class Ambient:
     grad: bool
     autocast: bool
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # where autocast is off it says nothing
 
     @staticmethod
     def now(device: str) -> Ambient:
-        return Ambient(torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        autocast = torch.is_autocast_enabled(device)
+        return Ambient(torch.is_grad_enabled(), autocast, torch.get_autocast_dtype(device) if autocast else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +139,7 @@ class Cuts:
         copied: Those constants that forward changes after they were read.
         opaque: Paths of modules that are one operation.
         held: Results that somebody may hold after the run.
+        references: To each result in a run after which nobody held any.
     """
 
     records: Sequence[Record]
@@ -154,6 +156,7 @@ class Cuts:
     copied: frozenset[int]
     opaque: frozenset[str]
     held: frozenset[int]
+    references: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -270,6 +273,7 @@ _GRADIENTS = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.bac
 _EXACT = frozenset(
     [bool, type(None), str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format]
 )
+_ONE_TENSOR = signature(0)  # the template of an output that is one tensor
 _CONSTANT = 1 << 40  # constants count down from here, results from -1: one integer tells all
 _HERE = __file__
 
@@ -291,7 +295,7 @@ class Watch(TorchFunctionMode):
         cuts: Those of the graph that the run is expected to have.
         opaque: Paths of modules that are known to be opaque, each with the reason.
         modules: id of each submodule to its path.
-        inputs: id of each tensor among the arguments to its name.
+        inputs: From the id of each tensor among the arguments to its name.
         passive: Functions that are known to return no tensor; more are added as they are met.
         lazy: Whether some parameters have not been made yet.
     """
@@ -301,7 +305,7 @@ class Watch(TorchFunctionMode):
         paths: Mapping[int, str],
         device: torch.device,
         modules: Mapping[int, str],
-        inputs: Mapping[int, str],
+        inputs: Callable[[], Mapping[int, str]],
         cuts: Cuts | None = None,
         opaque: Mapping[str, str] | None = None,
         passive: set[Any] | None = None,
@@ -311,7 +315,7 @@ class Watch(TorchFunctionMode):
         self.lazy = lazy
         self.passive = set() if passive is None else passive
         self.run = Run(records=None if cuts is not None else [])
-        self.paths, self.modules, self.inputs, self.cuts = paths, modules, inputs, cuts
+        self.paths, self.modules, self._named, self.cuts = paths, modules, inputs, cuts
         self.device = device
         self.opaque = dict(opaque or {})
         self.suspended = False
@@ -324,8 +328,15 @@ class Watch(TorchFunctionMode):
         self._origins: dict[int, frozenset[str]] = {}
         self._frames: list[FrameType] = []
         self._labels: dict[int, str] = {}
+        self.custom = False  # whether a custom autograd function was applied
+        self.blind = False  # whether one was, perhaps, before anybody was told
+        self.deviates: Callable[[], Any] = bool  # called where a run turns out to be another than expected
         self.lost: dict[str, str] = {}  # path of a module that cannot be followed, to the reason
         self._calls: list[str] = []
+
+    @functools.cached_property
+    def inputs(self) -> Mapping[int, str]:
+        return self._named()
 
     @property
     def recording(self) -> bool:
@@ -349,6 +360,7 @@ class Watch(TorchFunctionMode):
         """A custom autograd function is one operation, its backward its own."""
         if self.suspended:
             return apply(function, *args, **kwargs)
+        self.custom = True
         if function is CheckpointFunction:  # apply(run, preserve, *args): run as it is, for the sake of its operations
             return args[0](*args[2:])
         return self._unseen(function, lambda *a, **k: self._hidden(apply, (function, *a), k), args, kwargs)
@@ -416,6 +428,8 @@ class Watch(TorchFunctionMode):
         index = len(self.run.sequence)
         if not self.recording and not self._expected(index, key, numbers):
             self._deviate()
+            self.deviates()
+            self.blind = self.start.grad and not ambient.grad  # as the forward of a custom function is
         return (self._followed if not self.recording else self._recorded)(
             index, function, execute, args, kwargs, tuple(key), numbers, ambient
         )
@@ -778,7 +792,7 @@ class Watch(TorchFunctionMode):
         self._finish(output)
         del output  # a reference more than those that count
         if self.start.grad:
-            self.run.kept = _held_elsewhere(self.run, self._numbers)
+            self.run.kept = _held_elsewhere(self.run, self._numbers, self.cuts)
             if self.run.followed and self.cuts is not None:
                 self.run.followed = self.run.kept.keys() <= self.cuts.held
         return self.run
@@ -815,25 +829,32 @@ class Watch(TorchFunctionMode):
                 leaves.append(~number if number is not None else self.paths.get(id(leaf)))
             else:
                 leaves.append(type(leaf))
-        return signature(template_of(output)), tuple(leaves)
+        structure = _ONE_TENSOR if type(output) is Tensor else signature(template_of(output))
+        return structure, tuple(leaves)
 
 
-def _held_elsewhere(run: Run, numbers: Mapping[int, int]) -> dict[int, Tensor]:
+def _held_elsewhere(run: Run, numbers: Mapping[int, int], cuts: Cuts | None) -> dict[int, Tensor]:
     """Results that have more references than the run and its output: somebody has kept them, and may use them."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is not None and hooks[0] is unchanged:  # a run that is only looked at
         return {}
+    found = _references(run.hot)
+    if run.followed and cuts is not None and cuts.references == found:
+        return {}  # as in an earlier run, in which nobody held any
     own = Counter(map(id, (*run.hot, *run.leaves.values(), *run.predictions.values(), *_tensors(run.output))))
     none = _references([object()])[0] - 1  # what looking itself adds
-    return {
+    held = {
         numbers[id(run.hot[i])]: run.hot[i]
-        for i, count in enumerate(_references(run.hot))
+        for i, count in enumerate(found)
         if count - none > own[id(run.hot[i])]
         and run.hot[i].requires_grad
         and count - none - _references_of_torch(run.hot[i]) > own[id(run.hot[i])]
         and not isinstance(run.hot[i], nn.Parameter)
         and (hooks is None or _referred(run.hot[i], run))
     }
+    if run.followed and cuts is not None and not held:
+        cuts.references[:] = found
+    return held
 
 
 def _referred(tensor: Tensor, run: Run) -> bool:

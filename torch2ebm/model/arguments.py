@@ -39,29 +39,37 @@ class Arguments:
     """What a module is called with.
 
     Attributes:
-        names: id of each tensor to the name of the argument that holds it.
-        tensors: These tensors, in order.
+        module: What is called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        tensors: The tensors among them, in order.
         device: That of the first tensor; of a module without any, that of its parameters.
         batch_size: Size of the first dimension of the first tensor that has one.
     """
 
-    names: Mapping[int, str]
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     tensors: Sequence[Tensor]
     device: torch.device
     batch_size: int
 
     @staticmethod
     def of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-        names: dict[int, str] = {}
-        tensors: list[Tensor] = []
-        for name, argument in [*zip(_positional(module, len(args)), args, strict=False), *kwargs.items()]:
-            held = [leaf for leaf in leaves_of(argument) if isinstance(leaf, Tensor)]
-            for i, tensor in enumerate(held):
-                names.setdefault(id(tensor), re.sub(r"\W", "_", name if len(held) == 1 else f"{name}_{i}"))
-                tensors.append(tensor)
+        tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
         first = next((t for t in tensors if t.ndim), None)
         device = tensors[0].device if tensors else next((p.device for p in module.parameters()), torch.device("cpu"))
-        return Arguments(names, tensors, device, first.shape[0] if first is not None else 1)
+        return Arguments(module, args, kwargs, tensors, device, first.shape[0] if first is not None else 1)
+
+    def names(self) -> dict[int, str]:
+        """From the id of each tensor to the name of the argument that holds it."""
+        found: dict[int, str] = {}
+        positional = zip(_positional(self.module, len(self.args)), self.args, strict=False)
+        for name, argument in [*positional, *self.kwargs.items()]:
+            held = [leaf for leaf in leaves_of(argument) if isinstance(leaf, Tensor)]
+            for i, tensor in enumerate(held):
+                found.setdefault(id(tensor), re.sub(r"\W", "_", name if len(held) == 1 else f"{name}_{i}"))
+        return found
 
 
 def _positional(module: nn.Module, count: int) -> list[str]:
@@ -70,10 +78,10 @@ def _positional(module: nn.Module, count: int) -> list[str]:
     return names + [f"input_{i}" for i in range(len(names), count)]  # those that *args takes
 
 
-def called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call the module. Raises :class:`NodeEvaluationError` where it refuses its inputs."""
+def called(run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call the module by ``run``. Raises :class:`NodeEvaluationError` where it refuses its inputs."""
     try:
-        return module(*args, **kwargs)
+        return run(*args, **kwargs)
     except Torch2EBMError:
         raise
     # How torch refuses an input: RuntimeError for shapes, dtypes and devices of a kernel, ValueError for layers' own

@@ -86,22 +86,24 @@ class Captures:
     def changing_buffers(self) -> dict[str, Tensor]:
         """The buffers that forward may change; all of them before anything is known of it."""
         known = [graph for entry in self.entries.values() for graph in entry.graphs.values()]
-        buffers = dict(self.module.named_buffers())
         if not known:
-            return {name: buffer for name, buffer in buffers.items() if not is_lazy(buffer)}
-        names = dict.fromkeys(name for graph in known for name in graph.changing_buffers)
+            return {name: buffer for name, buffer in self.module.named_buffers() if not is_lazy(buffer)}
+        return self._buffers(tuple(dict.fromkeys(name for graph in known for name in graph.changing_buffers)))
+
+    def _buffers(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Those of these names that there are. One walk over the module: ``get_buffer`` takes one a name."""
+        buffers = dict(self.module.named_buffers()) if names else {}
         return {name: buffers[name] for name in names if name in buffers}
 
     def standing_buffers(self) -> dict[str, Tensor]:
         """Buffers in which NaN or infinity would be new."""
-        buffers = dict(self.module.named_buffers())
         if self._finite_buffers is None:
             self._finite_buffers = tuple(
                 name
-                for name, buffer in buffers.items()
+                for name, buffer in self.module.named_buffers()
                 if buffer.is_floating_point() and not buffer.is_meta and not is_lazy(buffer) and all_finite(buffer)
             )
-        return {name: buffers[name] for name in self._finite_buffers if name in buffers}
+        return self._buffers(self._finite_buffers)
 
     def run(
         self, arguments: Arguments, call: Callable[[], Any], algorithm: Algorithm | None, keep_cuts: bool = True

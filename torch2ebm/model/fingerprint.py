@@ -6,7 +6,6 @@ import inspect
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,12 +14,10 @@ from torch2ebm.errors import ModuleChangedError
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The objects a module consists of, and how it runs. Holding them keeps an address from being used again."""
+    """The objects a module consists of. Holding them keeps an address from being used again."""
 
     modules: tuple[nn.Module, ...]
     parameters: tuple[nn.Parameter | None, ...]
-    modes: tuple[bool, ...]
-    forwards: tuple[Any, ...]  # that were put in the place of the class's, None for most
 
     @staticmethod
     def of(module: nn.Module) -> Fingerprint:
@@ -28,9 +25,7 @@ class Fingerprint:
         for each in modules:  # grows while it is walked; a shared submodule may come twice
             modules += [child for child in each._modules.values() if child is not None]
         parameters = [p for each in modules for p in each._parameters.values()]
-        modes = [each.training for each in modules]
-        forwards = [each.__dict__.get("forward") for each in modules]
-        return Fingerprint(tuple(modules), tuple(parameters), tuple(modes), tuple(forwards))
+        return Fingerprint(tuple(modules), tuple(parameters))
 
     def same_objects(self, other: Fingerprint) -> bool:
         return (
