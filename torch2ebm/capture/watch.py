@@ -25,6 +25,7 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -877,11 +878,16 @@ def _torch_counts_itself() -> bool:
     """Whether torch has a reference to the Python object of a tensor that it holds; older versions have none."""
     if not hasattr(Tensor, "_use_count"):
         return False
-    with torch.enable_grad():
-        made = [torch.ones(1, requires_grad=True).exp()]  # saves its result
-        before = _references(made)
-        saved = made[0] * made[0]
-        after = _references(made)
+    # in a thread of its own: hooks on saved tensors, a checkpoint's for example, would take these for the model's
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_counts_what_is_saved).result()
+
+
+def _counts_what_is_saved() -> bool:
+    made = [torch.ones(1, requires_grad=True).exp()]  # saves its result
+    before = _references(made)
+    saved = made[0] * made[0]
+    after = _references(made)
     del saved
     return before != after or before[0] > _references([object()])[0]
 

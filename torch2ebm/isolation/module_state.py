@@ -110,10 +110,15 @@ def plain_autograd() -> Iterator[None]:
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        # torch asks the innermost pair alone, so hooks that do nothing switch those outside off
-        torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged),
+        nothing_packed(),
     ):
         yield
+
+
+def nothing_packed() -> torch.autograd.graph.saved_tensors_hooks:
+    """Switch off the saved-tensor hooks outside, a checkpoint's for example."""
+    # torch asks the innermost pair alone
+    return torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged)
 
 
 def unchanged(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch2ebm.engine.finite import (
 from torch2ebm.engine.results import InferenceState, LocalGradients
 from torch2ebm.errors import (
     ConfigurationError,
+    DenseLayerError,
     GraphFreedError,
     HigherOrderGradientError,
     InputGradientError,
@@ -107,10 +108,14 @@ class OpenCall:
         self.unchanged.check(call)
         if self.algorithm.reevaluates_loss:
             loss.check()
-        gradients = self._as_in_forward(call, lambda: self.algorithm.backward(call, kept, loss, retain_graph))
-        self._check_returned(gradients)
-        self._check_inputs(call, gradients)
-        self._check_parameters(gradients, loss)
+        try:
+            gradients = self._as_in_forward(call, lambda: self.algorithm.backward(call, kept, loss, retain_graph))
+            self._check_returned(gradients)
+            self._check_inputs(call, gradients)
+            self._check_parameters(gradients, loss)
+        except (NonFiniteError, DenseLayerError):  # numbers tell a dense layer, too
+            check_finite_inputs(self.arguments.tensors)
+            raise
         self.keep(gradients.state)
         self.forwards.closed(self.history)
         if gradients.later is not None:
