@@ -77,6 +77,10 @@ class OpaqueModuleWarning(UserWarning):
     """A module cannot be looked into, and is one node: inside of it gradients are backpropagation's."""
 
 
+class PlainBackwardWarning(UserWarning):
+    """An optimizer makes a step on gradients that no algorithm has made: the loop does not call the model."""
+
+
 class LoneNodeWarning(UserWarning):
     """One node has every parameter of the module, so nothing can relax."""
 

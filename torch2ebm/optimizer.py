@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,8 +16,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.capture.problems import users_level
 from torch2ebm.common.checks import check_steps
-from torch2ebm.errors import AttachmentError, CheckpointError, LossIndependentError, NoStateError
+from torch2ebm.errors import (
+    AttachmentError,
+    CheckpointError,
+    LossIndependentError,
+    NoStateError,
+    PlainBackwardWarning,
+)
 from torch2ebm.isolation.interrupts import InterruptsDeferred
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.model.conversion import Conversion
@@ -110,6 +118,7 @@ class EnergyOptimizer(Optimizer):
             converted.torch2ebm.check_every = check_every
         self._be(optimizer, converted, algorithm)
         self.monitor, self.monitored = monitor, 0
+        self._told = False
 
     def _be(self, optimizer: Optimizer, model: EnergyModel, algorithm: Algorithm) -> None:
         """Nothing of ``Optimizer.__init__`` is kept but the hooks of ``step``: the rest is the wrapped optimizer's."""
@@ -165,9 +174,25 @@ class EnergyOptimizer(Optimizer):
             result = self.optimizer.step(*([] if closure is None else [section.lifted_in(self._checked(closure))]))
             with exhausted_memory_named("optimizer.step()", self.algorithm):
                 self._step_on()
+            self._tell_of_plain_backward()
             self._conversion.forwards.stepped()
+            self._conversion.standing.stepped()
         self._report()
         return result
+
+    def _tell_of_plain_backward(self) -> None:
+        """Say once where a step was made on gradients that no backward of the model has filled."""
+        if self._told or self._conversion.forwards.answered_since_step:
+            return
+        if any(parameter.grad is not None for parameter in self.model.parameters()):
+            self._told = True
+            warnings.warn(
+                f"optimizer.step(): the gradients are not {type(self.algorithm).__name__}'s, since no backward came "
+                "through the converted model since the last step. Call model(x), the converted model, in your loop, "
+                "and not the module that you converted (net(x)) or a part of it.",
+                PlainBackwardWarning,
+                stacklevel=users_level(),
+            )
 
     def _check_skipped(self) -> None:
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
@@ -294,7 +319,7 @@ class EnergyOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer, model, algorithm = state["optimizer"], state["model"], state["algorithm"]
         self._be(optimizer, model, algorithm)
-        self.monitor, self.monitored = None, state["monitored"]
+        self.monitor, self.monitored, self._told = None, state["monitored"], False
         if not model.torch2ebm.attached:
             model.torch2ebm.attach(algorithm, self)
 

@@ -155,11 +155,12 @@ class _Importer:
             return "call_function", _module_call(self.module, function.path, writes), args
         if isinstance(function, type):
             function = _applied(function)
+        name = getattr(function, "__name__", "")
         kind, target = "call_function", function
-        if getattr(function, "__name__", "") == "__get__":
+        if name == "__get__":
             kind, target, args = "call_function", getattr, (args[0], function.__self__.__name__)
-        elif getattr(Tensor, getattr(function, "__name__", ""), None) is function and isinstance(args[0], fx.Node):
-            kind, target = "call_method", function.__name__
+        elif getattr(Tensor, name, None) is function and isinstance(args[0], fx.Node):
+            kind, target = "call_method", name
         if record.ambient is not None:
             operation = getattr(Tensor, target) if kind == "call_method" else target
             kind, target = "call_function", _under(record.ambient, operation, self.device)
@@ -186,7 +187,7 @@ class _Importer:
 
     def _returned(self) -> None:
         """The graph's output: a node for each tensor that was computed, and None for every other leaf."""
-        structure, leaves = self.run.returned
+        _, leaves = self.run.returned
         found: list[fx.Node | None] = []
         for leaf in leaves:
             if isinstance(leaf, int):

@@ -25,6 +25,7 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -49,7 +50,7 @@ class _Reference:
         self.place = place
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.place == self.place  # type: ignore[attr-defined]
+        return type(other) is type(self) and other.place == self.place
 
     def __hash__(self) -> int:
         return hash((type(self), self.place))
@@ -138,6 +139,7 @@ class Cuts:
         copied: Those constants that forward changes after they were read.
         opaque: Paths of modules that are one operation.
         held: Results that somebody may hold after the run.
+        references: To each result in a run after which nobody held any.
     """
 
     records: Sequence[Record]
@@ -154,6 +156,7 @@ class Cuts:
     copied: frozenset[int]
     opaque: frozenset[str]
     held: frozenset[int]
+    references: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -180,7 +183,7 @@ class Run:
         names: Constant to the name of the argument that it is, None for others.
         opaque: Path of each module that is one operation, to the reason.
         values_read: Lines of code at which Python has read a number off a hot tensor, to how.
-        kept: Numbers of results with a gradient that somebody else still holds, by a hook or an attribute: these tensors.
+        kept: Results with a gradient that somebody else still holds, by a hook or an attribute, by number.
         originals: Constants as the caller has them, each with its version when the run ended.
         changed_buffers: Names of the buffers that forward has changed.
     """
@@ -218,7 +221,7 @@ class Run:
             returned=self.returned,
             records=self.records,
             copied=self.copied,
-            random=dict.fromkeys(self.random),
+            random=dict(self.random),
             origins=self.origins,
             names=self.names,
             opaque=self.opaque,
@@ -279,7 +282,7 @@ def with_hook(tensor: Tensor, hook: Callable[..., Any]) -> Tensor:
     """``tensor``, with a hook on its gradient: what ``register_hook`` does to all who read it later."""
     hooked = tensor.view_as(tensor)
     if hooked.requires_grad:
-        hooked.register_hook(hook)
+        hooked.register_hook(hook)  # type: ignore[no-untyped-call]
     return hooked
 
 
@@ -651,9 +654,9 @@ class Watch(TorchFunctionMode):
         wrote = tuple(dict.fromkeys(self._reference(tensor) for tensor in changed))
         if not wrote and _named_in_place(function) and args and result is args[0]:
             wrote = (self._reference(result),)  # detach_ and its like change no content
-        if result is not None and wrote and all(isinstance(w, Constant) for w in wrote):
-            if isinstance(result, Tensor) and not result.requires_grad and any(result is t for t in changed):
-                return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
+        only_constants = bool(wrote) and all(isinstance(each, Constant) for each in wrote)
+        if only_constants and isinstance(result, Tensor) and not result.requires_grad and _among(result, changed):
+            return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
         sources: dict[int, Hot] = {}
         result_numbers = self._registered(result, args, kwargs, sources)
         self.run.sequence.append(key)
@@ -793,7 +796,7 @@ class Watch(TorchFunctionMode):
         self._finish(output)
         del output  # a reference more than those that count
         if self.start.grad:
-            self.run.kept = _held_elsewhere(self.run, self._numbers)
+            self.run.kept = _held_elsewhere(self.run, self._numbers, self.cuts)
             if self.run.followed and self.cuts is not None:
                 self.run.followed = self.run.kept.keys() <= self.cuts.held
         return self.run
@@ -820,7 +823,7 @@ class Watch(TorchFunctionMode):
         self._substitutes.clear()
 
     def _output_key(self, output: Any) -> Any:
-        leaves = []
+        leaves: list[Any] = []
         for leaf in leaves_of(output):
             if isinstance(leaf, Tensor):
                 leaf = self._current(leaf)
@@ -834,22 +837,28 @@ class Watch(TorchFunctionMode):
         return structure, tuple(leaves)
 
 
-def _held_elsewhere(run: Run, numbers: Mapping[int, int]) -> dict[int, Tensor]:
+def _held_elsewhere(run: Run, numbers: Mapping[int, int], cuts: Cuts | None) -> dict[int, Tensor]:
     """Results that have more references than the run and its output: somebody has kept them, and may use them."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is not None and hooks[0] is unchanged:  # a run that is only looked at
         return {}
+    found = _references(run.hot)
+    if run.followed and cuts is not None and cuts.references == found:
+        return {}  # as in an earlier run, in which nobody held any
     own = Counter(map(id, (*run.hot, *run.leaves.values(), *run.predictions.values(), *_tensors(run.output))))
     none = _references([object()])[0] - 1  # what looking itself adds
-    return {
+    held = {
         numbers[id(run.hot[i])]: run.hot[i]
-        for i, count in enumerate(_references(run.hot))
+        for i, count in enumerate(found)
         if count - none > own[id(run.hot[i])]
         and run.hot[i].requires_grad
         and count - none - _references_of_torch(run.hot[i]) > own[id(run.hot[i])]
         and not isinstance(run.hot[i], nn.Parameter)
         and (hooks is None or _referred(run.hot[i], run))
     }
+    if run.followed and cuts is not None and not held:
+        cuts.references[:] = found
+    return held
 
 
 def _referred(tensor: Tensor, run: Run) -> bool:
@@ -869,11 +878,16 @@ def _torch_counts_itself() -> bool:
     """Whether torch has a reference to the Python object of a tensor that it holds; older versions have none."""
     if not hasattr(Tensor, "_use_count"):
         return False
-    with torch.enable_grad():
-        made = [torch.ones(1, requires_grad=True).exp()]  # saves its result
-        before = _references(made)
-        saved = made[0] * made[0]
-        after = _references(made)
+    # in a thread of its own: hooks on saved tensors, a checkpoint's for example, would take these for the model's
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_counts_what_is_saved).result()
+
+
+def _counts_what_is_saved() -> bool:
+    made = [torch.ones(1, requires_grad=True).exp()]  # saves its result
+    before = _references(made)
+    saved = made[0] * made[0]
+    after = _references(made)
     del saved
     return before != after or before[0] > _references([object()])[0]
 
@@ -895,6 +909,10 @@ def _makes_tensors(function: Any, result: Any) -> bool:
 def _named_in_place(function: Any) -> bool:
     name = getattr(function, "__name__", "")
     return name.endswith("_") and not name.endswith("__")
+
+
+def _among(tensor: Tensor, tensors: Iterable[Tensor]) -> bool:
+    return any(tensor is each for each in tensors)
 
 
 def _share(a: Tensor, b: Tensor) -> bool:

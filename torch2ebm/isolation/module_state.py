@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from torch2ebm.isolation.interrupts import Change, restored_by
 from torch2ebm.isolation.random_numbers import Generators
@@ -61,7 +62,7 @@ class BufferHistory:
 
 def is_lazy(tensor: Tensor) -> bool:
     """Whether a lazy module has not made it yet."""
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
 
 
 def hooks_suspended(parameters: Iterable[Tensor]) -> Change:
@@ -109,10 +110,15 @@ def plain_autograd() -> Iterator[None]:
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        # torch asks the innermost pair alone, so hooks that do nothing switch those outside off
-        torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged),
+        nothing_packed(),
     ):
         yield
+
+
+def nothing_packed() -> torch.autograd.graph.saved_tensors_hooks:
+    """Switch off the saved-tensor hooks outside, a checkpoint's for example."""
+    # torch asks the innermost pair alone
+    return torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged)
 
 
 def unchanged(tensor: Tensor) -> Tensor:

@@ -78,10 +78,10 @@ def _positional(module: nn.Module, count: int) -> list[str]:
     return names + [f"input_{i}" for i in range(len(names), count)]  # those that *args takes
 
 
-def called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call the module. Raises :class:`NodeEvaluationError` where it refuses its inputs."""
+def called(run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call the module by ``run``. Raises :class:`NodeEvaluationError` where it refuses its inputs."""
     try:
-        return module(*args, **kwargs)
+        return run(*args, **kwargs)
     except Torch2EBMError:
         raise
     # How torch refuses an input: RuntimeError for shapes, dtypes and devices of a kernel, ValueError for layers' own

@@ -15,12 +15,12 @@ from torch2ebm.engine.finite import (
     check_delivered,
     check_gradients,
     check_predictions,
-    check_standing,
     first_bad,
 )
 from torch2ebm.engine.results import InferenceState, LocalGradients
 from torch2ebm.errors import (
     ConfigurationError,
+    DenseLayerError,
     GraphFreedError,
     HigherOrderGradientError,
     InputGradientError,
@@ -35,6 +35,7 @@ from torch2ebm.loss.tape import Tape
 from torch2ebm.model.arguments import Arguments, check_finite_inputs
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.shards import Shards
+from torch2ebm.model.standing import Standing
 from torch2ebm.model.unchanged import Unchanged
 
 
@@ -55,11 +56,12 @@ class OpenCall:
         keep: Callable[[InferenceState], None],
         shards: Shards,
         arguments: Arguments,
+        standing: Standing,
     ) -> None:
         self.call: Call | None = call
         self.kept: Any = None  # what the algorithm's forward returned
         self.algorithm, self.history, self.forwards = algorithm, history, forwards
-        self.keep, self.shards, self.arguments = keep, shards, arguments
+        self.keep, self.shards, self.arguments, self.standing = keep, shards, arguments, standing
         self.finite = {**call.parameters, **finite}
         self.tape = Tape(len(call.graph.output_slots), call.device, forwards.undo)
         self.parameters = {name: p for name, p in call.parameters.items() if p.requires_grad}
@@ -70,7 +72,7 @@ class OpenCall:
         """The forward pass: recordable outputs, in the order of the graph's output slots."""
         assert self.call is not None
         self.kept = self.algorithm.forward(self.call)
-        check_standing(self.finite)  # a clamp can hide it from the prediction
+        self.standing.check(self.finite)  # a clamp can hide it from the prediction
         self._check_predictions(of_outputs=False)
         self.unchanged = Unchanged(self.call, self.algorithm.reevaluates_loss)
         self.history.forward_ended()
@@ -106,10 +108,14 @@ class OpenCall:
         self.unchanged.check(call)
         if self.algorithm.reevaluates_loss:
             loss.check()
-        gradients = self._as_in_forward(call, lambda: self.algorithm.backward(call, kept, loss, retain_graph))
-        self._check_returned(gradients)
-        self._check_inputs(call, gradients)
-        self._check_parameters(gradients, loss)
+        try:
+            gradients = self._as_in_forward(call, lambda: self.algorithm.backward(call, kept, loss, retain_graph))
+            self._check_returned(gradients)
+            self._check_inputs(call, gradients)
+            self._check_parameters(gradients, loss)
+        except (NonFiniteError, DenseLayerError):  # numbers tell a dense layer, too
+            check_finite_inputs(self.arguments.tensors)
+            raise
         self.keep(gradients.state)
         self.forwards.closed(self.history)
         if gradients.later is not None:

@@ -24,7 +24,7 @@ from torch2ebm.graph.build import build_graph
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.graph.granularity import Granularity, named_leaves
 from torch2ebm.graph.lone_node import ALONE, FINER, lone_node
-from torch2ebm.isolation.module_state import is_lazy
+from torch2ebm.isolation.module_state import is_lazy, tensors_in_place
 from torch2ebm.isolation.torch_modes import TRACING
 from torch2ebm.model.arguments import Arguments
 from torch2ebm.model.fingerprint import Fingerprint, swapped_parameters
@@ -51,6 +51,11 @@ class _Entry:
     held: frozenset[int] = frozenset()
     graphs: dict[Granularity, EnergyGraph] = field(default_factory=dict)
     captured: Capture | None = None
+
+    @property
+    def made(self) -> Capture:
+        assert self.captured is not None
+        return self.captured
 
 
 class Captures:
@@ -121,7 +126,7 @@ class Captures:
             paths = {id(swapped.get(name, p)): name for name, p in self.parameters.items()}
         granularity, graded = self._granularity_for(algorithm), torch.is_grad_enabled()
         entry, graph = self._latest.get((granularity, graded), (None, None))
-        cuts = graph.cuts if graph is not None and keep_cuts else None
+        cuts = graph.cuts if graph is not None and keep_cuts and not torch.is_inference_mode_enabled() else None
         run = self.subject.run(call, paths, arguments.names, arguments.device, cuts)
         if run.followed and entry is not None and graph is not None and self._same_numbers(run, entry, graph.cuts):
             if graph not in self._cut_before:
@@ -148,8 +153,7 @@ class Captures:
 
     def _others(self, run: Run, entry: _Entry) -> frozenset[Place]:
         """Numbers that the entry takes for granted, and that this run has otherwise."""
-        assert entry.captured is not None
-        known, inputs = entry.captured.run.numbers, set(entry.captured.trace.numbers.values())
+        known, inputs = entry.made.run.numbers, set(entry.made.trace.numbers.values())
         return frozenset(
             (i, j)
             for i, (ours, theirs) in enumerate(zip(run.numbers, known, strict=True))
@@ -173,6 +177,20 @@ class Captures:
             run.names = [None] * len(run.constants)
             run.random = {i: run.random[node] for i, node in cuts.random.items() if node in run.random}
         run.followed = False
+        if torch.is_inference_mode_enabled():  # what was made there may not be saved for a backward
+            with torch.inference_mode(False):
+                run.constants = [c.clone() if c.is_inference() else c for c in run.constants]
+        # a graph is of the module's own parameters
+        with tensors_in_place(self.module, {name: self.parameters[name] for name in swapped}):
+            entry = self._entry_for(run, graded, device)
+            graph = entry.graphs.get(granularity) or build_graph(entry.made, granularity)
+        if granularity not in entry.graphs:
+            verify(graph, run, device, swapped)
+            entry.graphs[granularity] = graph
+            self._tell(graph, run)
+        return entry, graph
+
+    def _entry_for(self, run: Run, graded: bool, device: torch.device) -> _Entry:
         key = (graded, tuple(run.sequence), run.returned)
         entry = self.entries.get(key)
         if entry is None:
@@ -183,13 +201,7 @@ class Captures:
             entry.captured = self._captured(run, entry, device)
             entry.graphs.clear()
         self.entries.move_to_end(key)
-        if granularity not in entry.graphs:
-            assert entry.captured is not None
-            graph = build_graph(entry.captured, granularity)
-            verify(graph, run, device, swapped)
-            entry.graphs[granularity] = graph
-            self._tell(graph, run)
-        return entry, entry.graphs[granularity]
+        return entry
 
     def _new_entry(self, key: Any, run: Run, device: torch.device) -> _Entry:
         entry = _Entry(held=frozenset(run.kept))
@@ -211,7 +223,7 @@ class Captures:
                 self._told_of.add(path)
                 warnings.warn(
                     f"{f'{name}.{path}' if path else name} {reason}. It is one node: its values do not relax, and its "
-                    "gradients are backpropagation's. torch2ebm.check(module, example_inputs) lists all there is to know.",
+                    "gradients are backpropagation's. torch2ebm.check(module, example_inputs) lists all of it.",
                     OpaqueModuleWarning,
                     stacklevel=users_level(),
                 )

@@ -28,6 +28,7 @@ from torch2ebm.model.fingerprint import inside_functional_call
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.shards import Shards
+from torch2ebm.model.standing import Standing
 from torch2ebm.model.whole_call import check_whole_call
 from torch2ebm.reports.drawing import draw_graph
 from torch2ebm.reports.tables import node_table
@@ -54,6 +55,8 @@ class Conversion:
         self.module, self.algorithm = module, algorithm
         self.shards, self.captures = _seen(module, granularity)
         self.forwards, self.replicas = OpenForwards(), Replicas()
+        self.standing = Standing()
+        self._runs: Callable[..., Any] = module
         self.check_every: int | None = None
         self._calls = 0
         self._holder: weakref.ref[object] | None = None
@@ -65,7 +68,7 @@ class Conversion:
     def answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What ``model(*args, **kwargs)`` returns."""
         self._state = None
-        if torch.jit.is_tracing() or _exporting():
+        if torch._C._get_tracing_state() is not None or _exporting():
             return self.module(*args, **kwargs)
         if self.algorithm is not None and self.algorithm.defines_output and not torch.is_grad_enabled():
             return self._output_alone(self.algorithm, args, kwargs)
@@ -76,6 +79,14 @@ class Conversion:
         if not self.shards.covers(self.captures.parameters):
             self.replicas.forward(type(self.module).__name__)
         return self.run(self.algorithm, args, kwargs, self._keep, self.forwards)
+
+    def answer_by(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], run: Callable[..., Any]) -> Any:
+        """What ``model(*args, **kwargs)`` returns, with another way to run the module."""
+        before, self._runs = self._runs, run
+        try:
+            return self.answer(args, kwargs)
+        finally:
+            self._runs = before
 
     def _output_alone(self, algorithm: Algorithm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The output that the algorithm defines, where no backward will follow."""
@@ -127,7 +138,9 @@ class Conversion:
                     check_whole_call(served, before, lambda: self.module(*args, **kwargs))
                 call = self._call(served)
                 finite = self.captures.standing_buffers()
-                open_call = OpenCall(call, algorithm, history, finite, forwards, keep, self.shards, served.arguments)
+                open_call = OpenCall(
+                    call, algorithm, history, finite, forwards, keep, self.shards, served.arguments, self.standing
+                )
                 outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
                     open_call, *self.shards.in_place_of(open_call.parameters), *served.run.external.values()
                 )
@@ -167,7 +180,7 @@ class Conversion:
         """A recorded run of the module, which is left as it was."""
         arguments = Arguments.of(self.module, args, kwargs)
         with self.shards.gathered(), plain_autograd(), untouched(self.module, arguments.device):
-            call = lambda: called(self.module, args, kwargs)  # noqa: E731
+            call = lambda: called(self._runs, self.module, args, kwargs)  # noqa: E731
             return self._call(self.captures.run(arguments, call, self.algorithm, keep_cuts=False))
 
     def _captured_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Served:
@@ -179,7 +192,7 @@ class Conversion:
             self._see_again()
         arguments = Arguments.of(self.module, args, kwargs)
         check_inputs(arguments.tensors)
-        served = self.captures.run(arguments, lambda: called(self.module, args, kwargs), algorithm)
+        served = self.captures.run(arguments, lambda: called(self._runs, self.module, args, kwargs), algorithm)
         self._latest = served.graph
         return served
 
@@ -287,9 +300,7 @@ def _seen(module: nn.Module, granularity: Granularity) -> tuple[Shards, Captures
         return shards, Captures(module, granularity)
 
 
-def _exporting() -> bool:
-    ask = getattr(torch.compiler, "is_exporting", None)  # not in torch 2.6
-    return bool(ask()) if ask is not None else False
+_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # not in torch 2.6
 
 
 def _filled(output: Any, leaves: Sequence[Any], references: Sequence[OutputReference]) -> Any:

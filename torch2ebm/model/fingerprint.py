@@ -6,6 +6,7 @@ import inspect
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from torch2ebm.errors import ModuleChangedError

@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from torch2ebm.capture.problems import users_level
+from torch2ebm.common.own_forward import calls_one_of
 from torch2ebm.errors import ConfigurationError, NameCollisionWarning, UnsupportedError
 from torch2ebm.model.arguments import with_signature_of
 from torch2ebm.model.conversion import Conversion
-from torch2ebm.model.own_forward import calls_one_of
+from torch2ebm.model.own_methods import is_own_method, with_forward
 
 HELD = "torch2ebm"  # the one attribute of a view that is not the module's
 
@@ -61,7 +62,11 @@ class ModuleView(nn.Module):
             raise AttributeError(name)
         if _is_ours(self, name):  # a property has raised an AttributeError, which says more than the module would
             return getattr(self.torch2ebm, name)
-        return getattr(self.torch2ebm.module, name)
+        held = self.torch2ebm
+        found = getattr(held.module, name)
+        if is_own_method(found, held.module, name):
+            return with_forward(found, held.module, held.answer_by, lambda: held.algorithm is not None)
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("__class__", "__dict__"):

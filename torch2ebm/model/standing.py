@@ -1,0 +1,43 @@
+"""Parameters and buffers that hold a NaN or an infinity, noticed before they are hidden by a clamp or a tanh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from torch2ebm.engine.finite import check_standing
+
+OFTEN = 16  # steps of the optimizer from one look at all parameters to the next
+
+
+class Standing:
+    """Whether parameters and buffers are finite, looked at when somebody has written them.
+
+    One look reads every parameter, which takes as long as a layer of a small batch. So the optimizer's own steps, which
+    check the gradients, are followed by a look after the 1st, 2nd, 4th, ... and then after every sixteenth.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, int]] = []
+        self.steps = 0
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise :class:`NonFiniteError` with the name of the first that is not finite."""
+        now = list(tensors.values())
+        if len(now) == len(self.seen) and all(
+            a is b and _version(a) == version for a, (b, version) in zip(now, self.seen, strict=True)
+        ):
+            return
+        check_standing(tensors)
+        self.seen = [(tensor, _version(tensor)) for tensor in now]
+
+    def stepped(self) -> None:
+        """The optimizer has made a step."""
+        self.steps += 1
+        if self.steps % OFTEN and self.steps & (self.steps - 1):
+            self.seen = [(tensor, _version(tensor)) for tensor, _ in self.seen]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
