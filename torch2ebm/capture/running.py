@@ -64,6 +64,7 @@ class Subject:
         """
         lazy = cuts is None and any(map(is_lazy, self.module.parameters()))
         before = None if cuts is not None else Before.now(self.module, device)
+        versions = [] if before is not None else self._versions()
         for _ in range(len(self.modules) + 1):
             watch = Watch(paths, device, self.modules, inputs, cuts, self.opaque, self.passive, lazy)
             with ExitStack() as told:
@@ -80,9 +81,26 @@ class Subject:
                 before.restore()
         if before is not None:
             run.changed_buffers = before.changed_buffers()
-        else:
-            run.changed_buffers = ()
+        elif run.records is not None:
+            run.changed_buffers = self._written_since(versions)
         return run
+
+    def _versions(self) -> list[tuple[nn.Module, str, Tensor, int]]:
+        return [
+            (part, name, buffer, 0 if buffer.is_inference() else buffer._version)
+            for part in self.parts
+            if part._buffers
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+
+    def _written_since(self, versions: Sequence[tuple[nn.Module, str, Tensor, int]]) -> tuple[str, ...]:
+        """Buffers that were written or replaced, be it with the same numbers: copies of all would cost more."""
+        return tuple(
+            f"{path}.{name}" if (path := self.modules[id(part)]) else name
+            for part, name, buffer, version in versions
+            if part._buffers.get(name) is not buffer or (not buffer.is_inference() and buffer._version != version)
+        )
 
     def _told(self, watch: Watch, cuts: Cuts | None) -> AbstractContextManager[None]:
         """Torch's classes are patched for what is known to be needed alone: a patch costs more than an operation."""

@@ -185,7 +185,7 @@ class Run:
         values_read: Lines of code at which Python has read a number off a hot tensor, to how.
         kept: Results with a gradient that somebody else still holds, by a hook or an attribute, by number.
         originals: Constants as the caller has them, each with its version when the run ended.
-        changed_buffers: Names of the buffers that forward has changed.
+        changed_buffers: Names of the buffers that forward has changed; None for a run that has followed known cuts.
     """
 
     output: Any = None
@@ -206,7 +206,7 @@ class Run:
     origins: list[frozenset[str]] = field(default_factory=list)
     names: list[str | None] = field(default_factory=list)
     opaque: dict[str, str] = field(default_factory=dict)
-    changed_buffers: tuple[str, ...] = ()
+    changed_buffers: tuple[str, ...] | None = None
     values_read: dict[str, str] = field(default_factory=dict)
     outputs: dict[int, int] = field(default_factory=dict)  # id of a tensor in the output to its number
     external_leaves: dict[int, Tensor] = field(default_factory=dict)

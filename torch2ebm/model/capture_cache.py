@@ -198,6 +198,8 @@ class Captures:
         elif (others := self._others(run, entry)) or not run.kept.keys() <= entry.held:
             entry.varying |= others
             entry.held |= run.kept.keys()
+            if run.changed_buffers is None:  # a run that was cut is not asked
+                run.changed_buffers = entry.made.run.changed_buffers
             entry.captured = self._captured(run, entry, device)
             entry.graphs.clear()
         self.entries.move_to_end(key)
