@@ -60,14 +60,16 @@ class Subject:
             paths: id of each parameter, or of what stands in its place, to its path.
             inputs: From the id of each tensor among the arguments to its name, for a run that is recorded.
             device: Where the module computes.
-            cuts: Where the run is cut if its sequence is as expected; None records it.
+            cuts: Where the run is cut if its sequence is as expected; None records it. Of a run that turns out to be
+                another, ``changed_buffers`` has only those that changed from there on.
         """
         lazy = cuts is None and any(map(is_lazy, self.module.parameters()))
         before = None if cuts is not None else Before.now(self.module, device)
+        rest: list[Before] = []  # of a run that turned out to be another: the buffers as they were there
         for _ in range(len(self.modules) + 1):
             watch = Watch(paths, device, self.modules, inputs, cuts, self.opaque, self.passive, lazy)
             with ExitStack() as told:
-                watch.deviates = partial(told.enter_context, told_of_calls(watch, custom=True, modules=True))
+                watch.deviates = partial(self._deviates, watch, told, rest, device)
                 told.enter_context(self._told(watch, cuts))
                 run = watch.watching(function)
             self.custom |= watch.custom
@@ -78,11 +80,13 @@ class Subject:
             cuts = None
             if before is not None:
                 before.restore()
-        if before is not None:
-            run.changed_buffers = before.changed_buffers()
-        else:
-            run.changed_buffers = ()
+        known = [before] if before is not None else rest
+        run.changed_buffers = tuple(dict.fromkeys(name for each in known for name in each.changed_buffers()))
         return run
+
+    def _deviates(self, watch: Watch, told: ExitStack, rest: list[Before], device: torch.device) -> None:
+        rest.append(Before.now(self.module, device))
+        told.enter_context(told_of_calls(watch, custom=True, modules=True))
 
     def _told(self, watch: Watch, cuts: Cuts | None) -> AbstractContextManager[None]:
         """Torch's classes are patched for what is known to be needed alone: a patch costs more than an operation."""

@@ -132,6 +132,8 @@ class Captures:
             if graph not in self._cut_before:
                 self._check_cuts(graph, run, arguments, swapped)
             return Served(run, graph, swapped, arguments)
+        if cuts is not None and graph is not None:  # up to where it was another, it has changed what these runs change
+            run.changed_buffers = tuple(dict.fromkeys((*graph.changing_buffers, *run.changed_buffers)))
         with TRACING:
             entry, graph = self._graph_for(run, cuts, granularity, graded, arguments.device, swapped)
         self._latest[granularity, graded] = entry, graph
