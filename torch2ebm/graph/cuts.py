@@ -45,6 +45,8 @@ def cuts_of(
     rewritten = _rewritten(capture.run.records, {*handed_on, *kept})
     if inside or not rewritten.isdisjoint(kept):
         return None  # a leaf would also come between operations of the node itself
+    if not rewritten.isdisjoint(_views(capture.run.records)):
+        return None  # autograd leads a view whose base is written later through that write
     normalised = {
         capture.trace.operations[node]: name
         for name, body in bodies.items()
@@ -113,6 +115,11 @@ def _rewritten(records: Sequence[Record], slots: Iterable[int]) -> frozenset[int
             if source is not None and isinstance(source.place, int):
                 base[number] = base.get(source.place, source.place)
     return frozenset(found)
+
+
+def _views(records: Sequence[Record]) -> set[int]:
+    """Results that are views, and not what an operation has written in place and returned."""
+    return {number for record in records if not record.wrote for number in record.sources}
 
 
 def _numbers(results: object) -> Iterable[int]:
