@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from torch2ebm.capture.in_place import stopped, without_writes
@@ -154,11 +155,12 @@ class _Importer:
             return "call_function", _module_call(self.module, function.path, writes), args
         if isinstance(function, type):
             function = _applied(function)
+        name = getattr(function, "__name__", "")
         kind, target = "call_function", function
-        if getattr(function, "__name__", "") == "__get__":
+        if name == "__get__":
             kind, target, args = "call_function", getattr, (args[0], function.__self__.__name__)
-        elif getattr(Tensor, getattr(function, "__name__", ""), None) is function and isinstance(args[0], fx.Node):
-            kind, target = "call_method", function.__name__
+        elif getattr(Tensor, name, None) is function and isinstance(args[0], fx.Node):
+            kind, target = "call_method", name
         if record.ambient is not None:
             operation = getattr(Tensor, target) if kind == "call_method" else target
             kind, target = "call_function", _under(record.ambient, operation, self.device)
@@ -185,7 +187,7 @@ class _Importer:
 
     def _returned(self) -> None:
         """The graph's output: a node for each tensor that was computed, and None for every other leaf."""
-        structure, leaves = self.run.returned
+        _, leaves = self.run.returned
         found: list[fx.Node | None] = []
         for leaf in leaves:
             if isinstance(leaf, int):
@@ -237,7 +239,8 @@ def _under(ambient: Ambient, operation: Callable[..., Any], device: str) -> Call
         autocast = Autocast(device, ambient.autocast, ambient.dtype or before.dtype, False)
         autocast.set()
         try:
-            result = operation(*args, **kwargs)
+            with torch.set_grad_enabled(ambient.grad and torch.is_grad_enabled()):  # of writes no gradient is taken
+                result = operation(*args, **kwargs)
         finally:
             before.set()
         return result if ambient.grad else stopped(result)

@@ -50,7 +50,7 @@ class _Reference:
         self.place = place
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.place == self.place  # type: ignore[attr-defined]
+        return type(other) is type(self) and other.place == self.place
 
     def __hash__(self) -> int:
         return hash((type(self), self.place))
@@ -131,7 +131,7 @@ class Cuts:
         varying: For operations with numbers that may be others: their places among the operation's numbers.
         slots: Number of a result to the slot whose value it is.
         kept: The same for results that no other node reads, and that are not handed on as leaves.
-        rewritten: Those of these results that forward writes in place later.
+        rewritten: Those of all these results that forward writes in place later.
         exports: Number of a result to the name under which nodes read it as a constant.
         random: Operation to the node whose draws begin there.
         normalised: Operation to the node that it normalises for by the statistics of the batch.
@@ -183,7 +183,7 @@ class Run:
         names: Constant to the name of the argument that it is, None for others.
         opaque: Path of each module that is one operation, to the reason.
         values_read: Lines of code at which Python has read a number off a hot tensor, to how.
-        kept: Numbers of results with a gradient that somebody else still holds, by a hook or an attribute: these tensors.
+        kept: Results with a gradient that somebody else still holds, by a hook or an attribute, by number.
         originals: Constants as the caller has them, each with its version when the run ended.
         changed_buffers: Names of the buffers that forward has changed.
     """
@@ -221,7 +221,7 @@ class Run:
             returned=self.returned,
             records=self.records,
             copied=self.copied,
-            random=dict.fromkeys(self.random),
+            random=dict(self.random),
             origins=self.origins,
             names=self.names,
             opaque=self.opaque,
@@ -282,7 +282,7 @@ def with_hook(tensor: Tensor, hook: Callable[..., Any]) -> Tensor:
     """``tensor``, with a hook on its gradient: what ``register_hook`` does to all who read it later."""
     hooked = tensor.view_as(tensor)
     if hooked.requires_grad:
-        hooked.register_hook(hook)
+        hooked.register_hook(hook)  # type: ignore[no-untyped-call]
     return hooked
 
 
@@ -544,6 +544,9 @@ class Watch(TorchFunctionMode):
         result = execute(*args, **kwargs)
         if type(result) is not Tensor and not _makes_tensors(function, result):
             return result
+        if type(result) in (tuple, list) and len(result) != len(cuts.records[index].results):  # as of unbind
+            self._deviate()
+            return self._recorded(index, function, lambda *_, **__: result, args, kwargs, key, numbers, ambient)
         self.run.sequence.append(key)
         self.run.numbers.append(numbers)
         if result is None:  # __setitem__
@@ -559,16 +562,17 @@ class Watch(TorchFunctionMode):
         known_before = id(result) in self._numbers
         number = self._number(result)
         if (export := self.cuts.exports.get(number)) is not None:
-            self.run.exports[export] = result.detach()
+            self.run.exports[export] = result.detach().clone() if number in self.cuts.rewritten else result.detach()
         slot = self.cuts.slots.get(number)
         if slot is None:
             if (slot := self.cuts.kept.get(number)) is not None:
                 self.run.predictions[slot], self.run.leaves[slot] = result, result.detach().requires_grad_()
             return result
         leaf = self.run.leaves[slot] = result.detach().requires_grad_()
-        self.run.predictions[slot] = result
-        # a leaf of autograd may not be written in place
-        handed = leaf.clone() if number in self.cuts.rewritten else leaf
+        # torch takes a view's autograd graph anew once its base is written, and a leaf may not be written in place
+        rewritten = number in self.cuts.rewritten
+        self.run.predictions[slot] = result.clone() if rewritten and result._is_view() else result
+        handed = leaf.clone() if rewritten else leaf
         self._numbers[id(handed)] = number
         self._alive.append(handed)
         self.run.hot[number] = handed
@@ -635,7 +639,7 @@ class Watch(TorchFunctionMode):
                          ambient, scopes, place)  # fmt: skip
             return handle
         described = self._described(args, kwargs)
-        given = [leaf for leaf in _tensors((args, kwargs)) if not leaf.is_inference()]
+        given = [leaf for leaf in _tensors((kwargs.get("out"), args, kwargs)) if not leaf.is_inference()]
         versions = [tensor._version for tensor in given]
         state = RandomState(self.device)
         result = execute(*args, **kwargs)
@@ -646,13 +650,13 @@ class Watch(TorchFunctionMode):
         random = state.advanced()
         if random:
             self.run.random[index] = state
-        changed = [t for t, version in zip(given, versions, strict=True) if t._version != version]
+        changed = _apart([t for t, version in zip(given, versions, strict=True) if t._version != version])
         wrote = tuple(dict.fromkeys(self._reference(tensor) for tensor in changed))
         if not wrote and _named_in_place(function) and args and result is args[0]:
             wrote = (self._reference(result),)  # detach_ and its like change no content
-        if result is not None and wrote and all(isinstance(w, Constant) for w in wrote):
-            if isinstance(result, Tensor) and not result.requires_grad and any(result is t for t in changed):
-                return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
+        only_constants = bool(wrote) and all(isinstance(each, Constant) for each in wrote)
+        if only_constants and isinstance(result, Tensor) and not result.requires_grad and _among(result, changed):
+            return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
         sources: dict[int, Hot] = {}
         result_numbers = self._registered(result, args, kwargs, sources)
         self.run.sequence.append(key)
@@ -819,7 +823,7 @@ class Watch(TorchFunctionMode):
         self._substitutes.clear()
 
     def _output_key(self, output: Any) -> Any:
-        leaves = []
+        leaves: list[Any] = []
         for leaf in leaves_of(output):
             if isinstance(leaf, Tensor):
                 leaf = self._current(leaf)
@@ -907,11 +911,24 @@ def _named_in_place(function: Any) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+def _among(tensor: Tensor, tensors: Iterable[Tensor]) -> bool:
+    return any(tensor is each for each in tensors)
+
+
 def _share(a: Tensor, b: Tensor) -> bool:
     try:
         return a is b or a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):  # sparse tensors have no storage
         return False
+
+
+def _apart(written: Sequence[Tensor]) -> list[Tensor]:
+    """The first of those that share their memory: torch counts writes to the memory, and not to the view."""
+    found: list[Tensor] = []
+    for tensor in written:
+        if not any(_share(tensor, other) for other in found):
+            found.append(tensor)
+    return found
 
 
 def hung_on_autograd(module: nn.Module) -> bool:

@@ -42,7 +42,8 @@ def cuts_of(
     handed_on = {number_of[node]: node.name for node in read}
     kept = {number_of[node]: node.name for node in slots if number_of[node] not in handed_on}
     inside = any(user in bodies[slots[node]] for node in read for user in node.users)
-    rewritten = _rewritten(capture.run.records, {*handed_on, *kept})
+    exported = {number_of[node]: name for node, name in exports.items()}
+    rewritten = _rewritten(capture.run.records, {*handed_on, *kept, *exported})
     if inside or not rewritten.isdisjoint(kept):
         return None  # a leaf would also come between operations of the node itself
     if not rewritten.isdisjoint(_views(capture.run.records)):
@@ -66,7 +67,7 @@ def cuts_of(
         handed_on,
         kept,
         rewritten,
-        {number_of[node]: name for node, name in exports.items()},
+        exported,
         {min(draws): name for name, draws in random.items()},
         normalised,
         run.copied,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from torch2ebm.isolation.interrupts import Change, restored_by
 from torch2ebm.isolation.random_numbers import Generators
@@ -61,7 +62,7 @@ class BufferHistory:
 
 def is_lazy(tensor: Tensor) -> bool:
     """Whether a lazy module has not made it yet."""
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
 
 
 def hooks_suspended(parameters: Iterable[Tensor]) -> Change:

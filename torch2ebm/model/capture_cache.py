@@ -225,7 +225,7 @@ class Captures:
                 self._told_of.add(path)
                 warnings.warn(
                     f"{f'{name}.{path}' if path else name} {reason}. It is one node: its values do not relax, and its "
-                    "gradients are backpropagation's. torch2ebm.check(module, example_inputs) lists all there is to know.",
+                    "gradients are backpropagation's. torch2ebm.check(module, example_inputs) lists all of it.",
                     OpaqueModuleWarning,
                     stacklevel=users_level(),
                 )

@@ -68,7 +68,7 @@ class Conversion:
     def answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What ``model(*args, **kwargs)`` returns."""
         self._state = None
-        if torch.jit.is_tracing() or _exporting():
+        if torch._C._get_tracing_state() is not None or _exporting():
             return self.module(*args, **kwargs)
         if self.algorithm is not None and self.algorithm.defines_output and not torch.is_grad_enabled():
             return self._output_alone(self.algorithm, args, kwargs)
