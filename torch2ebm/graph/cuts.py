@@ -73,6 +73,7 @@ def cuts_of(
         run.copied,
         frozenset(run.opaque),
         frozenset(capture.held),
+        frozenset(run.effects),
     )
 
 
