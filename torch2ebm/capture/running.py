@@ -68,10 +68,11 @@ class Subject:
         """
         lazy = cuts is None and any(map(is_lazy, self.module.parameters()))
         before = None if cuts is not None else Before.now(self.module, device)
+        rest: list[Before] = []  # of a run that turned out to be another: the buffers as they were there
         for _ in range(len(self.modules) + 1):
             watch = Watch(paths, device, self.modules, inputs, cuts, others, self.opaque, self.passive, lazy)
             with ExitStack() as told:
-                watch.deviates = partial(told.enter_context, told_of_calls(watch, custom=True, modules=True))
+                watch.deviates = partial(self._deviates, watch, told, rest, device)
                 told.enter_context(self._told(watch, cuts))
                 run = watch.watching(function)
             self.custom |= watch.custom
@@ -82,8 +83,8 @@ class Subject:
             cuts = None
             if before is not None:
                 before.restore()
-        if before is not None:
-            self.changed.update(dict.fromkeys(before.changed_buffers()))
+        for each in [before] if before is not None else rest:
+            self.changed.update(dict.fromkeys(each.changed_buffers()))
         if run.records is not None:
             self.note_changed(run)
         return run
@@ -98,6 +99,10 @@ class Subject:
             if i in run.copied or i in moved:
                 self.changed[names[id(run.originals[i][0])]] = None
         run.changed_buffers = tuple(self.changed)
+
+    def _deviates(self, watch: Watch, told: ExitStack, rest: list[Before], device: torch.device) -> None:
+        rest.append(Before.now(self.module, device))
+        told.enter_context(told_of_calls(watch, custom=True, modules=True))
 
     def _told(self, watch: Watch, cuts: Cuts | None) -> AbstractContextManager[None]:
         """Torch's classes are patched for what is known to be needed alone: a patch costs more than an operation."""

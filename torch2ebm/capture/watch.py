@@ -139,6 +139,7 @@ class Cuts:
         copied: Those constants that forward changes after they were read.
         opaque: Paths of modules that are one operation.
         held: Results that somebody may hold after the run.
+        effects: Operations that only write a buffer, as :attr:`Run.effects`.
         complete: Whether what a run leaves at the cuts is all that the nodes would make.
         references: To each result in a run after which nobody held any.
     """
@@ -156,6 +157,7 @@ class Cuts:
     copied: frozenset[int]
     opaque: frozenset[str]
     held: frozenset[int]
+    effects: frozenset[tuple[int, Any]]
     complete: bool = True
     references: list[int] = field(default_factory=list)
 
@@ -180,6 +182,8 @@ class Cuts:
 
         return (
             self.complete == other.complete
+            and {each for each in self.effects if each[0] <= index}
+            == {each for each in other.effects if each[0] <= index}
             and self.sequence[:index] == other.sequence[:index]
             and all(
                 before(getattr(self, name), end) == before(getattr(other, name), end)
@@ -220,6 +224,8 @@ class Run:
         kept: Results with a gradient that somebody else still holds, by a hook or an attribute, by number.
         originals: Constants as the caller has them, each with its version when the run ended.
         changed_buffers: Names of the buffers that forward has changed.
+        effects: Operations that only write a buffer, and are no part of the sequence: how many operations came before
+            each, and its key.
     """
 
     output: Any = None
@@ -243,6 +249,7 @@ class Run:
     names: list[str | None] = field(default_factory=list)
     opaque: dict[str, str] = field(default_factory=dict)
     changed_buffers: tuple[str, ...] = ()
+    effects: set[tuple[int, Any]] = field(default_factory=set)
     values_read: dict[str, str] = field(default_factory=dict)
     outputs: dict[int, int] = field(default_factory=dict)  # id of a tensor in the output to its number
     external_leaves: dict[int, Tensor] = field(default_factory=dict)
@@ -269,6 +276,7 @@ class Run:
             names=self.names,
             opaque=self.opaque,
             changed_buffers=self.changed_buffers,
+            effects=self.effects,
         )
 
     def released(self) -> None:
@@ -359,7 +367,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.lazy = lazy
         self.passive = set() if passive is None else passive
-        self.run = Run(records=None if cuts is not None else [])
+        self.run = Run(records=[]) if cuts is None else Run(records=None, effects=set(cuts.effects))
         self.paths, self.modules, self._named, self.cuts, self._others = paths, modules, inputs, cuts, others
         self.device = device
         self.opaque = dict(opaque or {})
@@ -472,6 +480,8 @@ class Watch(TorchFunctionMode):
             key.append(ambient)
         index = len(self.run.sequence)
         if not self.recording and not self._expected(index, key, numbers):
+            if (index, tuple(key)) in self.run.effects:
+                return execute(*args, **kwargs)
             self._deviate()
             self.deviates()
             self.blind = self.start.grad and not ambient.grad  # as the forward of a custom function is
@@ -570,7 +580,7 @@ class Watch(TorchFunctionMode):
         for other in self._others:
             there = index < len(other.sequence) and other.sequence[index] == wanted
             if there and cuts.same_until(other, index, len(self.run.hot), len(self.run.constants)):
-                self.cuts = other
+                self.cuts, self.run.effects = other, set(other.effects)
                 return True
         return False
 
@@ -707,6 +717,7 @@ class Watch(TorchFunctionMode):
             wrote = (self._reference(result),)  # detach_ and its like change no content
         only_constants = bool(wrote) and all(isinstance(each, Constant) for each in wrote)
         if only_constants and isinstance(result, Tensor) and not result.requires_grad and _among(result, changed):
+            self.run.effects.add((index, key))
             return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
         sources: dict[int, Hot] = {}
         result_numbers = self._registered(result, args, kwargs, sources)

@@ -43,7 +43,9 @@ def cuts_of(
     cuts = _cuts(capture, random, handed_on, kept, exported, rewritten, _normalised(capture, bodies))
     # a leaf would also come between operations of the node itself
     inside = any(user in bodies[slots[node]] for node in read for user in node.users)
-    return cuts.to_follow() if inside or not rewritten.isdisjoint(kept) else cuts
+    # autograd leads a view whose base is written later through that write
+    hidden = not rewritten.isdisjoint(kept) or not rewritten.isdisjoint(_views(capture.run.records))
+    return cuts.to_follow() if inside or hidden else cuts
 
 
 def _cuts(
@@ -71,6 +73,7 @@ def _cuts(
         run.copied,
         frozenset(run.opaque),
         frozenset(capture.held),
+        frozenset(run.effects),
     )
 
 
@@ -137,6 +140,11 @@ def _rewritten(records: Sequence[Record], slots: Iterable[int]) -> frozenset[int
             if source is not None and isinstance(source.place, int):
                 base[number] = base.get(source.place, source.place)
     return frozenset(found)
+
+
+def _views(records: Sequence[Record]) -> set[int]:
+    """Results that are views, and not what an operation has written in place and returned."""
+    return {number for record in records if not record.wrote for number in record.sources}
 
 
 def _numbers(results: object) -> Iterable[int]:
