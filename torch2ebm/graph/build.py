@@ -123,7 +123,7 @@ class _Assembly:
                 "A model without parameters has nothing to learn; check that forward uses them.",
             )
         outputs = self._outputs(output_slot)
-        buffers = self.capture.run.changed_buffers or ()
+        buffers = self.capture.run.changed_buffers
         bodies = {name: self._sorted(body) for name, body in zip(names, self.body, strict=True)}
         shapes = {operation.name: self.capture.facts[operation].shape for slots in self.slots for operation in slots}
         shapes |= {slot: shapes[operation.name] for operation, slot in output_slot.items()}
