@@ -229,7 +229,7 @@ class Captures:
         return capture(self.module, run, self.leaves, entry.varying, entry.held, device)
 
     def _tell(self, graph: EnergyGraph, run: Run) -> None:
-        """Say once what a graph cannot show, and what cannot learn by inference."""
+        """Say once what a graph cannot show."""
         name = type(self.module).__name__
         for path, reason in run.opaque.items():
             if path not in self._told_of:
@@ -240,9 +240,13 @@ class Captures:
                     OpaqueModuleWarning,
                     stacklevel=users_level(),
                 )
-        if (lone := lone_node(graph)) and None not in self._told_of:
+
+    def tell_of_lone_node(self, graph: EnergyGraph) -> None:
+        """Say once that nothing can relax, to an algorithm that relaxes."""
+        if (lone := graph.once("lone node", lambda: lone_node(graph))) and None not in self._told_of:
             self._told_of.add(None)
-            warnings.warn(f"{name}, node '{lone}': {ALONE} {FINER}", LoneNodeWarning, stacklevel=users_level())
+            where = f"{type(self.module).__name__}, node '{lone}'"
+            warnings.warn(f"{where}: {ALONE} {FINER}", LoneNodeWarning, stacklevel=users_level())
 
     def _tell_of_changing(self) -> None:
         self._forgotten += 1
