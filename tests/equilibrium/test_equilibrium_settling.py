@@ -102,7 +102,7 @@ def test_the_drift_is_the_way_that_is_left() -> None:
             parameter.fill_(value)
     x = torch.tensor([[0.7]]).double()
     model = torch2ebm.convert(net, nodes="activation", example_inputs=x)
-    call = Call(model.graph, [x])
+    call = model.torch2ebm.new_call((x,), {})
     call.feedforward(keep_graph=False)
     equilibrium = Equilibrium(call, HopfieldGraph(model.graph), 1.0)
     for steps, further in ((6, 4), (7, 4), (10, 40), (3, 2)):
@@ -115,7 +115,7 @@ def test_the_drift_is_the_way_that_is_left() -> None:
 
 def at_feedforward_values(net: nn.Module) -> Equilibrium:
     model = torch2ebm.convert(net, nodes="activation", example_inputs=inputs())
-    call = Call(model.graph, [inputs()])
+    call = model.torch2ebm.new_call((inputs(),), {})
     call.feedforward(keep_graph=False)
     return Equilibrium(call, HopfieldGraph(model.graph), 1.0)
 
