@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.capture.custom_functions import told_of_calls
-from torch2ebm.capture.watch import Cuts, Run, Watch, hung_on_autograd, runs_elsewhere
+from torch2ebm.capture.watch import Cuts, Run, Watch, hung_on_autograd, moved_by, runs_elsewhere
 from torch2ebm.isolation.module_state import AttributeSnapshot, BufferSnapshot, is_lazy
 from torch2ebm.isolation.random_numbers import Generators
 
@@ -29,6 +29,7 @@ class Subject:
         elsewhere: Whether some submodule runs outside of Python.
         custom: Whether a run has applied a custom autograd function.
         parts: All submodules, itself among them.
+        changed: Names of the buffers that runs have changed.
     """
 
     module: nn.Module
@@ -38,6 +39,7 @@ class Subject:
     elsewhere: bool = False
     parts: Sequence[nn.Module] = ()
     custom: bool = False
+    changed: dict[str, None] = field(default_factory=dict)
 
     @staticmethod
     def of(module: nn.Module) -> Subject:
@@ -52,6 +54,7 @@ class Subject:
         inputs: Callable[[], Mapping[int, str]],
         device: torch.device,
         cuts: Cuts | None = None,
+        others: Sequence[Cuts] = (),
     ) -> Run:
         """Watch ``function``, which calls the module.
 
@@ -60,14 +63,14 @@ class Subject:
             paths: id of each parameter, or of what stands in its place, to its path.
             inputs: From the id of each tensor among the arguments to its name, for a run that is recorded.
             device: Where the module computes.
-            cuts: Where the run is cut if its sequence is as expected; None records it. Of a run that turns out to be
-                another, ``changed_buffers`` has only those that changed from there on.
+            cuts: Where the run is cut if its sequence is as expected; None records it.
+            others: The cuts of other sequences, for a run that takes another branch.
         """
         lazy = cuts is None and any(map(is_lazy, self.module.parameters()))
         before = None if cuts is not None else Before.now(self.module, device)
         rest: list[Before] = []  # of a run that turned out to be another: the buffers as they were there
         for _ in range(len(self.modules) + 1):
-            watch = Watch(paths, device, self.modules, inputs, cuts, self.opaque, self.passive, lazy)
+            watch = Watch(paths, device, self.modules, inputs, cuts, others, self.opaque, self.passive, lazy)
             with ExitStack() as told:
                 watch.deviates = partial(self._deviates, watch, told, rest, device)
                 told.enter_context(self._told(watch, cuts))
@@ -80,9 +83,22 @@ class Subject:
             cuts = None
             if before is not None:
                 before.restore()
-        known = [before] if before is not None else rest
-        run.changed_buffers = tuple(dict.fromkeys(name for each in known for name in each.changed_buffers()))
+        for each in [before] if before is not None else rest:
+            self.changed.update(dict.fromkeys(each.changed_buffers()))
+        if run.records is not None:
+            self.note_changed(run)
         return run
+
+    def note_changed(self, run: Run) -> None:
+        """Note the buffers that a recorded run has changed, as far as nothing was compared that it has read."""
+        names = {id(buffer): name for name, buffer in self.module.named_buffers()}
+        assert run.records is not None
+        read = [i for i, (tensor, _) in enumerate(run.originals) if id(tensor) in names]
+        moved = {each.place for record in run.records for each in moved_by(record)}
+        for i in read:
+            if i in run.copied or i in moved:
+                self.changed[names[id(run.originals[i][0])]] = None
+        run.changed_buffers = tuple(self.changed)
 
     def _deviates(self, watch: Watch, told: ExitStack, rest: list[Before], device: torch.device) -> None:
         rest.append(Before.now(self.module, device))

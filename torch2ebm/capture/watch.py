@@ -26,12 +26,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -128,7 +129,6 @@ class Cuts:
         sequence: Their keys, one for each.
         output: The key of what the run returns.
         numbers: Their numbers.
-        varying: For operations with numbers that may be others: their places among the operation's numbers.
         slots: Number of a result to the slot whose value it is.
         kept: The same for results that no other node reads, and that are not handed on as leaves.
         rewritten: Those of all these results that forward writes in place later.
@@ -140,6 +140,7 @@ class Cuts:
         opaque: Paths of modules that are one operation.
         held: Results that somebody may hold after the run.
         effects: Operations that only write a buffer, as :attr:`Run.effects`.
+        complete: Whether what a run leaves at the cuts is all that the nodes would make.
         references: To each result in a run after which nobody held any.
     """
 
@@ -147,7 +148,6 @@ class Cuts:
     sequence: tuple[Any, ...]
     output: Any
     numbers: Sequence[Sequence[Any]]
-    varying: Mapping[int, frozenset[int]]
     slots: Mapping[int, str]
     kept: Mapping[int, str]
     rewritten: frozenset[int]
@@ -158,7 +158,41 @@ class Cuts:
     opaque: frozenset[str]
     held: frozenset[int]
     effects: frozenset[tuple[int, Any]]
+    complete: bool = True
     references: list[int] = field(default_factory=list)
+
+    def to_follow(self) -> Cuts:
+        """The same sequence, for a graph whose nodes are not what lies between cuts of a run."""
+        nothing: dict[int, str] = {}
+        return replace(
+            self,
+            slots=nothing,
+            kept=nothing,
+            exports=nothing,
+            normalised=nothing,
+            rewritten=frozenset(),
+            complete=False,
+        )
+
+    def same_until(self, other: Cuts, index: int, results: int, constants: int) -> bool:
+        """Whether a run that has followed these up to an operation can go on with the others."""
+
+        def before(found: Mapping[int, str], end: int) -> dict[int, str]:
+            return {i: name for i, name in found.items() if i < end}
+
+        return (
+            self.complete == other.complete
+            and {each for each in self.effects if each[0] <= index}
+            == {each for each in other.effects if each[0] <= index}
+            and self.sequence[:index] == other.sequence[:index]
+            and all(
+                before(getattr(self, name), end) == before(getattr(other, name), end)
+                for names, end in ((("slots", "kept", "exports"), results), (("random", "normalised"), index))
+                for name in names
+            )
+            and not any(i < results for i in self.rewritten ^ other.rewritten)
+            and not any(i < constants for i in self.copied ^ other.copied)
+        )
 
 
 @dataclass(eq=False)
@@ -173,7 +207,9 @@ class Run:
         external: Those constants that require a gradient, by their place: the tensor of the user.
         returned: The key of the output: its structure, and what each leaf is.
         records: The operations; None where the run has followed known cuts to the end.
-        followed: Whether it was cut as asked for.
+        cuts: Those of the graph that it has followed at last; None where it was recorded from the start.
+        matched: Whether it has had the sequence of these to its end.
+        followed: Whether it was cut by them, too.
         copied: Constants that were changed after they were read.
         leaves: Slot to the leaf that was handed on.
         predictions: Slot to what the node has made, at the end of its own autograd graph.
@@ -199,6 +235,8 @@ class Run:
     external: dict[int, Tensor] = field(default_factory=dict)
     returned: Any = None
     records: list[Record] | None = None
+    cuts: Cuts | None = None
+    matched: bool = False
     followed: bool = False
     copied: frozenset[int] = frozenset()
     leaves: dict[str, Tensor] = field(default_factory=dict)
@@ -217,6 +255,13 @@ class Run:
     external_leaves: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
     originals: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def as_recorded(self) -> None:
+        """Have the records of the cuts that were followed, as far as they were."""
+        assert self.cuts is not None
+        self.records = list(self.cuts.records[: len(self.sequence)])
+        self.random = {i: self.random[node] for i, node in self.cuts.random.items() if node in self.random}
+        self.origins, self.names = [frozenset()] * len(self.constants), [None] * len(self.constants)
 
     def outline(self) -> Run:
         """What a graph is made of, without the tensors of this run."""
@@ -299,6 +344,7 @@ class Watch(TorchFunctionMode):
         paths: id of each parameter to its path.
         device: Type of the device that autocast is looked at for.
         cuts: Those of the graph that the run is expected to have.
+        others: Cuts of other graphs, for a run that takes another branch on the way.
         opaque: Paths of modules that are known to be opaque, each with the reason.
         modules: id of each submodule to its path.
         inputs: From the id of each tensor among the arguments to its name.
@@ -313,6 +359,7 @@ class Watch(TorchFunctionMode):
         modules: Mapping[int, str],
         inputs: Callable[[], Mapping[int, str]],
         cuts: Cuts | None = None,
+        others: Sequence[Cuts] = (),
         opaque: Mapping[str, str] | None = None,
         passive: set[Any] | None = None,
         lazy: bool = False,
@@ -321,7 +368,7 @@ class Watch(TorchFunctionMode):
         self.lazy = lazy
         self.passive = set() if passive is None else passive
         self.run = Run(records=[]) if cuts is None else Run(records=None, effects=set(cuts.effects))
-        self.paths, self.modules, self._named, self.cuts = paths, modules, inputs, cuts
+        self.paths, self.modules, self._named, self.cuts, self._others = paths, modules, inputs, cuts, others
         self.device = device
         self.opaque = dict(opaque or {})
         self.suspended = False
@@ -525,8 +572,17 @@ class Watch(TorchFunctionMode):
     # a run that is as expected
 
     def _expected(self, index: int, key: list[Any], numbers: list[Any]) -> bool:
-        cuts = self.cuts
-        return cuts is not None and index < len(cuts.sequence) and cuts.sequence[index] == tuple(key)
+        cuts, wanted = self.cuts, tuple(key)
+        if cuts is None:
+            return False
+        if index < len(cuts.sequence) and cuts.sequence[index] == wanted:
+            return True
+        for other in self._others:
+            there = index < len(other.sequence) and other.sequence[index] == wanted
+            if there and cuts.same_until(other, index, len(self.run.hot), len(self.run.constants)):
+                self.cuts, self.run.effects = other, set(other.effects)
+                return True
+        return False
 
     def _followed(
         self,
@@ -619,11 +675,8 @@ class Watch(TorchFunctionMode):
 
     def _deviate(self) -> None:
         """Another sequence than expected: record from here on, with what was known so far."""
-        assert self.cuts is not None
-        self.run.records = list(self.cuts.records[: len(self.run.sequence)])
-        self.run.random = {i: self.run.random[node] for i, node in self.cuts.random.items() if node in self.run.random}
-        self.run.origins = [frozenset()] * len(self.run.constants)
-        self.run.names = [None] * len(self.run.constants)
+        self.run.cuts = self.cuts
+        self.run.as_recorded()
 
     def _recorded(
         self,
@@ -806,8 +859,8 @@ class Watch(TorchFunctionMode):
         del output  # a reference more than those that count
         if self.start.grad:
             self.run.kept = _held_elsewhere(self.run, self._numbers, self.cuts)
-            if self.run.followed and self.cuts is not None:
-                self.run.followed = self.run.kept.keys() <= self.cuts.held
+            if self.run.matched and self.cuts is not None and not self.run.kept.keys() <= self.cuts.held:
+                self.run.matched = self.run.followed = False
         return self.run
 
     def _finish(self, output: Any) -> None:
@@ -824,7 +877,8 @@ class Watch(TorchFunctionMode):
             same = len(run.sequence) == len(self.cuts.sequence) and run.returned == self.cuts.output
             if not same or not run.copied <= self.cuts.copied:
                 self._deviate()
-            run.followed = same and not self.recording
+            run.matched, run.cuts = same and not self.recording, self.cuts
+            run.followed = run.matched and self.cuts.complete
         run.originals = [(t, 0 if t.is_inference() else t._version) for t, _ in self._originals]
         self._originals.clear()
         self._frames.clear()
@@ -852,7 +906,7 @@ def _held_elsewhere(run: Run, numbers: Mapping[int, int], cuts: Cuts | None) -> 
     if hooks is not None and hooks[0] is unchanged:  # a run that is only looked at
         return {}
     found = _references(run.hot)
-    if run.followed and cuts is not None and cuts.references == found:
+    if run.matched and cuts is not None and cuts.references == found:
         return {}  # as in an earlier run, in which nobody held any
     own = Counter(map(id, (*run.hot, *run.leaves.values(), *run.predictions.values(), *_tensors(run.output))))
     none = _references([object()])[0] - 1  # what looking itself adds
@@ -865,7 +919,7 @@ def _held_elsewhere(run: Run, numbers: Mapping[int, int], cuts: Cuts | None) -> 
         and not isinstance(run.hot[i], nn.Parameter)
         and (hooks is None or _referred(run.hot[i], run))
     }
-    if run.followed and cuts is not None and not held:
+    if run.matched and cuts is not None and not held:
         cuts.references[:] = found
     return held
 
@@ -938,6 +992,13 @@ def _apart(written: Sequence[Tensor]) -> list[Tensor]:
         if not any(_share(tensor, other) for other in found):
             found.append(tensor)
     return found
+
+
+def moved_by(record: Record) -> Iterator[Constant]:
+    """The running statistics of a batch norm, which torch moves without a new version of the buffer."""
+    if record.function is functional.batch_norm:
+        given = (*record.args[1:3], record.kwargs.get("running_mean"), record.kwargs.get("running_var"))
+        yield from (each for each in given if isinstance(each, Constant))
 
 
 def hung_on_autograd(module: nn.Module) -> bool:

@@ -173,7 +173,7 @@ class Call:
                 buffers = dict(self.graph.module.named_buffers()) if self.graph.changing_buffers else {}
                 moved = BufferSnapshot({name: buffers[name] for name in self.graph.changing_buffers if name in buffers})
                 # a checkpoint that runs this again finds a run to adopt, which saves other tensors
-                once = self.graph.cuts is not None and not self.run.followed
+                once = self.graph.cuts is not None and self.graph.cuts.complete and not self.run.followed
                 with nothing_packed() if once else nullcontext():
                     within([moved.preserved()], lambda: self._compose(keep_graph, cut, drawn))
 

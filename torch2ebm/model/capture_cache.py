@@ -70,7 +70,7 @@ class Captures:
         self.parameters = dict(module.named_parameters())
         self.subject = Subject.of(module)
         self.entries: OrderedDict[Any, _Entry] = OrderedDict()
-        self._latest: dict[tuple[Granularity, bool], tuple[_Entry, EnergyGraph]] = {}
+        self._latest: dict[tuple[Granularity, bool], Cuts] = {}
         self._paths = {id(parameter): name for name, parameter in self.parameters.items()}
         self._fingerprint = Fingerprint.of(module)
         self._told = False
@@ -125,25 +125,38 @@ class Captures:
             swapped = swapped_parameters(self._fingerprint, now, self.parameters)
             paths = {id(swapped.get(name, p)): name for name, p in self.parameters.items()}
         granularity, graded = self._granularity_for(algorithm), torch.is_grad_enabled()
-        entry, graph = self._latest.get((granularity, graded), (None, None))
-        cuts = graph.cuts if graph is not None and keep_cuts and not torch.is_inference_mode_enabled() else None
-        run = self.subject.run(call, paths, arguments.names, arguments.device, cuts)
-        if run.followed and entry is not None and graph is not None and self._same_numbers(run, entry, graph.cuts):
-            if graph not in self._cut_before:
-                self._check_cuts(graph, run, arguments, swapped)
-            return Served(run, graph, swapped, arguments)
-        if cuts is not None and graph is not None:  # up to where it was another, it has changed what these runs change
-            run.changed_buffers = tuple(dict.fromkeys((*graph.changing_buffers, *run.changed_buffers)))
+        known = self._known(granularity, graded) if keep_cuts and not torch.is_inference_mode_enabled() else {}
+        cuts = list(known)
+        first = cuts[0] if cuts else None
+        run = self.subject.run(call, paths, arguments.names, arguments.device, first, cuts[1:])
+        if run.matched and run.cuts is not None:
+            entry, graph = known[run.cuts]
+            if self._same_numbers(run, entry, run.cuts):
+                self._latest[granularity, graded] = run.cuts
+                if run.followed and graph not in self._cut_before:
+                    self._check_cuts(graph, run, arguments, swapped)
+                return Served(run, graph, swapped, arguments)
         with TRACING:
-            entry, graph = self._graph_for(run, cuts, granularity, graded, arguments.device, swapped)
-        self._latest[granularity, graded] = entry, graph
+            graph = self._graph_for(run, granularity, graded, arguments.device, swapped)
+        self._latest[granularity, graded] = _cuts_of(graph)
         return Served(run, graph, swapped, arguments)
+
+    def _known(self, granularity: Granularity, graded: bool) -> dict[Cuts, tuple[_Entry, EnergyGraph]]:
+        """The graphs that a run may turn out to have, that of the last call first."""
+        found = {
+            _cuts_of(entry.graphs[granularity]): (entry, entry.graphs[granularity])
+            for (of_graded, *_), entry in reversed(self.entries.items())
+            if of_graded == graded and granularity in entry.graphs
+        }
+        latest = self._latest.get((granularity, graded))
+        return {latest: found[latest], **found} if latest is not None and latest in found else found
 
     def _check_cuts(self, graph: EnergyGraph, run: Run, arguments: Arguments, swapped: Mapping[str, Tensor]) -> None:
         """Hold the first run that was cut against the composition of the nodes; where they differ, compose for ever."""
         self._cut_before.add(graph)
         if not same_by_cuts(graph, run, arguments.device, swapped):
-            graph.cuts, run.followed = None, False
+            graph.cuts, run.followed = _cuts_of(graph).to_follow(), False
+            self._latest.clear()
 
     def _granularity_for(self, algorithm: Algorithm | None) -> Granularity:
         if self.granularity != "auto":
@@ -167,17 +180,14 @@ class Captures:
     def _graph_for(
         self,
         run: Run,
-        cuts: Cuts | None,
         granularity: Granularity,
         graded: bool,
         device: torch.device,
         swapped: Mapping[str, Tensor],
-    ) -> tuple[_Entry, EnergyGraph]:
+    ) -> EnergyGraph:
         if run.records is None:  # followed, with numbers that were taken for granted until now
-            assert cuts is not None
-            run.records, run.origins = list(cuts.records), [frozenset()] * len(run.constants)
-            run.names = [None] * len(run.constants)
-            run.random = {i: run.random[node] for i, node in cuts.random.items() if node in run.random}
+            run.as_recorded()
+            self.subject.note_changed(run)
         run.followed = False
         if torch.is_inference_mode_enabled():  # what was made there may not be saved for a backward
             with torch.inference_mode(False):
@@ -185,12 +195,13 @@ class Captures:
         # a graph is of the module's own parameters
         with tensors_in_place(self.module, {name: self.parameters[name] for name in swapped}):
             entry = self._entry_for(run, graded, device)
-            graph = entry.graphs.get(granularity) or build_graph(entry.made, granularity)
-        if granularity not in entry.graphs:
+            known = entry.graphs.get(granularity)
+            graph = build_graph(entry.made, granularity) if known is None else known
+        if known is None:
             verify(graph, run, device, swapped)
             entry.graphs[granularity] = graph
             self._tell(graph, run)
-        return entry, graph
+        return graph
 
     def _entry_for(self, run: Run, graded: bool, device: torch.device) -> _Entry:
         key = (graded, tuple(run.sequence), run.returned)
@@ -251,6 +262,11 @@ class Captures:
                 ChangingForwardWarning,
                 stacklevel=users_level(),
             )
+
+
+def _cuts_of(graph: EnergyGraph) -> Cuts:
+    assert graph.cuts is not None  # of a graph that a run was cut for
+    return graph.cuts
 
 
 def _equal(ours: Any, theirs: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,26 @@ def surroundings(call: Call) -> Hashable:
     deterministic = torch.are_deterministic_algorithms_enabled()
     parts = call.graph.once(surroundings, lambda: tuple(_whole_modules(call.graph)))
     settings = tuple([_settings(part) for part in parts])
-    return autocast, torch.get_default_dtype(), deterministic, torch.get_num_threads(), settings
+    numbers = tuple([_number(value) for value in call.environment.values() if not isinstance(value, Tensor)])
+    return autocast, torch.get_default_dtype(), deterministic, torch.get_num_threads(), settings, numbers
+
+
+def _number(value: Any) -> Hashable:
+    """A number of this run, which a program has written down; of any other object its identity, held by the key."""
+    return (type(value), value) if isinstance(value, PLAIN) else _Same(value)
+
+
+class _Same:
+    """Equal to what holds the same object."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.held is self.held
+
+    def __hash__(self) -> int:
+        return id(self.held)
 
 
 def _whole_modules(graph: EnergyGraph) -> Iterator[nn.Module]:
