@@ -147,8 +147,7 @@ class AttributeSnapshot:
     def restore(self) -> None:
         for m, attributes, contents in self.before:
             # __dict__ and not setattr: a module's __setattr__ sorts by type
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
+            _put_back(m.__dict__, attributes)
             for collection, content in contents:
                 _restore(collection, content)
 
@@ -173,8 +172,17 @@ def _restore(collection: Any, content: Any) -> None:
         collection[:] = content
     # by identity: == between tensors has no truth value
     elif [(key, id(value)) for key, value in collection.items()] != [(k, id(value)) for k, value in content.items()]:
-        collection.clear()
-        collection.update(content)
+        _put_back(collection, content)
+        if list(collection) != list(content):
+            collection.clear()
+            collection.update(content)
+
+
+def _put_back(names: dict[Any, Any], before: Mapping[Any, Any]) -> None:
+    """No clear: an interruption would leave a module without its attributes."""
+    names.update(before)
+    for name in names.keys() - before.keys():
+        del names[name]
 
 
 @contextmanager

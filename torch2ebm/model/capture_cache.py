@@ -216,6 +216,13 @@ class Captures:
         self.entries.move_to_end(key)
         return entry
 
+    def forget(self, graph: EnergyGraph) -> None:
+        """Its run had numbers that were not finite: what they showed of operations says nothing of good ones."""
+        for key, entry in list(self.entries.items()):
+            if any(graph is known for known in entry.graphs.values()):
+                del self.entries[key]
+        self._latest = {key: latest for key, latest in self._latest.items() if latest[1] is not graph}
+
     def _new_entry(self, key: Any, run: Run, device: torch.device) -> _Entry:
         entry = _Entry(held=frozenset(run.kept))
         entry.captured = self._captured(run, entry, device)

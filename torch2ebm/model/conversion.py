@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,8 +139,9 @@ class Conversion:
                     check_whole_call(served, before, lambda: self.module(*args, **kwargs))
                 call = self._call(served)
                 finite = self.captures.standing_buffers()
+                forget = partial(self.captures.forget, served.graph)
                 open_call = OpenCall(
-                    call, algorithm, history, finite, forwards, keep, self.shards, served.arguments, self.standing
+                    call, algorithm, history, finite, forwards, keep, self.shards, served.arguments, self.standing, forget
                 )
                 outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
                     open_call, *self.shards.in_place_of(open_call.parameters), *served.run.external.values()
