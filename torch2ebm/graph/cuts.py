@@ -37,7 +37,7 @@ def cuts_of(
     if any(node.meta.get("taken_again") for node in capture.graph.nodes):
         return None  # a view of what was written later leads past the leaf
     random = {name: draws for name, body in bodies.items() if (draws := draws_of(capture, body))}
-    if not _draws_apart(sorted(capture.run.random), random):
+    if not _draws_apart([i for i, record in enumerate(capture.run.records) if record.random], random):
         return None
     handed_on = {number_of[node]: node.name for node in read}
     kept = {number_of[node]: node.name for node in slots if number_of[node] not in handed_on}
@@ -65,7 +65,7 @@ def cuts_of(
         kept,
         rewritten,
         {number_of[node]: name for node, name in exports.items()},
-        {min(draws): name for name, draws in random.items()},
+        frozenset(i for draws in random.values() for i in draws),
         normalised,
         run.copied,
         frozenset(run.opaque),

@@ -171,7 +171,6 @@ class Captures:
             assert cuts is not None
             run.records, run.origins = list(cuts.records), [frozenset()] * len(run.constants)
             run.names = [None] * len(run.constants)
-            run.random = {i: run.random[node] for i, node in cuts.random.items() if node in run.random}
         run.followed = False
         key = (graded, tuple(run.sequence), run.returned)
         entry = self.entries.get(key)
