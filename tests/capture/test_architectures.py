@@ -79,3 +79,37 @@ def batches(*sizes: int) -> list[Tensor]:
 
 def test_several_draws_of_one_node_at_another_batch_size() -> None:
     check_calls(AttentionWithDropouts(), *batches(2, 2, 5, 5, 3))
+
+
+class Normalised(nn.Module):
+    """Batch statistics, a number that follows the batch, and a branch that another call takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+        self.other = nn.BatchNorm1d(6)
+        self.branch = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(functional.dropout(self.first(x[:, 0]), 0.2, self.training)).tanh()
+        if self.branch:
+            h = functional.dropout(self.other(functional.dropout(h, 0.5, self.training)), 0.1, self.training)
+        return self.last(h).reshape(len(x), 2, 1)
+
+
+def test_running_statistics_move_once_at_another_batch_size() -> None:
+    check_calls(Normalised(), *batches(4, 6, 6, 5))
+
+
+def test_running_statistics_move_once_in_another_branch() -> None:
+    def before(net: nn.Module, call: int) -> None:
+        net.branch = call in (1, 3, 4)
+
+    check_calls(Normalised(), *batches(4, 4, 4, 4, 5, 6), before=before)
+
+
+def test_running_statistics_move_once_after_a_call_in_evaluation() -> None:
+    def before(net: nn.Module, call: int) -> None:
+        net.train(call > 0)
+
+    check_calls(Normalised(), *batches(4, 4, 4, 5), before=before)

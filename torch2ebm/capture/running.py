@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torch2ebm.capture.custom_functions import told_of_calls
 from torch2ebm.capture.watch import Cuts, Run, Watch, hung_on_autograd, runs_elsewhere
-from torch2ebm.isolation.module_state import AttributeSnapshot, BufferSnapshot, is_lazy
+from torch2ebm.isolation.module_state import AttributeSnapshot, BufferSnapshot, identical, is_lazy
 from torch2ebm.isolation.random_numbers import Generators
 
 
@@ -64,6 +64,7 @@ class Subject:
         """
         lazy = cuts is None and any(map(is_lazy, self.module.parameters()))
         before = None if cuts is not None else Before.now(self.module, device)
+        versions = [] if cuts is None else [*self._versions()]
         for _ in range(len(self.modules) + 1):
             watch = Watch(paths, device, self.modules, inputs, cuts, self.opaque, self.passive, lazy)
             with ExitStack() as told:
@@ -80,9 +81,25 @@ class Subject:
                 before.restore()
         if before is not None:
             run.changed_buffers = before.changed_buffers()
-        else:
-            run.changed_buffers = ()
+        elif run.records is not None:  # recorded from somewhere in the middle
+            known = {place: (id(b), version) for place, b, version in versions}
+            changed = {place for place, b, version in self._versions() if known.get(place) != (id(b), version)}
+            run.changed_buffers = tuple(self._named(changed))
         return run
+
+    def _versions(self) -> Iterator[tuple[tuple[int, str], Tensor, int]]:
+        """All buffers, by their submodule and name, with their versions. No ``named_buffers``: it costs each run."""
+        for i, part in enumerate(self.parts):
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    yield (i, name), buffer, 0 if buffer.is_inference() else buffer._version
+
+    def _named(self, places: Collection[tuple[int, str]]) -> Iterator[str]:
+        number = {id(part): i for i, part in enumerate(self.parts)}
+        for path, part in self.module.named_modules():
+            for name in part._buffers:
+                if (number.get(id(part)), name) in places:
+                    yield f"{path}.{name}" if path else name
 
     def _told(self, watch: Watch, cuts: Cuts | None) -> AbstractContextManager[None]:
         """Torch's classes are patched for what is known to be needed alone: a patch costs more than an operation."""
@@ -117,15 +134,5 @@ class Before:
     def changed_buffers(self) -> tuple[str, ...]:
         now = dict(self.module.named_buffers())
         copies = dict(zip(self.buffers, (copy for _, copy in self.contents.copies), strict=True))
-        return tuple(name for name, copy in copies.items() if name in now and not _identical(now[name], copy))
+        return tuple(name for name, copy in copies.items() if name in now and not identical(now[name], copy))
 
-
-def _identical(a: Tensor, b: Tensor) -> bool:
-    # not torch.equal: a NaN that was there before has not changed
-    if a.shape != b.shape or a.layout is not b.layout:
-        return False
-    if a.layout is not torch.strided:
-        return a is b or (a.layout is torch.sparse_coo and _identical(a.to_dense(), b.to_dense()))
-    if a.is_floating_point() and a.itemsize == 1:  # torch compares no numbers of eight bits
-        a, b = a.float(), b.float()
-    return bool(((a == b) | ((a != a) & (b != b))).all())

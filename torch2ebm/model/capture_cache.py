@@ -127,6 +127,8 @@ class Captures:
             if graph not in self._cut_before:
                 self._check_cuts(graph, run, arguments, swapped)
             return Served(run, graph, swapped, arguments)
+        if run.records is None and graph is not None:
+            run.changed_buffers = graph.changing_buffers
         with TRACING:
             entry, graph = self._graph_for(run, cuts, granularity, graded, arguments.device, swapped)
         self._latest[granularity, graded] = entry, graph
@@ -177,6 +179,9 @@ class Captures:
         if entry is None:
             entry = self._new_entry(key, run, device)
         elif (others := self._others(run, entry)) or not run.kept.keys() <= entry.held:
+            assert entry.captured is not None
+            known = entry.captured.run.changed_buffers
+            run.changed_buffers = tuple(dict.fromkeys((*known, *run.changed_buffers)))
             entry.varying |= others
             entry.held |= run.kept.keys()
             entry.captured = self._captured(run, entry, device)
