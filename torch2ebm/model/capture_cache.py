@@ -138,6 +138,8 @@ class Captures:
                 return Served(run, graph, swapped, arguments)
         with TRACING:
             graph = self._graph_for(run, granularity, graded, arguments.device, swapped)
+        if algorithm is not None and algorithm.reevaluates_loss:
+            self._tell_of_lone_node(graph)
         self._latest[granularity, graded] = _cuts_of(graph)
         return Served(run, graph, swapped, arguments)
 
@@ -250,8 +252,11 @@ class Captures:
                     OpaqueModuleWarning,
                     stacklevel=users_level(),
                 )
+
+    def _tell_of_lone_node(self, graph: EnergyGraph) -> None:
         if (lone := lone_node(graph)) and None not in self._told_of:
             self._told_of.add(None)
+            name = type(self.module).__name__
             warnings.warn(f"{name}, node '{lone}': {ALONE} {FINER}", LoneNodeWarning, stacklevel=users_level())
 
     def _tell_of_changing(self) -> None:

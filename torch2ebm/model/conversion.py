@@ -16,6 +16,7 @@ from torch2ebm.capture.running import Before
 from torch2ebm.common.nested import map_leaves
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState
+from torch2ebm.engine.standing import Standing
 from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
@@ -29,7 +30,6 @@ from torch2ebm.model.fingerprint import inside_functional_call
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.shards import Shards
-from torch2ebm.model.standing import Standing
 from torch2ebm.model.whole_call import check_whole_call
 from torch2ebm.reports.drawing import draw_graph
 from torch2ebm.reports.tables import node_table
