@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import BLOCKS, Problem, training_with
+from forwards import BLOCKS, Problem, training_with
 from helpers import same
 from torch import Tensor, nn
 

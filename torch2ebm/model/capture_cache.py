@@ -138,6 +138,8 @@ class Captures:
                 return Served(run, graph, swapped, arguments)
         with TRACING:
             graph = self._graph_for(run, granularity, graded, arguments.device, swapped)
+        if algorithm is not None and algorithm.reevaluates_loss:
+            self._tell_of_lone_node(graph)
         self._latest[granularity, graded] = _cuts_of(graph)
         return Served(run, graph, swapped, arguments)
 
@@ -209,12 +211,22 @@ class Captures:
         if entry is None:
             entry = self._new_entry(key, run, device)
         elif (others := self._others(run, entry)) or not run.kept.keys() <= entry.held:
+            assert entry.captured is not None
+            known = entry.captured.run.changed_buffers
+            run.changed_buffers = tuple(dict.fromkeys((*known, *run.changed_buffers)))
             entry.varying |= others
             entry.held |= run.kept.keys()
             entry.captured = self._captured(run, entry, device)
             entry.graphs.clear()
         self.entries.move_to_end(key)
         return entry
+
+    def forget(self, graph: EnergyGraph) -> None:
+        """Its run had numbers that were not finite: what they showed of operations says nothing of good ones."""
+        for key, entry in list(self.entries.items()):
+            if any(graph is known for known in entry.graphs.values()):
+                del self.entries[key]
+        self._latest = {key: latest for key, latest in self._latest.items() if latest is not graph.cuts}
 
     def _new_entry(self, key: Any, run: Run, device: torch.device) -> _Entry:
         entry = _Entry(held=frozenset(run.kept))
@@ -229,7 +241,7 @@ class Captures:
         return capture(self.module, run, self.leaves, entry.varying, entry.held, device)
 
     def _tell(self, graph: EnergyGraph, run: Run) -> None:
-        """Say once what a graph cannot show."""
+        """Say once what a graph cannot show, and what cannot learn by inference."""
         name = type(self.module).__name__
         for path, reason in run.opaque.items():
             if path not in self._told_of:
@@ -241,12 +253,11 @@ class Captures:
                     stacklevel=users_level(),
                 )
 
-    def tell_of_lone_node(self, graph: EnergyGraph) -> None:
-        """Say once that nothing can relax, to an algorithm that relaxes."""
-        if (lone := graph.once("lone node", lambda: lone_node(graph))) and None not in self._told_of:
+    def _tell_of_lone_node(self, graph: EnergyGraph) -> None:
+        if (lone := lone_node(graph)) and None not in self._told_of:
             self._told_of.add(None)
-            where = f"{type(self.module).__name__}, node '{lone}'"
-            warnings.warn(f"{where}: {ALONE} {FINER}", LoneNodeWarning, stacklevel=users_level())
+            name = type(self.module).__name__
+            warnings.warn(f"{name}, node '{lone}': {ALONE} {FINER}", LoneNodeWarning, stacklevel=users_level())
 
     def _tell_of_changing(self) -> None:
         self._forgotten += 1

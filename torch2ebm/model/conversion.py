@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch2ebm.capture.running import Before
 from torch2ebm.common.nested import map_leaves
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState
+from torch2ebm.engine.standing import Standing
 from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
@@ -28,7 +30,6 @@ from torch2ebm.model.fingerprint import inside_functional_call
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.shards import Shards
-from torch2ebm.model.standing import Standing
 from torch2ebm.model.whole_call import check_whole_call
 from torch2ebm.reports.drawing import draw_graph
 from torch2ebm.reports.tables import node_table
@@ -137,9 +138,17 @@ class Conversion:
                 if before is not None:
                     check_whole_call(served, before, lambda: self.module(*args, **kwargs))
                 call = self._call(served)
-                finite = self.captures.standing_buffers()
                 open_call = OpenCall(
-                    call, algorithm, history, finite, forwards, keep, self.shards, served.arguments, self.standing
+                    call,
+                    algorithm,
+                    history,
+                    self.captures.standing_buffers(),
+                    forwards,
+                    keep,
+                    self.shards,
+                    served.arguments,
+                    self.standing,
+                    partial(self.captures.forget, served.graph),
                 )
                 outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
                     open_call, *self.shards.in_place_of(open_call.parameters), *served.run.external.values()
