@@ -20,7 +20,9 @@ def squares(output: Any) -> Tensor:
     return torch.stack([leaf.square().mean() for leaf in found]).sum()
 
 
-def called(module: Callable[..., Any], net: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def called(
+    module: Callable[..., Any], net: nn.Module, x: Tensor
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The loss, gradients by name, and buffers by name, of a call with the same random numbers each time."""
     net.zero_grad()
     torch.manual_seed(3)
@@ -41,9 +43,7 @@ def check_calls(net: nn.Module, *inputs: Tensor, before: Callable[[nn.Module, in
     net = net.double()
     plain = copy.deepcopy(net)
     model = torch2ebm.convert(net)
-    optimizer = torch2ebm.EnergyOptimizer(
-        torch.optim.SGD(net.parameters(), lr=0.0), model, torch2ebm.ZeroDivergence()
-    )
+    optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.0), model, torch2ebm.ZeroDivergence())
     for i, x in enumerate(inputs):
         if before is not None:
             before(net, i)
