@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torch2ebm.capture.custom_functions import told_of_calls
 from torch2ebm.capture.watch import Cuts, Run, Watch, hung_on_autograd, moved_by, runs_elsewhere
-from torch2ebm.isolation.module_state import AttributeSnapshot, BufferSnapshot, is_lazy
+from torch2ebm.isolation.module_state import AttributeSnapshot, BufferSnapshot, identical, is_lazy
 from torch2ebm.isolation.random_numbers import Generators
 
 
@@ -137,15 +137,4 @@ class Before:
     def changed_buffers(self) -> tuple[str, ...]:
         now = dict(self.module.named_buffers())
         copies = dict(zip(self.buffers, (copy for _, copy in self.contents.copies), strict=True))
-        return tuple(name for name, copy in copies.items() if name in now and not _identical(now[name], copy))
-
-
-def _identical(a: Tensor, b: Tensor) -> bool:
-    # not torch.equal: a NaN that was there before has not changed
-    if a.shape != b.shape or a.layout is not b.layout:
-        return False
-    if a.layout is not torch.strided:
-        return a is b or (a.layout is torch.sparse_coo and _identical(a.to_dense(), b.to_dense()))
-    if a.is_floating_point() and a.itemsize == 1:  # torch compares no numbers of eight bits
-        a, b = a.float(), b.float()
-    return bool(((a == b) | ((a != a) & (b != b))).all())
+        return tuple(name for name, copy in copies.items() if name in now and not identical(now[name], copy))

@@ -133,7 +133,7 @@ class Cuts:
         kept: The same for results that no other node reads, and that are not handed on as leaves.
         rewritten: Those of all these results that forward writes in place later.
         exports: Number of a result to the name under which nodes read it as a constant.
-        random: Operation to the node whose draws begin there.
+        random: Operations that draw random numbers for some node.
         normalised: Operation to the node that it normalises for by the statistics of the batch.
         constants: The name of each constant.
         copied: Those constants that forward changes after they were read.
@@ -152,7 +152,7 @@ class Cuts:
     kept: Mapping[int, str]
     rewritten: frozenset[int]
     exports: Mapping[int, str]
-    random: Mapping[int, str]
+    random: frozenset[int]
     normalised: Mapping[int, str]
     copied: frozenset[int]
     opaque: frozenset[str]
@@ -187,10 +187,11 @@ class Cuts:
             and self.sequence[:index] == other.sequence[:index]
             and all(
                 before(getattr(self, name), end) == before(getattr(other, name), end)
-                for names, end in ((("slots", "kept", "exports"), results), (("random", "normalised"), index))
+                for names, end in ((("slots", "kept", "exports"), results), (("normalised",), index))
                 for name in names
             )
             and not any(i < results for i in self.rewritten ^ other.rewritten)
+            and not any(i < index for i in self.random ^ other.random)
             and not any(i < constants for i in self.copied ^ other.copied)
         )
 
@@ -214,7 +215,7 @@ class Run:
         leaves: Slot to the leaf that was handed on.
         predictions: Slot to what the node has made, at the end of its own autograd graph.
         exports: Name to what nodes read as a constant.
-        random: Operation, or with cuts node, to the state of the generators before it.
+        random: Operation that draws random numbers to the state of the generators before it.
         normalised: Node to the inputs and weights of its batch norms.
         hot: The tensors that operations have made, by number.
         origins: Constant to the names of the arguments that it was made of.
@@ -242,7 +243,7 @@ class Run:
     leaves: dict[str, Tensor] = field(default_factory=dict)
     predictions: dict[str, Tensor] = field(default_factory=dict)
     exports: dict[str, Tensor] = field(default_factory=dict)
-    random: dict[Any, RandomState] = field(default_factory=dict)
+    random: dict[int, RandomState] = field(default_factory=dict)
     normalised: dict[str, list[tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
     hot: list[Tensor] = field(default_factory=list)
     origins: list[frozenset[str]] = field(default_factory=list)
@@ -260,7 +261,6 @@ class Run:
         """Have the records of the cuts that were followed, as far as they were."""
         assert self.cuts is not None
         self.records = list(self.cuts.records[: len(self.sequence)])
-        self.random = {i: self.random[node] for i, node in self.cuts.random.items() if node in self.random}
         self.origins, self.names = [frozenset()] * len(self.constants), [None] * len(self.constants)
 
     def outline(self) -> Run:
@@ -271,7 +271,6 @@ class Run:
             returned=self.returned,
             records=self.records,
             copied=self.copied,
-            random=dict(self.random),
             origins=self.origins,
             names=self.names,
             opaque=self.opaque,
@@ -598,7 +597,7 @@ class Watch(TorchFunctionMode):
         cuts = self.cuts
         assert cuts is not None
         if index in cuts.random:
-            self.run.random[cuts.random[index]] = RandomState(self.device)
+            self.run.random[index] = RandomState(self.device)
         if index in cuts.normalised:
             batch = args[0] if args else kwargs["input"]
             weight = args[3] if len(args) > 3 else kwargs.get("weight")

@@ -181,7 +181,7 @@ class Call:
         """Take what the run has left where it was cut."""
         run = self.run
         self.environment.update(run.exports)
-        self._random = {node: run.random[node] for node in self.graph.draws}
+        self._random = {node: run.random[first] for node, first in self.graph.draws.items()}
         for node in self.graph.order:
             inputs = tuple([self.values[slot] for slot in node.reads])
             if node.operations:
@@ -231,8 +231,8 @@ class Call:
 
     def _state_before(self, node: Node) -> RandomState | None:
         """The generators as the run had them where it began to draw for this node."""
-        found = self.run.random.get(node.name)  # of a run that was cut
-        return self.run.random.get(self.graph.draws.get(node.name)) if found is None else found
+        first = self.graph.draws.get(node.name)
+        return None if first is None else self.run.random.get(first)
 
     def output(self) -> list[Any]:
         """The leaves of the model's output, at the values as they are.

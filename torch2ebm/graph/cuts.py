@@ -68,7 +68,7 @@ def _cuts(
         kept,
         rewritten,
         exports,
-        {min(draws): name for name, draws in random.items()},
+        frozenset(i for draws in random.values() for i in draws),
         normalised,
         run.copied,
         frozenset(run.opaque),
@@ -121,8 +121,8 @@ def draws_of(capture: Capture, body: Iterable[fx.Node]) -> list[int]:
 def _draws_apart(capture: Capture, of_nodes: Mapping[str, Sequence[int]]) -> bool:
     """Whether each node draws its random numbers one after the other: a node winds the generator back once."""
     assert capture.run.records is not None
-    draws = [i for i, record in enumerate(capture.run.records) if record.random]
-    place = {draw: i for i, draw in enumerate(draws)}
+    drawn = (i for i, record in enumerate(capture.run.records) if record.random)
+    place = {draw: i for i, draw in enumerate(drawn)}
     return all(place[own[-1]] - place[own[0]] == len(own) - 1 for own in of_nodes.values())
 
 

@@ -21,12 +21,16 @@ from torch2ebm.isolation.random_numbers import Generators
 class BufferSnapshot:
     """Copies of the buffers that a forward pass changes."""
 
-    def __init__(self, buffers: Mapping[str, Tensor]) -> None:
+    def __init__(self, buffers: Mapping[Any, Tensor]) -> None:
         self.copies = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
 
     def restore(self) -> None:
         for buffer, copy in self.copies:
             buffer.data.copy_(copy)  # .data: autograd graphs that saved the buffer keep their version of it
+
+    def changed(self) -> list[int]:
+        """The places of those that have been written since."""
+        return [i for i, (buffer, copy) in enumerate(self.copies) if not identical(buffer, copy)]
 
     def preserved(self) -> Change:
         return restored_by(self.restore)
@@ -58,6 +62,18 @@ class BufferHistory:
         self._undoing |= all(torch.equal(buffer, copy) for buffer, copy in self.after.copies)
         if self._undoing:
             self.before.restore()
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same numbers, NaN among them."""
+    # not torch.equal: a NaN that was there before has not changed
+    if a.shape != b.shape or a.layout is not b.layout:
+        return False
+    if a.layout is not torch.strided:
+        return a is b or (a.layout is torch.sparse_coo and identical(a.to_dense(), b.to_dense()))
+    if a.is_floating_point() and a.itemsize == 1:  # torch compares no numbers of eight bits
+        a, b = a.float(), b.float()
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def is_lazy(tensor: Tensor) -> bool:

@@ -209,6 +209,9 @@ class Captures:
         if entry is None:
             entry = self._new_entry(key, run, device)
         elif (others := self._others(run, entry)) or not run.kept.keys() <= entry.held:
+            assert entry.captured is not None
+            known = entry.captured.run.changed_buffers
+            run.changed_buffers = tuple(dict.fromkeys((*known, *run.changed_buffers)))
             entry.varying |= others
             entry.held |= run.kept.keys()
             entry.captured = self._captured(run, entry, device)
@@ -221,7 +224,7 @@ class Captures:
         for key, entry in list(self.entries.items()):
             if any(graph is known for known in entry.graphs.values()):
                 del self.entries[key]
-        self._latest = {key: latest for key, latest in self._latest.items() if latest[1] is not graph}
+        self._latest = {key: latest for key, latest in self._latest.items() if latest is not graph.cuts}
 
     def _new_entry(self, key: Any, run: Run, device: torch.device) -> _Entry:
         entry = _Entry(held=frozenset(run.kept))

@@ -138,10 +138,17 @@ class Conversion:
                 if before is not None:
                     check_whole_call(served, before, lambda: self.module(*args, **kwargs))
                 call = self._call(served)
-                finite = self.captures.standing_buffers()
-                forget = partial(self.captures.forget, served.graph)
                 open_call = OpenCall(
-                    call, algorithm, history, finite, forwards, keep, self.shards, served.arguments, self.standing, forget
+                    call,
+                    algorithm,
+                    history,
+                    self.captures.standing_buffers(),
+                    forwards,
+                    keep,
+                    self.shards,
+                    served.arguments,
+                    self.standing,
+                    partial(self.captures.forget, served.graph),
                 )
                 outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
                     open_call, *self.shards.in_place_of(open_call.parameters), *served.run.external.values()

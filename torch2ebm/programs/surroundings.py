@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable, Iterator
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch2ebm.loss.output_loss import OutputLoss
 from torch2ebm.programs.cache import Programs
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, slice, type(Ellipsis))
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -35,26 +37,15 @@ def surroundings(call: Call) -> Hashable:
     deterministic = torch.are_deterministic_algorithms_enabled()
     parts = call.graph.once(surroundings, lambda: tuple(_whole_modules(call.graph)))
     settings = tuple([_settings(part) for part in parts])
-    numbers = tuple([_number(value) for value in call.environment.values() if not isinstance(value, Tensor)])
+    numbers = tuple([(name, _told_by(each)) for name, each in call.environment.items() if not isinstance(each, Tensor)])
     return autocast, torch.get_default_dtype(), deterministic, torch.get_num_threads(), settings, numbers
 
 
-def _number(value: Any) -> Hashable:
-    """A number of this run, which a program has written down; of any other object its identity, held by the key."""
-    return (type(value), value) if isinstance(value, PLAIN) else _Same(value)
-
-
-class _Same:
-    """Equal to what holds the same object."""
-
-    def __init__(self, held: Any) -> None:
-        self.held = held
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.held is self.held
-
-    def __hash__(self) -> int:
-        return id(self.held)
+def _told_by(number: Any) -> Hashable:
+    """What tells a number of the run from another, which a program would be stale for; an object may always differ."""
+    if isinstance(number, PLAIN):
+        return signature(number)
+    return number if isinstance(number, (type, *_FUNCTIONS)) else object()
 
 
 def _whole_modules(graph: EnergyGraph) -> Iterator[nn.Module]:

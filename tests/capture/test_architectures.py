@@ -1,0 +1,115 @@
+"""What third-party architectures do in forward, each kind in a few lines: outputs, buffers and gradients stay exact."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torch2ebm
+from torch2ebm.common.nested import leaves_of
+
+
+def squares(output: Any) -> Tensor:
+    """A loss of every differentiable tensor of the output."""
+    found = [leaf for leaf in leaves_of(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return torch.stack([leaf.square().mean() for leaf in found]).sum()
+
+
+def called(module: Callable[..., Any], net: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The loss, gradients by name, and buffers by name, of a call with the same random numbers each time."""
+    net.zero_grad()
+    torch.manual_seed(3)
+    loss = squares(module(x))
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, {name: b.clone() for name, b in net.named_buffers()}
+
+
+def check_calls(net: nn.Module, *inputs: Tensor, before: Callable[[nn.Module, int], None] | None = None) -> Any:
+    """Hold each of several calls against a plain copy of the module; returns the converted model.
+
+    Args:
+        net: In training mode.
+        inputs: One for each call.
+        before: Called before each call with either module, and the number of the call.
+    """
+    net = net.double()
+    plain = copy.deepcopy(net)
+    model = torch2ebm.convert(net)
+    optimizer = torch2ebm.EnergyOptimizer(
+        torch.optim.SGD(net.parameters(), lr=0.0), model, torch2ebm.ZeroDivergence()
+    )
+    for i, x in enumerate(inputs):
+        if before is not None:
+            before(net, i)
+            before(plain, i)
+        ours, real = called(model, net, x), called(plain, plain, x)
+        assert torch.equal(ours[0], real[0])
+        assert ours[1].keys() == real[1].keys()
+        for name, gradient in real[1].items():
+            torch.testing.assert_close(ours[1][name], gradient, rtol=1e-10, atol=1e-12, msg=name)
+        for name, buffer in real[2].items():
+            torch.testing.assert_close(ours[2][name], buffer, rtol=0, atol=0, equal_nan=True, msg=name)
+    optimizer.detach()
+    return model
+
+
+class AttentionWithDropouts(nn.Module):
+    """Two draws in what a node per layer holds, and numbers that follow the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inwards, self.outwards = nn.Linear(4, 12), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inwards(x).chunk(3, -1)
+        weights = functional.dropout(torch.softmax(q @ k.transpose(-1, -2), -1), 0.2, self.training)
+        mixed = functional.dropout(weights @ v, 0.3, self.training).view(len(x), -1, 4)
+        return functional.dropout(self.outwards(mixed), 0.1, self.training)
+
+
+def batches(*sizes: int) -> list[Tensor]:
+    return [torch.randn(size, 3, 4, dtype=torch.float64) for size in sizes]
+
+
+def test_several_draws_of_one_node_at_another_batch_size() -> None:
+    check_calls(AttentionWithDropouts(), *batches(2, 2, 5, 5, 3))
+
+
+class Normalised(nn.Module):
+    """Batch statistics, a number that follows the batch, and a branch that another call takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+        self.other = nn.BatchNorm1d(6)
+        self.branch = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(functional.dropout(self.first(x[:, 0]), 0.2, self.training)).tanh()
+        if self.branch:
+            h = functional.dropout(self.other(functional.dropout(h, 0.5, self.training)), 0.1, self.training)
+        return self.last(h).reshape(len(x), 2, 1)
+
+
+def test_running_statistics_move_once_at_another_batch_size() -> None:
+    check_calls(Normalised(), *batches(4, 6, 6, 5))
+
+
+def test_running_statistics_move_once_in_another_branch() -> None:
+    def before(net: nn.Module, call: int) -> None:
+        net.branch = call in (1, 3, 4)
+
+    check_calls(Normalised(), *batches(4, 4, 4, 4, 5, 6), before=before)
+
+
+def test_running_statistics_move_once_after_a_call_in_evaluation() -> None:
+    def before(net: nn.Module, call: int) -> None:
+        net.train(call > 0)
+
+    check_calls(Normalised(), *batches(4, 4, 4, 5), before=before)
