@@ -135,4 +135,3 @@ class Before:
         now = dict(self.module.named_buffers())
         copies = dict(zip(self.buffers, (copy for _, copy in self.contents.copies), strict=True))
         return tuple(name for name, copy in copies.items() if name in now and not identical(now[name], copy))
-
