@@ -174,3 +174,28 @@ def test_an_opaque_module_returns_fields() -> None:
     with pytest.warns(torch2ebm.errors.OpaqueModuleWarning, match="inner"):
         model = check_calls(UsesFields(), *batches(2, 2, 3))
     assert list(model.graph.opaque) == ["inner"]
+
+
+class Experts(nn.Module):
+    """Tokens are sorted by the experts that a router chose for each, in equal shares, and put back in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router, self.last = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+        self.inwards, self.outwards = (nn.Parameter(torch.randn(3, 4, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.first(x).tanh().view(-1, 4)
+        weights, chosen = self.router(tokens).softmax(-1).topk(2)
+        weights = weights / weights.sum(-1, keepdim=True)
+        order = torch.sort(chosen.reshape(-1), stable=True)[1]
+        h = torch.bmm(tokens[order // 2].view(3, -1, 4), self.inwards).relu()
+        h = torch.bmm(h, self.outwards).view(-1, 4) * weights.reshape(-1)[order].unsqueeze(-1)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        return self.last(h[back].view(-1, 2, 4).sum(1) + tokens).view(len(x), -1, 2)
+
+
+def test_tokens_go_to_experts_and_back() -> None:
+    model = check_calls(Experts(), *batches(2, 2, 3))
+    assert len(model.nodes) > 2
