@@ -303,9 +303,7 @@ PASSIVE = frozenset(
         ),
         *_methods("item", "tolist", "numpy", "get_device", "untyped_storage", "storage", "is_neg", "equal", "allclose"),
         *_methods("__bool__", "__len__", "__int__", "__float__", "__index__", "__complex__", "__format__", "__repr__"),
-        *_methods(
-            "__contains__", "__hash__", "__array__", "is_shared", "type", "is_same_size", "is_set_to", "is_pinned"
-        ),
+        *_methods("__contains__", "__hash__", "__array__", "is_shared", "is_same_size", "is_set_to", "is_pinned"),
         *_methods("retain_grad", "requires_grad_", "__reduce_ex__", "__deepcopy__"),
         *(torch.is_floating_point, torch.is_complex, torch.numel, torch.equal, torch.allclose, torch.is_nonzero),
         *(torch.result_type, torch.is_same_size, torch.is_signed, torch.is_inference, torch.is_conj, torch.is_neg),
@@ -371,7 +369,9 @@ class Watch(TorchFunctionMode):
         self.device = device
         self.opaque = dict(opaque or {})
         self.suspended = False
+        self._type = device.type
         self.start = Ambient.now(device.type)
+        self.recording = cuts is None
         self._numbers: dict[int, int] = {}  # id -> number
         self._known: dict[tuple[int, int], int] = {}  # (id, version) -> constant
         self._alive: list[Any] = []  # an address that is free may be used again
@@ -390,10 +390,6 @@ class Watch(TorchFunctionMode):
     def inputs(self) -> Mapping[int, str]:
         return self._named()
 
-    @property
-    def recording(self) -> bool:
-        return self.run.records is not None
-
     # what torch tells
 
     def __torch_function__(
@@ -403,7 +399,11 @@ class Watch(TorchFunctionMode):
         if self.suspended or func in PASSIVE or func in self.passive:
             if func in VALUES and self.recording and not self.suspended and self._any_hot(args, kwargs):
                 self.run.values_read.setdefault(self._scopes()[1], func.__name__)
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if self.suspended or not isinstance(result, Tensor) or func in PASSIVE:
+                return result
+            self.passive.discard(func)  # x.type() tells the type, x.type(dtype) makes a tensor
+            return self._seen(func, lambda *a, **k: result, args, kwargs)
         if self.lazy and any(is_lazy(leaf) for leaf in _tensors((args, kwargs))):
             return func(*args, **kwargs)  # a lazy module makes its parameters
         return self._seen(func, func, args, kwargs)
@@ -432,6 +432,9 @@ class Watch(TorchFunctionMode):
             return self._unseen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
         if not self.recording:
             return call(module, *args, **kwargs)
+        caller = self._calls[-1] if self._calls else ""
+        for leaf in _tensors((args, kwargs)):
+            self._check_known(leaf, caller)
         self._calls.append(path)
         try:
             result = call(module, *args, **kwargs)
@@ -474,9 +477,12 @@ class Watch(TorchFunctionMode):
             key[place] = self._constant(tensor)
         if found and self.run.external_leaves and not self.recording:
             args, kwargs = map_leaves(self._current, (args, kwargs))
-        ambient = Ambient.now(self.device.type)
-        if ambient != self.start:
-            key.append(ambient)
+        ambient = self.start
+        # by parts: this is asked for each operation
+        if torch.is_grad_enabled() is not ambient.grad or torch.is_autocast_enabled(self._type) or ambient.autocast:
+            ambient = Ambient.now(self._type)
+            if ambient != self.start:
+                key.append(ambient)
         index = len(self.run.sequence)
         if not self.recording and not self._expected(index, key, numbers):
             if (index, tuple(key)) in self.run.effects:
@@ -674,7 +680,7 @@ class Watch(TorchFunctionMode):
 
     def _deviate(self) -> None:
         """Another sequence than expected: record from here on, with what was known so far."""
-        self.run.cuts = self.cuts
+        self.recording, self.run.cuts = True, self.cuts
         self.run.as_recorded()
 
     def _recorded(
@@ -704,7 +710,7 @@ class Watch(TorchFunctionMode):
         state = RandomState(self.device)
         result = execute(*args, **kwargs)
         if type(result) is not Tensor and not _makes_tensors(function, result):
-            if result is not None:
+            if result is not None and result is not NotImplemented:
                 self.passive.add(function)
             return result
         random = state.advanced()
@@ -832,6 +838,7 @@ class Watch(TorchFunctionMode):
             return
         if self._comes_from_hot(tensor):
             self.lost[path] = "computes with parameters what torch2ebm cannot see, outside of torch's own operations"
+            self._number(tensor)  # whoever reads it is not to blame
 
     def _comes_from_hot(self, tensor: Tensor) -> bool:
         hot = {t.grad_fn for t in self.run.hot if t.grad_fn is not None}

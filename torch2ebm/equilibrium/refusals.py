@@ -11,7 +11,9 @@ from torch2ebm.graph.activations import activation_kind, is_activation, operatio
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, Operation
 
 _NORMALISING = frozenset(["layer_norm", "group_norm", "rms_norm", "instance_norm"])
-_RECURRENT = frozenset(["rnn_tanh", "rnn_relu", "lstm", "gru", "rnn_tanh_cell", "rnn_relu_cell", "lstm_cell", "gru_cell"])
+_RECURRENT = frozenset(
+    ["rnn_tanh", "rnn_relu", "lstm", "gru", "rnn_tanh_cell", "rnn_relu_cell", "lstm_cell", "gru_cell"]
+)
 _LINEAR = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
 # derivative zero everywhere, or none
 _WHOLE_NUMBERS = frozenset(["round", "floor", "ceil", "trunc", "sign", "heaviside", "argmax", "argmin", "one_hot"])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.capture.fingerprint import Fingerprint, swapped_parameters
 from torch2ebm.capture.observation import Capture, capture
 from torch2ebm.capture.problems import users_level
 from torch2ebm.capture.recording import Place
@@ -27,7 +28,6 @@ from torch2ebm.graph.lone_node import ALONE, FINER, lone_node
 from torch2ebm.isolation.module_state import is_lazy, tensors_in_place
 from torch2ebm.isolation.torch_modes import TRACING
 from torch2ebm.model.arguments import Arguments
-from torch2ebm.model.fingerprint import Fingerprint, swapped_parameters
 from torch2ebm.model.verification import same_by_cuts, verify
 
 KEPT = 32  # sequences of operations: branches may differ from batch to batch

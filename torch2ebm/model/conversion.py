@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.capture.fingerprint import inside_functional_call
 from torch2ebm.capture.running import Before
 from torch2ebm.common.nested import map_leaves
 from torch2ebm.engine.call import Call
@@ -26,7 +27,6 @@ from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for
 from torch2ebm.model.arguments import Arguments, called, check_inputs
 from torch2ebm.model.backward import EnergyFunction, OpenCall
 from torch2ebm.model.capture_cache import Captures, Served
-from torch2ebm.model.fingerprint import inside_functional_call
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.shards import Shards
