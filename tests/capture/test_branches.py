@@ -50,13 +50,13 @@ BRANCHES: dict[str, Callable[[Tensor, int], bool]] = {
     "a value of the data": lambda h, i: bool(h.sum() > 0),
     "an item": lambda h, i: h.mean().item() > 0,
     "Python's random numbers": lambda h, i: random.random() < 0.5,  # LayerDrop
-    "NumPy's random numbers": lambda h, i: np.random.rand() < 0.5,  # noqa: NPY002
+    "NumPy's random numbers": lambda h, i: np.random.rand() < 0.5,
     "torch's random numbers": lambda h, i: bool(torch.rand(()) < 0.5),
 }
 
 
 def reseeded(seed: int) -> None:
-    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)  # noqa: NPY002
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
 
 
 def outcomes(net: nn.Module, called: Callable[[Tensor], Tensor], calls: int) -> Iterator[tuple[Tensor, list[Tensor]]]:

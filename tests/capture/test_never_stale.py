@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import MethodType
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_dropout_draws_one_mask_a_call_after_it_was_switched_on() -> None:
         assert torch.equal(torch.get_rng_state(), drawn)  # no more than the module's own call
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
     energy = model.state.relaxation.energy
-    assert all(later < earlier for earlier, later in zip(energy, energy[1:], strict=False))  # one mask: it descends
+    assert all(later < earlier for earlier, later in pairwise(energy))  # one mask: it descends
 
 
 # Parametrizations, pruning, weight norms ------------------------------------------------------------------------------
