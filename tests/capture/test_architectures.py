@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,7 +22,9 @@ def squares(output: Any) -> Tensor:
     return torch.stack([leaf.square().mean() for leaf in found]).sum()
 
 
-def called(module: Callable[..., Any], net: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def called(
+    module: Callable[..., Any], net: nn.Module, x: Tensor
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The loss, gradients by name, and buffers by name, of a call with the same random numbers each time."""
     net.zero_grad()
     torch.manual_seed(3)
@@ -41,9 +45,7 @@ def check_calls(net: nn.Module, *inputs: Tensor, before: Callable[[nn.Module, in
     net = net.double()
     plain = copy.deepcopy(net)
     model = torch2ebm.convert(net)
-    optimizer = torch2ebm.EnergyOptimizer(
-        torch.optim.SGD(net.parameters(), lr=0.0), model, torch2ebm.ZeroDivergence()
-    )
+    optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.0), model, torch2ebm.ZeroDivergence())
     for i, x in enumerate(inputs):
         if before is not None:
             before(net, i)
@@ -113,3 +115,87 @@ def test_running_statistics_move_once_after_a_call_in_evaluation() -> None:
         net.train(call > 0)
 
     check_calls(Normalised(), *batches(4, 4, 4, 5), before=before)
+
+
+class Typed(nn.Module):
+    """Asks a tensor for its type, and converts another by the same method; compares with what is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        kind = h.type()
+        if h == "nothing":
+            return h
+        scores = (h.float() * 2).softmax(-1).type(h.dtype)
+        return self.last((scores + (h == 3)).type(kind))
+
+
+def test_a_method_that_tells_or_converts_is_followed_where_it_converts() -> None:
+    model = check_calls(Typed(), *batches(2, 2, 3))
+    assert not model.graph.opaque
+    assert len(model.nodes) == 2
+
+
+@dataclass
+class Kept:
+    hidden: Tensor
+    layers: list[Tensor]
+    name: str = "kept"
+
+
+class OutsideOfTorch(nn.Module):
+    """Opaque, since C++ calls torch here; its result holds fields, and lists in fields."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
+        h = self.linear(x)
+        with torch._C.DisableTorchFunctionSubclass(), torch._C.DisableTorchFunction():
+            g = h.tanh()
+        return g * 2, Kept(g, [h, g + h])
+
+
+class UsesFields(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = OutsideOfTorch(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
+        h, kept = self.inner(x)
+        return self.last(h + kept.hidden + kept.layers[1]), kept
+
+
+def test_an_opaque_module_returns_fields() -> None:
+    with pytest.warns(torch2ebm.errors.OpaqueModuleWarning, match="inner"):
+        model = check_calls(UsesFields(), *batches(2, 2, 3))
+    assert list(model.graph.opaque) == ["inner"]
+
+
+class Experts(nn.Module):
+    """Tokens are sorted by the experts that a router chose for each, in equal shares, and put back in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router, self.last = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+        self.inwards, self.outwards = (nn.Parameter(torch.randn(3, 4, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.first(x).tanh().view(-1, 4)
+        weights, chosen = self.router(tokens).softmax(-1).topk(2)
+        weights = weights / weights.sum(-1, keepdim=True)
+        order = torch.sort(chosen.reshape(-1), stable=True)[1]
+        h = torch.bmm(tokens[order // 2].view(3, -1, 4), self.inwards).relu()
+        h = torch.bmm(h, self.outwards).view(-1, 4) * weights.reshape(-1)[order].unsqueeze(-1)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        return self.last(h[back].view(-1, 2, 4).sum(1) + tokens).view(len(x), -1, 2)
+
+
+def test_tokens_go_to_experts_and_back() -> None:
+    model = check_calls(Experts(), *batches(2, 2, 3))
+    assert len(model.nodes) > 2

@@ -449,7 +449,6 @@ GRANULARITIES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::torch2ebm.errors.LoneNodeWarning")  # there is no activation between its layers
 @pytest.mark.parametrize("nodes", GRANULARITIES, ids=str)
 def test_one_model_takes_a_mask_or_none_and_any_batch_and_length(nodes: Any) -> None:
     model, twin = attached(_Encoder(), torch2ebm.ZeroDivergence(), nodes), _Encoder()

@@ -63,7 +63,7 @@ def test_a_run_that_is_cut_leaves_what_the_nodes_make(problem: Problem, nodes: s
     composed = node_by_node(model, inputs, keep_graph)
     module.load_state_dict(state)
     cut = watched(model, inputs)
-    assert cut.run.followed or model.graph.cuts is None
+    assert cut.run.followed or not model.graph.cuts.complete
     cut.feedforward(keep_graph)
     assert composed.values.keys() == cut.values.keys() and composed.passes.keys() == cut.passes.keys()
     assert all(torch.equal(value, cut.values[slot]) for slot, value in composed.values.items())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,11 +136,17 @@ class _Importer:
             self.viewed[node] = self._node(record.sources[number])
 
     def _items(self, record: Record, results: Any, node: fx.Node) -> None:
-        parts = results.items() if isinstance(results, Mapping) else enumerate(results)
+        take: Any = operator.getitem
+        if isinstance(results, Mapping):
+            parts: Iterable[tuple[Any, Any]] = results.items()
+        elif dataclasses.is_dataclass(results):  # of an opaque module
+            take, parts = getattr, ((f.name, getattr(results, f.name)) for f in dataclasses.fields(results))
+        else:
+            parts = enumerate(results)
         for key, part in parts:
             if not any(isinstance(leaf, int) for leaf in leaves_of(part)):
                 continue
-            item = self.graph.call_function(operator.getitem, (node, key))
+            item = self.graph.call_function(take, (node, key))
             item.meta = dict(node.meta)
             self.operations[item] = self.operations[node]
             if isinstance(part, int):

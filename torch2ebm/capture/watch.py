@@ -303,9 +303,7 @@ PASSIVE = frozenset(
         ),
         *_methods("item", "tolist", "numpy", "get_device", "untyped_storage", "storage", "is_neg", "equal", "allclose"),
         *_methods("__bool__", "__len__", "__int__", "__float__", "__index__", "__complex__", "__format__", "__repr__"),
-        *_methods(
-            "__contains__", "__hash__", "__array__", "is_shared", "type", "is_same_size", "is_set_to", "is_pinned"
-        ),
+        *_methods("__contains__", "__hash__", "__array__", "is_shared", "is_same_size", "is_set_to", "is_pinned"),
         *_methods("retain_grad", "requires_grad_", "__reduce_ex__", "__deepcopy__"),
         *(torch.is_floating_point, torch.is_complex, torch.numel, torch.equal, torch.allclose, torch.is_nonzero),
         *(torch.result_type, torch.is_same_size, torch.is_signed, torch.is_inference, torch.is_conj, torch.is_neg),
@@ -403,7 +401,11 @@ class Watch(TorchFunctionMode):
         if self.suspended or func in PASSIVE or func in self.passive:
             if func in VALUES and self.recording and not self.suspended and self._any_hot(args, kwargs):
                 self.run.values_read.setdefault(self._scopes()[1], func.__name__)
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if self.suspended or not isinstance(result, Tensor) or func in PASSIVE:
+                return result
+            self.passive.discard(func)  # x.type() tells the type, x.type(dtype) makes a tensor
+            return self._seen(func, lambda *a, **k: result, args, kwargs)
         if self.lazy and any(is_lazy(leaf) for leaf in _tensors((args, kwargs))):
             return func(*args, **kwargs)  # a lazy module makes its parameters
         return self._seen(func, func, args, kwargs)
@@ -432,6 +434,9 @@ class Watch(TorchFunctionMode):
             return self._unseen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
         if not self.recording:
             return call(module, *args, **kwargs)
+        caller = self._calls[-1] if self._calls else ""
+        for leaf in _tensors((args, kwargs)):
+            self._check_known(leaf, caller)
         self._calls.append(path)
         try:
             result = call(module, *args, **kwargs)
@@ -704,7 +709,7 @@ class Watch(TorchFunctionMode):
         state = RandomState(self.device)
         result = execute(*args, **kwargs)
         if type(result) is not Tensor and not _makes_tensors(function, result):
-            if result is not None:
+            if result is not None and result is not NotImplemented:
                 self.passive.add(function)
             return result
         random = state.advanced()
@@ -832,6 +837,7 @@ class Watch(TorchFunctionMode):
             return
         if self._comes_from_hot(tensor):
             self.lost[path] = "computes with parameters what torch2ebm cannot see, outside of torch's own operations"
+            self._number(tensor)  # whoever reads it is not to blame
 
     def _comes_from_hot(self, tensor: Tensor) -> bool:
         hot = {t.grad_fn for t in self.run.hot if t.grad_fn is not None}

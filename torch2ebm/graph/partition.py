@@ -206,10 +206,15 @@ class Partition:
                 yield from self.live_sources(source)
 
     def _read_once(self, group: Group) -> Iterator[fx.Node]:
-        for node in group.members:
-            for source in node.all_input_nodes:
+        """What the feed-forward pass fixes is made of, where the group reads it, also through what it computes of it."""
+        pending, seen = list(group.members), set[fx.Node]()
+        while pending:
+            for source in pending.pop().all_input_nodes:
                 if source in self.roles.once:
                     yield from self.live_sources(source)
+                elif source in self.roles.repeated and source not in seen:
+                    seen.add(source)
+                    pending.append(source)
 
     def _ordered(self, groups: list[Group], owner: dict[fx.Node, fx.Node]) -> tuple[list[Group], list[Group]]:
         """Groups so that random draws come in the module's own order; the second list is what is stuck in a cycle."""

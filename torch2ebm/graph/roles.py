@@ -74,8 +74,8 @@ def output_node(graph: fx.Graph) -> fx.Node:
 
 
 def _is_part(node: fx.Node, live: dict[fx.Node, fx.Node], capture: Capture) -> bool:
-    """Whether ``node`` takes one tensor out of the tuple that a live operation returned."""
-    if node.op != "call_function" or node.target is not operator.getitem:
+    """Whether ``node`` takes one tensor out of the tuple, or of the fields, that a live operation returned."""
+    if node.op != "call_function" or (node.target is not operator.getitem and node.target is not getattr):
         return False
     source = node.args[0]
     return isinstance(source, fx.Node) and source in live and not capture.facts[source].tensor

@@ -19,6 +19,7 @@ from torch2ebm.engine.finite import (
     first_bad,
 )
 from torch2ebm.engine.results import InferenceState, LocalGradients
+from torch2ebm.engine.standing import Standing
 from torch2ebm.errors import (
     ConfigurationError,
     DenseLayerError,
@@ -36,7 +37,6 @@ from torch2ebm.loss.tape import Tape
 from torch2ebm.model.arguments import Arguments, check_finite_inputs
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.shards import Shards
-from torch2ebm.model.standing import Standing
 from torch2ebm.model.unchanged import Unchanged
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.capture.fingerprint import Fingerprint, swapped_parameters
 from torch2ebm.capture.observation import Capture, capture
 from torch2ebm.capture.problems import users_level
 from torch2ebm.capture.recording import Place
@@ -27,7 +28,6 @@ from torch2ebm.graph.lone_node import ALONE, FINER, lone_node
 from torch2ebm.isolation.module_state import is_lazy, tensors_in_place
 from torch2ebm.isolation.torch_modes import TRACING
 from torch2ebm.model.arguments import Arguments
-from torch2ebm.model.fingerprint import Fingerprint, swapped_parameters
 from torch2ebm.model.verification import same_by_cuts, verify
 
 KEPT = 32  # sequences of operations: branches may differ from batch to batch
@@ -138,6 +138,8 @@ class Captures:
                 return Served(run, graph, swapped, arguments)
         with TRACING:
             graph = self._graph_for(run, granularity, graded, arguments.device, swapped)
+        if algorithm is not None and algorithm.reevaluates_loss:
+            self._tell_of_lone_node(graph)
         self._latest[granularity, graded] = _cuts_of(graph)
         return Served(run, graph, swapped, arguments)
 
@@ -250,8 +252,11 @@ class Captures:
                     OpaqueModuleWarning,
                     stacklevel=users_level(),
                 )
+
+    def _tell_of_lone_node(self, graph: EnergyGraph) -> None:
         if (lone := lone_node(graph)) and None not in self._told_of:
             self._told_of.add(None)
+            name = type(self.module).__name__
             warnings.warn(f"{name}, node '{lone}': {ALONE} {FINER}", LoneNodeWarning, stacklevel=users_level())
 
     def _tell_of_changing(self) -> None:
