@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -74,7 +74,10 @@ class Subject:
             with ExitStack() as told:
                 watch.deviates = partial(self._deviates, watch, told, rest, device)
                 told.enter_context(self._told(watch, cuts))
-                run = watch.watching(function)
+                try:
+                    run = watch.watching(function)
+                finally:
+                    watch.deviates = bool  # a cycle, which would keep all tensors of the run until it is collected
             self.custom |= watch.custom
             if run.records is None or not (watch.lost or watch.blind):
                 break
@@ -107,7 +110,8 @@ class Subject:
     def _told(self, watch: Watch, cuts: Cuts | None) -> AbstractContextManager[None]:
         """Torch's classes are patched for what is known to be needed alone: a patch costs more than an operation."""
         modules = cuts is None or bool(cuts.opaque) or self.elsewhere or self._has_backward_hooks()
-        return told_of_calls(watch, custom=cuts is None or self.custom or modules, modules=modules)
+        custom = cuts is None or self.custom or modules
+        return told_of_calls(watch, custom, modules) if custom else nullcontext()
 
     def _has_backward_hooks(self) -> bool:
         """Whether some submodule has a hook that torch hangs on results' autograd functions, where no mode sees it."""

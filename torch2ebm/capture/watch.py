@@ -369,7 +369,9 @@ class Watch(TorchFunctionMode):
         self.device = device
         self.opaque = dict(opaque or {})
         self.suspended = False
+        self._type = device.type
         self.start = Ambient.now(device.type)
+        self.recording = cuts is None
         self._numbers: dict[int, int] = {}  # id -> number
         self._known: dict[tuple[int, int], int] = {}  # (id, version) -> constant
         self._alive: list[Any] = []  # an address that is free may be used again
@@ -387,10 +389,6 @@ class Watch(TorchFunctionMode):
     @functools.cached_property
     def inputs(self) -> Mapping[int, str]:
         return self._named()
-
-    @property
-    def recording(self) -> bool:
-        return self.run.records is not None
 
     # what torch tells
 
@@ -479,9 +477,12 @@ class Watch(TorchFunctionMode):
             key[place] = self._constant(tensor)
         if found and self.run.external_leaves and not self.recording:
             args, kwargs = map_leaves(self._current, (args, kwargs))
-        ambient = Ambient.now(self.device.type)
-        if ambient != self.start:
-            key.append(ambient)
+        ambient = self.start
+        # by parts: this is asked for each operation
+        if torch.is_grad_enabled() is not ambient.grad or torch.is_autocast_enabled(self._type) or ambient.autocast:
+            ambient = Ambient.now(self._type)
+            if ambient != self.start:
+                key.append(ambient)
         index = len(self.run.sequence)
         if not self.recording and not self._expected(index, key, numbers):
             if (index, tuple(key)) in self.run.effects:
@@ -679,7 +680,7 @@ class Watch(TorchFunctionMode):
 
     def _deviate(self) -> None:
         """Another sequence than expected: record from here on, with what was known so far."""
-        self.run.cuts = self.cuts
+        self.recording, self.run.cuts = True, self.cuts
         self.run.as_recorded()
 
     def _recorded(
