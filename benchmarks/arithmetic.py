@@ -15,6 +15,7 @@ from measure import flops
 
 from torch2ebm.engine.call import Call, NodePass
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
+from torch2ebm.model.energy_model import EnergyModel
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,11 @@ class NodeCost:
     to_parameters: int
 
 
-def node_costs(graph: EnergyGraph, *inputs: torch.Tensor) -> dict[str, NodeCost]:
+def node_costs(model: EnergyModel, *inputs: torch.Tensor) -> dict[str, NodeCost]:
     """Of every node, for these inputs of the model."""
-    call = Call(graph, inputs)
+    call = model.torch2ebm.new_call(inputs, {})
     call.feedforward(keep_graph=False)
-    return {node.name: _cost(call, node) for node in graph.nodes.values()}
+    return {node.name: _cost(call, node) for node in call.graph.nodes.values()}
 
 
 def _cost(call: Call, node: Node) -> NodeCost:

@@ -173,14 +173,14 @@ class Contest:
         return differences
 
     def warmed_up(self) -> None:
-        """Every program has been recorded and compiled, where it is to be."""
+        """Every run is known and has been cut once, and every program recorded and compiled, where it is to be."""
         for name, program in self.programs.items():
             self._warm_up(name, program)
 
     def _warm_up(self, name: str, program: Program) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CompilationWarning)
-            for _ in range(4 if name.endswith(COMPILED) else 1):  # recorded at one batch, compiled at another
+            for _ in range(4 if name.endswith(COMPILED) else 2):  # recorded at one batch, compiled at another
                 program()
         found = [str(each.message) for each in caught if issubclass(each.category, CompilationWarning)]
         if found:

@@ -33,7 +33,6 @@ from reporting import arguments_of, save_json, table, this_machine
 from torch import Tensor
 
 import torch2ebm
-from torch2ebm.engine.call import Call
 from torch2ebm.equilibrium.dynamics import Equilibrium
 from torch2ebm.equilibrium.hopfield import HopfieldGraph
 from torch2ebm.errors import NotSettledWarning
@@ -114,19 +113,17 @@ def _row(part: Part, name: str, program: Program, backprop: int, copy: int, note
 
 def bytes_of_values(contest: Contest) -> int:
     """One copy of the values of a case."""
-    graph = torch2ebm.convert(contest.net, example_inputs=contest.x).graph
-    call = Call(graph, [contest.x])
+    call = torch2ebm.convert(contest.net).torch2ebm.new_call((contest.x,), {})
     call.feedforward(keep_graph=False)
-    values: list[Tensor] = [call.values[slot] for node in graph.hidden_nodes for slot in node.slots]
+    values: list[Tensor] = [call.values[slot] for node in call.graph.hidden_nodes for slot in node.slots]
     return sum(value.nbytes for value in values)
 
 
 def bytes_of_states(contest: Contest) -> int:
     """One copy of an equilibrium's states, which stand before each pooling and not after it."""
-    graph = torch2ebm.convert(contest.net, "activation", contest.x).graph
-    call = Call(graph, [contest.x])
+    call = torch2ebm.convert(contest.net, "activation").torch2ebm.new_call((contest.x,), {})
     call.feedforward(keep_graph=False)
-    return sum(state.nbytes for state in Equilibrium(call, HopfieldGraph(graph), 1.0).states.values())
+    return sum(state.nbytes for state in Equilibrium(call, HopfieldGraph(call.graph), 1.0).states.values())
 
 
 def memory_table(rows: Sequence[Row]) -> str:

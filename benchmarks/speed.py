@@ -169,9 +169,11 @@ class Operations:
         counted = {REFERENCE: contest.programs[REFERENCE]} | {name: contest.programs[name] for name in contest.models}
         numbers = {name: flops(program) for name, program in counted.items()}
         backprop = numbers[REFERENCE]
-        graph = contest.models[next(name for name in contest.models if name != FIXED_BLOCKS.name)].graph
-        costs = node_costs(graph, contest.x)
-        arithmetic, full = (strict_flops(graph, costs, STEPS, wave_front) / backprop for wave_front in (True, False))
+        model = contest.models[next(name for name in contest.models if name != FIXED_BLOCKS.name)]
+        costs = node_costs(model, contest.x)
+        arithmetic, full = (
+            strict_flops(model.graph, costs, STEPS, wave_front) / backprop for wave_front in (True, False)
+        )
         return Operations({name: number / backprop for name, number in numbers.items()}, arithmetic, full)
 
 

@@ -53,10 +53,10 @@ def test_the_full_sweep_gives_the_very_numbers_of_the_wave_front():
 
 def test_the_arithmetic_of_a_chain_is_that_of_its_matrices():
     contest = Contest(TINY, [STRICT], False)
-    contest.warmed_up()  # the first call also verifies the graph
+    contest.warmed_up()  # the first call also verifies the graph, the second its cuts
     counted = {name: flops(program) for name, program in contest.programs.items()}
     graph = contest.models[STRICT.name].graph
-    costs = node_costs(graph, contest.x)
+    costs = node_costs(contest.models[STRICT.name], contest.x)
     first, *others = [2 * BATCH * fan_in * fan_out for fan_in, fan_out in pairwise(WIDTHS)]
     ends = 3 * first + 3 * sum(others)  # the feed-forward pass, the last one, and the parameters' gradients
     full = ends + STEPS * 2 * sum(others)

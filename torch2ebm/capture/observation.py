@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 
 from torch2ebm.capture.problems import first_place
 from torch2ebm.capture.recording import Place, Trace, traced
-from torch2ebm.capture.watch import Run
+from torch2ebm.capture.watch import Run, draws_from_its_own
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import UntraceableError, first_line
 from torch2ebm.isolation.batch_statistics import Statistics, keeping_statistics
@@ -87,9 +87,10 @@ class Capture:
 
 
 class _Observer(fx.Interpreter):
-    def __init__(self, module: nn.Module, trace: Trace, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, trace: Trace, run: Run, device: torch.device) -> None:
         super().__init__(module, garbage_collect_values=False, graph=trace.graph)
         self.device = device
+        self.drawing = {node for node, i in trace.operations.items() if draws_from_its_own(run.numbers[i])}
         self.facts: dict[fx.Node, Fact] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -100,7 +101,7 @@ class _Observer(fx.Interpreter):
         before, statistics = RandomState(self.device), Statistics()
         with entered(keeping_statistics(statistics)):
             value = super().run_node(n)
-        self.facts[n] = _fact(value, before.advanced(), bool(statistics))
+        self.facts[n] = _fact(value, before.advanced() or n in self.drawing, bool(statistics))
         return value
 
 
@@ -146,7 +147,7 @@ def capture(
     """
     further = tuple(sorted(held))
     trace = traced(module, run, varying, further, device.type)
-    observer = _Observer(module, trace, device)
+    observer = _Observer(module, trace, run, device)
     made = Capture(module, trace, leaves, observer.facts, run.outline(), varying, further)
     before = BufferSnapshot(dict(enumerate(run.constants)))
     with plain_autograd(), untouched(module, device), all_parameters_trainable(module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch2ebm.capture.in_place import stopped, without_writes
-from torch2ebm.capture.watch import Ambient, Constant, Hot, ModuleCall, Number, Record, Run
+from torch2ebm.capture.watch import Ambient, Constant, Hot, ModuleCall, Number, Record, Run, draws_from_its_own
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.errors import UntraceableError
 from torch2ebm.isolation.torch_modes import Autocast
@@ -106,6 +106,8 @@ class _Importer:
         """One operation, and an item for each tensor of its result where that is no tensor itself."""
         args, kwargs = self._resolved(i, record.args), self._resolved(i, record.kwargs)
         kind, target, args = self._target(record, args)
+        if draws_from_its_own(self.run.numbers[i]):
+            kind, target = "call_function", _from_the_same_state(target)
         node = self.graph.create_node(kind, target, args, kwargs)
         node.meta["calls"] = dict(record.scopes)
         node.meta["place"] = record.place
@@ -231,6 +233,21 @@ def _module_call(module: nn.Module, path: str, writes: bool) -> Callable[..., An
 
     operation.__name__ = operation.__qualname__ = type(part).__name__
     operation.opaque_module, operation.opaque_path = part, path  # type: ignore[attr-defined]
+    return operation
+
+
+def _from_the_same_state(target: Any) -> Callable[..., Any]:
+    """The operation with a generator of the caller's, which no evaluation moves on."""
+    draw = getattr(Tensor, target) if isinstance(target, str) else target
+
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        def of(leaf: Any) -> Any:
+            return leaf.clone_state() if isinstance(leaf, torch.Generator) else leaf
+
+        args, kwargs = map_leaves(of, (args, kwargs))
+        return draw(*args, **kwargs)
+
+    operation.__name__ = operation.__qualname__ = draw.__name__
     return operation
 
 

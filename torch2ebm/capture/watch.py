@@ -531,7 +531,8 @@ class Watch(TorchFunctionMode):
                 hot |= self._scan((part.start, part.stop, part.step), key, numbers, found)
             else:
                 key.append(getattr(part, "__code__", kind))
-                numbers.append(part)
+                # a generator as it is before the operation draws from it
+                numbers.append(part.clone_state() if kind is torch.Generator else part)
         return hot
 
     def _constant(self, tensor: Tensor) -> int:
@@ -713,7 +714,7 @@ class Watch(TorchFunctionMode):
             if result is not None and result is not NotImplemented:
                 self.passive.add(function)
             return result
-        random = state.advanced()
+        random = state.advanced() or draws_from_its_own(numbers)
         if random:
             self.run.random[index] = state
         changed = _apart([t for t, version in zip(given, versions, strict=True) if t._version != version])
@@ -1005,6 +1006,11 @@ def moved_by(record: Record) -> Iterator[Constant]:
     if record.function is functional.batch_norm:
         given = (*record.args[1:3], record.kwargs.get("running_mean"), record.kwargs.get("running_var"))
         yield from (each for each in given if isinstance(each, Constant))
+
+
+def draws_from_its_own(numbers: Iterable[Any]) -> bool:
+    """Whether there is a generator among the arguments of an operation."""
+    return any(isinstance(number, torch.Generator) for number in numbers)
 
 
 def hung_on_autograd(module: nn.Module) -> bool:
