@@ -649,6 +649,9 @@ class Watch(TorchFunctionMode):
         if random:
             self.run.random[index] = state
         changed = [t for t, version in zip(given, versions, strict=True) if t._version != version]
+        if changed and args and any(t is args[0] for t in changed):
+            # a tensor and its views count their versions together: x[i] += y ends in x.__setitem__(i, x[i])
+            changed = [t for t in changed if t is args[0] or not _share(t, args[0])]
         wrote = tuple(dict.fromkeys(self._reference(tensor) for tensor in changed))
         if not wrote and _named_in_place(function) and args and result is args[0]:
             wrote = (self._reference(result),)  # detach_ and its like change no content
