@@ -256,3 +256,39 @@ def test_functions_of_torch_are_found_again_by_their_names(function: Callable[[T
             return function(self.first(x)) * 2
 
     check_calls(Net(), *batches(2, 2, 3))
+
+
+class AddsToParts(nn.Module):
+    """``x[..., :2] += y`` reads a part, writes it, and puts it where it is already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        boxes = self.first(x)
+        boxes[..., :2] += x[..., 2:].sigmoid()
+        boxes[:, 0][..., 1:] *= boxes[:, 1][..., 1:].tanh()
+        boxes[0, :, 0] -= self.last(boxes.clone())[0, :, 0]
+        return self.last(boxes.sigmoid())
+
+
+def test_parts_are_added_to() -> None:
+    check_calls(AddsToParts(), *batches(2, 2, 3))
+
+
+class SamplesTokens(nn.Module):
+    """A layer that serves to choose alone: what others read of it is one tuple of data, and no value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.score, self.last = nn.Linear(4, 4), nn.Linear(4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        chosen = self.score(h)[..., 0].argsort(dim=-1).unbind()
+        return self.last(torch.stack([h[i, each[:2]] for i, each in enumerate(chosen)]))
+
+
+def test_a_layer_that_serves_to_choose_alone() -> None:
+    check_calls(SamplesTokens(), *batches(2, 2, 3))
