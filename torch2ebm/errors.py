@@ -78,7 +78,7 @@ class OpaqueModuleWarning(UserWarning):
 
 
 class PlainBackwardWarning(UserWarning):
-    """An optimizer makes a step on gradients that no algorithm has made: the loop calls the module, and not the model."""
+    """An optimizer makes a step on gradients that no algorithm has made: the loop does not call the model."""
 
 
 class LoneNodeWarning(UserWarning):

@@ -187,9 +187,9 @@ class EnergyOptimizer(Optimizer):
         if any(parameter.grad is not None for parameter in self.model.parameters()):
             self._told = True
             warnings.warn(
-                f"optimizer.step(): the gradients are not {type(self.algorithm).__name__}'s, since there was no backward "
-                "through the converted model since the last step. Call model(x), the converted model, in your loop, and "
-                "not the module that you converted (net(x)) or a part of it.",
+                f"optimizer.step(): the gradients are not {type(self.algorithm).__name__}'s, since no backward came "
+                "through the converted model since the last step. Call model(x), the converted model, in your loop, "
+                "and not the module that you converted (net(x)) or a part of it.",
                 PlainBackwardWarning,
                 stacklevel=users_level(),
             )

@@ -1,4 +1,4 @@
-"""Algorithms are their settings: frozen, compared and copied by them, and never served by a program of others."""
+"""Algorithms are their settings: frozen, compared and copied by them."""
 
 import copy
 import dataclasses
@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch2ebm
-from torch2ebm.engine.results import LocalGradients
 from torch2ebm.errors import ConfigurationError
-from torch2ebm.programs.cache import Programs
-from torch2ebm.programs.sweep import ProgramSweep
 
 SETTINGS = {row.name: row.settings for row in ROWS if row.settings is not None}
 EXCLUDED = {"update", "schedule"}  # by a damping, and by compile
@@ -118,45 +115,11 @@ def test_precisions_are_compared_by_their_numbers() -> None:
 
 
 def gradients(model: torch2ebm.EnergyModel) -> list[Tensor]:
-    """Of the third batch of a kind: the one that a program serves."""
+    """Of the third batch of a kind, which a run that is cut serves."""
     for _ in range(3):
         model.zero_grad()
         F.cross_entropy(model(torch.linspace(-1, 1, 20).reshape(5, 4)), torch.tensor([0, 1, 2, 0, 1])).backward()
     return [parameter.grad.clone() for parameter in model.parameters()]
-
-
-class SharedPrograms(torch2ebm.Algorithm):
-    """FixedPrediction with a setting that can be changed, and programs that stay: what a cache key has to notice."""
-
-    reevaluates_loss = False
-
-    def __init__(self) -> None:
-        self.inner, self.programs = torch2ebm.FixedPrediction(5, 0.3), Programs()
-
-    def _sweep(self) -> ProgramSweep:
-        return ProgramSweep(self.programs, self.inner, self.inner._closed_form)
-
-    def forward(self, call):
-        return self._sweep().forward(call)
-
-    def backward(self, call, kept, loss, retain_graph):
-        swept = self._sweep().backward(call, kept, loss.delivered, retain_graph)
-        state = torch2ebm.InferenceState(call.graph, call.batch_size, call.values, swept.deltas)
-        return LocalGradients(swept.gradients.parameters, [None], state)
-
-
-def test_a_program_of_other_settings_never_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch2ebm.programs.program.Program.compile", lambda self: None)
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    shared = SharedPrograms()
-    model = attached(net, shared)
-    first = gradients(model)
-    shared.inner = torch2ebm.FixedPrediction(5, 0.1)
-    second = gradients(model)
-    expected = gradients(attached(net, torch2ebm.FixedPrediction(5, 0.1)))
-    assert not torch.allclose(first[0], second[0])
-    torch.testing.assert_close(second, expected)
 
 
 # the contract of 0.1 --------------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ import torch2ebm
 from torch2ebm.errors import NoEquilibriumError
 
 REFUSED = {
-    "normalised_cnn": "InstanceNorm2d",
-    "vit": "LayerNorm",
-    "gpt": "LayerNorm",
-    "mixer": "LayerNorm",
-    "lstm": "LSTM",
-    "gru": "GRU",
+    "normalised_cnn": "instance_norm",
+    "vit": "layer_norm",
+    "gpt": "layer_norm",
+    "mixer": "layer_norm",
+    "lstm": "lstm",
+    "gru": "gru",
 }
 every_model = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 

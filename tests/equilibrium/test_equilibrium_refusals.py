@@ -46,13 +46,13 @@ class Recurrent(nn.Module):
 
 
 REFUSED = [
-    (linear(nn.Linear(6, 6), nn.LayerNorm(6)), r"'3' \(LayerNorm\) normalises each sample"),
-    (linear(nn.GroupNorm(2, 6)), r"'2' \(GroupNorm\)"),
+    (linear(nn.Linear(6, 6), nn.LayerNorm(6)), r"'3' \(layer_norm\) normalises each sample"),
+    (linear(nn.GroupNorm(2, 6)), r"'2' \(group_norm\)"),
     (linear(nn.BatchNorm1d(6)), r"normalises by the batch.*model\.eval\(\)"),
     (linear(nn.Dropout(0.5)), r"draws random numbers.*model\.eval\(\)"),
-    (linear(nn.PReLU()), r"'2' \(PReLU\) is an activation with parameters"),
+    (linear(nn.PReLU()), r"'2' \(prelu\) is an activation with parameters"),
     (Rounded(), r"\(round\) makes whole numbers"),
-    (Recurrent(), r"'cell' \(GRU\) has a state and an order in time"),
+    (Recurrent(), r"'cell' \(gru\) has a state and an order in time"),
 ]
 ALGORITHMS = [
     torch2ebm.EquilibriumPropagation(),
@@ -231,7 +231,7 @@ def test_activations_are_states_as_modules_methods_and_functions() -> None:
     torch2ebm.EnergyOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, algorithm)
     F.cross_entropy(model(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])).backward()
     kinds = [node.description for node in model.nodes.values() if not node.parameters and len(node.operations) == 1]
-    assert kinds == ["Hardtanh", "relu", "gelu", "clamp", "leaky_relu", "softplus", "hardsigmoid", "relu6"]
+    assert kinds == ["Hardtanh", "ReLU", "gelu", "clamp", "leaky_relu", "softplus", "hardsigmoid", "relu6"]
     assert bool((model.state.value["bounded"] >= 0).all() and (model.state.value["bounded"] <= 1).all())
 
 

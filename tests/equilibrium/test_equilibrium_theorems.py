@@ -25,7 +25,6 @@ from test_equilibrium import gradients, summed
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.engine.call import Call
 from torch2ebm.engine.gradients import GradientSum
 from torch2ebm.equilibrium.dynamics import Equilibrium, Influence
 from torch2ebm.equilibrium.free_phase import FreePhase
@@ -56,7 +55,7 @@ class Cost(OutputLoss):
 def settled_call(example: Example) -> tuple[Equilibrium, dict[str, Tensor]]:
     """The package's own free equilibrium, to rounding."""
     model = torch2ebm.convert(example.module, nodes="activation", example_inputs=example.x)
-    call = Call(model.graph, [example.x])
+    call = model.torch2ebm.new_call((example.x,), {})
     free = FreePhase(5000, tol=1e-15).run(call)
     return free.equilibrium, dict(free.settled.states)
 

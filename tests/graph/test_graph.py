@@ -3,13 +3,13 @@
 import pytest
 import torch
 from helpers import relative_error
-from oracles.graphs import backprop, call
+from oracles.graphs import Inputs, backprop, call
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import PROBLEMS, Problem
 
 import torch2ebm
-from torch2ebm.common.nested import fill
+from torch2ebm.common.nested import map_leaves
 from torch2ebm.engine.call import Call
 
 GRANULARITIES = ("layer", "preactivation", "activation", "module", "op", "children")
@@ -18,19 +18,22 @@ every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem:
 every_granularity = pytest.mark.parametrize("nodes", GRANULARITIES)
 
 
-def converted(problem: Problem, nodes: str, batch: int = 5) -> tuple[torch2ebm.EnergyModel, nn.Module, list[Tensor]]:
+def converted(problem: Problem, nodes: str) -> tuple[torch2ebm.EnergyModel, nn.Module]:
     module = problem.build()
-    inputs = problem.inputs(batch)
-    model = torch2ebm.convert(module, nodes=nodes, example_inputs=inputs)
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    return model, module, tensors
+    return torch2ebm.convert(module, nodes=nodes, example_inputs=problem.inputs(5)), module
 
 
-def node_by_node(model: torch2ebm.EnergyModel, tensors: list[Tensor], keep_graph: bool) -> Call:
-    run = Call(model.graph, tensors)
-    torch.manual_seed(0)
-    run.feedforward(keep_graph)
+def node_by_node(model: torch2ebm.EnergyModel, inputs: Inputs, keep_graph: bool, cut: bool = True) -> Call:
+    """The nodes evaluated one after the other, whatever the run has left of them."""
+    run = watched(model, inputs)
+    run.run.followed = False
+    run.feedforward(keep_graph, cut)
     return run
+
+
+def watched(model: torch2ebm.EnergyModel, inputs: Inputs) -> Call:
+    torch.manual_seed(0)
+    return model.torch2ebm.new_call(*((inputs, {}) if isinstance(inputs, tuple) else ((), inputs)))
 
 
 @every_granularity
@@ -40,15 +43,10 @@ def test_composing_the_nodes_is_the_model_bit_for_bit(problem: Problem, nodes: s
     twin = problem.build().train(training)
     torch.manual_seed(0)
     expected = pytree.tree_leaves(call(twin, problem.inputs(3)))
-    model, module, _ = converted(problem, nodes)
+    model, module = converted(problem, nodes)
     model.train(training)
-    inputs = problem.inputs(3)  # another batch size than the graph was cut with
-    with torch.no_grad():
-        call(model, inputs)
-    model.torch2ebm.capture(*((inputs, {}) if isinstance(inputs, tuple) else ((), inputs)))
-    module.load_state_dict(problem.build().state_dict())
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    composed = node_by_node(model, tensors, keep_graph=False).output()
+    # another batch size than the graph was cut with
+    composed = node_by_node(model, problem.inputs(3), keep_graph=False).output()
     assert len(composed) == len(expected)
     for ours, theirs in zip(composed, expected, strict=True):
         assert torch.equal(ours, theirs) if isinstance(theirs, Tensor) else ours == theirs
@@ -58,12 +56,32 @@ def test_composing_the_nodes_is_the_model_bit_for_bit(problem: Problem, nodes: s
 
 @every_granularity
 @every_problem
+@pytest.mark.parametrize("keep_graph", [True, False], ids=["graph", "values"])
+def test_a_run_that_is_cut_leaves_what_the_nodes_make(problem: Problem, nodes: str, keep_graph: bool) -> None:
+    model, module = converted(problem, nodes)
+    inputs, state = problem.inputs(3), {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    composed = node_by_node(model, inputs, keep_graph)
+    module.load_state_dict(state)
+    cut = watched(model, inputs)
+    assert cut.run.followed or not model.graph.cuts.complete
+    cut.feedforward(keep_graph)
+    assert composed.values.keys() == cut.values.keys() and composed.passes.keys() == cut.passes.keys()
+    assert all(torch.equal(value, cut.values[slot]) for slot, value in composed.values.items())
+    for name, ours in cut.passes.items():
+        theirs = composed.passes[name]
+        for a, b in zip((*ours.inputs, *ours.predictions), (*theirs.inputs, *theirs.predictions), strict=True):
+            assert torch.equal(a, b), name
+
+
+@every_granularity
+@every_problem
 def test_vector_jacobian_products_node_by_node_are_autograd(problem: Problem, nodes: str) -> None:
     """The chain rule done by hand over the nodes' own graphs, without any algorithm."""
-    model, _, tensors = converted(problem, nodes)
-    run = node_by_node(model, tensors, keep_graph=True)
+    model, _ = converted(problem, nodes)
+    run = node_by_node(model, problem.inputs(5), keep_graph=True)
     leaves = [leaf.detach().requires_grad_() if _is_live(leaf) else leaf for leaf in run.output()]
-    loss = problem.loss(fill(model.graph.structure, leaves))
+    in_order = iter(leaves)
+    loss = problem.loss(map_leaves(lambda _: next(in_order), run.run.output))
     wanted = [leaf for leaf in leaves if _is_live(leaf)]
     of_outputs = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
     deltas: dict[str, Tensor] = {}
@@ -93,8 +111,8 @@ def _is_live(leaf: object) -> bool:
 @every_problem
 def test_no_autograd_graph_crosses_a_node_boundary(problem: Problem, nodes: str) -> None:
     """From a node's prediction a backward reaches its parameters and the leaves it reads, and nothing else."""
-    model, module, tensors = converted(problem, nodes)
-    run = node_by_node(model, tensors, keep_graph=True)
+    model, module = converted(problem, nodes)
+    run = node_by_node(model, problem.inputs(5), keep_graph=True)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for node in model.nodes.values():
         evaluated = run.passes[node.name]
@@ -120,8 +138,7 @@ def _leaves_behind(tensor: Tensor) -> list[Tensor]:
 def test_the_boundary_test_sees_a_graph_that_crosses() -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     model = torch2ebm.convert(module, example_inputs=torch.randn(2, 3).double())
-    run = Call(model.graph, [torch.randn(2, 3).double()])
-    run.feedforward(keep_graph=True, cut=False)
+    run = node_by_node(model, (torch.randn(2, 3).double(),), keep_graph=True, cut=False)
     behind_the_output = _leaves_behind(run.values[model.graph.output_slots[0]])
     assert any(leaf is module[0].weight for leaf in behind_the_output)
 
@@ -129,7 +146,7 @@ def test_the_boundary_test_sees_a_graph_that_crosses() -> None:
 @every_granularity
 @every_problem
 def test_parameters_stay_the_module_s_own_objects(problem: Problem, nodes: str) -> None:
-    model, module, _ = converted(problem, nodes)
+    model, module = converted(problem, nodes)
     own = dict(module.named_parameters())
     in_nodes = {name: p for node in model.nodes.values() for name, p in node.parameters.items()}
     assert in_nodes.keys() == own.keys()
@@ -139,7 +156,7 @@ def test_parameters_stay_the_module_s_own_objects(problem: Problem, nodes: str) 
 @every_granularity
 @every_problem
 def test_levels_are_longest_paths_to_an_output(problem: Problem, nodes: str) -> None:
-    model, _, _ = converted(problem, nodes)
+    model, _ = converted(problem, nodes)
     for node in model.nodes.values():
         children = [model.nodes[child].level for child in node.children]
         assert node.level == (max(children) + 1 if children else 0)

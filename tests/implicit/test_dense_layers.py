@@ -22,9 +22,14 @@ def data(*shape: int) -> Tensor:
 
 def fed(module: nn.Module, x: Tensor, nodes: object = "preactivation") -> Call:
     model = torch2ebm.convert(module.double(), nodes=nodes, example_inputs=x)
-    call = Call(model.graph, [x])
+    call = model.torch2ebm.new_call((x,), {})
     call.feedforward(keep_graph=False)
     return call
+
+
+def value_of(call: Call, node: str) -> Tensor:
+    (slot,) = call.graph.nodes[node].slots
+    return call.values[slot]
 
 
 class Form(nn.Module):
@@ -69,7 +74,7 @@ def test_every_way_to_write_a_dense_layer_gives_its_rows_and_its_names(form) -> 
     layer = dense_layers(call)["form"]
     assert (layer.weight, layer.bias, layer.fan_in, layer.fan_out) == ("form.weight", "form.bias", 5, 5)
     assert layer.has_bias and layer.transposed == (form is FORMS["stored_transposed"])
-    moved = (call.values["first"] + 0.3).detach().requires_grad_()
+    moved = (value_of(call, "first") + 0.3).detach().requires_grad_()
     found = layer.evaluate(call, [moved])
     activation = torch.tanh(moved)
     torch.testing.assert_close(found.rows, activation, rtol=0, atol=0)
@@ -96,7 +101,7 @@ def test_in_a_partition_at_the_pre_activations_every_linear_is_a_node_of_its_own
         ("2.weight", None, 5, 4),
         ("4.weight", "4.bias", 4, 2),
     ]
-    value = call.values["_0"].detach()
+    value = value_of(call, "0").detach()
     assert torch.equal(layers["2"].evaluate(call, [value]).rows, torch.relu(value))
 
 

@@ -626,16 +626,25 @@ def test_hooks_of_the_backward_and_with_keywords_run_as_on_the_module() -> None:
     assert seen["ours"] == seen["theirs"] and len(seen["ours"]) == 3
 
 
-def test_a_hook_on_the_module_runs_where_the_module_does() -> None:
-    net, hook = seeded(Net), Recorder(doubles=False)
-    model = attached(net, CODING)
+@every_algorithm
+def test_a_hook_on_the_module_or_a_layer_runs_once_a_call_and_is_followed(algorithm: torch2ebm.Algorithm) -> None:
+    net, twin, on_module, on_layer = seeded(Net), seeded(Net), Recorder(), Recorder()
+    model = attached(net, algorithm)
     model(X)
-    net.register_forward_hook(hook)
-    model(X)
-    assert hook.calls == []
+    net.register_forward_hook(on_module)
+    handle = net.body.register_forward_hook(on_layer)
+    for each in (twin, twin.body):
+        each.register_forward_hook(Recorder())
+    for _ in range(3):  # the first with the hooks is captured, the others are known
+        assert torch.equal(model(X), twin(X))
     with torch.no_grad():
         model(X)
-    assert hook.calls == [(net, 1)]
+    assert on_module.calls == [(net, 1)] * 4 and on_layer.calls == [(net.body, 1)] * 4
+    doubled: Chain = {"body": twin.hidden, "head": lambda h: 2 * twin.head(h)}  # twin.body has its own hook
+    assert_learns_as(model, twin, algorithm, doubled)
+    handle.remove()
+    twin.body._forward_hooks.clear()
+    assert_learns_as(model, twin, algorithm, doubled)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

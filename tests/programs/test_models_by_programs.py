@@ -13,30 +13,22 @@ from torch import Tensor
 from zoo import PROBLEMS, Problem
 
 import torch2ebm
-from torch2ebm.errors import CompilationWarning
 
 __all__ = ["recorded_only"]  # a fixture
-
-# nn.Transformer asks a mask whether it is causal; T5 returns a constant that is none of its buffers
-RUN_AS_THEY_ARE = {("Transformer", "strict"), ("Transformer", "Z-IL"), ("T5 with labels", "Z-IL")}
 
 
 def _cases() -> Iterator[Any]:
     for problem in (*FAMILIES, *PROBLEMS):
-        for name, make in ALGORITHMS[::2]:
+        for name, make in ALGORITHMS[:1]:
             marks = [pytest.mark.slow] * problem.name.startswith("T5")
-            yield pytest.param(problem, name, make, id=f"{problem.name}, {name}", marks=marks)
+            yield pytest.param(problem, make, id=f"{problem.name}, {name}", marks=marks)
 
 
-@pytest.mark.parametrize(("problem", "name", "make"), list(_cases()))
+@pytest.mark.parametrize(("problem", "make"), list(_cases()))
 @pytest.mark.usefixtures("recorded_only")
-def test_programs_compute_what_the_engine_computes_on_every_model(problem: Problem, name: str, make: Make) -> None:
+def test_programs_compute_what_the_engine_computes_on_every_model(problem: Problem, make: Make) -> None:
     expected, buffers = short_training(problem, make())
-    if (problem.name, name) in RUN_AS_THEY_ARE:
-        with pytest.warns(CompilationWarning, match="cannot be recorded"):
-            ours, own_buffers = short_training(problem, make(compile=True))
-    else:
-        ours, own_buffers = short_training(problem, make(compile=True))
+    ours, own_buffers = short_training(problem, make(compile=True))
     assert_same(ours, expected, 1e-10)
     for key, buffer in buffers.items():
         torch.testing.assert_close(own_buffers[key], buffer, rtol=1e-10, atol=1e-12)

@@ -115,7 +115,8 @@ def test_an_attribute_that_changes_with_every_batch_is_recorded_a_few_times(reco
     assert_same(ours, expected)
     count = len(recordings)
     trained(plain(), torch2ebm.PredictiveCoding(6, 0.1, compile=True), steps=1)
-    assert count <= 8 * (len(recordings) - count)
+    # one kind of the graph that takes the number for granted, and 8 of the one that reads it
+    assert count <= (1 + 8) * (len(recordings) - count)
 
 
 @pytest.mark.usefixtures("recorded_only")
@@ -164,8 +165,8 @@ def test_a_lazily_negated_input_is_no_kind_of_its_negative() -> None:
             z = torch.complex(inputs(step + 9), inputs(step))
             yield z.imag if step < 3 else z.conj().imag  # the second has a bit set, and the memory of the first
 
-    expected, _ = trained(plain(), torch2ebm.ZeroDivergence(), batches())
-    ours, _ = trained(plain(), torch2ebm.ZeroDivergence(compile=True), batches())
+    expected, _ = trained(plain(), torch2ebm.PredictiveCoding(6, 0.1), batches())
+    ours, _ = trained(plain(), torch2ebm.PredictiveCoding(6, 0.1, compile=True), batches())
     assert_same(ours, expected)
 
 
@@ -182,24 +183,3 @@ def test_hooks_of_parameters_run_once_in_a_backward(make: Make) -> None:
     assert_same(run(make(compile=True), 2.0), expected)
     with pytest.raises(AssertionError):
         assert_same(run(make(), 1.0), expected, 1e-4)
-
-
-@pytest.mark.parametrize("make", [torch2ebm.ZeroDivergence, torch2ebm.FixedPrediction])
-@pytest.mark.parametrize("changed", ["an input", "a weight", "a bias"])
-@pytest.mark.parametrize("settings", [{}, {"compile": True}], ids=["eager", "compiled"])
-@pytest.mark.usefixtures("recorded_only")
-def test_what_the_gradient_needs_may_not_change_before_the_backward(make: Make, changed: str, settings: dict) -> None:
-    net, x = plain(), inputs(0)
-    model = torch2ebm.convert(net)
-    optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), model, make(**settings))
-    for step in range(4):
-        cross_entropy(step)(model(x)).backward()
-    optimizer.zero_grad()
-    loss = cross_entropy(0)(model(x))
-    with torch.no_grad():
-        {"an input": x, "a weight": net[2].weight, "a bias": net[2].bias}[changed].mul_(2)
-    if changed == "a bias":
-        loss.backward()
-    else:
-        with pytest.raises(RuntimeError, match=r"in ?place"):
-            loss.backward()

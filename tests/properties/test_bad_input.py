@@ -20,7 +20,6 @@ from torch2ebm.engine.call import NodePass
 from torch2ebm.graph.energy_graph import Node
 
 ALGORITHMS = taken_by(__file__)
-HERE = "test_bad_input.py:"
 
 
 class Net(nn.Module):
@@ -306,31 +305,31 @@ INPUTS = [
     Bad(
         "wrong width",
         errors.NodeEvaluationError,
-        ("node 'first'", "(5, 7)", "shape"),
+        ("module 'first'", "(5, 7)", "shape"),
         calling(lambda scene: (torch.randn(5, 7),)),
     ),
     Bad(
         "wrong rank",
         errors.NodeEvaluationError,
-        ("node 'norm'", "(5, 2, 2, 8)", "shape"),
+        ("module 'norm'", "(5, 2, 2, 8)", "shape"),
         calling(lambda scene: (torch.randn(5, 2, 2, 4),)),
     ),
     Bad(
         "one sample for a batch norm",
         errors.NodeEvaluationError,
-        ("node 'norm'", "(1, 8)", "more than 1 value"),
+        ("module 'norm'", "(1, 8)", "more than 1 value"),
         calling(lambda scene: (torch.randn(1, 4),)),
     ),
     Bad(
         "wrong dtype",
         errors.NodeEvaluationError,
-        ("node 'first'", "float64", "dtype"),
+        ("module 'first'", "float64", "dtype"),
         calling(lambda scene: (scene.x.double(),)),
     ),
     Bad(
         "integers",
         errors.NodeEvaluationError,
-        ("node 'first'", "int64", "dtype"),
+        ("module 'first'", "int64", "dtype"),
         calling(lambda scene: (scene.x.long(),)),
     ),
     Bad(
@@ -484,7 +483,7 @@ CHANGES = [
     Bad(
         "parameter resized",
         errors.NodeEvaluationError,
-        ("node 'middle'", "(5, 8)", "shape"),
+        ("module 'middle'", "(5, 8)", "shape"),
         good,
         resize,
         restore_size,
@@ -651,8 +650,7 @@ def test_a_contrastive_loss_has_exact_gradients_under_zero_divergence() -> None:
     twin.zero_grad()
     contrastive(scene)
     (twin(scene.x) * twin(scene.other)).mean().backward()
-    ours = {name: p.grad for name, p in scene.net.named_parameters()}
-    assert relative_error(ours, {name: p.grad for name, p in twin.named_parameters()}) < 1e-12
+    assert relative_error(gradients_of(scene.net), gradients_of(twin)) < 1e-12
 
 
 # ---- settings
@@ -691,65 +689,70 @@ def test_an_illegal_setting_is_named(make: Callable[..., Any], setting: dict[str
     assert all(part in str(caught.value) for part in (f"({name}=", repr(value), "expected"))
 
 
-# ---- modules that cannot be traced
+# ---- modules that look at values
 
 
-class _Untraceable(nn.Module):
+class _Looking(nn.Module):
+    """Python sees a value in the middle of forward, which also writes an attribute and a buffer."""
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
-        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.seen: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen = x
         self.count = self.count + 1
-        return self.refuse(self.layer(x))
+        return self.look(self.layer(x))
 
 
-class Branching(_Untraceable):
-    def refuse(self, h: Tensor) -> Tensor:
+class Branching(_Looking):
+    def look(self, h: Tensor) -> Tensor:
         if h.sum() > 0:
             return torch.relu(h)
         return h
 
 
-class BranchingOnItem(_Untraceable):
-    def refuse(self, h: Tensor) -> Tensor:
+class BranchingOnItem(_Looking):
+    def look(self, h: Tensor) -> Tensor:
         return h if h.max().item() > 0 else -h
 
 
-class UsingNumPy(_Untraceable):
-    def refuse(self, h: Tensor) -> Tensor:
+class UsingNumPy(_Looking):
+    def look(self, h: Tensor) -> Tensor:
         return h * torch.from_numpy(np.tanh(h.detach().numpy()))
 
 
-class Looping(_Untraceable):
-    def refuse(self, h: Tensor) -> Tensor:
+class Looping(_Looking):
+    def look(self, h: Tensor) -> Tensor:
         for _ in range(int(h.abs().max()) + 1):
             h = torch.tanh(h)
         return h
 
 
-class Converting(_Untraceable):
-    def refuse(self, h: Tensor) -> Tensor:
+class Converting(_Looking):
+    def look(self, h: Tensor) -> Tensor:
         return h * float(h.detach().max())
 
 
-UNTRACEABLE = [Branching, BranchingOnItem, UsingNumPy, Looping, Converting]
+LOOKING = [Branching, BranchingOnItem, UsingNumPy, Looping, Converting]
 
 
-@pytest.mark.parametrize("inner", UNTRACEABLE)
+def around(inner: type[nn.Module]) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), inner()).double()
+
+
+@pytest.mark.parametrize("inner", LOOKING)
 @pytest.mark.parametrize("with_example", [False, True])
-def test_a_module_that_cannot_be_traced_is_named_and_left_as_it_was(inner: type[nn.Module], with_example: bool) -> None:
-    net = nn.Sequential(nn.Linear(4, 4), inner())
+def test_convert_leaves_a_module_that_looks_at_values_as_it_was(inner: type[nn.Module], with_example: bool) -> None:
+    net = around(inner)
     before, attributes = copy.deepcopy(net.state_dict()), [dict(part.__dict__) for part in net.modules()]
     contents = [(dict(part._parameters), dict(part._buffers)) for part in net.modules()]
     random = torch.get_rng_state()
-    with pytest.raises(errors.UntraceableError) as caught:
-        torch2ebm.convert(net, example_inputs=torch.randn(3, 4, generator=torch.Generator()) if with_example else None)
-    said = str(caught.value)
-    assert all(part in said for part in ("Sequential", HERE, "nodes=['1']", "expected", "torch.where")), said
+    x = torch.randn(3, 4, generator=torch.Generator(), dtype=torch.float64)
+    torch2ebm.convert(net, example_inputs=x if with_example else None)
     assert list(differences(dict(before), dict(net.state_dict()))) == []
     for part, known, (parameters, buffers) in zip(net.modules(), attributes, contents, strict=True):
         assert part.__dict__.keys() == known.keys()
@@ -757,17 +760,31 @@ def test_a_module_that_cannot_be_traced_is_named_and_left_as_it_was(inner: type[
         assert all(part._parameters[name] is value for name, value in parameters.items())
         assert all(part._buffers[name] is value for name, value in buffers.items())
     assert torch.equal(torch.get_rng_state(), random)
-    net(torch.randn(3, 4)).sum().backward()
+    net(x).sum().backward()
     assert isinstance(net[1].seen, Tensor)
 
 
-@pytest.mark.parametrize("inner", UNTRACEABLE)
-def test_the_remedy_that_the_message_names_works(inner: type[nn.Module]) -> None:
-    net = nn.Sequential(nn.Linear(4, 4), inner())
-    model = torch2ebm.convert(net, nodes=["1"])
+@pytest.mark.parametrize("nodes", ["auto", ["1"]], ids=str)
+@pytest.mark.parametrize("inner", LOOKING)
+def test_a_module_that_looks_at_values_is_followed_batch_by_batch(inner: type[nn.Module], nodes: Any) -> None:
+    """Whatever side or length a batch takes: the outputs, buffers and gradients of the plain module."""
+    net, twin = around(inner), around(inner)
+    model = torch2ebm.convert(net, nodes=nodes)
     torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, EXACT)
-    model(torch.randn(3, 4)).square().mean().backward()
-    assert net[0].weight.grad is not None
+    for seed, scale in enumerate((1.0, -1.0, 10.0, 1.0, -10.0, 1.0)):
+        x = scale * torch.randn(3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).abs()
+        net.zero_grad()
+        twin.zero_grad()
+        ours, theirs = model(x), twin(x)
+        assert torch.equal(ours.detach(), theirs.detach())
+        ours.square().mean().backward()
+        theirs.square().mean().backward()
+        assert relative_error(gradients_of(net), gradients_of(twin)) < 1e-12
+        assert torch.equal(net[1].count, twin[1].count) and net[1].seen.equal(twin[1].seen)
+
+
+def gradients_of(net: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
 def test_a_named_node_that_is_never_called_is_refused() -> None:
@@ -777,7 +794,7 @@ def test_a_named_node_that_is_never_called_is_refused() -> None:
             self.idle = nn.Linear(2, 2)
 
     with pytest.raises(errors.UnknownNodeError) as caught:
-        torch2ebm.convert(Idle(), nodes=["first", "idle"])
+        torch2ebm.convert(Idle(), nodes=["first", "idle"], example_inputs=torch.randn(5, 4))
     assert all(part in str(caught.value) for part in ("convert", "['idle']", "never called", "Name"))
 
 

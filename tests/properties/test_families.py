@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import PROBLEMS, Problem
 
 import torch2ebm
-from torch2ebm.errors import Torch2EBMError
+from torch2ebm.errors import OpaqueModuleWarning, PartitionError, Torch2EBMError, UntraceableError
 
 DOCS = Path(__file__).parents[2] / "docs" / "supported.md"
 BATCH, OTHER_BATCH = 4, 3
@@ -167,7 +167,7 @@ def test_a_layer_of_resnet18_takes_in_its_batch_norm_s_relu_and_the_residual_add
     for node in adding:
         operations = node.description.split(" > ")
         norms, after = operations[: operations.index("add")], operations[operations.index("add") + 1 :]
-        assert set(norms) == {"BatchNorm2d"} and after[0] == "relu"
+        assert set(norms) == {"BatchNorm2d"} and after[0] == "ReLU"
         assert len(norms) == (2 if ".0" in node.name and "layer1" not in node.name else 1)  # with the shortcut's
         assert len(node.parents) == 2
 
@@ -211,7 +211,7 @@ def test_timm_models_are_exact(name: str) -> None:
     assert_same_gradients(module, expected)
 
 
-# ---- what is refused, and the way round
+# ---- what forward may do, what is one node, what is refused
 
 
 class Net(nn.Module):
@@ -225,65 +225,12 @@ class Net(nn.Module):
         return self.last(self.middle(torch.sin(self.first(x))))
 
 
-class Branch(nn.Module):
-    def forward(self, h: Tensor) -> Tensor:
-        return h * 2 if h.sum() > 0 else h
+class Counter(nn.Module):
+    """Counts in a Python number, and reads it."""
 
-
-class Where(nn.Module):
-    def forward(self, h: Tensor) -> Tensor:
-        return torch.where(h.sum() > 0, h * 2, h)
-
-
-class ItemLoop(nn.Module):
-    def forward(self, h: Tensor) -> Tensor:
-        for _ in range(int(h.abs().max().item() * 3) + 1):
-            h = torch.sin(h)
-        return h
-
-
-class FixedLoop(nn.Module):
-    def forward(self, h: Tensor) -> Tensor:
-        rounds = (h.abs().max() * 3).floor() + 1
-        for i in range(5):
-            h = torch.where(i < rounds, torch.sin(h), h)
-        return h
-
-
-class ViaNumpy(nn.Module):
-    def forward(self, h: Tensor) -> Tensor:
-        return h * torch.from_numpy(np.tanh(h.detach().numpy()))
-
-
-class ViaTorch(nn.Module):
-    def forward(self, h: Tensor) -> Tensor:
-        return h * torch.tanh(h.detach())
-
-
-class AsList(nn.Module):
-    def forward(self, h: Tensor) -> Tensor:
-        return h * torch.tensor([max(row) for row in h.tolist()], dtype=h.dtype).unsqueeze(1)
-
-
-class AsAmax(nn.Module):
-    def forward(self, h: Tensor) -> Tensor:
-        return h * h.detach().amax(1, keepdim=True)
-
-
-class PythonCounter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
-
-    def forward(self, h: Tensor) -> Tensor:
-        self.calls += 1
-        return h / self.calls
-
-
-class BufferCounter(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
 
     def forward(self, h: Tensor) -> Tensor:
         self.calls += 1
@@ -307,7 +254,12 @@ def gate_without_gradient(h: Tensor) -> Tensor:
     return h * gate
 
 
-# Some stand beside a branch on a shape, which only torch.export can follow: that must not cost them their meaning.
+def by_item(h: Tensor) -> Tensor:
+    for _ in range(int(h.abs().max().item() * 3) + 1):
+        h = torch.sin(h)
+    return h
+
+
 CONSTRUCTS: dict[str, Callable[[Tensor], Tensor]] = {
     "`h.index_put` with a mask": lambda h: h.index_put((h.abs() > 1,), torch.zeros((), dtype=h.dtype)),
     "`torch.where(h > 0, ...)`": lambda h: torch.where(h > 0, h, 0.1 * h),
@@ -330,37 +282,68 @@ CONSTRUCTS: dict[str, Callable[[Tensor], Tensor]] = {
     "`torch.no_grad` in part of forward": gate_without_gradient,
     "`torch.no_grad` beside a branch on a shape": lambda h: gate_without_gradient(h) if h.dim() == 2 else h,
     "`torch.utils.checkpoint`": lambda h: checkpoint(torch.sin, h, use_reentrant=False),
+    "`if h.sum() > 0`": lambda h: h * 2 if h.sum() > 0 else h.sin(),
+    "`for _ in range(int(h.abs().max().item() * 3))`": by_item,
+    "`h.detach().numpy()`": lambda h: h * torch.from_numpy(np.tanh(h.detach().numpy())),
+    "`h.tolist()`": lambda h: h * torch.tensor([max(row) for row in h.tolist()], dtype=h.dtype).unsqueeze(1),
 }  # fmt: skip
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    **{name: lambda statement=statement: Written(statement) for name, statement in CONSTRUCTS.items()},
+    "`self.calls += 1`, and `h / self.calls`": Counter,
+}
 
 
-@pytest.mark.parametrize("construct", CONSTRUCTS)
-def test_a_forward_with_this_construct_is_exact(construct: str) -> None:
-    assert_learns_exactly(lambda: Written(CONSTRUCTS[construct]), "auto")
+class Gradient(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        inside = h.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(inside.pow(3).sum(), inside)
+        return h + gradient
+
+
+def watched() -> nn.Module:
+    module = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    module.register_full_backward_hook(lambda *given: None)
+    return module
+
+
+ONE_NODE: dict[str, Callable[[], nn.Module]] = {
+    "`torch.jit.script(module)`": lambda: torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Tanh())),
+    "a module with `register_full_backward_hook`": watched,
+    "a module that calls `torch.autograd.grad`": Gradient,
+}
+
+
+class WritesTheSecond(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.mark_dirty(other)
+        return h.clone(), other.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], 2 * gradients[1]
+
+
+class WritesElsewhere(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return sum(WritesTheSecond.apply(h, h * 3))
 
 
 @dataclass(frozen=True)
 class Refusal:
-    construct: str
-    reason: str
+    what: str
+    error: type[Torch2EBMError]
     way_round: str
-    bad: Callable[[], nn.Module]
-    good: Callable[[], nn.Module] | None  # rewritten; None: only as a node of its own
-    named: bool = True  # whether nodes=["middle"] helps
+    make: Callable[[], nn.Module]
 
 
 REFUSALS = (
-    Refusal("`if` on a tensor's value", "a graph holds one branch only",
-            "`torch.where`, or `nodes=[...]`", Branch, Where),
-    Refusal("a loop of `.item()` rounds", "the number of nodes would depend on the data",
-            "a fixed number of rounds with `torch.where`, or `nodes=[...]`", ItemLoop, FixedLoop),
-    Refusal("numpy in forward", "an array cannot be traced", "the same in torch, or `nodes=[...]`", ViaNumpy, ViaTorch),
-    Refusal("`.tolist()` in forward", "Python numbers cannot be traced",
-            "the same in torch, or `nodes=[...]`", AsList, AsAmax),
-    Refusal("a Python number that forward changes", "a graph cannot write attributes",
-            "a buffer: `register_buffer`", PythonCounter, BufferCounter, named=False),
+    Refusal("a custom autograd function that writes in place what is not its first argument", UntraceableError,
+            "put this argument first, or return a new tensor", lambda: net(WritesElsewhere)),
+    Refusal("a module without parameters", PartitionError, "there is nothing to learn",
+            lambda: nn.Sequential(nn.Tanh(), nn.Flatten())),
 )  # fmt: skip
-
-every_refusal = pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.construct)
 
 
 def net(middle: Callable[[], nn.Module]) -> nn.Module:
@@ -368,38 +351,58 @@ def net(middle: Callable[[], nn.Module]) -> nn.Module:
     return Net(middle()).double()
 
 
-def samples() -> Tensor:
-    return torch.randn(BATCH, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def samples(seed: int = 1) -> Tensor:
+    return torch.randn(BATCH, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def assert_learns_exactly(middle: Callable[[], nn.Module], nodes: Any) -> None:
+def assert_learns_exactly(middle: Callable[[], nn.Module], nodes: Any) -> torch2ebm.EnergyModel:
+    """In several batches, which may differ in the side of a branch or the length of a loop."""
     module, twin = net(middle), net(middle)
-    x = samples()
-    problem = Problem("mended", lambda: module, lambda batch: (x[:batch],), lambda output: output.square().mean())
-    expected = backprop(twin, (x,), problem.loss)
-    model = torch2ebm.convert(module, nodes=nodes, example_inputs=x)
-    torch2ebm.EnergyOptimizer(torch.optim.SGD(module.parameters(), lr=0.05), model, torch2ebm.ZeroDivergence())
-    output = seeded_call(model, problem, BATCH)
-    assert_same_output(output, seeded_call(twin, problem, BATCH))
-    problem.loss(output).backward()
-    assert_same_gradients(module, expected)
+    model = torch2ebm.convert(module, nodes=nodes, example_inputs=samples())
+    optimizer = torch2ebm.EnergyOptimizer(
+        torch.optim.SGD(module.parameters(), lr=0.05), model, torch2ebm.ZeroDivergence()
+    )
+    for seed in range(1, 6):
+        x = samples(seed)
+        optimizer.zero_grad()
+        twin.zero_grad()
+        ours, theirs = model(x), twin(x)
+        assert_same_output(ours, theirs)
+        ours.square().mean().backward()
+        theirs.square().mean().backward()
+        assert_same_gradients(module, {name: p.grad for name, p in twin.named_parameters() if p.grad is not None})
+    assert getattr(module.middle, "calls", None) == getattr(twin.middle, "calls", None)
+    return model
 
 
-@every_refusal
-def test_what_cannot_be_captured_is_a_typed_error_with_a_place(refusal: Refusal) -> None:
-    x = samples()
-    with pytest.raises(Torch2EBMError) as caught:
-        torch2ebm.convert(net(refusal.bad), example_inputs=x)
-    assert caught.value.remedy
-    assert "middle" in str(caught.value) or type(refusal.bad()).__name__ in str(caught.value)
+@pytest.mark.parametrize("nodes", ["auto", ["middle"]], ids=str)
+@pytest.mark.parametrize("construct", MODULES)
+def test_a_forward_with_this_construct_is_exact(construct: str, nodes: Any) -> None:
+    assert_learns_exactly(MODULES[construct], nodes)
 
 
-@every_refusal
-def test_the_way_round_works(refusal: Refusal) -> None:
-    if refusal.good is not None:
-        assert_learns_exactly(refusal.good, "auto")
-    if refusal.named:
-        assert_learns_exactly(refusal.bad, ["middle"])
+def test_the_batches_of_these_tests_take_both_sides_of_the_branch() -> None:
+    module, seen = net(lambda: Written(lambda h: h)), []
+    module.middle.register_forward_hook(lambda part, given, h: seen.append(bool(h.sum() > 0)))
+    for seed in range(1, 6):
+        module(samples(seed))
+    assert set(seen) == {True, False}
+
+
+@pytest.mark.parametrize("what", ONE_NODE)
+def test_a_module_that_cannot_be_looked_into_is_one_node_and_said_to_be(what: str) -> None:
+    with pytest.warns(OpaqueModuleWarning, match="middle"):
+        model = assert_learns_exactly(ONE_NODE[what], "op")
+    inside = [name for name in net(ONE_NODE[what]).state_dict() if name.startswith("middle.")]
+    assert sorted(model.nodes["middle"].parameters) == sorted(inside)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.what)
+def test_what_is_refused_is_a_typed_error_that_names_the_module(refusal: Refusal) -> None:
+    module = refusal.make()
+    with pytest.raises(refusal.error) as caught:
+        torch2ebm.convert(module, example_inputs=samples())
+    assert caught.value.remedy and type(module).__name__ in str(caught.value)
 
 
 # ---- the page
@@ -411,7 +414,7 @@ def supported_table() -> str:
         "# Supported models",
         "",
         "This page lists what `torch2ebm.convert` can convert, and what it refuses. A model that is not listed may",
-        "convert as well: try it.",
+        "convert as well: try it, or ask `torch2ebm.check(module, example_inputs)`.",
         "",
         "The tables come from `tests/properties/test_families.py`. It converts each family with its true structure",
         "at toy widths, and checks three things:",
@@ -420,47 +423,48 @@ def supported_table() -> str:
         "- The gradients of `ZeroDivergence` equal those of autograd within 1e-10 in float64.",
         "- The inference of `PredictiveCoding` lowers the energy.",
         "",
-        "*Captured by* says how the graph was made: `fx` is symbolic tracing, `export` is `torch.export`.",
         "*Layer nodes* is the number of value nodes, one for each layer with the activations that follow it.",
         "",
         "## Families of models",
         "",
-        "| family | captured by | layer nodes | special |",
-        "|---|---|---|---|",
+        "| family | layer nodes | special |",
+        "|---|---|---|",
     ]
     for problem in FAMILIES:
         model = torch2ebm.convert(problem.build(), nodes="layer", example_inputs=problem.inputs(BATCH))
-        lines.append(f"| {problem.name} | {model.captured_by} | {len(model.nodes)} | {SPECIAL[problem.name]} |")
+        lines.append(f"| {problem.name} | {len(model.nodes)} | {SPECIAL[problem.name]} |")
     lines += [
         "",
         "The node counts belong to the toy depths of the tests. ResNet-18 and ResNet-50 have their true depths.",
         "",
-        "A layer of `torch.nn` that consists of several operations is one node (LSTM, GRU, MultiheadAttention,",
-        "TransformerEncoder). For a finer cut, write it out or name its parts.",
+        "A layer of `torch.nn` that torch computes by one function is one node (LSTM, GRU, MultiheadAttention). For a",
+        "finer cut, write it out.",
         "",
         "## Constructs in forward",
         "",
-        "`h` is a tensor that your model has computed. With each of these constructs, too, the gradients of",
-        "`ZeroDivergence` equal those of autograd.",
+        "Your module runs as it is, in every call: `forward` may branch, loop, count and read values as it likes.",
+        "`h` is a tensor that your model has computed. With each of these constructs outputs equal the plain module's,",
+        "and the gradients of `ZeroDivergence` equal those of autograd, batch by batch:",
         "",
-        "| in forward | captured by |",
-        "|---|---|",
-    ]
-    for construct, statement in CONSTRUCTS.items():
-        model = torch2ebm.convert(net(lambda statement=statement: Written(statement)), example_inputs=samples())
-        lines.append(f"| {construct} | {model.captured_by} |")
-    lines += [
+        *(f"- {construct}" for construct in MODULES),
+        "",
+        "What Python reads off a tensor stays as the feed-forward pass has made it while values relax.",
+        "",
+        "## What is one node",
+        "",
+        "These cannot be looked into. Each is one node, whatever `nodes` asks for, and you get an",
+        "`OpaqueModuleWarning`. Outputs and the gradients of `ZeroDivergence` are exact all the same.",
+        "",
+        *(f"- {what}" for what in ONE_NODE),
         "",
         "## What is refused, and the way round",
         "",
-        "If your module cannot be converted, you get an error at `convert`, or at the first call. The error names the",
-        "place in forward. In the table, `nodes=[...]` means that you make the submodule there one node:",
-        "`torch2ebm.convert(net, nodes=['name'])`.",
+        "If your module cannot be converted, you get an error at `convert`, or at the first call.",
         "",
-        "| in forward | why | way round |",
+        "| what | error | way round |",
         "|---|---|---|",
+        *(f"| {r.what} | `{r.error.__name__}` | {r.way_round} |" for r in REFUSALS),
     ]
-    lines += [f"| {r.construct} | {r.reason} | {r.way_round} |" for r in REFUSALS]
     return "\n".join([*lines, ""])
 
 

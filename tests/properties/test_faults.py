@@ -68,7 +68,10 @@ class Counting(nn.Module):
 
 
 class Training:
-    """A net with buffers and dropout, one good step done; a hook on a weight, which relaxation suspends."""
+    """A net with buffers and dropout, two good steps done; a hook on a weight, which relaxation suspends.
+
+    The first step is captured. The second is the first whose run is cut at the nodes, and is held against these.
+    """
 
     def __init__(self, algorithm: torch2ebm.Algorithm, hidden: int = 8) -> None:
         torch.manual_seed(0)
@@ -81,6 +84,7 @@ class Training:
         self.optimizer = torch2ebm.EnergyOptimizer(self.inner, self.model, algorithm)
         self.x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
         self.net[0].weight.register_hook(lambda gradient: gradient * 1)
+        self.step()
         self.step()
         self.optimizer.zero_grad()
 
@@ -114,7 +118,7 @@ def assert_next_step_works(training: Training, algorithm: torch2ebm.Algorithm) -
 
 # Where autograd enters a backward, before anything is done or guarded: as in the user's own lines after the forward, an
 # interruption leaves buffers as the forward has moved them, which is what plain torch leaves.
-ENTRY = {("backward.py", "backward"), ("open_forwards.py", "without_a_trace"), ("taped_tensor.py", "<lambda>")}
+ENTRY = {("backward.py", "backward"), ("open_forwards.py", "without_a_trace"), ("taped_tensor.py", "seen")}
 
 # Lines that only open or close a guard. A with is traced once more before its end runs, and raising there would leave
 # it out; a signal cannot: CPython looks for one after calls and jumps back, which a guard covers.
@@ -199,6 +203,29 @@ def test_an_interruption_at_any_line_up_to_the_gradients_leaves_all_as_before(al
         changed = [part for part, value in training.snapshot().items() if not same(value, before[part])]
         assert not changed, (interrupted.where, changed)
     assert_next_step_works(training, algorithm)
+
+
+@pytest.mark.parametrize("name", ["PredictiveCoding", "RecurrentBackprop"])
+def test_an_interruption_at_any_line_of_a_first_call_leaves_all_as_before(name: str) -> None:
+    """Its run is recorded and captured, from nothing."""
+
+    def first_call(training: Training) -> None:
+        training.model.detach()
+        training.optimizer = torch2ebm.EnergyOptimizer(training.inner, torch2ebm.convert(training.net), algorithm)
+        training.model = training.optimizer.model
+        training.backward()
+
+    algorithm = ALGORITHMS[name]
+    probe = Training(algorithm)
+    with InterruptedAt() as counting:
+        first_call(probe)
+    training = Training(algorithm)
+    before = training.snapshot()
+    for line in points(counting.lines)[::2]:
+        with pytest.raises(KeyboardInterrupt), InterruptedAt(line) as interrupted:
+            first_call(training)
+        changed = [part for part, value in training.snapshot().items() if not same(value, before[part])]
+        assert not changed, (interrupted.where, changed)
 
 
 def test_an_interruption_as_torch_enters_the_recorder_leaves_all_as_before() -> None:

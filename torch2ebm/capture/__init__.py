@@ -1,4 +1,4 @@
-"""From a module and its arguments to a `torch.fx` graph without writes in place, and what a real run shows of it.
+"""The module's own run, watched: its operations, where a run is cut at nodes, and their graph without writes in place.
 
 May import `errors`, `common`, `isolation`.
 """

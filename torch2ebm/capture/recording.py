@@ -163,8 +163,9 @@ class _Importer:
             return "call_function", _module_call(self.module, function.path, writes), args
         if isinstance(function, type):
             function = _applied(function)
+        name = getattr(function, "__name__", "")
         kind, target = "call_function", function
-        if getattr(function, "__name__", "") == "__get__":
+        if name == "__get__":
             kind, target, args = "call_function", getattr, (args[0], function.__self__.__name__)
         elif (method := _method_of(function)) and args and isinstance(args[0], fx.Node):
             kind, target = "call_method", method
@@ -196,7 +197,7 @@ class _Importer:
 
     def _returned(self) -> None:
         """The graph's output: a node for each tensor that was computed, and None for every other leaf."""
-        structure, leaves = self.run.returned
+        _, leaves = self.run.returned
         found: list[fx.Node | None] = []
         for leaf in leaves:
             if isinstance(leaf, int):
@@ -286,7 +287,8 @@ def _under(ambient: Ambient, operation: Callable[..., Any], device: str) -> Call
         autocast = Autocast(device, ambient.autocast, ambient.dtype or before.dtype, False)
         autocast.set()
         try:
-            result = operation(*args, **kwargs)
+            with torch.set_grad_enabled(ambient.grad and torch.is_grad_enabled()):  # of writes no gradient is taken
+                result = operation(*args, **kwargs)
         finally:
             before.set()
         return result if ambient.grad else stopped(result)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.capture.custom_functions import told_of_calls
-from torch2ebm.capture.watch import Cuts, Run, Watch, hung_on_autograd, runs_elsewhere
+from torch2ebm.capture.watch import Cuts, Run, Watch, hung_on_autograd, moved_by, runs_elsewhere
 from torch2ebm.isolation.module_state import AttributeSnapshot, BufferSnapshot, identical, is_lazy
 from torch2ebm.isolation.random_numbers import Generators
 
@@ -29,6 +29,7 @@ class Subject:
         elsewhere: Whether some submodule runs outside of Python.
         custom: Whether a run has applied a custom autograd function.
         parts: All submodules, itself among them.
+        changed: Names of the buffers that runs have changed.
     """
 
     module: nn.Module
@@ -38,6 +39,7 @@ class Subject:
     elsewhere: bool = False
     parts: Sequence[nn.Module] = ()
     custom: bool = False
+    changed: dict[str, None] = field(default_factory=dict)
 
     @staticmethod
     def of(module: nn.Module) -> Subject:
@@ -52,6 +54,7 @@ class Subject:
         inputs: Callable[[], Mapping[int, str]],
         device: torch.device,
         cuts: Cuts | None = None,
+        others: Sequence[Cuts] = (),
     ) -> Run:
         """Watch ``function``, which calls the module.
 
@@ -61,16 +64,20 @@ class Subject:
             inputs: From the id of each tensor among the arguments to its name, for a run that is recorded.
             device: Where the module computes.
             cuts: Where the run is cut if its sequence is as expected; None records it.
+            others: The cuts of other sequences, for a run that takes another branch.
         """
         lazy = cuts is None and any(map(is_lazy, self.module.parameters()))
         before = None if cuts is not None else Before.now(self.module, device)
-        versions = [] if cuts is None else [*self._versions()]
+        rest: list[Before] = []  # of a run that turned out to be another: the buffers as they were there
         for _ in range(len(self.modules) + 1):
-            watch = Watch(paths, device, self.modules, inputs, cuts, self.opaque, self.passive, lazy)
+            watch = Watch(paths, device, self.modules, inputs, cuts, others, self.opaque, self.passive, lazy)
             with ExitStack() as told:
-                watch.deviates = partial(told.enter_context, told_of_calls(watch, custom=True, modules=True))
+                watch.deviates = partial(self._deviates, watch, told, rest, device)
                 told.enter_context(self._told(watch, cuts))
-                run = watch.watching(function)
+                try:
+                    run = watch.watching(function)
+                finally:
+                    watch.deviates = bool  # a cycle, which would keep all tensors of the run until it is collected
             self.custom |= watch.custom
             if run.records is None or not (watch.lost or watch.blind):
                 break
@@ -79,32 +86,32 @@ class Subject:
             cuts = None
             if before is not None:
                 before.restore()
-        if before is not None:
-            run.changed_buffers = before.changed_buffers()
-        elif run.records is not None:  # recorded from somewhere in the middle
-            known = {place: (id(b), version) for place, b, version in versions}
-            changed = {place for place, b, version in self._versions() if known.get(place) != (id(b), version)}
-            run.changed_buffers = tuple(self._named(changed))
+        for each in [before] if before is not None else rest:
+            self.changed.update(dict.fromkeys(each.changed_buffers()))
+        if run.records is not None:
+            self.note_changed(run)
         return run
 
-    def _versions(self) -> Iterator[tuple[tuple[int, str], Tensor, int]]:
-        """All buffers, by their submodule and name, with their versions. No ``named_buffers``: it costs each run."""
-        for i, part in enumerate(self.parts):
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    yield (i, name), buffer, 0 if buffer.is_inference() else buffer._version
+    def note_changed(self, run: Run) -> None:
+        """Note the buffers that a recorded run has changed, as far as nothing was compared that it has read."""
+        names = {id(buffer): name for name, buffer in self.module.named_buffers()}
+        assert run.records is not None
+        read = [i for i, (tensor, _) in enumerate(run.originals) if id(tensor) in names]
+        moved = {each.place for record in run.records for each in moved_by(record)}
+        for i in read:
+            if i in run.copied or i in moved:
+                self.changed[names[id(run.originals[i][0])]] = None
+        run.changed_buffers = tuple(self.changed)
 
-    def _named(self, places: Collection[tuple[int, str]]) -> Iterator[str]:
-        number = {id(part): i for i, part in enumerate(self.parts)}
-        for path, part in self.module.named_modules():
-            for name in part._buffers:
-                if (number.get(id(part)), name) in places:
-                    yield f"{path}.{name}" if path else name
+    def _deviates(self, watch: Watch, told: ExitStack, rest: list[Before], device: torch.device) -> None:
+        rest.append(Before.now(self.module, device))
+        told.enter_context(told_of_calls(watch, custom=True, modules=True))
 
     def _told(self, watch: Watch, cuts: Cuts | None) -> AbstractContextManager[None]:
         """Torch's classes are patched for what is known to be needed alone: a patch costs more than an operation."""
         modules = cuts is None or bool(cuts.opaque) or self.elsewhere or self._has_backward_hooks()
-        return told_of_calls(watch, custom=cuts is None or self.custom or modules, modules=modules)
+        custom = cuts is None or self.custom or modules
+        return told_of_calls(watch, custom, modules) if custom else nullcontext()
 
     def _has_backward_hooks(self) -> bool:
         """Whether some submodule has a hook that torch hangs on results' autograd functions, where no mode sees it."""

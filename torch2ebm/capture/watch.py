@@ -25,12 +25,14 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -49,7 +51,7 @@ class _Reference:
         self.place = place
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.place == self.place  # type: ignore[attr-defined]
+        return type(other) is type(self) and other.place == self.place
 
     def __hash__(self) -> int:
         return hash((type(self), self.place))
@@ -127,10 +129,9 @@ class Cuts:
         sequence: Their keys, one for each.
         output: The key of what the run returns.
         numbers: Their numbers.
-        varying: For operations with numbers that may be others: their places among the operation's numbers.
         slots: Number of a result to the slot whose value it is.
         kept: The same for results that no other node reads, and that are not handed on as leaves.
-        rewritten: Those of these results that forward writes in place later.
+        rewritten: Those of all these results that forward writes in place later.
         exports: Number of a result to the name under which nodes read it as a constant.
         random: Operations that draw random numbers for some node.
         normalised: Operation to the node that it normalises for by the statistics of the batch.
@@ -138,6 +139,8 @@ class Cuts:
         copied: Those constants that forward changes after they were read.
         opaque: Paths of modules that are one operation.
         held: Results that somebody may hold after the run.
+        effects: Operations that only write a buffer, as :attr:`Run.effects`.
+        complete: Whether what a run leaves at the cuts is all that the nodes would make.
         references: To each result in a run after which nobody held any.
     """
 
@@ -145,7 +148,6 @@ class Cuts:
     sequence: tuple[Any, ...]
     output: Any
     numbers: Sequence[Sequence[Any]]
-    varying: Mapping[int, frozenset[int]]
     slots: Mapping[int, str]
     kept: Mapping[int, str]
     rewritten: frozenset[int]
@@ -155,7 +157,43 @@ class Cuts:
     copied: frozenset[int]
     opaque: frozenset[str]
     held: frozenset[int]
+    effects: frozenset[tuple[int, Any]]
+    complete: bool = True
     references: list[int] = field(default_factory=list)
+
+    def to_follow(self) -> Cuts:
+        """The same sequence, for a graph whose nodes are not what lies between cuts of a run."""
+        nothing: dict[int, str] = {}
+        return replace(
+            self,
+            slots=nothing,
+            kept=nothing,
+            exports=nothing,
+            normalised=nothing,
+            rewritten=frozenset(),
+            complete=False,
+        )
+
+    def same_until(self, other: Cuts, index: int, results: int, constants: int) -> bool:
+        """Whether a run that has followed these up to an operation can go on with the others."""
+
+        def before(found: Mapping[int, str], end: int) -> dict[int, str]:
+            return {i: name for i, name in found.items() if i < end}
+
+        return (
+            self.complete == other.complete
+            and {each for each in self.effects if each[0] <= index}
+            == {each for each in other.effects if each[0] <= index}
+            and self.sequence[:index] == other.sequence[:index]
+            and all(
+                before(getattr(self, name), end) == before(getattr(other, name), end)
+                for names, end in ((("slots", "kept", "exports"), results), (("normalised",), index))
+                for name in names
+            )
+            and not any(i < results for i in self.rewritten ^ other.rewritten)
+            and not any(i < index for i in self.random ^ other.random)
+            and not any(i < constants for i in self.copied ^ other.copied)
+        )
 
 
 @dataclass(eq=False)
@@ -170,7 +208,9 @@ class Run:
         external: Those constants that require a gradient, by their place: the tensor of the user.
         returned: The key of the output: its structure, and what each leaf is.
         records: The operations; None where the run has followed known cuts to the end.
-        followed: Whether it was cut as asked for.
+        cuts: Those of the graph that it has followed at last; None where it was recorded from the start.
+        matched: Whether it has had the sequence of these to its end.
+        followed: Whether it was cut by them, too.
         copied: Constants that were changed after they were read.
         leaves: Slot to the leaf that was handed on.
         predictions: Slot to what the node has made, at the end of its own autograd graph.
@@ -182,9 +222,11 @@ class Run:
         names: Constant to the name of the argument that it is, None for others.
         opaque: Path of each module that is one operation, to the reason.
         values_read: Lines of code at which Python has read a number off a hot tensor, to how.
-        kept: Numbers of results with a gradient that somebody else still holds, by a hook or an attribute: these tensors.
+        kept: Results with a gradient that somebody else still holds, by a hook or an attribute, by number.
         originals: Constants as the caller has them, each with its version when the run ended.
         changed_buffers: Names of the buffers that forward has changed.
+        effects: Operations that only write a buffer, and are no part of the sequence: how many operations came before
+            each, and its key.
     """
 
     output: Any = None
@@ -194,6 +236,8 @@ class Run:
     external: dict[int, Tensor] = field(default_factory=dict)
     returned: Any = None
     records: list[Record] | None = None
+    cuts: Cuts | None = None
+    matched: bool = False
     followed: bool = False
     copied: frozenset[int] = frozenset()
     leaves: dict[str, Tensor] = field(default_factory=dict)
@@ -206,11 +250,18 @@ class Run:
     names: list[str | None] = field(default_factory=list)
     opaque: dict[str, str] = field(default_factory=dict)
     changed_buffers: tuple[str, ...] = ()
+    effects: set[tuple[int, Any]] = field(default_factory=set)
     values_read: dict[str, str] = field(default_factory=dict)
     outputs: dict[int, int] = field(default_factory=dict)  # id of a tensor in the output to its number
     external_leaves: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
     originals: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def as_recorded(self) -> None:
+        """Have the records of the cuts that were followed, as far as they were."""
+        assert self.cuts is not None
+        self.records = list(self.cuts.records[: len(self.sequence)])
+        self.origins, self.names = [frozenset()] * len(self.constants), [None] * len(self.constants)
 
     def outline(self) -> Run:
         """What a graph is made of, without the tensors of this run."""
@@ -224,6 +275,7 @@ class Run:
             names=self.names,
             opaque=self.opaque,
             changed_buffers=self.changed_buffers,
+            effects=self.effects,
         )
 
     def released(self) -> None:
@@ -278,7 +330,7 @@ def with_hook(tensor: Tensor, hook: Callable[..., Any]) -> Tensor:
     """``tensor``, with a hook on its gradient: what ``register_hook`` does to all who read it later."""
     hooked = tensor.view_as(tensor)
     if hooked.requires_grad:
-        hooked.register_hook(hook)
+        hooked.register_hook(hook)  # type: ignore[no-untyped-call]
     return hooked
 
 
@@ -289,6 +341,7 @@ class Watch(TorchFunctionMode):
         paths: id of each parameter to its path.
         device: Type of the device that autocast is looked at for.
         cuts: Those of the graph that the run is expected to have.
+        others: Cuts of other graphs, for a run that takes another branch on the way.
         opaque: Paths of modules that are known to be opaque, each with the reason.
         modules: id of each submodule to its path.
         inputs: From the id of each tensor among the arguments to its name.
@@ -303,6 +356,7 @@ class Watch(TorchFunctionMode):
         modules: Mapping[int, str],
         inputs: Callable[[], Mapping[int, str]],
         cuts: Cuts | None = None,
+        others: Sequence[Cuts] = (),
         opaque: Mapping[str, str] | None = None,
         passive: set[Any] | None = None,
         lazy: bool = False,
@@ -310,12 +364,14 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.lazy = lazy
         self.passive = set() if passive is None else passive
-        self.run = Run(records=None if cuts is not None else [])
-        self.paths, self.modules, self._named, self.cuts = paths, modules, inputs, cuts
+        self.run = Run(records=[]) if cuts is None else Run(records=None, effects=set(cuts.effects))
+        self.paths, self.modules, self._named, self.cuts, self._others = paths, modules, inputs, cuts, others
         self.device = device
         self.opaque = dict(opaque or {})
         self.suspended = False
+        self._type = device.type
         self.start = Ambient.now(device.type)
+        self.recording = cuts is None
         self._numbers: dict[int, int] = {}  # id -> number
         self._known: dict[tuple[int, int], int] = {}  # (id, version) -> constant
         self._alive: list[Any] = []  # an address that is free may be used again
@@ -333,10 +389,6 @@ class Watch(TorchFunctionMode):
     @functools.cached_property
     def inputs(self) -> Mapping[int, str]:
         return self._named()
-
-    @property
-    def recording(self) -> bool:
-        return self.run.records is not None
 
     # what torch tells
 
@@ -425,11 +477,16 @@ class Watch(TorchFunctionMode):
             key[place] = self._constant(tensor)
         if found and self.run.external_leaves and not self.recording:
             args, kwargs = map_leaves(self._current, (args, kwargs))
-        ambient = Ambient.now(self.device.type)
-        if ambient != self.start:
-            key.append(ambient)
+        ambient = self.start
+        # by parts: this is asked for each operation
+        if torch.is_grad_enabled() is not ambient.grad or torch.is_autocast_enabled(self._type) or ambient.autocast:
+            ambient = Ambient.now(self._type)
+            if ambient != self.start:
+                key.append(ambient)
         index = len(self.run.sequence)
         if not self.recording and not self._expected(index, key, numbers):
+            if (index, tuple(key)) in self.run.effects:
+                return execute(*args, **kwargs)
             self._deviate()
             self.deviates()
             self.blind = self.start.grad and not ambient.grad  # as the forward of a custom function is
@@ -520,8 +577,17 @@ class Watch(TorchFunctionMode):
     # a run that is as expected
 
     def _expected(self, index: int, key: list[Any], numbers: list[Any]) -> bool:
-        cuts = self.cuts
-        return cuts is not None and index < len(cuts.sequence) and cuts.sequence[index] == tuple(key)
+        cuts, wanted = self.cuts, tuple(key)
+        if cuts is None:
+            return False
+        if index < len(cuts.sequence) and cuts.sequence[index] == wanted:
+            return True
+        for other in self._others:
+            there = index < len(other.sequence) and other.sequence[index] == wanted
+            if there and cuts.same_until(other, index, len(self.run.hot), len(self.run.constants)):
+                self.cuts, self.run.effects = other, set(other.effects)
+                return True
+        return False
 
     def _followed(
         self,
@@ -547,6 +613,9 @@ class Watch(TorchFunctionMode):
         result = execute(*args, **kwargs)
         if type(result) is not Tensor and not _makes_tensors(function, result):
             return result
+        if type(result) in (tuple, list) and len(result) != len(cuts.records[index].results):  # as of unbind
+            self._deviate()
+            return self._recorded(index, function, lambda *_, **__: result, args, kwargs, key, numbers, ambient)
         self.run.sequence.append(key)
         self.run.numbers.append(numbers)
         if result is None:  # __setitem__
@@ -562,16 +631,17 @@ class Watch(TorchFunctionMode):
         known_before = id(result) in self._numbers
         number = self._number(result)
         if (export := self.cuts.exports.get(number)) is not None:
-            self.run.exports[export] = result.detach()
+            self.run.exports[export] = result.detach().clone() if number in self.cuts.rewritten else result.detach()
         slot = self.cuts.slots.get(number)
         if slot is None:
             if (slot := self.cuts.kept.get(number)) is not None:
                 self.run.predictions[slot], self.run.leaves[slot] = result, result.detach().requires_grad_()
             return result
         leaf = self.run.leaves[slot] = result.detach().requires_grad_()
-        self.run.predictions[slot] = result
-        # a leaf of autograd may not be written in place
-        handed = leaf.clone() if number in self.cuts.rewritten else leaf
+        # torch takes a view's autograd graph anew once its base is written, and a leaf may not be written in place
+        rewritten = number in self.cuts.rewritten
+        self.run.predictions[slot] = result.clone() if rewritten and result._is_view() else result
+        handed = leaf.clone() if rewritten else leaf
         self._numbers[id(handed)] = number
         self._alive.append(handed)
         self.run.hot[number] = handed
@@ -610,10 +680,8 @@ class Watch(TorchFunctionMode):
 
     def _deviate(self) -> None:
         """Another sequence than expected: record from here on, with what was known so far."""
-        assert self.cuts is not None
-        self.run.records = list(self.cuts.records[: len(self.run.sequence)])
-        self.run.origins = [frozenset()] * len(self.run.constants)
-        self.run.names = [None] * len(self.run.constants)
+        self.recording, self.run.cuts = True, self.cuts
+        self.run.as_recorded()
 
     def _recorded(
         self,
@@ -637,7 +705,7 @@ class Watch(TorchFunctionMode):
                          ambient, scopes, place)  # fmt: skip
             return handle
         described = self._described(args, kwargs)
-        given = [leaf for leaf in _tensors((args, kwargs)) if not leaf.is_inference()]
+        given = [leaf for leaf in _tensors((kwargs.get("out"), args, kwargs)) if not leaf.is_inference()]
         versions = [tensor._version for tensor in given]
         state = RandomState(self.device)
         result = execute(*args, **kwargs)
@@ -648,16 +716,14 @@ class Watch(TorchFunctionMode):
         random = state.advanced()
         if random:
             self.run.random[index] = state
-        changed = [t for t, version in zip(given, versions, strict=True) if t._version != version]
-        if changed and args and any(t is args[0] for t in changed):
-            # a tensor and its views count their versions together: x[i] += y ends in x.__setitem__(i, x[i])
-            changed = [t for t in changed if t is args[0] or not _share(t, args[0])]
+        changed = _apart([t for t, version in zip(given, versions, strict=True) if t._version != version])
         wrote = tuple(dict.fromkeys(self._reference(tensor) for tensor in changed))
         if not wrote and _named_in_place(function) and args and result is args[0]:
             wrote = (self._reference(result),)  # detach_ and its like change no content
-        if result is not None and wrote and all(isinstance(w, Constant) for w in wrote):
-            if isinstance(result, Tensor) and not result.requires_grad and any(result is t for t in changed):
-                return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
+        only_constants = bool(wrote) and all(isinstance(each, Constant) for each in wrote)
+        if only_constants and isinstance(result, Tensor) and not result.requires_grad and _among(result, changed):
+            self.run.effects.add((index, key))
+            return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
         sources: dict[int, Hot] = {}
         result_numbers = self._registered(result, args, kwargs, sources)
         self.run.sequence.append(key)
@@ -799,8 +865,8 @@ class Watch(TorchFunctionMode):
         del output  # a reference more than those that count
         if self.start.grad:
             self.run.kept = _held_elsewhere(self.run, self._numbers, self.cuts)
-            if self.run.followed and self.cuts is not None:
-                self.run.followed = self.run.kept.keys() <= self.cuts.held
+            if self.run.matched and self.cuts is not None and not self.run.kept.keys() <= self.cuts.held:
+                self.run.matched = self.run.followed = False
         return self.run
 
     def _finish(self, output: Any) -> None:
@@ -817,7 +883,8 @@ class Watch(TorchFunctionMode):
             same = len(run.sequence) == len(self.cuts.sequence) and run.returned == self.cuts.output
             if not same or not run.copied <= self.cuts.copied:
                 self._deviate()
-            run.followed = same and not self.recording
+            run.matched, run.cuts = same and not self.recording, self.cuts
+            run.followed = run.matched and self.cuts.complete
         run.originals = [(t, 0 if t.is_inference() else t._version) for t, _ in self._originals]
         self._originals.clear()
         self._frames.clear()
@@ -825,7 +892,7 @@ class Watch(TorchFunctionMode):
         self._substitutes.clear()
 
     def _output_key(self, output: Any) -> Any:
-        leaves = []
+        leaves: list[Any] = []
         for leaf in leaves_of(output):
             if isinstance(leaf, Tensor):
                 leaf = self._current(leaf)
@@ -845,7 +912,7 @@ def _held_elsewhere(run: Run, numbers: Mapping[int, int], cuts: Cuts | None) -> 
     if hooks is not None and hooks[0] is unchanged:  # a run that is only looked at
         return {}
     found = _references(run.hot)
-    if run.followed and cuts is not None and cuts.references == found:
+    if run.matched and cuts is not None and cuts.references == found:
         return {}  # as in an earlier run, in which nobody held any
     own = Counter(map(id, (*run.hot, *run.leaves.values(), *run.predictions.values(), *_tensors(run.output))))
     none = _references([object()])[0] - 1  # what looking itself adds
@@ -858,7 +925,7 @@ def _held_elsewhere(run: Run, numbers: Mapping[int, int], cuts: Cuts | None) -> 
         and not isinstance(run.hot[i], nn.Parameter)
         and (hooks is None or _referred(run.hot[i], run))
     }
-    if run.followed and cuts is not None and not held:
+    if run.matched and cuts is not None and not held:
         cuts.references[:] = found
     return held
 
@@ -880,11 +947,16 @@ def _torch_counts_itself() -> bool:
     """Whether torch has a reference to the Python object of a tensor that it holds; older versions have none."""
     if not hasattr(Tensor, "_use_count"):
         return False
-    with torch.enable_grad():
-        made = [torch.ones(1, requires_grad=True).exp()]  # saves its result
-        before = _references(made)
-        saved = made[0] * made[0]
-        after = _references(made)
+    # in a thread of its own: hooks on saved tensors, a checkpoint's for example, would take these for the model's
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_counts_what_is_saved).result()
+
+
+def _counts_what_is_saved() -> bool:
+    made = [torch.ones(1, requires_grad=True).exp()]  # saves its result
+    before = _references(made)
+    saved = made[0] * made[0]
+    after = _references(made)
     del saved
     return before != after or before[0] > _references([object()])[0]
 
@@ -908,11 +980,31 @@ def _named_in_place(function: Any) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+def _among(tensor: Tensor, tensors: Iterable[Tensor]) -> bool:
+    return any(tensor is each for each in tensors)
+
+
 def _share(a: Tensor, b: Tensor) -> bool:
     try:
         return a is b or a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):  # sparse tensors have no storage
         return False
+
+
+def _apart(written: Sequence[Tensor]) -> list[Tensor]:
+    """The first of those that share their memory: torch counts writes to the memory, and not to the view."""
+    found: list[Tensor] = []
+    for tensor in written:
+        if not any(_share(tensor, other) for other in found):
+            found.append(tensor)
+    return found
+
+
+def moved_by(record: Record) -> Iterator[Constant]:
+    """The running statistics of a batch norm, which torch moves without a new version of the buffer."""
+    if record.function is functional.batch_norm:
+        given = (*record.args[1:3], record.kwargs.get("running_mean"), record.kwargs.get("running_var"))
+        yield from (each for each in given if isinstance(each, Constant))
 
 
 def hung_on_autograd(module: nn.Module) -> bool:

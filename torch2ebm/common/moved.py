@@ -43,7 +43,7 @@ MOVED: Final[dict[str, tuple[str, ...]]] = {
     "exported": ("capture.export", "capture.export_import"),
     "exported_writes": ("capture.in_place_aten",),
     "extras": ("reports.figures",),
-    "fingerprint": ("model.fingerprint",),
+    "fingerprint": ("capture.fingerprint",),
     "finite": ("engine.finite",),
     "free_phase": ("equilibrium.free_phase", "equilibrium.settling", "equilibrium.settling_checks"),
     "freezing": ("isolation.module_state", "isolation.batch_statistics", "isolation.random_numbers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,7 @@ from torch2ebm.capture.watch import Run
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.isolation.batch_statistics import Statistics, frozen_statistics, keeping_statistics, statistics_of
 from torch2ebm.isolation.interrupts import within
-from torch2ebm.isolation.module_state import BufferSnapshot
+from torch2ebm.isolation.module_state import BufferSnapshot, nothing_packed
 from torch2ebm.isolation.random_numbers import Draws, RandomState, Repeated
 from torch2ebm.isolation.torch_modes import entered
 
@@ -171,7 +172,10 @@ class Call:
                 # the module's own run has moved the buffers already
                 buffers = dict(self.graph.module.named_buffers()) if self.graph.changing_buffers else {}
                 moved = BufferSnapshot({name: buffers[name] for name in self.graph.changing_buffers if name in buffers})
-                within([moved.preserved()], lambda: self._compose(keep_graph, cut, drawn))
+                # a checkpoint that runs this again finds a run to adopt, which saves other tensors
+                once = self.graph.cuts is not None and self.graph.cuts.complete and not self.run.followed
+                with nothing_packed() if once else nullcontext():
+                    within([moved.preserved()], lambda: self._compose(keep_graph, cut, drawn))
 
     def _adopt(self, keep_graph: bool) -> None:
         """Take what the run has left where it was cut."""

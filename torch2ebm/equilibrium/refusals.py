@@ -10,14 +10,14 @@ from torch2ebm.errors import NoEquilibriumError, PartitionError
 from torch2ebm.graph.activations import activation_kind, is_activation, operation_name
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, Operation
 
-_NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
 _NORMALISING = frozenset(["layer_norm", "group_norm", "rms_norm", "instance_norm"])
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_RECURRENT = frozenset(
+    ["rnn_tanh", "rnn_relu", "lstm", "gru", "rnn_tanh_cell", "rnn_relu_cell", "lstm_cell", "gru_cell"]
+)
+_LINEAR = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
 # derivative zero everywhere, or none
 _WHOLE_NUMBERS = frozenset(["round", "floor", "ceil", "trunc", "sign", "heaviside", "argmax", "argmin", "one_hot"])
 # not refused, since they settle for some weights; the warning of an unsettled phase names them
-_MAX_POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
-_WATCHED_MODULES = (*_MAX_POOLS, nn.Softmax, nn.MultiheadAttention)
 _WATCHED = ("max_pool", "adaptive_max_pool", "softmax", "scaled_dot_product_attention", "multi_head_attention")
 
 
@@ -33,10 +33,11 @@ def check_cut(graph: EnergyGraph) -> None:
                 "Convert with nodes='auto', which asks the algorithm, or with nodes='activation'.",
             )
         for operation in node.operations:
-            if isinstance(operation.target, nn.Module) and not _is_known(operation.target):
+            opaque: nn.Module | None = getattr(operation.target, "opaque_module", None)
+            if opaque is not None and not isinstance(opaque, _LINEAR):
                 raise PartitionError(
                     f"node '{node.name}'",
-                    f"a {type(operation.target).__name__} kept whole, whose activations cannot be seen",
+                    f"a {type(opaque).__name__} kept whole, whose activations cannot be seen",
                     "nodes that are cut around the activations",
                     "Convert with nodes='auto', or with nodes='activation'.",
                 )
@@ -45,10 +46,6 @@ def check_cut(graph: EnergyGraph) -> None:
 def _cut_by_partition(node: Node, larger: Sequence[Operation]) -> bool:
     """Whether the partition itself left the activation in: no state feeds it, or its bounds are tensors."""
     return not node.reads or bool(node.constants)
-
-
-def _is_known(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
 
 
 def refuse(graph: EnergyGraph) -> None:
@@ -74,24 +71,21 @@ def _problems(node: Node) -> Iterator[str]:
 
 
 def _problem(node: Node, operation: Operation) -> Iterator[str]:
-    target, name = operation.target, operation_name(operation.target)
-    if isinstance(target, _RECURRENT):
-        yield f"'{operation.name}' ({type(target).__name__}) has a state and an order in time of its own"
-    elif isinstance(target, nn.PReLU) or name == "prelu":
-        yield f"'{operation.name}' (PReLU) is an activation with parameters, whose share the energy would miss"
+    name = operation_name(operation.target)
+    where = f"'{operation.name}' ({name})"
+    if name in _RECURRENT:
+        yield f"{where} has a state and an order in time of its own"
+    elif name == "prelu":
+        yield f"{where} is an activation with parameters, whose share the energy would miss"
     # only where states feed it: of clamped inputs it is a constant
-    elif node.reads and (isinstance(target, _NORMALISATIONS) or name in _NORMALISING):
-        label = type(target).__name__ if isinstance(target, nn.Module) else name
-        yield f"'{operation.name}' ({label}) normalises each sample by its own states, and does not settle in a loop"
+    elif node.reads and name in _NORMALISING:
+        yield f"{where} normalises each sample by its own states, and does not settle in a loop"
     elif node.reads and name in _WHOLE_NUMBERS:
-        yield f"'{operation.name}' ({name}) makes whole numbers of states, through which no feedback comes"
+        yield f"{where} makes whole numbers of states, through which no feedback comes"
 
 
 def watched_operations(node: Node) -> Iterator[str]:
     """Operations that may settle or not: max-pooling and softmax."""
     for operation in node.operations:
-        name = operation_name(operation.target)
-        if isinstance(operation.target, _WATCHED_MODULES) or (
-            not isinstance(operation.target, nn.Module) and name.startswith(_WATCHED)
-        ):
+        if operation_name(operation.target).startswith(_WATCHED):
             yield operation.name

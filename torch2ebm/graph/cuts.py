@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from torch import fx
 
@@ -19,8 +20,8 @@ def cuts_of(
     slots: Mapping[fx.Node, str],
     read: Iterable[fx.Node],
     exports: Mapping[fx.Node, str],
-) -> Cuts | None:
-    """The cuts of a graph; None where only a composition of its nodes gives what the nodes make.
+) -> Cuts:
+    """The cuts of a graph; to be followed only where nothing but a composition of its nodes gives what they make.
 
     Args:
         capture: The recorded run that the graph was made of.
@@ -30,47 +31,73 @@ def cuts_of(
         read: Those of them that other nodes read.
         exports: Operations whose results nodes read as constants, to their names.
     """
-    assert capture.run.records is not None
-    number_of = {node: number for number, node in capture.trace.node_of.items()}
-    if any(node not in number_of for node in (*slots, *exports)) or _shared(capture, roles, bodies.values()):
-        return None
-    if any(node.meta.get("taken_again") for node in capture.graph.nodes):
-        return None  # a view of what was written later leads past the leaf
     random = {name: draws for name, body in bodies.items() if (draws := draws_of(capture, body))}
-    if not _draws_apart([i for i, record in enumerate(capture.run.records) if record.random], random):
-        return None
+    number_of = {node: number for number, node in capture.trace.node_of.items()}
+    if _hidden(capture, roles, bodies, number_of, (*slots, *exports)) or not _draws_apart(capture, random):
+        return _cuts(capture, random, {}, {}, {}, frozenset()).to_follow()
     handed_on = {number_of[node]: node.name for node in read}
     kept = {number_of[node]: node.name for node in slots if number_of[node] not in handed_on}
+    exported = {number_of[node]: name for node, name in exports.items()}
+    assert capture.run.records is not None
+    rewritten = _rewritten(capture.run.records, {*handed_on, *kept, *exported})
+    cuts = _cuts(capture, random, handed_on, kept, exported, rewritten, _normalised(capture, bodies))
+    # a leaf would also come between operations of the node itself
     inside = any(user in bodies[slots[node]] for node in read for user in node.users)
-    rewritten = _rewritten(capture.run.records, {*handed_on, *kept})
-    if inside or not rewritten.isdisjoint(kept):
-        return None  # a leaf would also come between operations of the node itself
-    normalised = {
-        capture.trace.operations[node]: name
-        for name, body in bodies.items()
-        for node in body
-        if capture.facts[node].batch_statistics
-    }
+    # autograd leads a view whose base is written later through that write
+    hidden = not rewritten.isdisjoint(kept) or not rewritten.isdisjoint(_views(capture.run.records))
+    return cuts.to_follow() if inside or hidden else cuts
+
+
+def _cuts(
+    capture: Capture,
+    random: Mapping[str, Sequence[int]],
+    slots: Mapping[int, str],
+    kept: Mapping[int, str],
+    exports: Mapping[int, str],
+    rewritten: frozenset[int],
+    normalised: Mapping[int, str] = MappingProxyType({}),
+) -> Cuts:
     run = capture.run
-    varying: dict[int, frozenset[int]] = {}
-    for i, j in (*capture.varying, *capture.trace.numbers.values()):
-        varying[i] = varying.get(i, frozenset()) | {j}
+    assert run.records is not None
     return Cuts(
-        capture.run.records,
+        run.records,
         tuple(run.sequence),
         run.returned,
         [tuple(numbers) for numbers in run.numbers],
-        varying,
-        handed_on,
+        slots,
         kept,
         rewritten,
-        {number_of[node]: name for node, name in exports.items()},
+        exports,
         frozenset(i for draws in random.values() for i in draws),
         normalised,
         run.copied,
         frozenset(run.opaque),
         frozenset(capture.held),
+        frozenset(run.effects),
     )
+
+
+def _normalised(capture: Capture, bodies: Mapping[str, Iterable[fx.Node]]) -> dict[int, str]:
+    return {
+        capture.trace.operations[node]: name
+        for name, body in bodies.items()
+        for node in body
+        if capture.facts[node].batch_statistics
+    }
+
+
+def _hidden(
+    capture: Capture,
+    roles: Roles,
+    bodies: Mapping[str, Iterable[fx.Node]],
+    number_of: Mapping[fx.Node, int],
+    wanted: Iterable[fx.Node],
+) -> bool:
+    """Whether something that nodes hand on is no result that the run can be cut at."""
+    if any(node not in number_of for node in wanted) or _shared(capture, roles, bodies.values()):
+        return True
+    # a view of what was written later leads past the leaf
+    return any(node.meta.get("taken_again") for node in capture.graph.nodes)
 
 
 def _shared(capture: Capture, roles: Roles, bodies: Iterable[Iterable[fx.Node]]) -> bool:
@@ -91,9 +118,11 @@ def draws_of(capture: Capture, body: Iterable[fx.Node]) -> list[int]:
     return sorted(i for i in operations if capture.run.records[i].random)
 
 
-def _draws_apart(draws: Sequence[int], of_nodes: Mapping[str, Sequence[int]]) -> bool:
+def _draws_apart(capture: Capture, of_nodes: Mapping[str, Sequence[int]]) -> bool:
     """Whether each node draws its random numbers one after the other: a node winds the generator back once."""
-    place = {draw: i for i, draw in enumerate(draws)}
+    assert capture.run.records is not None
+    drawn = (i for i, record in enumerate(capture.run.records) if record.random)
+    place = {draw: i for i, draw in enumerate(drawn)}
     return all(place[own[-1]] - place[own[0]] == len(own) - 1 for own in of_nodes.values())
 
 
@@ -113,6 +142,11 @@ def _rewritten(records: Sequence[Record], slots: Iterable[int]) -> frozenset[int
             if source is not None and isinstance(source.place, int):
                 base[number] = base.get(source.place, source.place)
     return frozenset(found)
+
+
+def _views(records: Sequence[Record]) -> set[int]:
+    """Results that are views, and not what an operation has written in place and returned."""
+    return {number for record in records if not record.wrote for number in record.sources}
 
 
 def _numbers(results: object) -> Iterable[int]:

@@ -155,7 +155,7 @@ class EnergyGraph:
         held: Results of a run that are further outputs, since somebody may hold them and use them in the loss.
         opaque: Path of each module that is one operation, since it cannot be looked into, to the reason.
         draws: Name of a node that draws random numbers to the operation of a run with which it begins to.
-        cuts: Where a run of the module is cut so that it leaves what the nodes would; None where it cannot be.
+        cuts: Where a run of the module is cut so that it leaves what the nodes would; None for a levelled graph.
         owner: Slot to its node.
         hidden_nodes: The nodes that have a value, parents before children.
         output_nodes: The nodes whose prediction the loss reads.

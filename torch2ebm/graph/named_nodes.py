@@ -38,8 +38,9 @@ def check_called(module: nn.Module, names: Collection[str], sites: Mapping[fx.No
     if missing := sorted(set(names) - {site.name for site in sites.values()}):
         raise UnknownNodeError(
             "convert(nodes=[...])",
-            f"{missing}, never called by {type(module).__name__}.forward, or only inside of another one that is named",
-            "submodules that forward calls",
+            f"{missing}, never called by {type(module).__name__}.forward, or only inside of another one that is named, "
+            "or on data alone",
+            "submodules that forward calls with what depends on parameters",
             "Name the submodules that they contain, or the one that contains them.",
         )
 

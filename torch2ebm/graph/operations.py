@@ -65,4 +65,5 @@ def called_module(node: fx.Node, module: nn.Module) -> str:
 
 
 def name_of_target(target: Any) -> str:
-    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+    name = target if isinstance(target, str) else str(getattr(target, "__name__", target))
+    return name.strip("_") if name.startswith("__") else name  # h[0] is called __getitem__

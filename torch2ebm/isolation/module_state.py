@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from torch2ebm.isolation.interrupts import Change, restored_by
 from torch2ebm.isolation.random_numbers import Generators
@@ -77,7 +78,7 @@ def identical(a: Tensor, b: Tensor) -> bool:
 
 def is_lazy(tensor: Tensor) -> bool:
     """Whether a lazy module has not made it yet."""
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
 
 
 def hooks_suspended(parameters: Iterable[Tensor]) -> Change:
@@ -125,10 +126,15 @@ def plain_autograd() -> Iterator[None]:
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        # torch asks the innermost pair alone, so hooks that do nothing switch those outside off
-        torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged),
+        nothing_packed(),
     ):
         yield
+
+
+def nothing_packed() -> torch.autograd.graph.saved_tensors_hooks:
+    """Switch off the saved-tensor hooks outside, a checkpoint's for example."""
+    # torch asks the innermost pair alone
+    return torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged)
 
 
 def unchanged(tensor: Tensor) -> Tensor:
@@ -157,8 +163,7 @@ class AttributeSnapshot:
     def restore(self) -> None:
         for m, attributes, contents in self.before:
             # __dict__ and not setattr: a module's __setattr__ sorts by type
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
+            _put_back(m.__dict__, attributes)
             for collection, content in contents:
                 _restore(collection, content)
 
@@ -183,8 +188,17 @@ def _restore(collection: Any, content: Any) -> None:
         collection[:] = content
     # by identity: == between tensors has no truth value
     elif [(key, id(value)) for key, value in collection.items()] != [(k, id(value)) for k, value in content.items()]:
-        collection.clear()
-        collection.update(content)
+        _put_back(collection, content)
+        if list(collection) != list(content):
+            collection.clear()
+            collection.update(content)
+
+
+def _put_back(names: dict[Any, Any], before: Mapping[Any, Any]) -> None:
+    """No clear: an interruption would leave a module without its attributes."""
+    names.update(before)
+    for name in names.keys() - before.keys():
+        del names[name]
 
 
 @contextmanager

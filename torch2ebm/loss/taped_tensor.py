@@ -128,8 +128,13 @@ def _marked(tensor: Tensor, tape: Tape, index: int, summed: bool | None) -> Tens
         loss: Tensor = _plain(tensor)
         scalar = Scalar(index, bool(summed), weakref.ref(loss), loss.detach())
         tape.scalars.append(scalar)
-        # what arrives at the loss is its outer factor: that of accumulation, of a gradient scaler
-        loss.register_hook(lambda gradient: scalar.factors.append(gradient.detach()))  # type: ignore[no-untyped-call]
+
+        def seen(gradient: Tensor | None) -> None:
+            # what arrives at the loss is its outer factor: that of accumulation, of a gradient scaler
+            if gradient is not None:  # as for an output that no loss was made of
+                scalar.factors.append(gradient.detach())
+
+        loss.register_hook(seen)  # type: ignore[no-untyped-call]
         return loss
     if tensor.ndim == 0 and not tensor.is_floating_point():  # a count, or an index
         ordinary: Tensor = _plain(tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,13 +91,26 @@ def called(run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kw
         if type(error) not in (RuntimeError, ValueError, IndexError, TypeError):
             raise
         check_arguments(module, args, kwargs)
-        tensors = Arguments.of(module, args, kwargs).tensors
+        path, tensors = _refusing(module, error)
+        if not path:
+            tensors = Arguments.of(module, args, kwargs).tensors
         raise NodeEvaluationError(
-            f"{type(module).__name__}.forward",
+            f"{type(module).__name__}.forward{f', in module {path!r}' if path else ''}",
             ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors),
             "inputs that the module takes",
             f"The module said: {first_line(error)}. Check shape, dtype and device of the input.",
         ) from error
+
+
+def _refusing(module: nn.Module, error: Exception) -> tuple[str, Sequence[Tensor]]:
+    """The innermost submodule whose code was running, and the tensors that this was given."""
+    paths = {id(part): path for path, part in module.named_modules()}
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+        values = [frame.f_locals.get(name) for name in names]
+        if values and id(values[0]) in paths:
+            return paths[id(values[0])], [leaf for leaf in leaves_of(values[1:]) if isinstance(leaf, Tensor)]
+    return "", []
 
 
 def check_inputs(tensors: Sequence[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from torch2ebm.engine.finite import (
     first_bad,
 )
 from torch2ebm.engine.results import InferenceState, LocalGradients
+from torch2ebm.engine.standing import Standing
 from torch2ebm.errors import (
     ConfigurationError,
+    DenseLayerError,
     GraphFreedError,
     HigherOrderGradientError,
     InputGradientError,
@@ -34,7 +37,6 @@ from torch2ebm.loss.tape import Tape
 from torch2ebm.model.arguments import Arguments, check_finite_inputs
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.shards import Shards
-from torch2ebm.model.standing import Standing
 from torch2ebm.model.unchanged import Unchanged
 
 
@@ -56,11 +58,13 @@ class OpenCall:
         shards: Shards,
         arguments: Arguments,
         standing: Standing,
+        forget: Callable[[], None],
     ) -> None:
         self.call: Call | None = call
         self.kept: Any = None  # what the algorithm's forward returned
         self.algorithm, self.history, self.forwards = algorithm, history, forwards
         self.keep, self.shards, self.arguments, self.standing = keep, shards, arguments, standing
+        self.forget = forget
         self.finite = {**call.parameters, **finite}
         self.tape = Tape(len(call.graph.output_slots), call.device, forwards.undo)
         self.parameters = {name: p for name, p in call.parameters.items() if p.requires_grad}
@@ -71,20 +75,24 @@ class OpenCall:
         """The forward pass: recordable outputs, in the order of the graph's output slots."""
         assert self.call is not None
         self.kept = self.algorithm.forward(self.call)
-        self.standing.check(self.finite)  # a clamp can hide it from the prediction
-        self._check_predictions(of_outputs=False)
+        with self._blamed_on_inputs():
+            self.standing.check(self.finite)  # a clamp can hide it from the prediction
+            check_predictions(self.call, of_outputs=False)
         self.unchanged = Unchanged(self.call, self.algorithm.reevaluates_loss)
         self.history.forward_ended()
         self.forwards.opened(self.history)
         # copies: what the user writes on the output is no value of the call
         return [self.call.values[slot].detach().clone() for slot in self.call.graph.output_slots]
 
-    def _check_predictions(self, of_outputs: bool = True) -> None:
-        assert self.call is not None
+    @contextmanager
+    def _blamed_on_inputs(self) -> Iterator[None]:
+        """Where something is not finite because an input is not, name the input; a parameter is no consequence."""
         try:
-            check_predictions(self.call, of_outputs)
-        except NonFiniteError:
-            check_finite_inputs(self.arguments.tensors)
+            yield
+        except (NonFiniteError, DenseLayerError):  # numbers tell a dense layer, too
+            self.forget()
+            if first_bad(self.parameters) is None:
+                check_finite_inputs(self.arguments.tensors)
             raise
 
     def answer(self, delivered: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -102,15 +110,16 @@ class OpenCall:
         call, kept = self._opened(), self.kept
         by_slot = {s: g for s, g in zip(call.graph.output_slots, delivered, strict=True) if g is not None}
         loss = make_loss(call, self.tape, by_slot, self.algorithm.loss_reduction, type(self.algorithm).__name__)
-        if not self._delivered_finite(loss):
+        if not self._delivered_finite(call, loss):
             return self._overflowed(call)
         self.unchanged.check(call)
         if self.algorithm.reevaluates_loss:
             loss.check()
-        gradients = self._as_in_forward(call, lambda: self.algorithm.backward(call, kept, loss, retain_graph))
-        self._check_returned(gradients)
-        self._check_inputs(call, gradients)
-        self._check_parameters(gradients, loss)
+        with self._blamed_on_inputs():
+            gradients = self._as_in_forward(call, lambda: self.algorithm.backward(call, kept, loss, retain_graph))
+            self._check_returned(gradients)
+            self._check_inputs(call, gradients)
+            self._check_parameters(gradients, loss)
         self.keep(gradients.state)
         self.forwards.closed(self.history)
         if gradients.later is not None:
@@ -155,12 +164,13 @@ class OpenCall:
             )
         return self.call
 
-    def _delivered_finite(self, loss: ReplayedLoss) -> bool:
+    def _delivered_finite(self, call: Call, loss: ReplayedLoss) -> bool:
         """Whether there is anything to learn from; raises where no outer factor is to blame."""
         if first_bad(loss.delivered) is None:
             return True
         if not (loss.magnified and loss.finite):
-            self._check_predictions()
+            with self._blamed_on_inputs():
+                check_predictions(call)
             check_delivered(loss.delivered)
         self.forwards.overflowed.append(self.history)
         return False

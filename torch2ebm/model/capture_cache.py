@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.capture.fingerprint import Fingerprint, swapped_parameters
 from torch2ebm.capture.observation import Capture, capture
 from torch2ebm.capture.problems import users_level
 from torch2ebm.capture.recording import Place
@@ -24,10 +25,9 @@ from torch2ebm.graph.build import build_graph
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.graph.granularity import Granularity, named_leaves
 from torch2ebm.graph.lone_node import ALONE, FINER, lone_node
-from torch2ebm.isolation.module_state import is_lazy
+from torch2ebm.isolation.module_state import is_lazy, tensors_in_place
 from torch2ebm.isolation.torch_modes import TRACING
 from torch2ebm.model.arguments import Arguments
-from torch2ebm.model.fingerprint import Fingerprint, swapped_parameters
 from torch2ebm.model.verification import same_by_cuts, verify
 
 KEPT = 32  # sequences of operations: branches may differ from batch to batch
@@ -52,6 +52,11 @@ class _Entry:
     graphs: dict[Granularity, EnergyGraph] = field(default_factory=dict)
     captured: Capture | None = None
 
+    @property
+    def made(self) -> Capture:
+        assert self.captured is not None
+        return self.captured
+
 
 class Captures:
     """The graphs of one module as it was when this was made.
@@ -65,7 +70,7 @@ class Captures:
         self.parameters = dict(module.named_parameters())
         self.subject = Subject.of(module)
         self.entries: OrderedDict[Any, _Entry] = OrderedDict()
-        self._latest: dict[tuple[Granularity, bool], tuple[_Entry, EnergyGraph]] = {}
+        self._latest: dict[tuple[Granularity, bool], Cuts] = {}
         self._paths = {id(parameter): name for name, parameter in self.parameters.items()}
         self._fingerprint = Fingerprint.of(module)
         self._told = False
@@ -120,25 +125,40 @@ class Captures:
             swapped = swapped_parameters(self._fingerprint, now, self.parameters)
             paths = {id(swapped.get(name, p)): name for name, p in self.parameters.items()}
         granularity, graded = self._granularity_for(algorithm), torch.is_grad_enabled()
-        entry, graph = self._latest.get((granularity, graded), (None, None))
-        cuts = graph.cuts if graph is not None and keep_cuts else None
-        run = self.subject.run(call, paths, arguments.names, arguments.device, cuts)
-        if run.followed and entry is not None and graph is not None and self._same_numbers(run, entry, graph.cuts):
-            if graph not in self._cut_before:
-                self._check_cuts(graph, run, arguments, swapped)
-            return Served(run, graph, swapped, arguments)
-        if run.records is None and graph is not None:
-            run.changed_buffers = graph.changing_buffers
+        known = self._known(granularity, graded) if keep_cuts and not torch.is_inference_mode_enabled() else {}
+        cuts = list(known)
+        first = cuts[0] if cuts else None
+        run = self.subject.run(call, paths, arguments.names, arguments.device, first, cuts[1:])
+        if run.matched and run.cuts is not None:
+            entry, graph = known[run.cuts]
+            if self._same_numbers(run, entry, run.cuts):
+                self._latest[granularity, graded] = run.cuts
+                if run.followed and graph not in self._cut_before:
+                    self._check_cuts(graph, run, arguments, swapped)
+                return Served(run, graph, swapped, arguments)
         with TRACING:
-            entry, graph = self._graph_for(run, cuts, granularity, graded, arguments.device, swapped)
-        self._latest[granularity, graded] = entry, graph
+            graph = self._graph_for(run, granularity, graded, arguments.device, swapped)
+        if algorithm is not None and algorithm.reevaluates_loss:
+            self._tell_of_lone_node(graph)
+        self._latest[granularity, graded] = _cuts_of(graph)
         return Served(run, graph, swapped, arguments)
+
+    def _known(self, granularity: Granularity, graded: bool) -> dict[Cuts, tuple[_Entry, EnergyGraph]]:
+        """The graphs that a run may turn out to have, that of the last call first."""
+        found = {
+            _cuts_of(entry.graphs[granularity]): (entry, entry.graphs[granularity])
+            for (of_graded, *_), entry in reversed(self.entries.items())
+            if of_graded == graded and granularity in entry.graphs
+        }
+        latest = self._latest.get((granularity, graded))
+        return {latest: found[latest], **found} if latest is not None and latest in found else found
 
     def _check_cuts(self, graph: EnergyGraph, run: Run, arguments: Arguments, swapped: Mapping[str, Tensor]) -> None:
         """Hold the first run that was cut against the composition of the nodes; where they differ, compose for ever."""
         self._cut_before.add(graph)
         if not same_by_cuts(graph, run, arguments.device, swapped):
-            graph.cuts, run.followed = None, False
+            graph.cuts, run.followed = _cuts_of(graph).to_follow(), False
+            self._latest.clear()
 
     def _granularity_for(self, algorithm: Algorithm | None) -> Granularity:
         if self.granularity != "auto":
@@ -150,8 +170,7 @@ class Captures:
 
     def _others(self, run: Run, entry: _Entry) -> frozenset[Place]:
         """Numbers that the entry takes for granted, and that this run has otherwise."""
-        assert entry.captured is not None
-        known, inputs = entry.captured.run.numbers, set(entry.captured.trace.numbers.values())
+        known, inputs = entry.made.run.numbers, set(entry.made.trace.numbers.values())
         return frozenset(
             (i, j)
             for i, (ours, theirs) in enumerate(zip(run.numbers, known, strict=True))
@@ -163,17 +182,30 @@ class Captures:
     def _graph_for(
         self,
         run: Run,
-        cuts: Cuts | None,
         granularity: Granularity,
         graded: bool,
         device: torch.device,
         swapped: Mapping[str, Tensor],
-    ) -> tuple[_Entry, EnergyGraph]:
+    ) -> EnergyGraph:
         if run.records is None:  # followed, with numbers that were taken for granted until now
-            assert cuts is not None
-            run.records, run.origins = list(cuts.records), [frozenset()] * len(run.constants)
-            run.names = [None] * len(run.constants)
+            run.as_recorded()
+            self.subject.note_changed(run)
         run.followed = False
+        if torch.is_inference_mode_enabled():  # what was made there may not be saved for a backward
+            with torch.inference_mode(False):
+                run.constants = [c.clone() if c.is_inference() else c for c in run.constants]
+        # a graph is of the module's own parameters
+        with tensors_in_place(self.module, {name: self.parameters[name] for name in swapped}):
+            entry = self._entry_for(run, graded, device)
+            known = entry.graphs.get(granularity)
+            graph = build_graph(entry.made, granularity) if known is None else known
+        if known is None:
+            verify(graph, run, device, swapped)
+            entry.graphs[granularity] = graph
+            self._tell(graph, run)
+        return graph
+
+    def _entry_for(self, run: Run, graded: bool, device: torch.device) -> _Entry:
         key = (graded, tuple(run.sequence), run.returned)
         entry = self.entries.get(key)
         if entry is None:
@@ -187,13 +219,14 @@ class Captures:
             entry.captured = self._captured(run, entry, device)
             entry.graphs.clear()
         self.entries.move_to_end(key)
-        if granularity not in entry.graphs:
-            assert entry.captured is not None
-            graph = build_graph(entry.captured, granularity)
-            verify(graph, run, device, swapped)
-            entry.graphs[granularity] = graph
-            self._tell(graph, run)
-        return entry, entry.graphs[granularity]
+        return entry
+
+    def forget(self, graph: EnergyGraph) -> None:
+        """Its run had numbers that were not finite: what they showed of operations says nothing of good ones."""
+        for key, entry in list(self.entries.items()):
+            if any(graph is known for known in entry.graphs.values()):
+                del self.entries[key]
+        self._latest = {key: latest for key, latest in self._latest.items() if latest is not graph.cuts}
 
     def _new_entry(self, key: Any, run: Run, device: torch.device) -> _Entry:
         entry = _Entry(held=frozenset(run.kept))
@@ -215,12 +248,15 @@ class Captures:
                 self._told_of.add(path)
                 warnings.warn(
                     f"{f'{name}.{path}' if path else name} {reason}. It is one node: its values do not relax, and its "
-                    "gradients are backpropagation's. torch2ebm.check(module, example_inputs) lists all there is to know.",
+                    "gradients are backpropagation's. torch2ebm.check(module, example_inputs) lists all of it.",
                     OpaqueModuleWarning,
                     stacklevel=users_level(),
                 )
+
+    def _tell_of_lone_node(self, graph: EnergyGraph) -> None:
         if (lone := lone_node(graph)) and None not in self._told_of:
             self._told_of.add(None)
+            name = type(self.module).__name__
             warnings.warn(f"{name}, node '{lone}': {ALONE} {FINER}", LoneNodeWarning, stacklevel=users_level())
 
     def _tell_of_changing(self) -> None:
@@ -234,6 +270,11 @@ class Captures:
                 ChangingForwardWarning,
                 stacklevel=users_level(),
             )
+
+
+def _cuts_of(graph: EnergyGraph) -> Cuts:
+    assert graph.cuts is not None  # of a graph that a run was cut for
+    return graph.cuts
 
 
 def _equal(ours: Any, theirs: Any) -> bool:

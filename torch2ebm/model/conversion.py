@@ -5,16 +5,19 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.capture.fingerprint import inside_functional_call
 from torch2ebm.capture.running import Before
 from torch2ebm.common.nested import map_leaves
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState
+from torch2ebm.engine.standing import Standing
 from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
@@ -24,11 +27,9 @@ from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for
 from torch2ebm.model.arguments import Arguments, called, check_inputs
 from torch2ebm.model.backward import EnergyFunction, OpenCall
 from torch2ebm.model.capture_cache import Captures, Served
-from torch2ebm.model.fingerprint import inside_functional_call
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.shards import Shards
-from torch2ebm.model.standing import Standing
 from torch2ebm.model.whole_call import check_whole_call
 from torch2ebm.reports.drawing import draw_graph
 from torch2ebm.reports.tables import node_table
@@ -68,7 +69,7 @@ class Conversion:
     def answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What ``model(*args, **kwargs)`` returns."""
         self._state = None
-        if torch.jit.is_tracing() or _exporting():
+        if torch._C._get_tracing_state() is not None or _exporting():
             return self.module(*args, **kwargs)
         if self.algorithm is not None and self.algorithm.defines_output and not torch.is_grad_enabled():
             return self._output_alone(self.algorithm, args, kwargs)
@@ -137,9 +138,17 @@ class Conversion:
                 if before is not None:
                     check_whole_call(served, before, lambda: self.module(*args, **kwargs))
                 call = self._call(served)
-                finite = self.captures.standing_buffers()
                 open_call = OpenCall(
-                    call, algorithm, history, finite, forwards, keep, self.shards, served.arguments, self.standing
+                    call,
+                    algorithm,
+                    history,
+                    self.captures.standing_buffers(),
+                    forwards,
+                    keep,
+                    self.shards,
+                    served.arguments,
+                    self.standing,
+                    partial(self.captures.forget, served.graph),
                 )
                 outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
                     open_call, *self.shards.in_place_of(open_call.parameters), *served.run.external.values()

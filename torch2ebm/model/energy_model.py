@@ -38,8 +38,6 @@ def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any 
         CaptureMismatchError: if the graph does not compute what the module computes.
 
     Warns:
-        StaleAttributeWarning: if forward leaves tensors in plain attributes: while an algorithm runs, they stay as
-            the last plain forward left them.
         NameCollisionWarning: if the module has attributes of its own that are called as those of
             :class:`EnergyModel`: ``model.state`` is then the module's, ``model.torch2ebm.state`` torch2ebm's.
 
@@ -75,8 +73,8 @@ class EnergyModel(ModuleView):
     any case, for example ``model.torch2ebm.state``; ``model.torch2ebm.module`` is the module itself.
 
     A hook around the call (``model.register_forward_hook``) belongs to the model. It runs once each time you call the
-    model, and gets the model. Hooks that you register on the module run where the module itself runs: without an
-    algorithm, or under ``torch.no_grad``.
+    model, and gets the model. Hooks that you register on the module or its layers run as in the module itself, and
+    what they compute is part of the graph.
 
     A forward that you write on the model (``model.forward = f``) takes the place of the module's forward. One that
     calls the ``model.forward`` that it replaces stays around the model, as a wrapper for mixed precision does.
@@ -124,7 +122,7 @@ class EnergyModel(ModuleView):
 
     @property
     def captured_by(self) -> str:
-        """How the graph of the last call was captured: ``"fx"``, symbolic tracing, or ``"export"``, ``torch.export``.
+        """How the graph of the last call was captured: ``"run"``, by a run of the module.
 
         Raises :class:`NotCapturedError` before any input was seen.
         """

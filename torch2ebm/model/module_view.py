@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from torch2ebm.capture.problems import users_level
+from torch2ebm.common.own_forward import calls_one_of
 from torch2ebm.errors import ConfigurationError, NameCollisionWarning, UnsupportedError
 from torch2ebm.model.arguments import with_signature_of
 from torch2ebm.model.conversion import Conversion
-from torch2ebm.model.own_forward import calls_one_of
 from torch2ebm.model.own_methods import is_own_method, with_forward
 
 HELD = "torch2ebm"  # the one attribute of a view that is not the module's

@@ -16,7 +16,7 @@ class Unchanged:
 
     Autograd refuses a tensor that was written in place where it has saved it. A relaxation reads everything again, so
     it refuses everything that was written. Writes by ``.data`` leave no trace in a tensor's version: for algorithms
-    that evaluate nodes again, parameters are known by their norms as well.
+    that evaluate nodes again, parameters are known by the norm of their first row as well.
 
     Args:
         call: A call whose forward has ended.
@@ -61,7 +61,8 @@ def _parameters(call: Call) -> Iterator[tuple[str, Tensor, int]]:
 
 def _constants(call: Call, module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """Inputs, and what forward has read besides; not what each forward moves, such as running statistics."""
-    moving = {id(b) for name, b in module.named_buffers() if name in call.graph.changing_buffers}
+    moved = call.graph.changing_buffers
+    moving = {id(b) for name, b in module.named_buffers() if name in moved} if moved else set()
     for name, (tensor, version) in zip(call.graph.constants, call.run.originals, strict=True):
         if id(tensor) not in moving and not tensor.is_inference():
             yield f"'{name}', which forward has read", tensor, version
@@ -71,7 +72,8 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
     if not tensors:
         return []
     with torch.no_grad():
-        return torch.stack([norm.float().cpu() for norm in torch._foreach_norm(list(tensors))]).tolist()
+        rows = [tensor.detach()[(0,) * (tensor.ndim - 1)] if tensor.ndim else tensor.detach() for tensor in tensors]
+        return torch.stack([norm.float().cpu() for norm in torch._foreach_norm(rows)]).tolist()
 
 
 def _modes(module: nn.Module) -> Mapping[str, bool]:

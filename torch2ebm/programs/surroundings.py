@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable, Iterator
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch2ebm.loss.output_loss import OutputLoss
 from torch2ebm.programs.cache import Programs
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, slice, type(Ellipsis))
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -34,7 +37,15 @@ def surroundings(call: Call) -> Hashable:
     deterministic = torch.are_deterministic_algorithms_enabled()
     parts = call.graph.once(surroundings, lambda: tuple(_whole_modules(call.graph)))
     settings = tuple([_settings(part) for part in parts])
-    return autocast, torch.get_default_dtype(), deterministic, torch.get_num_threads(), settings
+    numbers = tuple([(name, _told_by(each)) for name, each in call.environment.items() if not isinstance(each, Tensor)])
+    return autocast, torch.get_default_dtype(), deterministic, torch.get_num_threads(), settings, numbers
+
+
+def _told_by(number: Any) -> Hashable:
+    """What tells a number of the run from another, which a program would be stale for; an object may always differ."""
+    if isinstance(number, PLAIN):
+        return signature(number)
+    return number if isinstance(number, (type, *_FUNCTIONS)) else object()
 
 
 def _whole_modules(graph: EnergyGraph) -> Iterator[nn.Module]:
