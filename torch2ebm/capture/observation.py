@@ -19,7 +19,7 @@ Warning: the results of all operations are kept until the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,6 @@ from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import UntraceableError, first_line
 from torch2ebm.isolation.batch_statistics import Statistics, keeping_statistics
 from torch2ebm.isolation.module_state import (
-    BufferSnapshot,
     all_parameters_trainable,
     plain_autograd,
     untouched,
@@ -125,12 +124,6 @@ def is_live(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and (value.is_floating_point() or value.is_complex())
 
 
-def _moved(module: nn.Module, run: Run, before: BufferSnapshot) -> Iterator[str]:
-    """Buffers that the operations have written: torch leaves no trace of a running statistic in its version."""
-    written = {id(run.originals[i][0]) for i in before.changed()}
-    return (name for name, buffer in module.named_buffers() if id(buffer) in written)
-
-
 def capture(
     module: nn.Module,
     run: Run,
@@ -148,7 +141,6 @@ def capture(
     trace = traced(module, run, varying, further, device.type)
     observer = _Observer(module, trace, device)
     made = Capture(module, trace, leaves, observer.facts, run.outline(), varying, further)
-    before = BufferSnapshot(dict(enumerate(run.constants)))
     with plain_autograd(), untouched(module, device), all_parameters_trainable(module):
         try:
             observer.run(*made.inputs(run))
@@ -159,5 +151,4 @@ def capture(
                 "operations that can run again on the same tensors",
                 "Make the submodule concerned one node with nodes=[...].",
             ) from error
-        made.run.changed_buffers = tuple(dict.fromkeys((*run.changed_buffers, *_moved(module, run, before))))
     return made
