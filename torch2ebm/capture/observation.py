@@ -19,6 +19,7 @@ Warning: the results of all operations are kept until the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,10 +111,18 @@ def _fact(value: Any, random: bool, batch_statistics: bool) -> Fact:
         tensor=tensor,
         random=random,
         batch_statistics=batch_statistics,
-        finite=not (tensor and value.is_floating_point()) or bool(torch.isfinite(value).all()),
+        finite=not (tensor and value.is_floating_point()) or _is_finite(value),
         shape=tuple(value.shape) if tensor else (),
         data=_has_data(value),
     )
+
+
+def _is_finite(value: Tensor) -> bool:
+    # a sum shows it in one pass and without another tensor; it may overflow where the entries are finite
+    plain = value.layout is torch.strided and not value.is_nested and value.itemsize > 1
+    if plain and math.isfinite(value.detach().sum().item()):
+        return True
+    return bool(torch.isfinite(value).all())
 
 
 def _has_data(value: Any) -> bool:
