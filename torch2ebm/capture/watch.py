@@ -380,6 +380,7 @@ class Watch(TorchFunctionMode):
         self._origins: dict[int, frozenset[str]] = {}
         self._frames: list[FrameType] = []
         self._labels: dict[int, str] = {}
+        self._labelled: Counter[str] = Counter()
         self.custom = False  # whether a custom autograd function was applied
         self.blind = False  # whether one was, perhaps, before anybody was told
         self.deviates: Callable[[], Any] = bool  # called where a run turns out to be another than expected
@@ -834,7 +835,8 @@ class Watch(TorchFunctionMode):
         label = self._labels.get(id(frame))
         if label is None:
             self._frames.append(frame)
-            count = sum(1 for known in self._labels.values() if known.split("@")[0] == path)
+            count = self._labelled[path]
+            self._labelled[path] += 1
             label = self._labels[id(frame)] = f"{path}@{count}" if count else path
         return label
 
