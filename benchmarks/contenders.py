@@ -173,7 +173,7 @@ class Contest:
         return differences
 
     def warmed_up(self) -> None:
-        """Every program has been recorded and compiled, where it is to be."""
+        """Every run is known and has been cut once, and every program recorded and compiled, where it is to be."""
         for name, program in self.programs.items():
             self._warm_up(name, program)
 

@@ -53,7 +53,7 @@ def test_the_full_sweep_gives_the_very_numbers_of_the_wave_front():
 
 def test_the_arithmetic_of_a_chain_is_that_of_its_matrices():
     contest = Contest(TINY, [STRICT], False)
-    contest.warmed_up()  # the first call also verifies the graph
+    contest.warmed_up()  # the first call also verifies the graph, the second its cuts
     counted = {name: flops(program) for name, program in contest.programs.items()}
     model = contest.models[STRICT.name]
     graph, costs = model.graph, node_costs(model, contest.x)

@@ -380,6 +380,7 @@ class Watch(TorchFunctionMode):
         self._origins: dict[int, frozenset[str]] = {}
         self._frames: list[FrameType] = []
         self._labels: dict[int, str] = {}
+        self._labelled: Counter[str] = Counter()
         self.custom = False  # whether a custom autograd function was applied
         self.blind = False  # whether one was, perhaps, before anybody was told
         self.deviates: Callable[[], Any] = bool  # called where a run turns out to be another than expected
@@ -532,7 +533,8 @@ class Watch(TorchFunctionMode):
                 hot |= self._scan((part.start, part.stop, part.step), key, numbers, found)
             else:
                 key.append(getattr(part, "__code__", kind))
-                numbers.append(part)
+                # a generator as it is before the operation draws from it
+                numbers.append(part.clone_state() if kind is torch.Generator else part)
         return hot
 
     def _constant(self, tensor: Tensor) -> int:
@@ -717,7 +719,7 @@ class Watch(TorchFunctionMode):
             if result is not None and result is not NotImplemented:
                 self.passive.add(function)
             return result
-        random = state.advanced()
+        random = state.advanced() or draws_from_its_own(numbers)
         if random:
             self.run.random[index] = state
         changed = _apart([t for t, version in zip(given, versions, strict=True) if t._version != version])
@@ -833,7 +835,8 @@ class Watch(TorchFunctionMode):
         label = self._labels.get(id(frame))
         if label is None:
             self._frames.append(frame)
-            count = sum(1 for known in self._labels.values() if known.split("@")[0] == path)
+            count = self._labelled[path]
+            self._labelled[path] += 1
             label = self._labels[id(frame)] = f"{path}@{count}" if count else path
         return label
 
@@ -1016,6 +1019,11 @@ def moved_by(record: Record) -> Iterator[Constant]:
     if record.function is functional.batch_norm:
         given = (*record.args[1:3], record.kwargs.get("running_mean"), record.kwargs.get("running_var"))
         yield from (each for each in given if isinstance(each, Constant))
+
+
+def draws_from_its_own(numbers: Iterable[Any]) -> bool:
+    """Whether there is a generator among the arguments of an operation."""
+    return any(isinstance(number, torch.Generator) for number in numbers)
 
 
 def hung_on_autograd(module: nn.Module) -> bool:
