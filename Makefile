@@ -49,6 +49,7 @@ mutants: $(STAMP) ## put one-line defects into the mathematics: the tests must n
 bench: $(STAMP) ## measure speed, memory and growth against backpropagation (and on a GPU where there is one)
 	$(VENV)/bin/python benchmarks/speed.py
 	$(VENV)/bin/python benchmarks/speed.py --device cuda
+	$(VENV)/bin/python benchmarks/overhead.py
 	$(VENV)/bin/python benchmarks/memory.py
 	$(VENV)/bin/python benchmarks/growth.py
 	$(VENV)/bin/python benchmarks/solvers.py

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from measure import flops
 
+import torch2ebm
 from torch2ebm.engine.call import Call, NodePass
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
-from torch2ebm.model.energy_model import EnergyModel
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class NodeCost:
     to_parameters: int
 
 
-def node_costs(model: EnergyModel, *inputs: torch.Tensor) -> dict[str, NodeCost]:
+def node_costs(model: torch2ebm.EnergyModel, *inputs: torch.Tensor) -> dict[str, NodeCost]:
     """Of every node, for these inputs of the model."""
     call = model.torch2ebm.new_call(inputs, {})
     call.feedforward(keep_graph=False)

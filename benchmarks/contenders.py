@@ -180,7 +180,8 @@ class Contest:
     def _warm_up(self, name: str, program: Program) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CompilationWarning)
-            for _ in range(4 if name.endswith(COMPILED) else 2):  # recorded at one batch, compiled at another
+            # captured at the first call, held against the nodes at the second; recorded at one, compiled at another
+            for _ in range(4 if name.endswith(COMPILED) else 2):
                 program()
         found = [str(each.message) for each in caught if issubclass(each.category, CompilationWarning)]
         if found:

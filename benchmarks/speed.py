@@ -170,10 +170,8 @@ class Operations:
         numbers = {name: flops(program) for name, program in counted.items()}
         backprop = numbers[REFERENCE]
         model = contest.models[next(name for name in contest.models if name != FIXED_BLOCKS.name)]
-        costs = node_costs(model, contest.x)
-        arithmetic, full = (
-            strict_flops(model.graph, costs, STEPS, wave_front) / backprop for wave_front in (True, False)
-        )
+        graph, costs = model.graph, node_costs(model, contest.x)
+        arithmetic, full = (strict_flops(graph, costs, STEPS, wave_front) / backprop for wave_front in (True, False))
         return Operations({name: number / backprop for name, number in numbers.items()}, arithmetic, full)
 
 

@@ -52,6 +52,8 @@ LINEAR = "algorithms::where_the_loss_is_linear_even_the_unlevelled_schedule_is_t
 GAMMA = "algorithms::a_step_other_than_one_scales_a_level_by_its_power"
 BINOMIAL = "algorithms::on_a_graph_fixed_prediction_is_the_literal_sweep"
 ALONE = "loop::a_sample_relaxes_the_same_alone_or_in_a_batch"
+WRITE = "traps::a_write_in_place_leaves_values_alone"
+CONSTRUCT = "families::a_forward_with_this_construct_is_exact"
 FACTOR = "loop::an_outer_factor_scales_the_gradients_and_its_sign_enters_the_energy"
 
 
@@ -296,20 +298,32 @@ PROGRAMS = [
     Mutant("the program of a setting that has changed", "common/nested.py",
            "return type(thing), signature(attributes_of(thing))", "return type(thing), id(thing)",
            "own_extensions::an_energy_is_taken_and_a_changed_setting_is_seen"),
-    Mutant("a program of other settings", "programs/sweep.py", "return self._settings, signature(early),",
-           "return signature(early),", "settings_of_algorithms"),
-    Mutant("one shape's program for another", "programs/sweep.py",
-           "return self._settings, signature(early), alias_pattern(early),",
-           "return self._settings, alias_pattern(early),",
-           "programs::a_last_smaller_batch_and_the_other_mode_have_programs_of_their_own"),
     Mutant("a program that forgets which values have moved", "inference/value_inference.py", "frozenset(self.moved)",
            "frozenset()", "programs"),
     Mutant("a round that starts where the one before did", "programs/program.py", "current |= {", "_ = {",
            "programs::several_rounds_of_a_program_are_one_program"),
     Mutant("one setting's program for another", "programs/surroundings.py", "torch.get_num_threads(), settings",
            "torch.get_num_threads()", "program_settings::a_setting_of_a_module_may_change"),
-    Mutant("a parameter's hook in a program", "programs/sweep.py", "within([hooks],", "within([],",
-           "program_settings::hooks_of_parameters_run_once_in_a_backward"),
+]  # fmt: skip
+
+RUNS = [
+    Mutant("a value that forward writes handed on as it is", "capture/watch.py",
+           "handed = leaf.clone() if rewritten else leaf", "handed = leaf", WRITE),
+    Mutant("writes of buffers taken for other operations", "capture/watch.py", "self.run.effects.add((index, key))",
+           "pass", "traps::a_buffer_that_forward_writes_moves_once_a_step"),
+    Mutant("a gradient through what ran without one", "capture/recording.py",
+           "return result if ambient.grad else stopped(result)", "return result", CONSTRUCT),
+    Mutant("a graph for other numbers", "model/capture_cache.py",
+           "return (cuts is not None and all(map(_equal, run.numbers, cuts.numbers))) or not self._others(run, entry)",
+           "return True", CONSTRUCT),
+    Mutant("a composition that moves buffers again", "engine/call.py",
+           "within([moved.preserved()], lambda: self._compose", "within([], lambda: self._compose",
+           "traps::running_statistics_on_either_side_of_a_branch_move_once_a_step"),
+    Mutant("random numbers drawn anew by the nodes", "engine/call.py", "changes.append(state.replayed())", "pass",
+           "traps::with_random_draws_zero_divergence_is_autograd_of_the_same_draws"),
+    Mutant("draws of two nodes in turns wound back as one", "graph/cuts.py",
+           "return all(place[own[-1]] - place[own[0]] == len(own) - 1 for own in of_nodes.values())", "return True",
+           "random_modules::a_random_module_is_itself_node_by_node"),
 ]  # fmt: skip
 
 AGREEMENT = [
@@ -321,7 +335,7 @@ AGREEMENT = [
 ]  # fmt: skip
 
 MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA,
-           *PROGRAMS, *AGREEMENT]  # fmt: skip
+           *PROGRAMS, *RUNS, *AGREEMENT]  # fmt: skip
 
 
 # Running them ---------------------------------------------------------------------------------------------------------

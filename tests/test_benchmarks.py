@@ -55,8 +55,8 @@ def test_the_arithmetic_of_a_chain_is_that_of_its_matrices():
     contest = Contest(TINY, [STRICT], False)
     contest.warmed_up()  # the first call also verifies the graph, the second its cuts
     counted = {name: flops(program) for name, program in contest.programs.items()}
-    graph = contest.models[STRICT.name].graph
-    costs = node_costs(contest.models[STRICT.name], contest.x)
+    model = contest.models[STRICT.name]
+    graph, costs = model.graph, node_costs(model, contest.x)
     first, *others = [2 * BATCH * fan_in * fan_out for fan_in, fan_out in pairwise(WIDTHS)]
     ends = 3 * first + 3 * sum(others)  # the feed-forward pass, the last one, and the parameters' gradients
     full = ends + STEPS * 2 * sum(others)

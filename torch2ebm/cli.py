@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Torch2EBMError, OSError) as error:
         print(f"torch2ebm: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("torch2ebm: interrupted", file=sys.stderr)
+        return 130  # as a shell reports SIGINT
     return 0
 
 
@@ -59,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_demo)
     parser.add_argument("--epochs", type=_count, default=30)
-    parser.add_argument("--output", default="demo_output", help="folder of the pictures")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=_path, default="demo_output", help="folder of the pictures")
+    parser.add_argument("--seed", type=_seed, default=0)
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +73,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_count, default=20, help="inference steps")
     parser.add_argument("--lr", type=float, default=0.1, help="step size of the inference")
     parser.add_argument("--double", action="store_true", help="in float64")
-    parser.add_argument("--output", help="picture file")
+    parser.add_argument("--output", type=_path, help="picture file")
 
 
 def _graph_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +82,7 @@ def _graph_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nodes", type=_nodes, default="auto", help=f"one of {', '.join(GRANULARITIES)}, or submodule names: a,b"
     )
-    parser.add_argument("--output", default="graph.png", help="picture file")
+    parser.add_argument("--output", type=_path, default="graph.png", help="picture file")
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +95,18 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.lstrip("-").isdecimal() or not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at most 63 bits")
+    return int(text)
+
+
+def _path(text: str) -> str:
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path: it holds a null character")
+    return text
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -85,10 +85,6 @@ class LoneNodeWarning(UserWarning):
     """One node has every parameter of the module, so nothing can relax."""
 
 
-class StaleAttributeWarning(UserWarning):
-    """Forward leaves tensors in attributes of the module, which a graph in its place does not change."""
-
-
 class NameCollisionWarning(UserWarning):
     """The module has attributes of its own that are called as some of torch2ebm's."""
 

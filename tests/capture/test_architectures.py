@@ -199,3 +199,96 @@ class Experts(nn.Module):
 def test_tokens_go_to_experts_and_back() -> None:
     model = check_calls(Experts(), *batches(2, 2, 3))
     assert len(model.nodes) > 2
+
+
+class Powers(nn.Module):
+    """Operators that torch knows by other names than Python does, in place and not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        g = h.sigmoid() ** 2 + 2 ** h.tanh() + (1 + h * h) ** h.tanh() + x.abs() ** h
+        g **= 2
+        k = h * 3
+        k **= 2
+        return self.last(g + k % 3 + (7 // (2 + k.detach())))
+
+
+def test_powers_by_operators() -> None:
+    check_calls(Powers(), *batches(2, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: functional.max_pool1d(h, 2),
+        lambda h: functional.adaptive_max_pool1d(h, 2),
+        lambda h: functional.max_pool1d(h, 2, return_indices=True)[0],
+        lambda h: torch.special.expit(h),
+        lambda h: torch.linalg.vector_norm(h, dim=-1),
+        lambda h: torch.fft.rfft(h).abs(),
+        lambda h: torch.linalg.norm(h, dim=-1),
+        lambda h: torch.norm(h, dim=-1),
+        lambda h: torch.stft(h[:, 0], 4, window=torch.ones(4, dtype=h.dtype), return_complex=True).abs(),
+        lambda h: torch.einsum("bij,bik->bjk", h, h),
+        lambda h: torch.split(h, [1, 5], -1)[1],
+        lambda h: h.split(2, -1)[0],
+        lambda h: torch.cdist(h, h + 1),
+        lambda h: torch.nn.utils.rnn.pad_sequence([h[0], h[1, :2]]),
+        lambda h: torch.unique(h.detach().round(), dim=0).sum() + h,
+        lambda h: torch.meshgrid(h[0, 0], h[1, 0], indexing="ij")[0],
+        lambda h: torch.tensordot(h, h, dims=([0], [0])),
+        lambda h: functional.interpolate(h, scale_factor=2),
+        lambda h: functional.gumbel_softmax(h, hard=True),
+        lambda h: torch.block_diag(h[0], h[1]),
+    ],
+)
+def test_functions_of_torch_are_found_again_by_their_names(function: Callable[[Tensor], Tensor]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(self.first(x)) * 2
+
+    check_calls(Net(), *batches(2, 2, 3))
+
+
+class AddsToParts(nn.Module):
+    """``x[..., :2] += y`` reads a part, writes it, and puts it where it is already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        boxes = self.first(x)
+        boxes[..., :2] += x[..., 2:].sigmoid()
+        boxes[:, 0][..., 1:] *= boxes[:, 1][..., 1:].tanh()
+        boxes[0, :, 0] -= self.last(boxes.clone())[0, :, 0]
+        return self.last(boxes.sigmoid())
+
+
+def test_parts_are_added_to() -> None:
+    check_calls(AddsToParts(), *batches(2, 2, 3))
+
+
+class SamplesTokens(nn.Module):
+    """A layer that serves to choose alone: what others read of it is one tuple of data, and no value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.score, self.last = nn.Linear(4, 4), nn.Linear(4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        chosen = self.score(h)[..., 0].argsort(dim=-1).unbind()
+        return self.last(torch.stack([h[i, each[:2]] for i, each in enumerate(chosen)]))
+
+
+def test_a_layer_that_serves_to_choose_alone() -> None:
+    check_calls(SamplesTokens(), *batches(2, 2, 3))

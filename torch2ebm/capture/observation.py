@@ -19,7 +19,8 @@ Warning: the results of all operations are kept until the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,6 @@ from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import UntraceableError, first_line
 from torch2ebm.isolation.batch_statistics import Statistics, keeping_statistics
 from torch2ebm.isolation.module_state import (
-    BufferSnapshot,
     all_parameters_trainable,
     plain_autograd,
     untouched,
@@ -112,10 +112,18 @@ def _fact(value: Any, random: bool, batch_statistics: bool) -> Fact:
         tensor=tensor,
         random=random,
         batch_statistics=batch_statistics,
-        finite=not (tensor and value.is_floating_point()) or bool(torch.isfinite(value).all()),
+        finite=not (tensor and value.is_floating_point()) or _is_finite(value),
         shape=tuple(value.shape) if tensor else (),
         data=_has_data(value),
     )
+
+
+def _is_finite(value: Tensor) -> bool:
+    # a sum shows it in one pass and without another tensor; it may overflow where the entries are finite
+    plain = value.layout is torch.strided and not value.is_nested and value.itemsize > 1
+    if plain and math.isfinite(value.detach().sum().item()):
+        return True
+    return bool(torch.isfinite(value).all())
 
 
 def _has_data(value: Any) -> bool:
@@ -124,12 +132,6 @@ def _has_data(value: Any) -> bool:
 
 def is_live(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and (value.is_floating_point() or value.is_complex())
-
-
-def _moved(module: nn.Module, run: Run, before: BufferSnapshot) -> Iterator[str]:
-    """Buffers that the operations have written: torch leaves no trace of a running statistic in its version."""
-    written = {id(run.originals[i][0]) for i in before.changed()}
-    return (name for name, buffer in module.named_buffers() if id(buffer) in written)
 
 
 def capture(
@@ -149,7 +151,6 @@ def capture(
     trace = traced(module, run, varying, further, device.type)
     observer = _Observer(module, trace, run, device)
     made = Capture(module, trace, leaves, observer.facts, run.outline(), varying, further)
-    before = BufferSnapshot(dict(enumerate(run.constants)))
     with plain_autograd(), untouched(module, device), all_parameters_trainable(module):
         try:
             observer.run(*made.inputs(run))
@@ -160,5 +161,4 @@ def capture(
                 "operations that can run again on the same tensors",
                 "Make the submodule concerned one node with nodes=[...].",
             ) from error
-        made.run.changed_buffers = tuple(dict.fromkeys((*run.changed_buffers, *_moved(module, run, before))))
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import traceback
 from pathlib import Path
@@ -12,6 +13,7 @@ HERE = str(Path(__file__).parents[1])  # the package, whose own frames are none 
 TORCH = str(Path(torch.__file__).parent)
 
 
+@functools.cache
 def is_users(filename: str) -> bool:
     """Whether a file is neither torch's nor ours."""
     return not any(Path(filename).is_relative_to(directory) for directory in (HERE, TORCH))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,8 +169,10 @@ class _Importer:
         kind, target = "call_function", function
         if name == "__get__":
             kind, target, args = "call_function", getattr, (args[0], function.__self__.__name__)
-        elif getattr(Tensor, name, None) is function and isinstance(args[0], fx.Node):
-            kind, target = "call_method", name
+        elif (method := _method_of(function)) and args and isinstance(args[0], fx.Node):
+            kind, target = "call_method", method
+        elif not _can_be_written(function):
+            target = _renamed(function)
         if record.ambient is not None:
             operation = getattr(Tensor, target) if kind == "call_method" else target
             kind, target = "call_function", _under(record.ambient, operation, self.device)
@@ -213,6 +216,44 @@ def _drop_unread(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and not node.users:
             graph.erase_node(node)
+
+
+def _method_of(function: Any) -> str | None:
+    """The name under which a tensor has this function: ``__pow__`` says of itself that it is ``pow``."""
+    own = getattr(function, "__name__", "")
+    if getattr(Tensor, own, None) is function:
+        return own
+    return next((name for name, each in _methods_named_otherwise() if each is function), None)
+
+
+@functools.cache
+def _methods_named_otherwise() -> list[tuple[str, Any]]:
+    found = ((name, getattr(Tensor, name)) for name in dir(Tensor) if name != "__class__")
+    return [(name, each) for name, each in found if getattr(Tensor, getattr(each, "__name__", name), None) is not each]
+
+
+def _can_be_written(function: Any) -> bool:
+    """Whether the name that fx writes for a function of torch is this function's."""
+    if not str(getattr(function, "__module__", "")).startswith("torch"):
+        return True
+    try:
+        path = fx.node._get_qualified_name(function).split(".")
+    except (RuntimeError, AttributeError):
+        return False
+    if path[0] != "torch":
+        return len(path) == 1
+    found: Any = torch
+    for name in path[1:]:
+        found = getattr(found, name, None)
+    return found is function
+
+
+def _renamed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    operation.__name__ = operation.__qualname__ = getattr(function, "__name__", "operation")
+    return operation
 
 
 def _applied(function: Any) -> Callable[..., Any]:

@@ -380,9 +380,11 @@ class Watch(TorchFunctionMode):
         self._origins: dict[int, frozenset[str]] = {}
         self._frames: list[FrameType] = []
         self._labels: dict[int, str] = {}
+        self._labelled: Counter[str] = Counter()
         self.custom = False  # whether a custom autograd function was applied
         self.blind = False  # whether one was, perhaps, before anybody was told
         self.deviates: Callable[[], Any] = bool  # called where a run turns out to be another than expected
+        self._without_gradient: set[int] = set()  # ids of results that were made while gradients were off
         self.lost: dict[str, str] = {}  # path of a module that cannot be followed, to the reason
         self._calls: list[str] = []
 
@@ -705,6 +707,9 @@ class Watch(TorchFunctionMode):
             self._append(with_hook, described, len(self.run.hot) - 1, {len(self.run.hot) - 1: source}, (), False,
                          ambient, scopes, place)  # fmt: skip
             return handle
+        if self._without_gradient:
+            for leaf in _tensors((args, kwargs)):
+                self._check_known(leaf, self._calls[-1] if self._calls else "")
         described = self._described(args, kwargs)
         given = [leaf for leaf in _tensors((kwargs.get("out"), args, kwargs)) if not leaf.is_inference()]
         versions = [tensor._version for tensor in given]
@@ -727,6 +732,9 @@ class Watch(TorchFunctionMode):
             return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
         sources: dict[int, Hot] = {}
         result_numbers = self._registered(result, args, kwargs, sources)
+        if self.start.grad:
+            update = self._without_gradient.difference_update if ambient.grad else self._without_gradient.update
+            update(map(id, _tensors((result, changed))))
         self.run.sequence.append(key)
         self.run.numbers.append(numbers)
         self._append(function, described, result_numbers, sources, wrote, random, ambient, scopes, place)
@@ -827,7 +835,8 @@ class Watch(TorchFunctionMode):
         label = self._labels.get(id(frame))
         if label is None:
             self._frames.append(frame)
-            count = sum(1 for known in self._labels.values() if known.split("@")[0] == path)
+            count = self._labelled[path]
+            self._labelled[path] += 1
             label = self._labels[id(frame)] = f"{path}@{count}" if count else path
         return label
 
@@ -835,6 +844,10 @@ class Watch(TorchFunctionMode):
 
     def _check_known(self, tensor: Tensor, path: str) -> None:
         """Notice a tensor that something unseen has made of hot ones."""
+        if id(tensor) in self._without_gradient and tensor.grad_fn is not None:
+            # its operations were seen, as they are inside of a custom function's forward, and its backward was not
+            self.lost[path] = "applies a custom autograd function by an apply that was kept from before"
+            return
         if not tensor.requires_grad or id(tensor) in self._numbers or id(tensor) in self.paths:
             return
         if self._comes_from_hot(tensor):

@@ -40,14 +40,14 @@ MOVED: Final[dict[str, tuple[str, ...]]] = {
     "energies": ("engine.energies",),
     "error_inference": ("inference.error_inference",),
     "exclusive": ("isolation.torch_modes",),
-    "exported": ("capture.export", "capture.export_import"),
-    "exported_writes": ("capture.in_place_aten",),
+    "exported": ("capture.recording",),
+    "exported_writes": ("capture.in_place",),
     "extras": ("reports.figures",),
     "fingerprint": ("capture.fingerprint",),
     "finite": ("engine.finite",),
     "free_phase": ("equilibrium.free_phase", "equilibrium.settling", "equilibrium.settling_checks"),
     "freezing": ("isolation.module_state", "isolation.batch_statistics", "isolation.random_numbers"),
-    "functional_graph": ("capture.in_place_fx",),
+    "functional_graph": ("capture.in_place",),
     "fused": ("programs.cache", "programs.surroundings", "inference.runs"),
     "holomorphic": ("equilibrium.holomorphic",),
     "hopfield": ("equilibrium.hopfield", "equilibrium.refusals", "graph.activations"),
@@ -64,13 +64,13 @@ MOVED: Final[dict[str, tuple[str, ...]]] = {
     "problems": ("capture.problems",),
     "proximal_objective": ("implicit.objective",),
     "recorded_loss": ("loss.replayed_loss",),
-    "recorded_sweep": ("programs.sweep", "engine.gradients"),
+    "recorded_sweep": ("common.moved", "engine.gradients"),
     "recorded_update": ("equilibrium.updates",),
     "recorder": ("loss.energy_loss", "loss.tape", "loss.taped_tensor"),
-    "references": ("capture.real_run", "isolation.module_state"),
+    "references": ("capture.running", "isolation.module_state"),
     "settling": ("equilibrium.settling",),
     "sharding": ("model.shards",),
-    "signature": ("capture.signature",),
+    "signature": ("model.arguments",),
     "solvers.adam": ("solvers.adam_descent",),
     "solvers.anderson": ("solvers.anderson_error_descent",),
     "solvers.base": ("inference.solver", "inference.relaxation", "common.checks"),
@@ -80,7 +80,7 @@ MOVED: Final[dict[str, tuple[str, ...]]] = {
     "state": ("engine.call", "engine.results"),
     "structure": ("common.nested",),
     "summary": ("reports.tables",),
-    "tracing": ("capture.symbolic", "capture.trace"),
+    "tracing": ("capture.watch", "capture.recording"),
     "updates": ("equilibrium.updates",),
     "value_inference": ("inference.value_inference",),
     "verification": ("model.verification",),
@@ -96,8 +96,11 @@ MOVED: Final[dict[str, tuple[str, ...]]] = {
 RENAMED: Final = {
     "Adam": "AdamDescent",
     "Anderson": "AndersonErrorDescent",
-    "RecordedSweep": "ProgramSweep",  # in pickles
 }
+
+
+class RecordedSweep:
+    """What pickles of algorithms of 0.1 hold of a sweep that was compiled. Nothing reads it."""
 
 
 def serve_old_paths() -> None:

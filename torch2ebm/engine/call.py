@@ -147,6 +147,7 @@ class Call:
         self._random: dict[str, RandomState] = {}
         self._draws: dict[str, list[Tensor]] = {}
         self._statistics: dict[str, Statistics] = {}
+        self._batches: dict[str, list[tuple[Tensor, Tensor | None]]] = {}  # of which no statistics were taken yet
 
     # the feed-forward pass
 
@@ -195,7 +196,7 @@ class Call:
             if keep_graph and node.name in self.graph.nodes:
                 self.passes[node.name] = NodePass(node, inputs, predictions)
             if node.batch_statistics and not keep_graph:
-                self._statistics[node.name] = [statistics_of(*each) for each in run.normalised[node.name]]
+                self._batches[node.name] = run.normalised[node.name]
         run.released()
 
     def _compose(self, keep_graph: bool, cut: bool, keep_draws: bool) -> None:
@@ -279,9 +280,15 @@ class Call:
             elif node.random:
                 changes.append(self._random[node.name].replayed())
             if node.batch_statistics and freeze_statistics:
-                changes.append(entered(frozen_statistics(self._statistics[node.name])))
+                changes.append(entered(frozen_statistics(self._statistics_of(node))))
             results = within(changes, lambda: node.evaluate(arguments))
         return NodePass(node, tuple(inputs), tuple(results[: len(node.slots)]))
+
+    def _statistics_of(self, node: Node) -> Statistics:
+        """Those of the feed-forward pass; taken of its batches when they are first asked for."""
+        if (batches := self._batches.pop(node.name, None)) is not None:
+            self._statistics[node.name] = [statistics_of(*each) for each in batches]
+        return self._statistics[node.name]
 
     def forget_draws(self) -> None:
         """Repeat draws by the generators' states, which serves operations that mix their input with what they draw.
@@ -304,7 +311,8 @@ class Call:
         named = [*self.parameters.values(), *self.graph.module.buffers()]
         passed = [value for value in self.environment.values() if isinstance(value, Tensor)]
         drawn = [tensor for draws in self._draws.values() for tensor in draws]
-        statistics = [t for kept in self._statistics.values() for pair in kept for t in pair]
+        normalising = [node for node in self.graph.order if node.name in {**self._statistics, **self._batches}]
+        statistics = [t for node in normalising for pair in self._statistics_of(node) for t in pair]
         return [*named, *passed, *drawn, *statistics]
 
     def clamped_inputs(self, node: Node) -> dict[str, Tensor]:

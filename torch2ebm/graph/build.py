@@ -216,8 +216,7 @@ class _Assembly:
         for node in results:
             if node.op == "get_attr" and node not in copies:
                 copies[node] = graph.node_copy(node)
-        outputs = tuple(copies[node] for node in results)
-        graph.output(outputs[0] if len(outputs) == 1 else outputs)
+        graph.output(tuple(copies[node] for node in results))
         _look_up_odd_names(graph, self.capture.module)
         code = graph.python_code("self")
         namespace = dict(code.globals)
@@ -253,9 +252,7 @@ class _Assembly:
             arguments = self.capture.inputs(run)
             environment = {node.name: argument for node, argument in zip(placeholders, arguments, strict=True)}
             if body or results:
-                values = function(*arguments)
-                values = (values,) if len(results) == 1 else values
-                environment.update(zip([node.name for node in results], values, strict=True))
+                environment.update(zip([node.name for node in results], function(*arguments), strict=True))
             return environment
 
         return clamp

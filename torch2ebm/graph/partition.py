@@ -206,7 +206,7 @@ class Partition:
                 yield from self.live_sources(source)
 
     def _read_once(self, group: Group) -> Iterator[fx.Node]:
-        """What the feed-forward pass fixes is made of, where the group reads it, also through what it computes of it."""
+        """What is fixed by the feed-forward pass is made of, where the group reads it or what it computes of it."""
         pending, seen = list(group.members), set[fx.Node]()
         while pending:
             for source in pending.pop().all_input_nodes:

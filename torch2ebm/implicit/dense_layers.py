@@ -87,10 +87,9 @@ def dense_layers(call: Call, freeze_statistics: bool = True) -> dict[str, DenseL
     Example:
         >>> import torch, torch2ebm
         >>> from torch2ebm.implicit.dense_layers import dense_layers
-        >>> from torch2ebm.engine.call import Call
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-        >>> model = torch2ebm.convert(net, nodes="preactivation", example_inputs=torch.randn(5, 4))
-        >>> call = Call(model.graph, [torch.randn(5, 4)])
+        >>> model = torch2ebm.convert(net, nodes="preactivation")
+        >>> call = model.torch2ebm.new_call((torch.randn(5, 4),), {})
         >>> call.feedforward(keep_graph=False)
         >>> [(layer.weight, layer.fan_in, layer.has_bias) for layer in dense_layers(call).values()]
         [('0.weight', 4, True), ('2.weight', 8, True)]

@@ -21,16 +21,12 @@ from torch2ebm.isolation.random_numbers import Generators
 class BufferSnapshot:
     """Copies of the buffers that a forward pass changes."""
 
-    def __init__(self, buffers: Mapping[Any, Tensor]) -> None:
+    def __init__(self, buffers: Mapping[str, Tensor]) -> None:
         self.copies = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
 
     def restore(self) -> None:
         for buffer, copy in self.copies:
             buffer.data.copy_(copy)  # .data: autograd graphs that saved the buffer keep their version of it
-
-    def changed(self) -> list[int]:
-        """The places of those that have been written since."""
-        return [i for i, (buffer, copy) in enumerate(self.copies) if not identical(buffer, copy)]
 
     def preserved(self) -> Change:
         return restored_by(self.restore)

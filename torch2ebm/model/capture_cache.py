@@ -211,9 +211,6 @@ class Captures:
         if entry is None:
             entry = self._new_entry(key, run, device)
         elif (others := self._others(run, entry)) or not run.kept.keys() <= entry.held:
-            assert entry.captured is not None
-            known = entry.captured.run.changed_buffers
-            run.changed_buffers = tuple(dict.fromkeys((*known, *run.changed_buffers)))
             entry.varying |= others
             entry.held |= run.kept.keys()
             entry.captured = self._captured(run, entry, device)

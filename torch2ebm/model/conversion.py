@@ -74,7 +74,9 @@ class Conversion:
         if self.algorithm is not None and self.algorithm.defines_output and not torch.is_grad_enabled():
             return self._output_alone(self.algorithm, args, kwargs)
         if self.algorithm is None or not torch.is_grad_enabled():
-            if self._latest is None:
+            if self._latest is None and self.shards.modules:
+                self.capture(args, kwargs)  # a run of its own: its graph is of parameters that are released again
+            elif self._latest is None:
                 return self._captured_run(args, kwargs).run.output
             return self.module(*args, **kwargs)
         if not self.shards.covers(self.captures.parameters):
