@@ -434,7 +434,7 @@ class Watch(TorchFunctionMode):
             return self._unseen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
         if not self.recording:
             return call(module, *args, **kwargs)
-        caller = self._calls[-1] if self._calls else ""
+        caller = self._innermost()
         for leaf in _tensors((args, kwargs)):
             self._check_known(leaf, caller)
         self._calls.append(path)
@@ -552,7 +552,7 @@ class Watch(TorchFunctionMode):
             self.run.external[place] = tensor
             leaf = self.run.external_leaves[place] = self.run.constants[place].requires_grad_()
             if self.recording:
-                self._check_known(tensor, self._calls[-1] if self._calls else "")
+                self._check_known(tensor, self._innermost())
             else:
                 self._substitutes[id(tensor)] = leaf
                 self._known[id(leaf), leaf._version] = place
@@ -698,7 +698,7 @@ class Watch(TorchFunctionMode):
         ambient: Ambient,
     ) -> Any:
         if function in _GRADIENTS:
-            self.lost[self._calls[-1] if self._calls else ""] = "takes a gradient inside of forward"
+            self.lost[self._innermost()] = "takes a gradient inside of forward"
         scopes, place = self._scopes()
         if function is Tensor.register_hook:
             described = self._described(args, kwargs)
@@ -709,7 +709,7 @@ class Watch(TorchFunctionMode):
             return handle
         if self._without_gradient:
             for leaf in _tensors((args, kwargs)):
-                self._check_known(leaf, self._calls[-1] if self._calls else "")
+                self._check_known(leaf, self._innermost())
         described = self._described(args, kwargs)
         given = [leaf for leaf in _tensors((kwargs.get("out"), args, kwargs)) if not leaf.is_inference()]
         versions = [tensor._version for tensor in given]
@@ -809,6 +809,13 @@ class Watch(TorchFunctionMode):
             return Number(counted[0] - 1)
 
         return tuple(of(each) for each in args), {name: of(each) for name, each in kwargs.items()}
+
+    def _innermost(self) -> str:
+        """The submodule whose call is under way; by the stack, where the run was told of calls from the middle on."""
+        if self._calls:
+            return self._calls[-1]
+        scopes, _ = self._scopes()
+        return scopes[-1][1] if scopes else ""
 
     def _scopes(self) -> tuple[tuple[tuple[str, str], ...], str]:
         """The submodules whose code is on the stack, outermost first, and the user's line."""
