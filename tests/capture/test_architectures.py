@@ -292,3 +292,26 @@ class SamplesTokens(nn.Module):
 
 def test_a_layer_that_serves_to_choose_alone() -> None:
     check_calls(SamplesTokens(), *batches(2, 2, 3))
+
+
+class Queue(nn.Module):
+    """A queue of earlier results in a buffer, with a place that moves on and begins again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.register_buffer("queue", torch.randn(8, 4))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = functional.dropout(functional.normalize(self.first(x[:, 0]), dim=-1), 0.2)
+        similar = h @ self.queue.clone().detach().T
+        with torch.no_grad():
+            place = int(self.place)
+            self.queue[place : place + len(x)] = h.detach()
+            self.place[0] = (place + len(x)) % 6
+        return self.last(h), similar
+
+
+def test_a_queue_of_earlier_results() -> None:
+    check_calls(Queue(), *batches(2, 2, 2, 2, 2, 3, 3, 3))

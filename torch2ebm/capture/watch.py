@@ -36,7 +36,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from torch2ebm.capture.custom_functions import untold
+from torch2ebm.capture.custom_functions import inside_custom_function, untold
 from torch2ebm.common.nested import leaves_of, map_leaves, signature, template_of
 from torch2ebm.isolation.module_state import is_lazy, unchanged
 from torch2ebm.isolation.random_numbers import RandomState
@@ -382,7 +382,7 @@ class Watch(TorchFunctionMode):
         self._labels: dict[int, str] = {}
         self._labelled: Counter[str] = Counter()
         self.custom = False  # whether a custom autograd function was applied
-        self.blind = False  # whether one was, perhaps, before anybody was told
+        self.blind = False  # whether one was before anybody was told
         self.deviates: Callable[[], Any] = bool  # called where a run turns out to be another than expected
         self._without_gradient: set[int] = set()  # ids of results that were made while gradients were off
         self.lost: dict[str, str] = {}  # path of a module that cannot be followed, to the reason
@@ -491,7 +491,8 @@ class Watch(TorchFunctionMode):
                 return execute(*args, **kwargs)
             self._deviate()
             self.deviates()
-            self.blind = self.start.grad and not ambient.grad  # as the forward of a custom function is
+            # the forward of a custom function runs without gradients; so does much else
+            self.blind = self.start.grad and not ambient.grad and inside_custom_function()
         return (self._followed if not self.recording else self._recorded)(
             index, function, execute, args, kwargs, tuple(key), numbers, ambient
         )
