@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
+from forwards import training_with
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -315,3 +318,76 @@ class Queue(nn.Module):
 
 def test_a_queue_of_earlier_results() -> None:
     check_calls(Queue(), *batches(2, 2, 2, 2, 2, 3, 3, 3))
+
+
+@dataclass
+class Output(OrderedDict):  # type: ignore[type-arg]
+    """A mapping whose fields have to be given, as outputs of diffusers are."""
+
+    sample: Tensor
+    others: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            self[each.name] = getattr(self, each.name)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+    def __reduce__(self) -> Any:
+        call, _, *rest = super().__reduce__()
+        return call, tuple(getattr(self, each.name) for each in fields(self)), *rest
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Fields that are checked, one of them not given but made."""
+
+    value: Tensor
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert isinstance(self.value, Tensor)
+        object.__setattr__(self, "size", len(self.value))
+
+
+class Named(list):  # type: ignore[type-arg]
+    name = "of a class of its own"
+
+
+class Returns(nn.Module):
+    def __init__(self, returned: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.returned = returned
+
+    def forward(self, x: Tensor) -> Any:
+        return self.returned(self.last(self.first(x).tanh()))
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda y: Output(y, (y * 2, y + 1)),
+        Checked,
+        lambda y: Named([y, y * 2]),
+        lambda y: UserDict(a=y, b=[y * 2]),
+        lambda y: defaultdict(list, a=[y]),
+        lambda y: MappingProxyType({"a": y}),
+    ],
+    ids=["fields that have to be given", "checked fields", "list", "UserDict", "defaultdict", "proxy"],
+)
+def test_outputs_keep_their_class(returned: Callable[[Tensor], Any]) -> None:
+    net = Returns(returned)
+    model = check_calls(net, *batches(2, 2, 3))
+    (x,) = batches(3)
+    with training_with(model, torch2ebm.ZeroDivergence()):
+        ours, real = model(x), net(x)
+    assert type(ours) is type(real)
+    for a, b in zip(leaves_of(ours), leaves_of(real), strict=True):
+        assert torch.equal(a, b) if isinstance(b, Tensor) else a == b
+    if isinstance(real, Checked):
+        assert ours.size == real.size
+    elif not isinstance(real, list):
+        assert list(ours) == list(real)
