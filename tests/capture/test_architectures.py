@@ -391,3 +391,33 @@ def test_outputs_keep_their_class(returned: Callable[[Tensor], Any]) -> None:
         assert ours.size == real.size
     elif not isinstance(real, list):
         assert list(ours) == list(real)
+
+
+def test_memory_that_runs_out_in_a_capture_is_named() -> None:
+    class Large(nn.Module):
+        """Fits once: what a capture makes again does not."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Rows.apply(self.first(x))
+
+    class Rows(torch.autograd.Function):
+        runs = 0
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            Rows.runs += 1
+            if Rows.runs > 1:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient
+
+    model = torch2ebm.convert(Large().double())
+    with training_with(model, torch2ebm.ZeroDivergence()), pytest.raises(torch2ebm.errors.OutOfMemoryError):
+        model(*batches(2))
