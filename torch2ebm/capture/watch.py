@@ -38,7 +38,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from torch2ebm.capture.custom_functions import inside_custom_function, untold
 from torch2ebm.common.nested import leaves_of, map_leaves, signature, template_of
-from torch2ebm.isolation.module_state import is_lazy, unchanged
+from torch2ebm.isolation.module_state import is_lazy
 from torch2ebm.isolation.random_numbers import RandomState
 
 
@@ -735,7 +735,8 @@ class Watch(TorchFunctionMode):
         result_numbers = self._registered(result, args, kwargs, sources)
         if self.start.grad:
             update = self._without_gradient.difference_update if ambient.grad else self._without_gradient.update
-            update(map(id, _tensors((result, changed))))
+            # a write leaves a tensor the history that it has
+            update(id(leaf) for leaf in _tensors((result, changed)) if ambient.grad or leaf.grad_fn is None)
         self.run.sequence.append(key)
         self.run.numbers.append(numbers)
         self._append(function, described, result_numbers, sources, wrote, random, ambient, scopes, place)
@@ -924,8 +925,6 @@ class Watch(TorchFunctionMode):
 def _held_elsewhere(run: Run, numbers: Mapping[int, int], cuts: Cuts | None) -> dict[int, Tensor]:
     """Results that have more references than the run and its output: somebody has kept them, and may use them."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is not None and hooks[0] is unchanged:  # a run that is only looked at
-        return {}
     found = _references(run.hot)
     if run.matched and cuts is not None and cuts.references == found:
         return {}  # as in an earlier run, in which nobody held any
