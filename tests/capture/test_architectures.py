@@ -421,3 +421,30 @@ def test_memory_that_runs_out_in_a_capture_is_named() -> None:
     model = torch2ebm.convert(Large().double())
     with training_with(model, torch2ebm.ZeroDivergence()), pytest.raises(torch2ebm.errors.OutOfMemoryError):
         model(*batches(2))
+
+
+class ExpertsInTurn(nn.Module):
+    """Each expert that any row has chosen adds to the rows that chose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x[:, 0])
+        rows = (x[:, 1, 0].abs() * 10).long() % 3
+        out = torch.zeros_like(h)
+        for i, expert in enumerate(self.experts):
+            mine = (rows == i).nonzero(as_tuple=True)
+            if mine[0].numel():
+                out[mine] += expert(h[mine]).tanh()
+        return self.last(out)
+
+
+def test_experts_that_nobody_has_chosen_are_left_out() -> None:
+    sets = [[0, 0], [0, 1], [1, 2], [0, 0], [0, 1, 2], [2, 1], [0, 2, 2, 2]]
+    inputs = batches(*map(len, sets))
+    for x, rows in zip(inputs, sets, strict=True):
+        x[:, 1, 0] = torch.tensor(rows) * 0.1 + 0.05
+    check_calls(ExpertsInTurn(), *inputs)

@@ -653,6 +653,17 @@ class Watch(TorchFunctionMode):
             self._substitutes[id(result)] = handed
         return handed
 
+    def _writable(self, tensor: Any) -> Any:
+        """A leaf may not be written in place, and no cut was known to be: the run has left the expected sequence."""
+        if not any(tensor is leaf for leaf in self.run.leaves.values()):
+            return tensor
+        number = self._numbers[id(tensor)]
+        written: Tensor = tensor.clone()
+        self._numbers[id(written)] = number
+        self._alive.append(written)
+        self.run.hot[number] = self._substitutes[id(tensor)] = written
+        return written
+
     def _current(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             while (following := self._substitutes.get(id(leaf))) is not None:
@@ -711,6 +722,8 @@ class Watch(TorchFunctionMode):
         if self._without_gradient:
             for leaf in _tensors((args, kwargs)):
                 self._check_known(leaf, self._calls[-1] if self._calls else "")
+        if self.cuts is not None and args and _writes_its_first(function):
+            args = (self._writable(args[0]), *args[1:])
         described = self._described(args, kwargs)
         given = [leaf for leaf in _tensors((kwargs.get("out"), args, kwargs)) if not leaf.is_inference()]
         versions = [tensor._version for tensor in given]
@@ -890,7 +903,9 @@ class Watch(TorchFunctionMode):
         if self.recording:
             for leaf in _tensors(output):
                 self._check_known(leaf, "")
-        run.output = output
+        # who wrote in place into a leaf, in a run that has left its cuts, holds the leaf
+        left = self.recording and self.cuts is not None and self._substitutes
+        run.output = output = map_leaves(self._current, output) if left else output
         run.returned = self._output_key(output)
         run.copied = frozenset(
             i for i, (t, version) in enumerate(self._originals) if not t.is_inference() and t._version != version
@@ -987,6 +1002,16 @@ def _makes_tensors(function: Any, result: Any) -> bool:
     if result is None:
         return function is Tensor.__setitem__
     return any(True for _ in _tensors(result))
+
+
+def _writes_its_first(function: Any) -> bool:
+    name = getattr(function, "__name__", "")
+    return function is Tensor.__setitem__ or _named_in_place(function) or name in _AUGMENTED
+
+
+_AUGMENTED = frozenset(
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+)
 
 
 def _named_in_place(function: Any) -> bool:
