@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
+from forwards import training_with
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -292,3 +295,156 @@ class SamplesTokens(nn.Module):
 
 def test_a_layer_that_serves_to_choose_alone() -> None:
     check_calls(SamplesTokens(), *batches(2, 2, 3))
+
+
+class Queue(nn.Module):
+    """A queue of earlier results in a buffer, with a place that moves on and begins again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.register_buffer("queue", torch.randn(8, 4))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = functional.dropout(functional.normalize(self.first(x[:, 0]), dim=-1), 0.2)
+        similar = h @ self.queue.clone().detach().T
+        with torch.no_grad():
+            place = int(self.place)
+            self.queue[place : place + len(x)] = h.detach()
+            self.place[0] = (place + len(x)) % 6
+        return self.last(h), similar
+
+
+def test_a_queue_of_earlier_results() -> None:
+    check_calls(Queue(), *batches(2, 2, 2, 2, 2, 3, 3, 3))
+
+
+@dataclass
+class Output(OrderedDict):  # type: ignore[type-arg]
+    """A mapping whose fields have to be given, as outputs of diffusers are."""
+
+    sample: Tensor
+    others: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            self[each.name] = getattr(self, each.name)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+    def __reduce__(self) -> Any:
+        call, _, *rest = super().__reduce__()
+        return call, tuple(getattr(self, each.name) for each in fields(self)), *rest
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Fields that are checked, one of them not given but made."""
+
+    value: Tensor
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert isinstance(self.value, Tensor)
+        object.__setattr__(self, "size", len(self.value))
+
+
+class Named(list):  # type: ignore[type-arg]
+    name = "of a class of its own"
+
+
+class Returns(nn.Module):
+    def __init__(self, returned: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.returned = returned
+
+    def forward(self, x: Tensor) -> Any:
+        return self.returned(self.last(self.first(x).tanh()))
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda y: Output(y, (y * 2, y + 1)),
+        Checked,
+        lambda y: Named([y, y * 2]),
+        lambda y: UserDict(a=y, b=[y * 2]),
+        lambda y: defaultdict(list, a=[y]),
+        lambda y: MappingProxyType({"a": y}),
+    ],
+    ids=["fields that have to be given", "checked fields", "list", "UserDict", "defaultdict", "proxy"],
+)
+def test_outputs_keep_their_class(returned: Callable[[Tensor], Any]) -> None:
+    net = Returns(returned)
+    model = check_calls(net, *batches(2, 2, 3))
+    (x,) = batches(3)
+    with training_with(model, torch2ebm.ZeroDivergence()):
+        ours, real = model(x), net(x)
+    assert type(ours) is type(real)
+    for a, b in zip(leaves_of(ours), leaves_of(real), strict=True):
+        assert torch.equal(a, b) if isinstance(b, Tensor) else a == b
+    if isinstance(real, Checked):
+        assert ours.size == real.size
+    elif not isinstance(real, list):
+        assert list(ours) == list(real)
+
+
+def test_memory_that_runs_out_in_a_capture_is_named() -> None:
+    class Large(nn.Module):
+        """Fits once: what a capture makes again does not."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Rows.apply(self.first(x))
+
+    class Rows(torch.autograd.Function):
+        runs = 0
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            Rows.runs += 1
+            if Rows.runs > 1:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient
+
+    model = torch2ebm.convert(Large().double())
+    with training_with(model, torch2ebm.ZeroDivergence()), pytest.raises(torch2ebm.errors.OutOfMemoryError):
+        model(*batches(2))
+
+
+class ExpertsInTurn(nn.Module):
+    """Each expert that any row has chosen adds to the rows that chose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x[:, 0])
+        rows = (x[:, 1, 0].abs() * 10).long() % 3
+        out = torch.zeros_like(h)
+        for i, expert in enumerate(self.experts):
+            mine = (rows == i).nonzero(as_tuple=True)
+            if mine[0].numel():
+                out[mine] += expert(h[mine]).tanh()
+        return self.last(out)
+
+
+def test_experts_that_nobody_has_chosen_are_left_out() -> None:
+    sets = [[0, 0], [0, 1], [1, 2], [0, 0], [0, 1, 2], [2, 1], [0, 2, 2, 2]]
+    inputs = batches(*map(len, sets))
+    for x, rows in zip(inputs, sets, strict=True):
+        x[:, 1, 0] = torch.tensor(rows) * 0.1 + 0.05
+    check_calls(ExpertsInTurn(), *inputs)

@@ -6,9 +6,11 @@ and ``torch.nn.Module.__call__`` ask the watch of their own thread first. Other 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +29,7 @@ class _Thread(threading.local):
     watch: Watching | None = None
 
 
+_APPLY = torch.autograd.Function.__dict__["apply"].__func__.__code__
 _THREAD = _Thread()
 _LOCK = threading.Lock()
 _PATCHES: dict[str, tuple[int, Any]] = {}  # name -> how many watched runs need it, and what stood there before
@@ -53,6 +56,16 @@ _PLACES: dict[str, tuple[type, Any]] = {
     "apply": (torch.autograd.Function, classmethod(_apply)),
     "__call__": (nn.Module, _call),
 }
+
+
+def inside_custom_function() -> bool:
+    """Whether a custom autograd function's forward is on the stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

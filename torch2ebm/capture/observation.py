@@ -38,6 +38,7 @@ from torch2ebm.isolation.module_state import (
     plain_autograd,
     untouched,
 )
+from torch2ebm.isolation.out_of_memory import means_no_memory
 from torch2ebm.isolation.random_numbers import RandomState
 from torch2ebm.isolation.torch_modes import entered
 
@@ -155,6 +156,8 @@ def capture(
         try:
             observer.run(*made.inputs(run))
         except Exception as error:
+            if means_no_memory(error):
+                raise
             raise UntraceableError(
                 f"torch2ebm cannot capture {type(module).__name__}",
                 f"{first_place(error)}: {first_line(error)}, when run again",

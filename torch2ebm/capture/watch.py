@@ -36,7 +36,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from torch2ebm.capture.custom_functions import untold
+from torch2ebm.capture.custom_functions import inside_custom_function, untold
 from torch2ebm.common.nested import leaves_of, map_leaves, signature, template_of
 from torch2ebm.isolation.module_state import is_lazy
 from torch2ebm.isolation.random_numbers import RandomState
@@ -382,7 +382,7 @@ class Watch(TorchFunctionMode):
         self._labels: dict[int, str] = {}
         self._labelled: Counter[str] = Counter()
         self.custom = False  # whether a custom autograd function was applied
-        self.blind = False  # whether one was, perhaps, before anybody was told
+        self.blind = False  # whether one was before anybody was told
         self.deviates: Callable[[], Any] = bool  # called where a run turns out to be another than expected
         self._without_gradient: set[int] = set()  # ids of results that were made while gradients were off
         self.lost: dict[str, str] = {}  # path of a module that cannot be followed, to the reason
@@ -491,7 +491,8 @@ class Watch(TorchFunctionMode):
                 return execute(*args, **kwargs)
             self._deviate()
             self.deviates()
-            self.blind = self.start.grad and not ambient.grad  # as the forward of a custom function is
+            # the forward of a custom function runs without gradients; so does much else
+            self.blind = self.start.grad and not ambient.grad and inside_custom_function()
         return (self._followed if not self.recording else self._recorded)(
             index, function, execute, args, kwargs, tuple(key), numbers, ambient
         )
@@ -652,6 +653,17 @@ class Watch(TorchFunctionMode):
             self._substitutes[id(result)] = handed
         return handed
 
+    def _writable(self, tensor: Any) -> Any:
+        """A leaf may not be written in place, and no cut was known to be: the run has left the expected sequence."""
+        if not any(tensor is leaf for leaf in self.run.leaves.values()):
+            return tensor
+        number = self._numbers[id(tensor)]
+        written: Tensor = tensor.clone()
+        self._numbers[id(written)] = number
+        self._alive.append(written)
+        self.run.hot[number] = self._substitutes[id(tensor)] = written
+        return written
+
     def _current(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             while (following := self._substitutes.get(id(leaf))) is not None:
@@ -710,6 +722,8 @@ class Watch(TorchFunctionMode):
         if self._without_gradient:
             for leaf in _tensors((args, kwargs)):
                 self._check_known(leaf, self._innermost())
+        if self.cuts is not None and args and _writes_its_first(function):
+            args = (self._writable(args[0]), *args[1:])
         described = self._described(args, kwargs)
         given = [leaf for leaf in _tensors((kwargs.get("out"), args, kwargs)) if not leaf.is_inference()]
         versions = [tensor._version for tensor in given]
@@ -896,7 +910,9 @@ class Watch(TorchFunctionMode):
         if self.recording:
             for leaf in _tensors(output):
                 self._check_known(leaf, "")
-        run.output = output
+        # who wrote in place into a leaf, in a run that has left its cuts, holds the leaf
+        left = self.recording and self.cuts is not None and self._substitutes
+        run.output = output = map_leaves(self._current, output) if left else output
         run.returned = self._output_key(output)
         run.copied = frozenset(
             i for i, (t, version) in enumerate(self._originals) if not t.is_inference() and t._version != version
@@ -993,6 +1009,16 @@ def _makes_tensors(function: Any, result: Any) -> bool:
     if result is None:
         return function is Tensor.__setitem__
     return any(True for _ in _tensors(result))
+
+
+def _writes_its_first(function: Any) -> bool:
+    name = getattr(function, "__name__", "")
+    return function is Tensor.__setitem__ or _named_in_place(function) or name in _AUGMENTED
+
+
+_AUGMENTED = frozenset(
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+)
 
 
 def _named_in_place(function: Any) -> bool:

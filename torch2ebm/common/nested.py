@@ -7,8 +7,9 @@ into slices, which may hold tensors too (``x[:n]``).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -55,20 +56,32 @@ def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
     if isinstance(structure, (tuple, list)) and not isinstance(structure, torch.Size):
         parts = [map_leaves(function, part) for part in structure]
         if isinstance(structure, list):
-            return parts
+            return parts if type(structure) is list else _with_parts(structure, enumerate(parts))
         # a named tuple takes its fields as arguments, every other kind of tuple takes one sequence
         return type(structure)(*parts) if hasattr(structure, "_fields") else _as_tuple(structure, parts)
-    if isinstance(structure, dict):
-        mapped = {key: map_leaves(function, part) for key, part in structure.items()}
-        return mapped if type(structure) is dict else type(structure)(mapped)
+    if type(structure) is dict:
+        return {key: map_leaves(function, part) for key, part in structure.items()}
+    if isinstance(structure, MutableMapping):
+        return _with_parts(structure, [(key, map_leaves(function, part)) for key, part in structure.items()])
+    if isinstance(structure, Mapping):
+        return type(structure)({key: map_leaves(function, part) for key, part in structure.items()})  # type: ignore[call-arg]
     if isinstance(structure, slice):
         return slice(function(structure.start), function(structure.stop), function(structure.step))
     if _is_record(structure):
-        return dataclasses.replace(
-            structure,
-            **{f.name: map_leaves(function, getattr(structure, f.name)) for f in dataclasses.fields(structure)},
-        )
+        made = copy.copy(structure)
+        for field in dataclasses.fields(structure):
+            # past __setattr__: it may be frozen; and no dataclasses.replace, whose __init__ checks what it is given
+            object.__setattr__(made, field.name, map_leaves(function, getattr(structure, field.name)))
+        return made
     return function(structure)
+
+
+def _with_parts(structure: Any, parts: Iterable[tuple[Any, Any]]) -> Any:
+    """A container of some class of its own, whose constructor nobody knows, with other parts."""
+    made = copy.copy(structure)
+    for key, part in parts:
+        made[key] = part
+    return made
 
 
 def template_of(structure: Any) -> Any:

@@ -14,6 +14,12 @@ from torch2ebm.errors import OutOfMemoryError
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
+def means_no_memory(error: Exception) -> bool:
+    """Whether an error of torch or Python says that memory has run out."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+
+
 @contextmanager
 def exhausted_memory_named(where: str, algorithm: object) -> Iterator[None]:
     """Turn an error of torch or Python that means "no memory" into one that says what to do."""
@@ -23,8 +29,7 @@ def exhausted_memory_named(where: str, algorithm: object) -> Iterator[None]:
         raise
     except (RuntimeError, MemoryError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and not any(words in str(error) for words in _NO_MEMORY):
+        if not means_no_memory(error):
             raise
         raise OutOfMemoryError(
             f"{where}, {algorithm!r}",
