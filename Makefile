@@ -32,7 +32,7 @@ test test-all: $(STAMP)
 # Branch coverage makes tests half as slow again. These run the same lines for many modules, many times, or in other
 # processes: they go without, and what the others reach is at the gate. The longest come first, so that none is last.
 UNTRACED := $(patsubst %,tests/%.py,test_tutorials programs/test_programs programs/test_models_by_programs \
-	properties/test_steady properties/test_all_algorithms capture/test_export properties/test_families \
+	properties/test_steady properties/test_all_algorithms properties/test_families \
 	properties/test_random_modules algorithms/test_algorithms graph/test_graph test_wheel)
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -q
 
