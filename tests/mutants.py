@@ -120,7 +120,7 @@ VALUES_AND_ERRORS = [
 
 STANDING_STILL = [
     Mutant("batch statistics that follow the values", "engine/call.py",
-           "changes.append(entered(frozen_statistics(self._statistics[node.name])))", "pass", "traps"),
+           "changes.append(entered(frozen_statistics(self._statistics_of(node))))", "pass", "traps"),
     Mutant("a new dropout mask for each evaluation", "engine/call.py",
            "changes.append(self._random[node.name].replayed())", "pass", "traps"),
     Mutant("the variance of a sample for the batch's", "isolation/batch_statistics.py", "correction=0",

@@ -321,7 +321,10 @@ def test_dir_has_the_names_of_both() -> None:
 def test_methods_and_class_attributes_are_the_modules() -> None:
     net = seeded(Net)
     model = torch2ebm.convert(net)
-    assert model.encode == net.encode and torch.equal(model.encode(X), net.body(X))
+    assert inspect.unwrap(model.encode) == net.encode and inspect.signature(model.encode) == inspect.signature(
+        net.encode
+    )
+    assert torch.equal(model.encode(X), net.body(X))
     assert model.gain == Net.gain and model.temperature == net.tau
 
 
