@@ -448,3 +448,20 @@ def test_experts_that_nobody_has_chosen_are_left_out() -> None:
     for x, rows in zip(inputs, sets, strict=True):
         x[:, 1, 0] = torch.tensor(rows) * 0.1 + 0.05
     check_calls(ExpertsInTurn(), *inputs)
+
+
+class InstanceNorms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.norm = nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).relu())
+
+
+def test_running_statistics_of_each_instance() -> None:
+    def before(net: nn.Module, call: int) -> None:
+        net.train(call not in (2, 4))
+
+    check_calls(InstanceNorms(), *batches(2, 2, 2, 3, 3, 4, 4), before=before)
