@@ -311,19 +311,16 @@ RUNS = [
            "handed = leaf.clone() if rewritten else leaf", "handed = leaf", WRITE),
     Mutant("writes of buffers taken for other operations", "capture/watch.py", "self.run.effects.add((index, key))",
            "pass", "traps::a_buffer_that_forward_writes_moves_once_a_step"),
-    Mutant("a gradient through what ran without one", "capture/recording.py",
-           "return result if ambient.grad else stopped(result)", "return result", CONSTRUCT),
+    Mutant("modes of the run forgotten", "capture/watch.py", "there = None if ambient == self.start else ambient",
+           "there = None", CONSTRUCT),
     Mutant("a graph for other numbers", "model/capture_cache.py",
            "return (cuts is not None and all(map(_equal, run.numbers, cuts.numbers))) or not self._others(run, entry)",
-           "return True", CONSTRUCT),
+           "return True", "module_view::what_is_written_on_the_model_is_what_forward_reads"),
     Mutant("a composition that moves buffers again", "engine/call.py",
            "within([moved.preserved()], lambda: self._compose", "within([], lambda: self._compose",
            "traps::running_statistics_on_either_side_of_a_branch_move_once_a_step"),
     Mutant("random numbers drawn anew by the nodes", "engine/call.py", "changes.append(state.replayed())", "pass",
            "traps::with_random_draws_zero_divergence_is_autograd_of_the_same_draws"),
-    Mutant("draws of two nodes in turns wound back as one", "graph/cuts.py",
-           "return all(place[own[-1]] - place[own[0]] == len(own) - 1 for own in of_nodes.values())", "return True",
-           "random_modules::a_random_module_is_itself_node_by_node"),
 ]  # fmt: skip
 
 AGREEMENT = [

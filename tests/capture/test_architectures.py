@@ -465,3 +465,25 @@ def test_running_statistics_of_each_instance() -> None:
         net.train(call not in (2, 4))
 
     check_calls(InstanceNorms(), *batches(2, 2, 2, 3, 3, 4, 4), before=before)
+
+
+def test_results_that_are_put_into_a_new_tensor_without_gradients() -> None:
+    class Puts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 2)
+            self.register_buffer("seen", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x[:, 0])
+            self.seen.add_(y.detach().sum(0))
+            return torch.zeros_like(x[:, 0, :2]).index_copy_(0, torch.arange(len(x)), y)
+
+    net = Puts().double()
+    plain = copy.deepcopy(net)
+    model = torch2ebm.convert(net)
+    for x in batches(2, 2, 3):
+        with torch.no_grad():
+            assert torch.equal(model(x), plain(x))
+        assert torch.equal(net.seen, plain.seen)
+    check_calls(net, *batches(2, 3))

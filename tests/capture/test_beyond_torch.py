@@ -269,3 +269,46 @@ def _copied(self: nn.Module, h: Tensor) -> Tensor:
 @pytest.mark.parametrize("nodes", ["auto", "op"])
 def test_a_write_through_a_view_is_seen_by_all_who_share_the_memory(between: Any, nodes: str) -> None:
     followed(lambda: Wired(between), nodes)
+
+
+# What turns out only later -------------------------------------------------------------------------------------------
+
+
+class Descending(nn.Module):
+    """A step down an energy, by a gradient that is taken inside of forward: from some call on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.descends = nn.Linear(WIDTH, WIDTH), False
+
+    def forward(self, h: Tensor) -> Tensor:
+        if not self.descends:
+            return torch.tanh(self.layer(h))
+        energy = self.layer(h).square().sum()
+        (gradient,) = torch.autograd.grad(energy, h, create_graph=True)
+        return h - 0.1 * gradient
+
+
+class Late(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.drop = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.3)
+        self.inner, self.last, self.calls = Descending(), nn.Linear(WIDTH, 3), 0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.last(self.inner(self.drop(self.norm(self.first(x)))))
+
+
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.OpaqueModuleWarning")
+def test_a_module_that_turns_out_to_be_opaque_in_a_later_call_has_had_one_call() -> None:
+    """Its run is made twice: running statistics, dropout masks and counters are those of one."""
+    module, twin = Late(), Late()
+    model = attached(module, torch2ebm.ZeroDivergence())
+    for seed, descends in enumerate((False, False, True, True, False, True)):
+        module.inner.descends = twin.inner.descends = descends
+        assert_is_the_module(model, twin, normal(5, WIDTH, seed=seed))
+        assert module.calls == twin.calls
+    assert list(model.nodes) == ["first", "norm", "inner", "last"]

@@ -180,6 +180,7 @@ def test_an_overflow_that_a_tanh_hides_moves_no_weight(algorithm: torch2ebm.Algo
     assert same(training.net.state_dict(), before)
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.LoneNodeWarning")  # at depth 0 there is one linear layer
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_a_prediction_that_is_no_number_names_its_node(depth: int) -> None:
     class Logarithm(nn.Module):

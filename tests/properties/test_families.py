@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import PROBLEMS, Problem
 
 import torch2ebm
-from torch2ebm.errors import OpaqueModuleWarning, PartitionError, Torch2EBMError, UntraceableError
+from torch2ebm.errors import CaptureMismatchError, OpaqueModuleWarning, PartitionError, Torch2EBMError, UntraceableError
 
 DOCS = Path(__file__).parents[2] / "docs" / "supported.md"
 BATCH, OTHER_BATCH = 4, 3
@@ -330,6 +330,18 @@ class WritesElsewhere(nn.Module):
         return sum(WritesTheSecond.apply(h, h * 3))
 
 
+class DrawsInTurns(nn.Module):
+    """One layer's dropout stands before and after another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.drop = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Dropout(0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, k = self.drop(self.a(x)), self.drop(self.b(x))
+        return self.c(self.drop(h).tanh()) + self.c(k)
+
+
 @dataclass(frozen=True)
 class Refusal:
     what: str
@@ -341,6 +353,8 @@ class Refusal:
 REFUSALS = (
     Refusal("a custom autograd function that writes in place what is not its first argument", UntraceableError,
             "put this argument first, or return a new tensor", lambda: net(WritesElsewhere)),
+    Refusal("two nodes that draw random numbers in turns", CaptureMismatchError,
+            "make the submodule around both one node: `nodes=[...]`", lambda: net(DrawsInTurns)),
     Refusal("a module without parameters", PartitionError, "there is nothing to learn",
             lambda: nn.Sequential(nn.Tanh(), nn.Flatten())),
 )  # fmt: skip
@@ -395,6 +409,17 @@ def test_a_module_that_cannot_be_looked_into_is_one_node_and_said_to_be(what: st
         model = assert_learns_exactly(ONE_NODE[what], "op")
     inside = [name for name in net(ONE_NODE[what]).state_dict() if name.startswith("middle.")]
     assert sorted(model.nodes["middle"].parameters) == sorted(inside)
+
+
+def test_the_way_round_for_draws_in_turns_works() -> None:
+    """With the masks of the plain module, which one node draws in its own order."""
+    module, twin = net(DrawsInTurns), net(DrawsInTurns)
+    problem = Problem("in turns", lambda: module, lambda batch: (samples(),), lambda output: output.square().mean())
+    model, _ = attached(module, problem, torch2ebm.ZeroDivergence(), nodes=["middle"])
+    for _ in range(3):
+        module.zero_grad()
+        problem.loss(seeded_call(model, problem, BATCH)).backward()
+        assert_same_gradients(module, backprop(twin, problem.inputs(BATCH), problem.loss))
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.what)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from torch2ebm.capture.custom_functions import told_of_calls
 from torch2ebm.capture.watch import Cuts, Run, Watch, hung_on_autograd, moved_by, runs_elsewhere
+from torch2ebm.common.nested import leaves_of
+from torch2ebm.errors import UntraceableError
 from torch2ebm.isolation.module_state import AttributeSnapshot, BufferSnapshot, identical, is_lazy
-from torch2ebm.isolation.random_numbers import Generators
+from torch2ebm.isolation.random_numbers import Generators, RandomState
 
 
 @dataclass(eq=False)
@@ -69,8 +71,10 @@ class Subject:
         lazy = cuts is None and any(map(is_lazy, self.module.parameters()))
         before = None if cuts is not None else Before.now(self.module, device)
         rest: list[Before] = []  # of a run that turned out to be another: the buffers as they were there
+        ended: _Ended | None = None
         for _ in range(len(self.modules) + 1):
             watch = Watch(paths, device, self.modules, inputs, cuts, others, self.opaque, self.passive, lazy)
+            watch.buffers = self.module.buffers
             with ExitStack() as told:
                 watch.deviates = partial(self._deviates, watch, told, rest, device)
                 told.enter_context(self._told(watch, cuts))
@@ -86,11 +90,28 @@ class Subject:
             cuts = None
             if before is not None:
                 before.restore()
+            else:
+                ended = ended or _Ended(run.output, Before.now(self.module, device), run.random)
+                ended.drawn_again()
+        if ended is not None:
+            self._as_ended(ended, run)
         for each in [before] if before is not None else rest:
             self.changed.update(dict.fromkeys(each.changed_buffers()))
         if run.records is not None:
             self.note_changed(run)
         return run
+
+    def _as_ended(self, ended: _Ended, run: Run) -> None:
+        """Leave what the first of two runs has left, of which nobody knew in time that it would be run again."""
+        ended.left.restore()
+        if not ended.same(run.output):
+            raise UntraceableError(
+                f"{type(self.module).__name__}, called in another way than before",
+                f"{sorted(path or 'the whole' for path in run.opaque)}, met for the first time, whose inside cannot be "
+                "followed, behind random draws or buffers of the same call",
+                "what can be followed, or no change before it",
+                "Call the model again: by now it is known to be one node.",
+            )
 
     def note_changed(self, run: Run) -> None:
         """Note the buffers that a recorded run has changed, as far as nothing was compared that it has read."""
@@ -116,6 +137,37 @@ class Subject:
     def _has_backward_hooks(self) -> bool:
         """Whether some submodule has a hook that torch hangs on results' autograd functions, where no mode sees it."""
         return any(hung_on_autograd(part) for part in self.parts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ended:
+    """What a complete run has returned and left, that is run again to be recorded.
+
+    Copies of all buffers before each call would cost more than this is worth: it happens where a known run takes
+    another branch, and something in there turns out to be opaque.
+    """
+
+    output: Any
+    left: Before
+    drawn: Mapping[Any, RandomState]
+
+    def drawn_again(self) -> None:
+        """Wind the generators back to where the run began to draw, as far as it is known."""
+        if self.drawn:
+            self.drawn[min(self.drawn)].restore()
+
+    def same(self, output: Any) -> bool:
+        pairs = list(zip(leaves_of(self.output), leaves_of(output), strict=False))
+        return all(_alike(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+
+def _alike(a: Tensor, b: Any) -> bool:
+    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point() or a.layout is not torch.strided:
+        return identical(a.detach(), b.detach())
+    tolerance = 16 * torch.finfo(a.dtype).eps  # an accelerator adds in no fixed order
+    return torch.allclose(a.detach(), b.detach(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -382,6 +382,7 @@ class Watch(TorchFunctionMode):
         self._labels: dict[int, str] = {}
         self._labelled: Counter[str] = Counter()
         self.custom = False  # whether a custom autograd function was applied
+        self.buffers: Callable[[], Iterable[Tensor]] = tuple  # the module's own
         self.blind = False  # whether one was before anybody was told
         self.deviates: Callable[[], Any] = bool  # called where a run turns out to be another than expected
         self._without_gradient: set[int] = set()  # ids of results that were made while gradients were off
@@ -434,7 +435,7 @@ class Watch(TorchFunctionMode):
             return self._unseen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
         if not self.recording:
             return call(module, *args, **kwargs)
-        caller = self._calls[-1] if self._calls else ""
+        caller = self._innermost()
         for leaf in _tensors((args, kwargs)):
             self._check_known(leaf, caller)
         self._calls.append(path)
@@ -553,7 +554,7 @@ class Watch(TorchFunctionMode):
             self.run.external[place] = tensor
             leaf = self.run.external_leaves[place] = self.run.constants[place].requires_grad_()
             if self.recording:
-                self._check_known(tensor, self._calls[-1] if self._calls else "")
+                self._check_known(tensor, self._innermost())
             else:
                 self._substitutes[id(tensor)] = leaf
                 self._known[id(leaf), leaf._version] = place
@@ -710,7 +711,7 @@ class Watch(TorchFunctionMode):
         ambient: Ambient,
     ) -> Any:
         if function in _GRADIENTS:
-            self.lost[self._calls[-1] if self._calls else ""] = "takes a gradient inside of forward"
+            self.lost[self._innermost()] = "takes a gradient inside of forward"
         scopes, place = self._scopes()
         if function is Tensor.register_hook:
             described = self._described(args, kwargs)
@@ -721,7 +722,7 @@ class Watch(TorchFunctionMode):
             return handle
         if self._without_gradient:
             for leaf in _tensors((args, kwargs)):
-                self._check_known(leaf, self._calls[-1] if self._calls else "")
+                self._check_known(leaf, self._innermost())
         if self.cuts is not None and args and _writes_its_first(function):
             args = (self._writable(args[0]), *args[1:])
         described = self._described(args, kwargs)
@@ -741,7 +742,8 @@ class Watch(TorchFunctionMode):
         if not wrote and _named_in_place(function) and args and result is args[0]:
             wrote = (self._reference(result),)  # detach_ and its like change no content
         only_constants = bool(wrote) and all(isinstance(each, Constant) for each in wrote)
-        if only_constants and isinstance(result, Tensor) and not result.requires_grad and _among(result, changed):
+        plain = isinstance(result, Tensor) and not result.requires_grad
+        if only_constants and plain and _among(result, changed) and (self.start.grad or self._is_buffer(result)):
             self.run.effects.add((index, key))
             return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
         sources: dict[int, Hot] = {}
@@ -754,6 +756,10 @@ class Watch(TorchFunctionMode):
         self.run.numbers.append(numbers)
         self._append(function, described, result_numbers, sources, wrote, random, ambient, scopes, place)
         return result
+
+    def _is_buffer(self, tensor: Tensor) -> bool:
+        """Whether it is a buffer of the module, or a part of one, and no new tensor that takes what parameters made."""
+        return any(_share(tensor, buffer) for buffer in self.buffers())
 
     def _append(
         self,
@@ -824,6 +830,13 @@ class Watch(TorchFunctionMode):
             return Number(counted[0] - 1)
 
         return tuple(of(each) for each in args), {name: of(each) for name, each in kwargs.items()}
+
+    def _innermost(self) -> str:
+        """The submodule whose call is under way; by the stack, where the run was told of calls from the middle on."""
+        if self._calls:
+            return self._calls[-1]
+        scopes, _ = self._scopes()
+        return scopes[-1][1] if scopes else ""
 
     def _scopes(self) -> tuple[tuple[tuple[str, str], ...], str]:
         """The submodules whose code is on the stack, outermost first, and the user's line."""
