@@ -448,3 +448,42 @@ def test_experts_that_nobody_has_chosen_are_left_out() -> None:
     for x, rows in zip(inputs, sets, strict=True):
         x[:, 1, 0] = torch.tensor(rows) * 0.1 + 0.05
     check_calls(ExpertsInTurn(), *inputs)
+
+
+class InstanceNorms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.norm = nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).relu())
+
+
+def test_running_statistics_of_each_instance() -> None:
+    def before(net: nn.Module, call: int) -> None:
+        net.train(call not in (2, 4))
+
+    check_calls(InstanceNorms(), *batches(2, 2, 2, 3, 3, 4, 4), before=before)
+
+
+def test_results_that_are_put_into_a_new_tensor_without_gradients() -> None:
+    class Puts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 2)
+            self.register_buffer("seen", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x[:, 0])
+            self.seen.add_(y.detach().sum(0))
+            return torch.zeros_like(x[:, 0, :2]).index_copy_(0, torch.arange(len(x)), y)
+
+    net = Puts().double()
+    plain = copy.deepcopy(net)
+    model = torch2ebm.convert(net)
+    for x in batches(2, 2, 3):
+        with torch.no_grad():
+            assert torch.equal(model(x), plain(x))
+        assert torch.equal(net.seen, plain.seen)
+    check_calls(net, *batches(2, 3))

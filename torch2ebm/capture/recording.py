@@ -113,7 +113,11 @@ class _Importer:
         node.meta["calls"] = dict(record.scopes)
         node.meta["place"] = record.place
         self.operations[node] = i
-        wrote = [self._node(each) for each in record.wrote]
+        # what an operation writes beside its result, such as running statistics, are the run's own effects: constants
+        # that forward changes are copies here
+        first = record.args[0] if record.args else None
+        beside = all(isinstance(each, Constant) and each != first for each in record.wrote) and not record.sources
+        wrote = [] if beside else [self._node(each) for each in record.wrote]
         self._check_writes(record, node, wrote)
         if isinstance(record.results, int):
             self._result(record, record.results, node)

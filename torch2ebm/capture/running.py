@@ -74,6 +74,7 @@ class Subject:
         ended: _Ended | None = None
         for _ in range(len(self.modules) + 1):
             watch = Watch(paths, device, self.modules, inputs, cuts, others, self.opaque, self.passive, lazy)
+            watch.buffers = self.module.buffers
             with ExitStack() as told:
                 watch.deviates = partial(self._deviates, watch, told, rest, device)
                 told.enter_context(self._told(watch, cuts))

@@ -382,6 +382,7 @@ class Watch(TorchFunctionMode):
         self._labels: dict[int, str] = {}
         self._labelled: Counter[str] = Counter()
         self.custom = False  # whether a custom autograd function was applied
+        self.buffers: Callable[[], Iterable[Tensor]] = tuple  # the module's own
         self.blind = False  # whether one was before anybody was told
         self.deviates: Callable[[], Any] = bool  # called where a run turns out to be another than expected
         self._without_gradient: set[int] = set()  # ids of results that were made while gradients were off
@@ -741,7 +742,8 @@ class Watch(TorchFunctionMode):
         if not wrote and _named_in_place(function) and args and result is args[0]:
             wrote = (self._reference(result),)  # detach_ and its like change no content
         only_constants = bool(wrote) and all(isinstance(each, Constant) for each in wrote)
-        if only_constants and isinstance(result, Tensor) and not result.requires_grad and _among(result, changed):
+        plain = isinstance(result, Tensor) and not result.requires_grad
+        if only_constants and plain and _among(result, changed) and (self.start.grad or self._is_buffer(result)):
             self.run.effects.add((index, key))
             return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
         sources: dict[int, Hot] = {}
@@ -754,6 +756,10 @@ class Watch(TorchFunctionMode):
         self.run.numbers.append(numbers)
         self._append(function, described, result_numbers, sources, wrote, random, ambient, scopes, place)
         return result
+
+    def _is_buffer(self, tensor: Tensor) -> bool:
+        """Whether it is a buffer of the module, or a part of one, and no new tensor that takes what parameters made."""
+        return any(_share(tensor, buffer) for buffer in self.buffers())
 
     def _append(
         self,
