@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.capture.watch import Run
+from torch2ebm.capture.run import Run
 from torch2ebm.engine.call import Call, NodePass
 from torch2ebm.engine.gradients import GradientSum
 from torch2ebm.errors import ConfigurationError, NonFiniteError

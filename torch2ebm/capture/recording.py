@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from torch2ebm.capture.functions import draws_from_its_own
 from torch2ebm.capture.in_place import stopped, without_writes
-from torch2ebm.capture.watch import Ambient, Constant, Hot, ModuleCall, Number, Record, Run, draws_from_its_own
+from torch2ebm.capture.run import Ambient, Constant, Hot, ModuleCall, Number, Record, Run
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.errors import UntraceableError
 from torch2ebm.isolation.torch_modes import Autocast

@@ -21,317 +21,46 @@ goes on uncut.
 from __future__ import annotations
 
 import functools
-import gc
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from torch2ebm.capture.custom_functions import inside_custom_function, untold
+from torch2ebm.capture.functions import (
+    GRADIENTS,
+    PASSIVE,
+    VALUES,
+    apart,
+    draws_from_its_own,
+    hung_on_autograd,
+    is_among,
+    makes_tensors,
+    named_in_place,
+    runs_elsewhere,
+    share_memory,
+    tensors_of,
+    with_hook,
+    writes_its_first,
+)
+from torch2ebm.capture.held import held_elsewhere
+from torch2ebm.capture.run import Ambient, Constant, Cuts, Hot, ModuleCall, Number, Record, Run
 from torch2ebm.common.nested import leaves_of, map_leaves, signature, template_of
 from torch2ebm.isolation.module_state import is_lazy
 from torch2ebm.isolation.random_numbers import RandomState
 
-
-class _Reference:
-    """Stands for a leaf among the arguments of an operation. No dataclass: :mod:`nested` would look inside."""
-
-    __slots__ = ("place",)
-
-    def __init__(self, place: Any) -> None:
-        self.place = place
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.place == self.place
-
-    def __hash__(self) -> int:
-        return hash((type(self), self.place))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.place!r})"
-
-
-class Hot(_Reference):
-    """A result: the parameter of this path, or the tensor of this number that an operation has made."""
-
-
-class Constant(_Reference):
-    """A tensor that depends on no parameter."""
-
-
-class Number(_Reference):
-    """A number, or an object that is neither tensor nor number; each run has its own."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Record:
-    """One watched operation, apart from its numbers: what a graph is made of.
-
-    Attributes:
-        function: A function of torch, a custom autograd function (a class), or :class:`ModuleCall`.
-        args: Positional arguments, with :class:`Hot`, :class:`Constant` and :class:`Number` in place of leaves.
-        kwargs: The same for keywords.
-        results: The result, with the number of each tensor in its place and None for anything else.
-        sources: For each tensor of the result that shares its memory with a hot argument: this argument.
-        wrote: Hot arguments and constants that it has written in place.
-        random: Whether it drew random numbers.
-        ambient: Whether gradients were on, and how autocast stood, where that was not as when the run began.
-        scopes: The calls of submodules that it is part of, outermost first: a label of the call, and the path.
-        place: The line of the user's code.
-    """
-
-    function: Any
-    args: Any
-    kwargs: Any
-    results: Any
-    sources: Mapping[int, Hot]
-    wrote: tuple[Hot | Constant, ...]
-    random: bool
-    ambient: Ambient | None
-    scopes: tuple[tuple[str, str], ...]
-    place: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleCall:
-    """A module that is one operation, since what it does inside cannot be followed."""
-
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ambient:
-    grad: bool
-    autocast: bool
-    dtype: torch.dtype | None  # where autocast is off it says nothing
-
-    @staticmethod
-    def now(device: str) -> Ambient:
-        autocast = torch.is_autocast_enabled(device)
-        return Ambient(torch.is_grad_enabled(), autocast, torch.get_autocast_dtype(device) if autocast else None)
-
-
-@dataclass(frozen=True, eq=False)
-class Cuts:
-    """What a run of a known sequence has to do at its operations, so that it leaves what a graph's nodes would.
-
-    Attributes:
-        records: The operations that the graph was made of.
-        sequence: Their keys, one for each.
-        output: The key of what the run returns.
-        numbers: Their numbers.
-        slots: Number of a result to the slot whose value it is.
-        kept: The same for results that no other node reads, and that are not handed on as leaves.
-        rewritten: Those of all these results that forward writes in place later.
-        exports: Number of a result to the name under which nodes read it as a constant.
-        random: Operations that draw random numbers for some node.
-        normalised: Operation to the node that it normalises for by the statistics of the batch.
-        constants: The name of each constant.
-        copied: Those constants that forward changes after they were read.
-        opaque: Paths of modules that are one operation.
-        held: Results that somebody may hold after the run.
-        effects: Operations that only write a buffer, as :attr:`Run.effects`.
-        complete: Whether what a run leaves at the cuts is all that the nodes would make.
-        references: To each result in a run after which nobody held any.
-    """
-
-    records: Sequence[Record]
-    sequence: tuple[Any, ...]
-    output: Any
-    numbers: Sequence[Sequence[Any]]
-    slots: Mapping[int, str]
-    kept: Mapping[int, str]
-    rewritten: frozenset[int]
-    exports: Mapping[int, str]
-    random: frozenset[int]
-    normalised: Mapping[int, str]
-    copied: frozenset[int]
-    opaque: frozenset[str]
-    held: frozenset[int]
-    effects: frozenset[tuple[int, Any]]
-    complete: bool = True
-    references: list[int] = field(default_factory=list)
-
-    def to_follow(self) -> Cuts:
-        """The same sequence, for a graph whose nodes are not what lies between cuts of a run."""
-        nothing: dict[int, str] = {}
-        return replace(
-            self,
-            slots=nothing,
-            kept=nothing,
-            exports=nothing,
-            normalised=nothing,
-            rewritten=frozenset(),
-            complete=False,
-        )
-
-    def same_until(self, other: Cuts, index: int, results: int, constants: int) -> bool:
-        """Whether a run that has followed these up to an operation can go on with the others."""
-
-        def before(found: Mapping[int, str], end: int) -> dict[int, str]:
-            return {i: name for i, name in found.items() if i < end}
-
-        return (
-            self.complete == other.complete
-            and {each for each in self.effects if each[0] <= index}
-            == {each for each in other.effects if each[0] <= index}
-            and self.sequence[:index] == other.sequence[:index]
-            and all(
-                before(getattr(self, name), end) == before(getattr(other, name), end)
-                for names, end in ((("slots", "kept", "exports"), results), (("normalised",), index))
-                for name in names
-            )
-            and not any(i < results for i in self.rewritten ^ other.rewritten)
-            and not any(i < index for i in self.random ^ other.random)
-            and not any(i < constants for i in self.copied ^ other.copied)
-        )
-
-
-@dataclass(eq=False)
-class Run:
-    """What a watched run has left.
-
-    Attributes:
-        output: What the module returned, as it returned it.
-        sequence: The key of each operation.
-        numbers: The numbers of each operation, in the order of its arguments.
-        constants: What hot operations have read and no parameter has made, detached.
-        external: Those constants that require a gradient, by their place: the tensor of the user.
-        returned: The key of the output: its structure, and what each leaf is.
-        records: The operations; None where the run has followed known cuts to the end.
-        cuts: Those of the graph that it has followed at last; None where it was recorded from the start.
-        matched: Whether it has had the sequence of these to its end.
-        followed: Whether it was cut by them, too.
-        copied: Constants that were changed after they were read.
-        leaves: Slot to the leaf that was handed on.
-        predictions: Slot to what the node has made, at the end of its own autograd graph.
-        exports: Name to what nodes read as a constant.
-        random: Operation that draws random numbers to the state of the generators before it.
-        normalised: Node to the inputs and weights of its batch norms.
-        hot: The tensors that operations have made, by number.
-        origins: Constant to the names of the arguments that it was made of.
-        names: Constant to the name of the argument that it is, None for others.
-        opaque: Path of each module that is one operation, to the reason.
-        values_read: Lines of code at which Python has read a number off a hot tensor, to how.
-        kept: Results with a gradient that somebody else still holds, by a hook or an attribute, by number.
-        originals: Constants as the caller has them, each with its version when the run ended.
-        changed_buffers: Names of the buffers that forward has changed.
-        effects: Operations that only write a buffer, and are no part of the sequence: how many operations came before
-            each, and its key.
-    """
-
-    output: Any = None
-    sequence: list[Any] = field(default_factory=list)
-    numbers: list[list[Any]] = field(default_factory=list)
-    constants: list[Tensor] = field(default_factory=list)
-    external: dict[int, Tensor] = field(default_factory=dict)
-    returned: Any = None
-    records: list[Record] | None = None
-    cuts: Cuts | None = None
-    matched: bool = False
-    followed: bool = False
-    copied: frozenset[int] = frozenset()
-    leaves: dict[str, Tensor] = field(default_factory=dict)
-    predictions: dict[str, Tensor] = field(default_factory=dict)
-    exports: dict[str, Tensor] = field(default_factory=dict)
-    random: dict[int, RandomState] = field(default_factory=dict)
-    normalised: dict[str, list[tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
-    hot: list[Tensor] = field(default_factory=list)
-    origins: list[frozenset[str]] = field(default_factory=list)
-    names: list[str | None] = field(default_factory=list)
-    opaque: dict[str, str] = field(default_factory=dict)
-    changed_buffers: tuple[str, ...] = ()
-    effects: set[tuple[int, Any]] = field(default_factory=set)
-    values_read: dict[str, str] = field(default_factory=dict)
-    outputs: dict[int, int] = field(default_factory=dict)  # id of a tensor in the output to its number
-    external_leaves: dict[int, Tensor] = field(default_factory=dict)
-    kept: dict[int, Tensor] = field(default_factory=dict)
-    originals: list[tuple[Tensor, int]] = field(default_factory=list)
-
-    def as_recorded(self) -> None:
-        """Have the records of the cuts that were followed, as far as they were."""
-        assert self.cuts is not None
-        self.records = list(self.cuts.records[: len(self.sequence)])
-        self.origins, self.names = [frozenset()] * len(self.constants), [None] * len(self.constants)
-
-    def outline(self) -> Run:
-        """What a graph is made of, without the tensors of this run."""
-        return Run(
-            sequence=self.sequence,
-            numbers=self.numbers,
-            returned=self.returned,
-            records=self.records,
-            copied=self.copied,
-            origins=self.origins,
-            names=self.names,
-            opaque=self.opaque,
-            changed_buffers=self.changed_buffers,
-            effects=self.effects,
-        )
-
-    def released(self) -> None:
-        """What the run has left at the cuts is somebody else's by now."""
-        self.leaves, self.predictions, self.normalised, self.hot = {}, {}, {}, []
-
-
-def _getters(*names: str) -> Iterator[Any]:
-    return (getattr(Tensor, name).__get__ for name in names if hasattr(Tensor, name))
-
-
-def _methods(*names: str) -> Iterator[Any]:
-    return (getattr(Tensor, name) for name in names if hasattr(Tensor, name))
-
-
-# What tells of a tensor and makes none. Their results matter where they are numbers of later operations.
-PASSIVE = frozenset(
-    [
-        *_getters("shape", "dtype", "device", "ndim", "layout", "is_leaf", "requires_grad", "grad_fn", "names", "name"),
-        *_getters("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized", "is_mkldnn", "is_mps"),
-        *_getters("_version", "output_nr", "itemsize", "nbytes", "_base", "_backward_hooks", "grad", "is_sparse_csr"),
-        *_methods("dim", "size", "numel", "nelement", "ndimension", "stride", "storage_offset", "is_contiguous"),
-        *_methods(
-            "is_floating_point", "is_complex", "is_signed", "is_inference", "data_ptr", "element_size", "is_conj"
-        ),
-        *_methods("item", "tolist", "numpy", "get_device", "untyped_storage", "storage", "is_neg", "equal", "allclose"),
-        *_methods("__bool__", "__len__", "__int__", "__float__", "__index__", "__complex__", "__format__", "__repr__"),
-        *_methods("__contains__", "__hash__", "__array__", "is_shared", "is_same_size", "is_set_to", "is_pinned"),
-        *_methods("retain_grad", "requires_grad_", "__reduce_ex__", "__deepcopy__"),
-        *(torch.is_floating_point, torch.is_complex, torch.numel, torch.equal, torch.allclose, torch.is_nonzero),
-        *(torch.result_type, torch.is_same_size, torch.is_signed, torch.is_inference, torch.is_conj, torch.is_neg),
-    ]
-)
-# what gives Python a tensor's numbers, so that a branch or a later number may depend on them
-VALUES = frozenset(
-    [
-        *_methods("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "equal"),
-        *_methods("__contains__", "__array__", "allclose"),
-        *(torch.equal, torch.allclose, torch.is_nonzero),
-    ]
-)
-_GRADIENTS = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
 _EXACT = frozenset(
     [bool, type(None), str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format]
 )
 _ONE_TENSOR = signature(0)  # the template of an output that is one tensor
 _CONSTANT = 1 << 40  # constants count down from here, results from -1: one integer tells all
 _HERE = __file__
-
-
-def with_hook(tensor: Tensor, hook: Callable[..., Any]) -> Tensor:
-    """``tensor``, with a hook on its gradient: what ``register_hook`` does to all who read it later."""
-    hooked = tensor.view_as(tensor)
-    if hooked.requires_grad:
-        hooked.register_hook(hook)  # type: ignore[no-untyped-call]
-    return hooked
 
 
 class Watch(TorchFunctionMode):
@@ -407,7 +136,7 @@ class Watch(TorchFunctionMode):
                 return result
             self.passive.discard(func)  # x.type() tells the type, x.type(dtype) makes a tensor
             return self._seen(func, lambda *a, **k: result, args, kwargs)
-        if self.lazy and any(is_lazy(leaf) for leaf in _tensors((args, kwargs))):
+        if self.lazy and any(is_lazy(leaf) for leaf in tensors_of((args, kwargs))):
             return func(*args, **kwargs)  # a lazy module makes its parameters
         return self._seen(func, func, args, kwargs)
 
@@ -436,19 +165,19 @@ class Watch(TorchFunctionMode):
         if not self.recording:
             return call(module, *args, **kwargs)
         caller = self._innermost()
-        for leaf in _tensors((args, kwargs)):
+        for leaf in tensors_of((args, kwargs)):
             self._check_known(leaf, caller)
         self._calls.append(path)
         try:
             result = call(module, *args, **kwargs)
         finally:
             self._calls.pop()
-        for leaf in _tensors(result):
+        for leaf in tensors_of(result):
             self._check_known(leaf, path)
         return result
 
     def _any_hot(self, args: Any, kwargs: Any) -> bool:
-        return any(id(leaf) in self._numbers or id(leaf) in self.paths for leaf in _tensors((args, kwargs)))
+        return any(id(leaf) in self._numbers or id(leaf) in self.paths for leaf in tensors_of((args, kwargs)))
 
     def _unseen(self, function: Any, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """What torch does not tell of: unlike in ``__torch_function__`` this mode is still entered."""
@@ -570,11 +299,11 @@ class Watch(TorchFunctionMode):
             return execute(*args, **kwargs)
         result = execute(*args, **kwargs)
         names: frozenset[str] = frozenset()
-        for leaf in _tensors((args, kwargs)):
+        for leaf in tensors_of((args, kwargs)):
             names |= self._origins.get(id(leaf), frozenset())
             if id(leaf) in self.inputs:
                 names |= {self.inputs[id(leaf)]}
-        for leaf in _tensors(result):
+        for leaf in tensors_of(result):
             self._alive.append(leaf)
             self._origins[id(leaf)] = self._origins.get(id(leaf), frozenset()) | names
         return result
@@ -616,7 +345,7 @@ class Watch(TorchFunctionMode):
         if function is Tensor.register_hook:
             return self._hooked(args, kwargs, key, numbers)
         result = execute(*args, **kwargs)
-        if type(result) is not Tensor and not _makes_tensors(function, result):
+        if type(result) is not Tensor and not makes_tensors(function, result):
             return result
         if type(result) in (tuple, list) and len(result) != len(cuts.records[index].results):  # as of unbind
             self._deviate()
@@ -710,7 +439,7 @@ class Watch(TorchFunctionMode):
         numbers: list[Any],
         ambient: Ambient,
     ) -> Any:
-        if function in _GRADIENTS:
+        if function in GRADIENTS:
             self.lost[self._innermost()] = "takes a gradient inside of forward"
         scopes, place = self._scopes()
         if function is Tensor.register_hook:
@@ -721,29 +450,29 @@ class Watch(TorchFunctionMode):
                          ambient, scopes, place)  # fmt: skip
             return handle
         if self._without_gradient:
-            for leaf in _tensors((args, kwargs)):
+            for leaf in tensors_of((args, kwargs)):
                 self._check_known(leaf, self._innermost())
-        if self.cuts is not None and args and _writes_its_first(function):
+        if self.cuts is not None and args and writes_its_first(function):
             args = (self._writable(args[0]), *args[1:])
         described = self._described(args, kwargs)
-        given = [leaf for leaf in _tensors((kwargs.get("out"), args, kwargs)) if not leaf.is_inference()]
+        given = [leaf for leaf in tensors_of((kwargs.get("out"), args, kwargs)) if not leaf.is_inference()]
         versions = [tensor._version for tensor in given]
         state = RandomState(self.device)
         result = execute(*args, **kwargs)
-        if type(result) is not Tensor and not _makes_tensors(function, result):
+        if type(result) is not Tensor and not makes_tensors(function, result):
             if result is not None and result is not NotImplemented:
                 self.passive.add(function)
             return result
         random = state.advanced() or draws_from_its_own(numbers)
         if random:
             self.run.random[index] = state
-        changed = _apart([t for t, version in zip(given, versions, strict=True) if t._version != version])
+        changed = apart([t for t, version in zip(given, versions, strict=True) if t._version != version])
         wrote = tuple(dict.fromkeys(self._reference(tensor) for tensor in changed))
-        if not wrote and _named_in_place(function) and args and result is args[0]:
+        if not wrote and named_in_place(function) and args and result is args[0]:
             wrote = (self._reference(result),)  # detach_ and its like change no content
         only_constants = bool(wrote) and all(isinstance(each, Constant) for each in wrote)
         plain = isinstance(result, Tensor) and not result.requires_grad
-        if only_constants and plain and _among(result, changed) and (self.start.grad or self._is_buffer(result)):
+        if only_constants and plain and is_among(result, changed) and (self.start.grad or self._is_buffer(result)):
             self.run.effects.add((index, key))
             return result  # a buffer that takes a statistic: an effect, and data for whoever reads it
         sources: dict[int, Hot] = {}
@@ -751,7 +480,7 @@ class Watch(TorchFunctionMode):
         if self.start.grad:
             update = self._without_gradient.difference_update if ambient.grad else self._without_gradient.update
             # a write leaves a tensor the history that it has
-            update(id(leaf) for leaf in _tensors((result, changed)) if ambient.grad or leaf.grad_fn is None)
+            update(id(leaf) for leaf in tensors_of((result, changed)) if ambient.grad or leaf.grad_fn is None)
         self.run.sequence.append(key)
         self.run.numbers.append(numbers)
         self._append(function, described, result_numbers, sources, wrote, random, ambient, scopes, place)
@@ -759,7 +488,7 @@ class Watch(TorchFunctionMode):
 
     def _is_buffer(self, tensor: Tensor) -> bool:
         """Whether it is a buffer of the module, or a part of one, and no new tensor that takes what parameters made."""
-        return any(_share(tensor, buffer) for buffer in self.buffers())
+        return any(share_memory(tensor, buffer) for buffer in self.buffers())
 
     def _append(
         self,
@@ -786,7 +515,7 @@ class Watch(TorchFunctionMode):
         )
 
     def _number_of(self, tensor: Tensor, args: Any, kwargs: Any, sources: dict[int, Hot]) -> int:
-        source = next((r for t in _tensors((args, kwargs)) if _share(t, tensor) and
+        source = next((r for t in tensors_of((args, kwargs)) if share_memory(t, tensor) and
                        isinstance(r := self._reference(t), Hot)), None)  # fmt: skip
         number = self._number(tensor)
         if source is not None:
@@ -906,7 +635,7 @@ class Watch(TorchFunctionMode):
         self._finish(output)
         del output  # a reference more than those that count
         if self.start.grad:
-            self.run.kept = _held_elsewhere(self.run, self._numbers, self.cuts)
+            self.run.kept = held_elsewhere(self.run, self._numbers, self.cuts)
             if self.run.matched and self.cuts is not None and not self.run.kept.keys() <= self.cuts.held:
                 self.run.matched = self.run.followed = False
         return self.run
@@ -914,7 +643,7 @@ class Watch(TorchFunctionMode):
     def _finish(self, output: Any) -> None:
         run = self.run
         if self.recording:
-            for leaf in _tensors(output):
+            for leaf in tensors_of(output):
                 self._check_known(leaf, "")
         # who wrote in place into a leaf, in a run that has left its cuts, holds the leaf
         left = self.recording and self.cuts is not None and self._substitutes
@@ -948,126 +677,3 @@ class Watch(TorchFunctionMode):
                 leaves.append(type(leaf))
         structure = _ONE_TENSOR if type(output) is Tensor else signature(template_of(output))
         return structure, tuple(leaves)
-
-
-def _held_elsewhere(run: Run, numbers: Mapping[int, int], cuts: Cuts | None) -> dict[int, Tensor]:
-    """Results that have more references than the run and its output: somebody has kept them, and may use them."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    found = _references(run.hot)
-    if run.matched and cuts is not None and cuts.references == found:
-        return {}  # as in an earlier run, in which nobody held any
-    own = Counter(map(id, (*run.hot, *run.leaves.values(), *run.predictions.values(), *_tensors(run.output))))
-    none = _references([object()])[0] - 1  # what looking itself adds
-    held = {
-        numbers[id(run.hot[i])]: run.hot[i]
-        for i, count in enumerate(found)
-        if count - none > own[id(run.hot[i])]
-        and run.hot[i].requires_grad
-        and count - none - _references_of_torch(run.hot[i]) > own[id(run.hot[i])]
-        and not isinstance(run.hot[i], nn.Parameter)
-        and (hooks is None or _referred(run.hot[i], run))
-    }
-    if run.matched and cuts is not None and not held:
-        cuts.references[:] = found
-    return held
-
-
-def _referred(tensor: Tensor, run: Run) -> bool:
-    """Whether somebody else refers to a tensor to which hooks on what autograd saves refer, too."""
-    known = [run.hot, run.leaves, run.predictions, run.output, vars(run), run]
-    referrers = [each for each in gc.get_referrers(tensor) if all(each is not one for one in known)]
-    return any(not isinstance(each, FrameType) for each in referrers)
-
-
-def _references_of_torch(tensor: Tensor) -> int:
-    """What a tensor that C++ holds, as autograd does what it saves, adds to its references from Python."""
-    return int(_torch_counts_itself() and tensor._use_count() > 1)  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _torch_counts_itself() -> bool:
-    """Whether torch has a reference to the Python object of a tensor that it holds; older versions have none."""
-    if not hasattr(Tensor, "_use_count"):
-        return False
-    # in a thread of its own: hooks on saved tensors, a checkpoint's for example, would take these for the model's
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_counts_what_is_saved).result()
-
-
-def _counts_what_is_saved() -> bool:
-    made = [torch.ones(1, requires_grad=True).exp()]  # saves its result
-    before = _references(made)
-    saved = made[0] * made[0]
-    after = _references(made)
-    del saved
-    return before != after or before[0] > _references([object()])[0]
-
-
-def _references(things: Sequence[Any]) -> list[int]:
-    return [sys.getrefcount(things[i]) for i in range(len(things))]
-
-
-def _tensors(structure: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in leaves_of(structure) if isinstance(leaf, Tensor))
-
-
-def _makes_tensors(function: Any, result: Any) -> bool:
-    if result is None:
-        return function is Tensor.__setitem__
-    return any(True for _ in _tensors(result))
-
-
-def _writes_its_first(function: Any) -> bool:
-    name = getattr(function, "__name__", "")
-    return function is Tensor.__setitem__ or _named_in_place(function) or name in _AUGMENTED
-
-
-_AUGMENTED = frozenset(
-    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-)
-
-
-def _named_in_place(function: Any) -> bool:
-    name = getattr(function, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
-
-
-def _among(tensor: Tensor, tensors: Iterable[Tensor]) -> bool:
-    return any(tensor is each for each in tensors)
-
-
-def _share(a: Tensor, b: Tensor) -> bool:
-    try:
-        return a is b or a.untyped_storage()._cdata == b.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):  # sparse tensors have no storage
-        return False
-
-
-def _apart(written: Sequence[Tensor]) -> list[Tensor]:
-    """The first of those that share their memory: torch counts writes to the memory, and not to the view."""
-    found: list[Tensor] = []
-    for tensor in written:
-        if not any(_share(tensor, other) for other in found):
-            found.append(tensor)
-    return found
-
-
-def moved_by(record: Record) -> Iterator[Constant]:
-    """The running statistics of a batch norm, which torch moves without a new version of the buffer."""
-    if record.function is functional.batch_norm:
-        given = (*record.args[1:3], record.kwargs.get("running_mean"), record.kwargs.get("running_var"))
-        yield from (each for each in given if isinstance(each, Constant))
-
-
-def draws_from_its_own(numbers: Iterable[Any]) -> bool:
-    """Whether there is a generator among the arguments of an operation."""
-    return any(isinstance(number, torch.Generator) for number in numbers)
-
-
-def hung_on_autograd(module: nn.Module) -> bool:
-    """Whether a module has backward hooks, which torch hangs on the autograd functions of its inputs and results."""
-    return bool(module._backward_hooks or module._backward_pre_hooks)
-
-
-def runs_elsewhere(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule"

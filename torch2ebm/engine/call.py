@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2ebm.capture.watch import Run
+from torch2ebm.capture.run import Run
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.isolation.batch_statistics import Statistics, frozen_statistics, keeping_statistics, statistics_of
 from torch2ebm.isolation.interrupts import within

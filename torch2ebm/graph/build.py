@@ -11,9 +11,10 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from torch2ebm.capture.functions import hung_on_autograd
 from torch2ebm.capture.in_place import attribute
 from torch2ebm.capture.observation import Capture
-from torch2ebm.capture.watch import Run, hung_on_autograd
+from torch2ebm.capture.run import Run
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import PartitionError
 from torch2ebm.graph.cuts import cuts_of, draws_of

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from torch import fx
 
 from torch2ebm.capture.observation import Capture
-from torch2ebm.capture.watch import Cuts, Hot, Record
+from torch2ebm.capture.run import Cuts, Hot, Record
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.graph.roles import Roles
 

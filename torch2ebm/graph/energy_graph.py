@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.capture.watch import Cuts, Run
+from torch2ebm.capture.run import Cuts, Run
 from torch2ebm.errors import NodeEvaluationError, Torch2EBMError
 
 Made = TypeVar("Made")

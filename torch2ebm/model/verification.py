@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.capture.observation import is_live
-from torch2ebm.capture.watch import Run
+from torch2ebm.capture.run import Run
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.reverse_sweep import reverse_sweep
