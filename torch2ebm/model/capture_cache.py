@@ -138,7 +138,8 @@ class Captures:
                 return Served(run, graph, swapped, arguments)
         with TRACING:
             graph = self._graph_for(run, granularity, graded, arguments.device, swapped)
-        if algorithm is not None and algorithm.reevaluates_loss:
+        # an equilibrium of one node is the module's own, and its states are at activations
+        if algorithm is not None and algorithm.reevaluates_loss and not algorithm.defines_output:
             self._tell_of_lone_node(graph)
         self._latest[granularity, graded] = _cuts_of(graph)
         return Served(run, graph, swapped, arguments)
