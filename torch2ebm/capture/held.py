@@ -26,25 +26,28 @@ def held_elsewhere(run: Run, numbers: Mapping[int, int], cuts: Cuts | None) -> d
         return {}  # as in an earlier run, in which nobody held any
     own = Counter(map(id, (*run.hot, *run.leaves.values(), *run.predictions.values(), *tensors_of(run.output))))
     none = _references([object()])[0] - 1  # what looking itself adds
-    held = {
-        numbers[id(run.hot[i])]: run.hot[i]
+    more = [
+        run.hot[i]
         for i, count in enumerate(found)
         if count - none > own[id(run.hot[i])]
         and run.hot[i].requires_grad
         and count - none - _references_of_torch(run.hot[i]) > own[id(run.hot[i])]
         and not isinstance(run.hot[i], nn.Parameter)
-        and (hooks is None or _referred(run.hot[i], run))
-    }
-    if run.matched and cuts is not None and not held:
+    ]
+    if hooks is not None and more:  # they refer to what autograd saves
+        more = _referred(more, run)
+    if run.matched and cuts is not None and not more:
         cuts.references[:] = found
-    return held
+    return {numbers[id(tensor)]: tensor for tensor in more}
 
 
-def _referred(tensor: Tensor, run: Run) -> bool:
-    """Whether somebody else refers to a tensor to which hooks on what autograd saves refer, too."""
-    known = [run.hot, run.leaves, run.predictions, run.output, vars(run), run]
-    referrers = [each for each in gc.get_referrers(tensor) if all(each is not one for one in known)]
-    return any(not isinstance(each, FrameType) for each in referrers)
+def _referred(tensors: list[Tensor], run: Run) -> list[Tensor]:
+    """Those that an object of Python refers to, beside the run: all of them are looked through once."""
+    known = [tensors, run.hot, run.leaves, run.predictions, run.output, vars(run), run]
+    referrers = gc.get_referrers(*tensors)
+    others = [r for r in referrers if not isinstance(r, FrameType) and all(r is not each for each in known)]
+    held = {id(each) for referrer in others for each in gc.get_referents(referrer)}
+    return [tensor for tensor in tensors if id(tensor) in held]
 
 
 def _references_of_torch(tensor: Tensor) -> int:

@@ -7,7 +7,7 @@ these runs the module is as it was before.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -119,11 +119,8 @@ def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Change
 @contextmanager
 def plain_autograd() -> Iterator[None]:
     """Gradients on, whatever the caller has set: inference mode, no_grad, or the saved-tensor hooks of a checkpoint."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        nothing_packed(),
-    ):
+    packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    with torch.inference_mode(False), torch.enable_grad(), nothing_packed() if packed else nullcontext():
         yield
 
 
