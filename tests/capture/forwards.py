@@ -168,7 +168,7 @@ class Problem:
         image = torch.randn(batch, 3, 8, 8, generator=generator, dtype=torch.float64)
         given = {"pixel_values": image} if self.name == "vit" else {"input_ids": tokens}
         if self.labels:
-            given["labels"] = tokens if self.name in ("gpt2", "llama") else torch.arange(batch) % 2
+            given["labels"] = tokens.clone() if self.name in ("gpt2", "llama") else torch.arange(batch) % 2
         return given
 
     def loss(self, output: Any) -> Tensor:
