@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 
 from torch2ebm.capture.functions import draws_from_its_own
 from torch2ebm.capture.in_place import stopped, without_writes
-from torch2ebm.capture.run import Ambient, Constant, Hot, ModuleCall, Number, Record, Run
+from torch2ebm.capture.run import Constant, Hot, ModuleCall, Number, Record, Run
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.errors import UntraceableError
-from torch2ebm.isolation.torch_modes import Autocast
+from torch2ebm.isolation.torch_modes import Ambient
 
 Place = tuple[int, int]  # operation, and place among its numbers
 
@@ -253,20 +253,18 @@ def _can_be_written(function: Any) -> bool:
     return found is function
 
 
-def _renamed(function: Callable[..., Any]) -> Callable[..., Any]:
-    def operation(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    operation.__name__ = operation.__qualname__ = getattr(function, "__name__", "operation")
+def _named(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+    """As torch.fx and :func:`described` call it."""
+    operation.__name__ = operation.__qualname__ = name
     return operation
+
+
+def _renamed(function: Callable[..., Any]) -> Callable[..., Any]:
+    return _named(getattr(function, "__name__", "operation"), lambda *args, **kwargs: function(*args, **kwargs))
 
 
 def _applied(function: Any) -> Callable[..., Any]:
-    def operation(*args: Any, **kwargs: Any) -> Any:
-        return function.apply(*args, **kwargs)
-
-    operation.__name__ = operation.__qualname__ = function.__name__
-    return operation
+    return _named(function.__name__, lambda *args, **kwargs: function.apply(*args, **kwargs))
 
 
 def _module_call(module: nn.Module, path: str, writes: bool) -> Callable[..., Any]:
@@ -277,24 +275,22 @@ def _module_call(module: nn.Module, path: str, writes: bool) -> Callable[..., An
             args, kwargs = map_leaves(_copy, (args, kwargs))
         return part(*args, **kwargs)
 
-    operation.__name__ = operation.__qualname__ = type(part).__name__
     operation.opaque_module, operation.opaque_path = part, path  # type: ignore[attr-defined]
-    return operation
+    return _named(type(part).__name__, operation)
 
 
 def _from_the_same_state(target: Any) -> Callable[..., Any]:
     """The operation with a generator of the caller's, which no evaluation moves on."""
     draw = getattr(Tensor, target) if isinstance(target, str) else target
 
-    def operation(*args: Any, **kwargs: Any) -> Any:
-        def of(leaf: Any) -> Any:
-            return leaf.clone_state() if isinstance(leaf, torch.Generator) else leaf
+    def of(leaf: Any) -> Any:
+        return leaf.clone_state() if isinstance(leaf, torch.Generator) else leaf
 
+    def operation(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = map_leaves(of, (args, kwargs))
         return draw(*args, **kwargs)
 
-    operation.__name__ = operation.__qualname__ = draw.__name__
-    return operation
+    return _named(draw.__name__, operation)
 
 
 def _copy(leaf: Any) -> Any:
@@ -305,15 +301,9 @@ def _under(ambient: Ambient, operation: Callable[..., Any], device: str) -> Call
     """The operation in the modes in which forward ran it."""
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        before = Autocast.now(device)
-        autocast = Autocast(device, ambient.autocast, ambient.dtype or before.dtype, False)
-        autocast.set()
-        try:
-            with torch.set_grad_enabled(ambient.grad and torch.is_grad_enabled()):  # of writes no gradient is taken
-                result = operation(*args, **kwargs)
-        finally:
-            before.set()
+        # where nobody wants a gradient now, none is taken
+        modes = replace(ambient, grad=ambient.grad and torch.is_grad_enabled())
+        result = modes.run(device, operation, args, kwargs)
         return result if ambient.grad else stopped(result)
 
-    function.__name__ = function.__qualname__ = getattr(operation, "__name__", "operation")
-    return function
+    return _named(getattr(operation, "__name__", "operation"), function)

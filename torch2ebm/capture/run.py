@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torch2ebm.isolation.random_numbers import RandomState
+from torch2ebm.isolation.torch_modes import Ambient
 
 
 class _Reference:
@@ -78,18 +78,6 @@ class ModuleCall:
     path: str
 
 
-@dataclass(frozen=True, slots=True)
-class Ambient:
-    grad: bool
-    autocast: bool
-    dtype: torch.dtype | None  # where autocast is off it says nothing
-
-    @staticmethod
-    def now(device: str) -> Ambient:
-        autocast = torch.is_autocast_enabled(device)
-        return Ambient(torch.is_grad_enabled(), autocast, torch.get_autocast_dtype(device) if autocast else None)
-
-
 @dataclass(frozen=True, eq=False)
 class Cuts:
     """What a run of a known sequence has to do at its operations, so that it leaves what a graph's nodes would.
@@ -105,7 +93,6 @@ class Cuts:
         exports: Number of a result to the name under which nodes read it as a constant.
         random: Operations that draw random numbers for some node.
         normalised: Operation to the node that it normalises for by the statistics of the batch.
-        constants: The name of each constant.
         copied: Those constants that forward changes after they were read.
         opaque: Paths of modules that are one operation.
         held: Results that somebody may hold after the run.
@@ -222,7 +209,6 @@ class Run:
     changed_buffers: tuple[str, ...] = ()
     effects: set[tuple[int, Any]] = field(default_factory=set)
     values_read: dict[str, str] = field(default_factory=dict)
-    outputs: dict[int, int] = field(default_factory=dict)  # id of a tensor in the output to its number
     external_leaves: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
     originals: list[tuple[Tensor, int]] = field(default_factory=list)

@@ -22,10 +22,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,17 +48,31 @@ from torch2ebm.capture.functions import (
     writes_its_first,
 )
 from torch2ebm.capture.held import held_elsewhere
-from torch2ebm.capture.run import Ambient, Constant, Cuts, Hot, ModuleCall, Number, Record, Run
+from torch2ebm.capture.run import Constant, Cuts, Hot, ModuleCall, Number, Record, Run
+from torch2ebm.capture.scopes import Scopes
 from torch2ebm.common.nested import leaves_of, map_leaves, signature, template_of
 from torch2ebm.isolation.module_state import is_lazy
 from torch2ebm.isolation.random_numbers import RandomState
+from torch2ebm.isolation.torch_modes import Ambient
 
 _EXACT = frozenset(
     [bool, type(None), str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format]
 )
 _ONE_TENSOR = signature(0)  # the template of an output that is one tensor
 _CONSTANT = 1 << 40  # constants count down from here, results from -1: one integer tells all
-_HERE = __file__
+
+
+class _Seen(NamedTuple):
+    """One operation that is about to run."""
+
+    position: int  # how many were before
+    function: Any
+    execute: Callable[..., Any]  # runs it
+    args: Any
+    kwargs: Any
+    key: tuple[Any, ...]
+    numbers: list[Any]
+    ambient: Ambient
 
 
 class Watch(TorchFunctionMode):
@@ -107,9 +119,7 @@ class Watch(TorchFunctionMode):
         self._substitutes: dict[int, Tensor] = {}
         self._originals: list[tuple[Tensor, int]] = []
         self._origins: dict[int, frozenset[str]] = {}
-        self._frames: list[FrameType] = []
-        self._labels: dict[int, str] = {}
-        self._labelled: Counter[str] = Counter()
+        self._stack = Scopes(modules, Watch.watching.__code__)
         self.custom = False  # whether a custom autograd function was applied
         self.buffers: Callable[[], Iterable[Tensor]] = tuple  # the module's own
         self.blind = False  # whether one was before anybody was told
@@ -216,16 +226,15 @@ class Watch(TorchFunctionMode):
             if ambient != self.start:
                 key.append(ambient)
         index = len(self.run.sequence)
-        if not self.recording and not self._expected(index, key, numbers):
+        if not self.recording and not self._expected(index, tuple(key)):
             if (index, tuple(key)) in self.run.effects:
                 return execute(*args, **kwargs)
             self._deviate()
             self.deviates()
             # the forward of a custom function runs without gradients; so does much else
             self.blind = self.start.grad and not ambient.grad and inside_custom_function()
-        return (self._followed if not self.recording else self._recorded)(
-            index, function, execute, args, kwargs, tuple(key), numbers, ambient
-        )
+        seen = _Seen(index, function, execute, args, kwargs, tuple(key), numbers, ambient)
+        return self._recorded(seen) if self.recording else self._followed(seen)
 
     def _scan(self, parts: Iterable[Any], key: list[Any], numbers: list[Any], found: list[tuple[int, Tensor]]) -> bool:
         hot = False
@@ -310,8 +319,8 @@ class Watch(TorchFunctionMode):
 
     # a run that is as expected
 
-    def _expected(self, index: int, key: list[Any], numbers: list[Any]) -> bool:
-        cuts, wanted = self.cuts, tuple(key)
+    def _expected(self, index: int, wanted: tuple[Any, ...]) -> bool:
+        cuts = self.cuts
         if cuts is None:
             return False
         if index < len(cuts.sequence) and cuts.sequence[index] == wanted:
@@ -323,17 +332,8 @@ class Watch(TorchFunctionMode):
                 return True
         return False
 
-    def _followed(
-        self,
-        index: int,
-        function: Any,
-        execute: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        key: tuple[Any, ...],
-        numbers: list[Any],
-        ambient: Ambient,
-    ) -> Any:
+    def _followed(self, seen: _Seen) -> Any:
+        index, function, execute, args, kwargs, key, numbers, _ = seen
         cuts = self.cuts
         assert cuts is not None
         if index in cuts.random:
@@ -349,7 +349,7 @@ class Watch(TorchFunctionMode):
             return result
         if type(result) in (tuple, list) and len(result) != len(cuts.records[index].results):  # as of unbind
             self._deviate()
-            return self._recorded(index, function, lambda *_, **__: result, args, kwargs, key, numbers, ambient)
+            return self._recorded(seen._replace(execute=lambda *_, **__: result))
         self.run.sequence.append(key)
         self.run.numbers.append(numbers)
         if result is None:  # __setitem__
@@ -428,17 +428,8 @@ class Watch(TorchFunctionMode):
         self.recording, self.run.cuts = True, self.cuts
         self.run.as_recorded()
 
-    def _recorded(
-        self,
-        index: int,
-        function: Any,
-        execute: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        key: tuple[Any, ...],
-        numbers: list[Any],
-        ambient: Ambient,
-    ) -> Any:
+    def _recorded(self, seen: _Seen) -> Any:
+        index, function, execute, args, kwargs, key, numbers, ambient = seen
         if function in GRADIENTS:
             self.lost[self._innermost()] = "takes a gradient inside of forward"
         scopes, place = self._scopes()
@@ -568,34 +559,7 @@ class Watch(TorchFunctionMode):
         return scopes[-1][1] if scopes else ""
 
     def _scopes(self) -> tuple[tuple[tuple[str, str], ...], str]:
-        """The submodules whose code is on the stack, outermost first, and the user's line."""
-        from torch2ebm.capture.problems import is_users
-
-        found: list[tuple[str, FrameType]] = []
-        place = ""
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None and frame.f_code is not Watch.watching.__code__:
-            code = frame.f_code
-            if not place and is_users(code.co_filename):
-                place = f"{code.co_filename}:{frame.f_lineno}"
-            if code.co_argcount and code.co_filename != _HERE:
-                receiver = frame.f_locals.get(code.co_varnames[0])
-                if isinstance(receiver, nn.Module) and (path := self.modules.get(id(receiver))):
-                    if found and found[-1][0] == path:
-                        found.pop()  # one call has several frames, and its outermost, __call__, stands for it
-                    found.append((path, frame))
-            frame = frame.f_back
-        return tuple([(self._label(path, frame), path) for path, frame in reversed(found)]), place
-
-    def _label(self, path: str, frame: FrameType) -> str:
-        """The path, with a number where it is called again. Frames are kept: an address may be used again."""
-        label = self._labels.get(id(frame))
-        if label is None:
-            self._frames.append(frame)
-            count = self._labelled[path]
-            self._labelled[path] += 1
-            label = self._labels[id(frame)] = f"{path}@{count}" if count else path
-        return label
+        return self._stack.above(sys._getframe(1))
 
     # what cannot be followed
 
@@ -660,7 +624,7 @@ class Watch(TorchFunctionMode):
             run.followed = run.matched and self.cuts.complete
         run.originals = [(t, 0 if t.is_inference() else t._version) for t, _ in self._originals]
         self._originals.clear()
-        self._frames.clear()
+        self._stack.forget()
         self._alive.clear()
         self._substitutes.clear()
 
@@ -670,8 +634,6 @@ class Watch(TorchFunctionMode):
             if isinstance(leaf, Tensor):
                 leaf = self._current(leaf)
                 number = self._numbers.get(id(leaf))
-                if number is not None:
-                    self.run.outputs[id(leaf)] = number
                 leaves.append(~number if number is not None else self.paths.get(id(leaf)))
             else:
                 leaves.append(type(leaf))

@@ -19,10 +19,6 @@ _LAYERS = frozenset(
 )
 
 
-def is_parameter(node: fx.Node, module: nn.Module) -> bool:
-    return node.op == "get_attr" and isinstance(attribute(module, str(node.target)), nn.Parameter)
-
-
 def parameters_of(node: fx.Node, module: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters that an operation reads; of a module that is one operation, its own too."""
     for source in node.all_input_nodes:

@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,29 @@ class Autocast:
 
     def entered(self) -> Change:
         return Change(self.set, Autocast.now(self.device).restore)
+
+
+@dataclass(frozen=True, slots=True)
+class Ambient:
+    """Whether gradients are on, and how autocast stands: what an operation depends on beside its arguments."""
+
+    grad: bool
+    autocast: bool
+    dtype: torch.dtype | None  # None where autocast is off: there it says nothing
+
+    @staticmethod
+    def now(device: str) -> Ambient:
+        autocast = torch.is_autocast_enabled(device)
+        return Ambient(torch.is_grad_enabled(), autocast, torch.get_autocast_dtype(device) if autocast else None)
+
+    def run(self, device: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call ``function`` in these modes."""
+        if Ambient.now(device) == self:
+            return function(*args, **kwargs)
+        dtype = self.dtype or torch.get_autocast_dtype(device)
+        autocast = Autocast(device, self.autocast, dtype, torch.is_autocast_cache_enabled())
+        with torch.set_grad_enabled(self.grad), autocast.entered():
+            return function(*args, **kwargs)
 
 
 @dataclass(frozen=True)

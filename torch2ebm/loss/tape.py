@@ -11,30 +11,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.common.nested import ResultReference, leaves_of, map_leaves, signature
-from torch2ebm.isolation.torch_modes import Autocast
-
-
-@dataclass(frozen=True)
-class Context:
-    """The modes of torch in which an entry ran."""
-
-    grad: bool  # a target computed under no_grad must not pass a gradient in the replay either
-    autocast: bool
-    dtype: torch.dtype
-
-    @staticmethod
-    def now(device: str) -> Context:
-        return Context(torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-
-    def run(self, device: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call ``function`` in these modes."""
-        now = Context.now(device)
-        # where autocast is off in both, its dtype says nothing
-        if now == self or (now.grad == self.grad and not now.autocast and not self.autocast):
-            return function(*args, **kwargs)
-        autocast = Autocast(device, self.autocast, self.dtype, torch.is_autocast_cache_enabled())
-        with torch.set_grad_enabled(self.grad), autocast.entered():
-            return function(*args, **kwargs)
+from torch2ebm.isolation.torch_modes import Ambient
 
 
 @dataclass(frozen=True)
@@ -43,7 +20,7 @@ class TapeEntry:
     args: Any
     kwargs: Any
     results: tuple[int, ...]  # the index of each leaf of the result, -1 where it is no tensor
-    context: Context
+    ambient: Ambient  # a target computed under no_grad must not pass a gradient in the replay either
     writes: bool
 
 
@@ -83,7 +60,7 @@ class Tape:
     def append(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any, writes: bool) -> list[int]:
         """Append an entry whose arguments refer to earlier ones; returns the index of each leaf of its result."""
         indices = [self._index(leaf) if isinstance(leaf, Tensor) else -1 for leaf in leaves_of(result)]
-        self.entries.append(TapeEntry(function, args, kwargs, tuple(indices), Context.now(self.device), writes))
+        self.entries.append(TapeEntry(function, args, kwargs, tuple(indices), Ambient.now(self.device), writes))
         return indices
 
     def _index(self, leaf: Tensor) -> int:
@@ -100,7 +77,7 @@ class Tape:
         for entry in entries:
             args = _resolved(entry.args, found)
             kwargs = _resolved(entry.kwargs, found) if entry.kwargs else {}
-            result = entry.context.run(self.device, entry.function, args, kwargs)
+            result = entry.ambient.run(self.device, entry.function, args, kwargs)
             found.update(zip(entry.results, leaves_of(result), strict=True))
         return [found[index] for index in wanted]
 
@@ -110,7 +87,7 @@ class Tape:
         if writes or not all(_is_of_torch(entry.function) for entry in entries):
             return None
         arguments = [(entry.args, entry.kwargs) for entry in entries]
-        steps = [(o.function, o.results, o.context, signature(a)) for o, a in zip(entries, arguments, strict=True)]
+        steps = [(o.function, o.results, o.ambient, signature(a)) for o, a in zip(entries, arguments, strict=True)]
         return (self.length, tuple(wanted), *steps), [t for t in leaves_of(arguments) if isinstance(t, Tensor)]
 
     def _entries_for(self, wanted: tuple[int, ...]) -> tuple[list[TapeEntry], bool]:

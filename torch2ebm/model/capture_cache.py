@@ -73,10 +73,8 @@ class Captures:
         self._latest: dict[tuple[Granularity, bool], Cuts] = {}
         self._paths = {id(parameter): name for name, parameter in self.parameters.items()}
         self._fingerprint = Fingerprint.of(module)
-        self._told = False
-        self._told_of: set[str | None] = set()
+        self._told_of: set[str | type[Warning]] = set()  # paths of opaque modules, and warnings that are given once
         self._cut_before: weakref.WeakSet[EnergyGraph] = weakref.WeakSet()
-        self._forgotten = 0
         self._finite_buffers: tuple[str, ...] | None = None
 
     def know_the_module(self) -> bool:
@@ -252,15 +250,14 @@ class Captures:
                 )
 
     def _tell_of_lone_node(self, graph: EnergyGraph) -> None:
-        if (lone := lone_node(graph)) and None not in self._told_of:
-            self._told_of.add(None)
+        if (lone := lone_node(graph)) and LoneNodeWarning not in self._told_of:
+            self._told_of.add(LoneNodeWarning)
             name = type(self.module).__name__
             warnings.warn(f"{name}, node '{lone}': {ALONE} {FINER}", LoneNodeWarning, stacklevel=users_level())
 
     def _tell_of_changing(self) -> None:
-        self._forgotten += 1
-        if not self._told:
-            self._told = True
+        if ChangingForwardWarning not in self._told_of:
+            self._told_of.add(ChangingForwardWarning)
             warnings.warn(
                 f"{type(self.module).__name__}.forward has run another sequence of operations in more than {KEPT} "
                 "calls, and every new one is captured anew, which takes as long as several forwards. Numbers may "

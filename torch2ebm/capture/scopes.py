@@ -1,0 +1,56 @@
+"""Where an operation is called from: the submodules whose code is on the stack, and the user's line."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from types import CodeType, FrameType
+
+from torch import nn
+
+from torch2ebm.capture.problems import is_users
+
+
+class Scopes:
+    """The calls of submodules of one run.
+
+    Args:
+        modules: id of each submodule to its path.
+        outermost: The code at which the walk up the stack ends.
+    """
+
+    def __init__(self, modules: Mapping[int, str], outermost: CodeType) -> None:
+        self._modules, self._outermost = modules, outermost
+        self._frames: list[FrameType] = []  # kept: an address may be used again
+        self._labels: dict[int, str] = {}
+        self._labelled: Counter[str] = Counter()
+
+    def above(self, frame: FrameType | None) -> tuple[tuple[tuple[str, str], ...], str]:
+        """A label and the path of each call that ``frame`` is inside of, outermost first, and the user's line."""
+        found: list[tuple[str, FrameType]] = []
+        place = ""
+        while frame is not None and frame.f_code is not self._outermost:
+            code = frame.f_code
+            if not place and is_users(code.co_filename):
+                place = f"{code.co_filename}:{frame.f_lineno}"
+            receiver = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            if isinstance(receiver, nn.Module) and (path := self._modules.get(id(receiver))):
+                if found and found[-1][0] == path:
+                    found.pop()  # one call has several frames, and its outermost, __call__, stands for it
+                found.append((path, frame))
+            frame = frame.f_back
+        return tuple([(self._label(path, frame), path) for path, frame in reversed(found)]), place
+
+    def _label(self, path: str, frame: FrameType) -> str:
+        """The path, with a number where it is called again."""
+        label = self._labels.get(id(frame))
+        if label is None:
+            self._frames.append(frame)
+            count = self._labelled[path]
+            self._labelled[path] += 1
+            label = self._labels[id(frame)] = f"{path}@{count}" if count else path
+        return label
+
+    def forget(self) -> None:
+        """Let the frames go, and what their variables hold."""
+        self._frames.clear()
