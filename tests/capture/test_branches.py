@@ -183,3 +183,4 @@ def test_new_batch_sizes_and_lengths_are_no_other_sequence() -> None:
     for batch, length in ((4, 5), (2, 5), (2, 7), (1, 1), (4, 5)):
         assert_is_the_module(model, twin, normal(batch, length, WIDTH))
     assert len(model.torch2ebm.captures.entries) == 1
+    assert ("x",) in model.graph.inputs.values()  # its graph was made again, and knows its input

@@ -40,10 +40,10 @@ def batch(seed: int = 0) -> Tensor:
 
 
 CHANGED: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
-    "an input": (lambda net, x: x, "'x'"),
+    "an input": (lambda net, x: x, "input 'x', which forward has read"),
     "a weight": (lambda net, x: net.last.weight, "parameter 'last.weight'"),
     "the weight of a norm": (lambda net, x: net.norm.weight, "parameter 'norm.weight'"),
-    "a buffer": (lambda net, x: net.scale, "which forward has read"),
+    "a buffer": (lambda net, x: net.scale, "buffer 'scale', which forward has read"),
 }
 
 

@@ -97,6 +97,8 @@ class Cuts:
         opaque: Paths of modules that are one operation.
         held: Results that somebody may hold after the run.
         effects: Operations that only write a buffer, as :attr:`Run.effects`.
+        origins: Constant to the arguments that it is made of, as :attr:`Run.origins`.
+        names: Constant to the argument that it is, as :attr:`Run.names`.
         complete: Whether what a run leaves at the cuts is all that the nodes would make.
         references: To each result in a run after which nobody held any.
     """
@@ -115,6 +117,8 @@ class Cuts:
     opaque: frozenset[str]
     held: frozenset[int]
     effects: frozenset[tuple[int, Any]]
+    origins: Sequence[frozenset[str]]
+    names: Sequence[str | None]
     complete: bool = True
     references: list[int] = field(default_factory=list)
 
@@ -217,7 +221,8 @@ class Run:
         """Have the records of the cuts that were followed, as far as they were."""
         assert self.cuts is not None
         self.records = list(self.cuts.records[: len(self.sequence)])
-        self.origins, self.names = [frozenset()] * len(self.constants), [None] * len(self.constants)
+        count = len(self.constants)  # the cuts may know of more: the run has left them before
+        self.origins, self.names = list(self.cuts.origins[:count]), list(self.cuts.names[:count])
 
     def outline(self) -> Run:
         """What a graph is made of, without the tensors of this run."""

@@ -74,6 +74,8 @@ def _cuts(
         frozenset(run.opaque),
         frozenset(capture.held),
         frozenset(run.effects),
+        tuple(run.origins),
+        tuple(run.names),
     )
 
 

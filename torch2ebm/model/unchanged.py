@@ -25,7 +25,8 @@ class Unchanged:
 
     def __init__(self, call: Call, contents: bool) -> None:
         module = call.graph.module
-        self.versions = [*_parameters(call), *_constants(call, module)]
+        self.versions = [*_parameters(call)]
+        self.constants = [*_constants(call, module)]
         self.parameters = [p for p in call.parameters.values() if p.is_floating_point()] if contents else []
         self.names = [name for name, p in call.parameters.items() if p.is_floating_point()] if contents else []
         self.norms = _norms(self.parameters)
@@ -35,11 +36,14 @@ class Unchanged:
         """Raise :class:`ChangedSinceForwardError` with the name of what is another now."""
         for name, tensor, version in self.versions:
             if tensor._version != version:
-                raise _changed(name)
+                raise _changed(f"parameter '{name}'")
+        for name, tensor, version in self.constants:
+            if tensor._version != version:
+                raise _changed(_called(name, tensor, call))
         for name, before, now in zip(self.names, self.norms, _norms(self.parameters), strict=True):
             # to rounding: another number of threads adds in another order
             if abs(before - now) > 1e-5 * abs(before):
-                raise _changed(name)
+                raise _changed(f"parameter '{name}'")
         for path, modes in self.modes.items():
             if _modes(call.graph.module.get_submodule(path)) != modes:
                 raise _changed(f"the mode (train or eval) of module '{path}'")
@@ -56,7 +60,7 @@ def _changed(name: str) -> ChangedSinceForwardError:
 
 
 def _parameters(call: Call) -> Iterator[tuple[str, Tensor, int]]:
-    return ((f"parameter '{name}'", p, p._version) for name, p in call.parameters.items() if not p.is_inference())
+    return ((name, p, p._version) for name, p in call.parameters.items() if not p.is_inference())
 
 
 def _constants(call: Call, module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
@@ -65,7 +69,16 @@ def _constants(call: Call, module: nn.Module) -> Iterator[tuple[str, Tensor, int
     moving = {id(b) for name, b in module.named_buffers() if name in moved} if moved else set()
     for name, (tensor, version) in zip(call.graph.constants, call.run.originals, strict=True):
         if id(tensor) not in moving and not tensor.is_inference():
-            yield f"'{name}', which forward has read", tensor, version
+            yield name, tensor, version
+
+
+def _called(name: str, tensor: Tensor, call: Call) -> str:
+    """What the user calls a constant of the run: a buffer by its path, else the arguments that it is made of."""
+    buffer = next((path for path, b in call.graph.module.named_buffers() if b is tensor), None)
+    if buffer is not None:
+        return f"buffer '{buffer}', which forward has read"
+    given = [f"input '{each}'" for each in call.graph.inputs.get(name, ())]
+    return f"{' and '.join(given) or 'a tensor'}, which forward has read"
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[float]:
