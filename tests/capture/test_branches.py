@@ -163,6 +163,26 @@ def test_too_many_sequences_are_warned_about_once() -> None:
     assert caught[0].filename.endswith("test_capture.py")  # the line of the call
 
 
+def test_a_branch_that_reads_another_input_first_knows_its_name() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(WIDTH, 4), nn.Linear(4, 3)
+            self.double()
+
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            h = torch.tanh(self.first(x))
+            return self.last(h if gate is None else h * gate)
+
+    module = Gated()
+    model = attached(module, torch2ebm.ZeroDivergence())
+    for _ in range(2):
+        model(normal(3, WIDTH)).sum().backward()
+    model(normal(3, WIDTH), normal(3, 1)).sum().backward()
+    assert set(model.graph.inputs.values()) == {("x",), ("gate",)}
+
+
 def test_new_batch_sizes_and_lengths_are_no_other_sequence() -> None:
     class Sequences(nn.Module):
         def __init__(self) -> None:

@@ -217,12 +217,13 @@ class Run:
     kept: dict[int, Tensor] = field(default_factory=dict)
     originals: list[tuple[Tensor, int]] = field(default_factory=list)
 
-    def as_recorded(self) -> None:
-        """Have the records of the cuts that were followed, as far as they were."""
+    def as_recorded(self, constants: int) -> None:
+        """Have what the cuts that were followed know, as far as they were: up to so many constants."""
         assert self.cuts is not None
         self.records = list(self.cuts.records[: len(self.sequence)])
-        count = len(self.constants)  # the cuts may know of more: the run has left them before
-        self.origins, self.names = list(self.cuts.origins[:count]), list(self.cuts.names[:count])
+        more = max(0, constants - len(self.cuts.names))  # of operations that are no part of the sequence
+        self.origins = [*self.cuts.origins[:constants], *[frozenset[str]()] * more]
+        self.names = [*self.cuts.names[:constants], *[None] * more]
 
     def outline(self) -> Run:
         """What a graph is made of, without the tensors of this run."""

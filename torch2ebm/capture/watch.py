@@ -215,6 +215,7 @@ class Watch(TorchFunctionMode):
             hot |= self._scan(kwargs.values(), key, numbers, found)
         if not hot and type(function) is not ModuleCall:
             return self._cold(execute, args, kwargs)
+        known = len(self.run.constants)
         for place, tensor in found:
             key[place] = self._constant(tensor)
         if found and self.run.external_leaves and not self.recording:
@@ -229,7 +230,7 @@ class Watch(TorchFunctionMode):
         if not self.recording and not self._expected(index, tuple(key)):
             if (index, tuple(key)) in self.run.effects:
                 return execute(*args, **kwargs)
-            self._deviate()
+            self._deviate(known)
             self.deviates()
             # the forward of a custom function runs without gradients; so does much else
             self.blind = self.start.grad and not ambient.grad and inside_custom_function()
@@ -297,11 +298,14 @@ class Watch(TorchFunctionMode):
                 self._substitutes[id(tensor)] = leaf
                 self._known[id(leaf), leaf._version] = place
         if self.recording:
-            names = self._origins.get(id(tensor)) or frozenset()
-            own = self.inputs.get(id(tensor))
-            self.run.origins.append(names | {own} if own else names)
-            self.run.names.append(own)
+            self._name(tensor)
         return _CONSTANT - place
+
+    def _name(self, tensor: Tensor) -> None:
+        """Note for the next constant which arguments it is made of."""
+        names, own = self._origins.get(id(tensor), frozenset[str]()), self.inputs.get(id(tensor))
+        self.run.origins.append(names | {own} if own else names)
+        self.run.names.append(own)
 
     def _cold(self, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if not self.recording:
@@ -348,7 +352,7 @@ class Watch(TorchFunctionMode):
         if type(result) is not Tensor and not makes_tensors(function, result):
             return result
         if type(result) in (tuple, list) and len(result) != len(cuts.records[index].results):  # as of unbind
-            self._deviate()
+            self._deviate(len(self.run.constants))
             return self._recorded(seen._replace(execute=lambda *_, **__: result))
         self.run.sequence.append(key)
         self.run.numbers.append(numbers)
@@ -423,10 +427,16 @@ class Watch(TorchFunctionMode):
 
     # a run that is recorded
 
-    def _deviate(self) -> None:
-        """Another sequence than expected: record from here on, with what was known so far."""
+    def _deviate(self, constants: int) -> None:
+        """Another sequence than expected: record from here on, with what was known so far.
+
+        Args:
+            constants: How many the expected sequence had until then.
+        """
         self.recording, self.run.cuts = True, self.cuts
-        self.run.as_recorded()
+        self.run.as_recorded(constants)
+        for tensor, _ in self._originals[constants:]:
+            self._name(tensor)
 
     def _recorded(self, seen: _Seen) -> Any:
         index, function, execute, args, kwargs, key, numbers, ambient = seen
@@ -619,7 +629,7 @@ class Watch(TorchFunctionMode):
         if not self.recording and self.cuts is not None:
             same = len(run.sequence) == len(self.cuts.sequence) and run.returned == self.cuts.output
             if not same or not run.copied <= self.cuts.copied:
-                self._deviate()
+                self._deviate(len(self.run.constants))
             run.matched, run.cuts = same and not self.recording, self.cuts
             run.followed = run.matched and self.cuts.complete
         run.originals = [(t, 0 if t.is_inference() else t._version) for t, _ in self._originals]

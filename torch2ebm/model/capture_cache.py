@@ -187,7 +187,7 @@ class Captures:
         swapped: Mapping[str, Tensor],
     ) -> EnergyGraph:
         if run.records is None:  # followed, with numbers that were taken for granted until now
-            run.as_recorded()
+            run.as_recorded(len(run.constants))
             self.subject.note_changed(run)
         run.followed = False
         if torch.is_inference_mode_enabled():  # what was made there may not be saved for a backward
