@@ -23,7 +23,7 @@ from torch2ebm.graph.energy_graph import Node
 from torch2ebm.isolation.random_numbers import Draws, Repeated, UnknownDrawError
 from torch2ebm.programs import record
 from torch2ebm.programs.program import Program
-from torch2ebm.programs.record import NotRecordableError, record_program, record_two_programs
+from torch2ebm.programs.record import NotRecordableError, record_program
 
 Make = Callable[..., torch2ebm.Algorithm]
 Losses = Callable[[int], Callable[[Tensor], Tensor]]
@@ -610,21 +610,6 @@ def test_a_relaxation_that_runs_away_is_told_at_the_same_step(steps: int) -> Non
 
     expected = energies(torch2ebm.PredictiveCoding(steps, 2.2))
     assert energies(torch2ebm.PredictiveCoding(steps, 2.2, compile=True)) == pytest.approx(expected, rel=1e-9)
-
-
-def test_two_programs_meet_at_what_comes_late() -> None:
-    x, weight, late = torch.randn(3, 4), torch.randn(4, 4), torch.randn(3, 4)
-
-    def function() -> tuple[Tensor, Tensor]:
-        hidden = torch.tanh(x @ weight)
-        return hidden.sum(1), x.T @ (late * (1 - hidden**2))
-
-    before, after = record_two_programs(function, [x, weight], [late])
-    x, weight, late = torch.randn(3, 4), torch.randn(4, 4), torch.randn(3, 4)
-    leaves = before.leaves([x, weight])
-    expected = function()
-    assert torch.equal(leaves[0], expected[0])
-    assert torch.equal(after([x, weight, *leaves[before.size :], late]), expected[1])
 
 
 # ---- other threads

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch2ebm.common.nested import fill, leaves_of
+from torch2ebm.common.nested import fill
 from torch2ebm.isolation.torch_modes import TRACING
 from torch2ebm.programs.compiler import compiled_by_torch, not_compiled
 
@@ -48,7 +48,6 @@ class Program:
 
     def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[int], sources: list[Source], result: Any):
         self._graph_module, self._inputs, self._sources, self.result = graph_module, inputs, sources, result
-        self.size = sum(1 for _ in leaves_of(result))
         self._run: Callable[..., Sequence[Tensor]] = graph_module.forward
         self.is_compiled = False
 

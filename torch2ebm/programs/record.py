@@ -1,4 +1,4 @@
-"""A function of tensors, run once and recorded as a program; or as two, where some tensors come later."""
+"""A function of tensors, run once and recorded as a program."""
 
 from __future__ import annotations
 
@@ -38,59 +38,6 @@ def record_program(function: Callable[[], Any], tensors: Sequence[Tensor]) -> tu
     used = keep_used_inputs(graph_module)
     sources = _sources(result, {id(tensor): i for tensor, i in zip(named, positions, strict=True)})
     return Program(graph_module, [positions[i] for i in used], sources, template_of(result)), result
-
-
-def record_two_programs(
-    function: Callable[[], tuple[Any, Any]], early: Sequence[Tensor], late: Sequence[Tensor]
-) -> tuple[Program, Program]:
-    """Two programs for a function whose first result needs the ``early`` tensors alone, and may draw random numbers.
-
-    The first program gives the leaves of the first result, and then what the second needs beside the tensors. That is
-    called with the early tensors, these, and the late ones.
-    """
-    positions = _first_positions(early)
-    named = [early[i] for i in positions]
-    graph_module, (first, second) = _traced(function, [*named, *late])
-    inputs = {id(tensor): i for tensor, i in zip(named, positions, strict=True)}
-    of_first = _sources(first, inputs)
-    count = sum(source.output >= 0 for source in of_first)
-    before, after, saved = _split(graph_module, len(named), count)
-    of_first += [Source(output=count + i) for i in range(saved)]
-    inputs |= {id(tensor): len(early) + saved + i for i, tensor in enumerate(late)}
-    places = [*positions, *range(len(early), len(early) + saved + len(late))]
-    return (
-        Program(before, [positions[i] for i in keep_used_inputs(before)], of_first, template_of(first)),
-        Program(after, [places[i] for i in keep_used_inputs(after)], _sources(second, inputs), template_of(second)),
-    )
-
-
-def _split(module: fx.GraphModule, early: int, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule, int]:
-    """What does not depend on the inputs from number ``early`` on, what does, and how many values go between them."""
-    nodes = list(module.graph.nodes)
-    late = set(module.graph.find_nodes(op="placeholder")[early:])
-    for node in nodes[:-1]:  # the last one is the output
-        if not late.isdisjoint(node.all_input_nodes):
-            late.add(node)
-    (returned,) = nodes[-1].args
-    first, second = returned[:outputs], returned[outputs:]
-    if not late.isdisjoint(first):
-        raise NotRecordableError("its first result depends on what comes late")
-    read = {each for node in late for each in node.all_input_nodes} | set(second)
-    saved = [node for node in nodes if node in read and node not in late and node.op != "placeholder"]
-    before, after = fx.Graph(), fx.Graph()
-    copies: tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]] = ({}, {})
-    for node in nodes[:-1]:
-        if node not in late:
-            copies[0][node] = before.node_copy(node, copies[0].__getitem__)
-    before.output([copies[0][node] for node in (*first, *saved)])
-    placeholders = module.graph.find_nodes(op="placeholder")
-    for node in (*placeholders[:early], *saved, *placeholders[early:]):
-        copies[1][node] = after.placeholder(node.name)
-    for node in nodes[:-1]:
-        if node in late and node.op != "placeholder":
-            copies[1][node] = after.node_copy(node, copies[1].__getitem__)
-    after.output([copies[1][node] for node in second])
-    return fx.GraphModule(module, before), fx.GraphModule(module, after), len(saved)
 
 
 def _traced(function: Callable[[], Any], named: Sequence[Tensor]) -> tuple[fx.GraphModule, Any]:
