@@ -131,6 +131,16 @@ class Generators:
     def __init__(self, device: torch.device) -> None:
         self.torch, self.python, self.numpy = RandomState(device), random.getstate(), np.random.get_state()
 
+    def moved_beside_torch(self) -> bool:
+        """Whether Python's or NumPy's has drawn since."""
+        kind, keys, *rest = np.random.get_state()
+        before_kind, before_keys, *before = self.numpy
+        return (
+            random.getstate() != self.python
+            or (kind, rest) != (before_kind, before)
+            or not np.array_equal(keys, before_keys)
+        )
+
     def restore(self) -> None:
         self.torch.restore()
         random.setstate(self.python)
