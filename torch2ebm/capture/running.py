@@ -195,7 +195,7 @@ class Effects:
         self._places = {
             f"{path}.{name}" if path else name: (module._buffers, name)
             for path, module in before.module.named_modules()
-            for name in module._buffers
+            for name in (module._buffers if isinstance(module._buffers, dict) else ())  # a scripted module has none
         }
 
     def now(self, changed: Iterable[str], device: torch.device) -> Begun:
