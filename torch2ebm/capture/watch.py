@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from torch2ebm.capture.behind import BEHIND, Behind
 from torch2ebm.capture.custom_functions import inside_custom_function, untold
 from torch2ebm.capture.functions import (
     GRADIENTS,
@@ -50,8 +51,9 @@ from torch2ebm.capture.functions import (
 from torch2ebm.capture.held import held_elsewhere
 from torch2ebm.capture.run import Constant, Cuts, Hot, ModuleCall, Number, Record, Run
 from torch2ebm.capture.scopes import Scopes
+from torch2ebm.capture.transforms import outside_of_transforms, transforming
 from torch2ebm.common.nested import leaves_of, map_leaves, signature, template_of
-from torch2ebm.isolation.module_state import is_lazy
+from torch2ebm.isolation.module_state import identical, is_lazy
 from torch2ebm.isolation.random_numbers import RandomState
 from torch2ebm.isolation.torch_modes import Ambient
 
@@ -123,6 +125,7 @@ class Watch(TorchFunctionMode):
         self._numbers: dict[int, int] = {}  # id -> number
         self._known: dict[tuple[int, int], int] = {}  # (id, version) -> constant
         self._alive: list[Any] = []  # an address that is free may be used again
+        self._behind = Behind()
         self._substitutes: dict[int, Tensor] = {}
         self._originals: list[tuple[Tensor, int]] = []
         self._origins: dict[int, frozenset[str]] = {}
@@ -221,7 +224,9 @@ class Watch(TorchFunctionMode):
             parts.append(tuple(kwargs))
             hot |= self._scan(kwargs.values(), parts, numbers, found)
         if not hot and type(function) is not ModuleCall:
-            return self._cold(execute, args, kwargs) if self.recording else execute(*args, **kwargs)
+            return self._cold(function, execute, args, kwargs)
+        if (found or self.recording) and transforming():
+            return self._transformed(execute, args, kwargs)
         run = self.run
         known = len(run.constants)
         for place, tensor in found:
@@ -239,7 +244,7 @@ class Watch(TorchFunctionMode):
             if self._expected(index, key):
                 return self._followed(_Seen(index, function, execute, args, kwargs, key, numbers, ambient))
             if (index, key) in run.effects:
-                return execute(*args, **kwargs)
+                return self._behind.noticed(function, execute, args, kwargs)
             self._deviate(known)
             self.deviates()
             # the forward of a custom function runs without gradients; so does much else
@@ -303,7 +308,7 @@ class Watch(TorchFunctionMode):
             self.tuples[id(numbers)] = numbers, key, varying
 
     def _constant(self, tensor: Tensor) -> int:
-        version = 0 if tensor.is_inference() else tensor._version
+        version = self._behind.version(tensor)
         known = self._known.get((id(tensor), version))
         if known is not None:
             return _CONSTANT - known
@@ -331,7 +336,11 @@ class Watch(TorchFunctionMode):
         self.run.origins.append(names | {own} if own else names)
         self.run.names.append(own)
 
-    def _cold(self, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    def _cold(self, function: Any, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        if function in BEHIND:
+            return self._behind.noticed(function, execute, args, kwargs)
+        if not self.recording:
+            return execute(*args, **kwargs)
         result = execute(*args, **kwargs)
         names: frozenset[str] = frozenset()
         for leaf in tensors_of((args, kwargs)):
@@ -486,9 +495,11 @@ class Watch(TorchFunctionMode):
         given = [leaf for leaf in tensors_of((kwargs.get("out"), args, kwargs)) if not leaf.is_inference()]
         versions = [tensor._version for tensor in given]
         state = RandomState(self.device)
-        result = execute(*args, **kwargs)
+        result = self._behind.noticed(function, execute, args, kwargs)
         if type(result) is not Tensor and not makes_tensors(function, result):
-            if result is not None and result is not NotImplemented:
+            if result is None:
+                self.run.effects.add((index, key))
+            elif result is not NotImplemented:
                 self.passive.add(function)
             return result
         random = state.advanced() or draws_from_its_own(numbers)
@@ -600,6 +611,15 @@ class Watch(TorchFunctionMode):
 
     # what cannot be followed
 
+    def _transformed(self, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """Inside of a transform of torch.func tensors stand for others: what has called it is one operation."""
+        scopes, _ = self._stack.above(outside_of_transforms(Watch.watching.__code__))
+        self.lost[scopes[-1][1] if scopes else ""] = "takes a transform of torch.func or forward mode inside of forward"
+        if not self.recording:
+            self._deviate(len(self.run.constants))
+            self.deviates()
+        return execute(*args, **kwargs)
+
     def _check_known(self, tensor: Tensor, path: str) -> None:
         """Notice a tensor that something unseen has made of hot ones."""
         if id(tensor) in self._without_gradient and tensor.grad_fn is not None:
@@ -609,7 +629,8 @@ class Watch(TorchFunctionMode):
         if not tensor.requires_grad or id(tensor) in self._numbers or id(tensor) in self.paths:
             return
         if self._comes_from_hot(tensor):
-            self.lost[path] = "computes with parameters what torch2ebm cannot see, outside of torch's own operations"
+            reason = "computes with parameters what torch2ebm cannot see, outside of torch's own operations"
+            self.lost.setdefault(path, reason)
             self._number(tensor)  # whoever reads it is not to blame
 
     def _comes_from_hot(self, tensor: Tensor) -> bool:
@@ -650,9 +671,7 @@ class Watch(TorchFunctionMode):
         left = self.recording and self.cuts is not None and self._substitutes
         run.output = output = map_leaves(self._current, output) if left else output
         run.returned = self._output_key(output)
-        run.copied = frozenset(
-            i for i, (t, version) in enumerate(self._originals) if not t.is_inference() and t._version != version
-        )
+        run.copied = frozenset(self._changed_constants())
         if not self.recording and self.cuts is not None:
             same = len(run.sequence) == len(self.cuts.sequence) and run.returned == self.cuts.output
             if not same or not run.copied <= self.cuts.copied:
@@ -664,6 +683,15 @@ class Watch(TorchFunctionMode):
         self._stack.forget()
         self._alive.clear()
         self._substitutes.clear()
+
+    def _changed_constants(self) -> Iterator[int]:
+        """Those that forward has changed since it read them; where it is recorded, by ways that nobody sees too."""
+        for i, (tensor, version) in enumerate(self._originals):
+            copy = self.run.constants[i]
+            plain = self.recording and tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
+            unseen = plain and not tensor.is_meta and not identical(tensor.detach(), copy.detach())
+            if unseen or self._behind.version(tensor) != version:
+                yield i
 
     def _output_key(self, output: Any) -> Any:
         leaves: list[Any] = []

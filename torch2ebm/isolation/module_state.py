@@ -7,7 +7,7 @@ these runs the module is as it was before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -135,8 +135,10 @@ def plain_autograd() -> Iterator[None]:
         yield
 
 
-def nothing_packed() -> torch.autograd.graph.saved_tensors_hooks:
+def nothing_packed() -> AbstractContextManager[None]:
     """Switch off the saved-tensor hooks outside, a checkpoint's for example."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return nullcontext()  # transforms of torch.func refuse hooks, those that do nothing too
     # torch asks the innermost pair alone
     return torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged)
 
@@ -159,10 +161,18 @@ def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class AttributeSnapshot:
-    """The attributes of all submodules, with the contents of those that are lists and dicts."""
+    """The attributes of modules, with the contents of those that are lists and dicts."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.before = [(m, dict(m.__dict__), _contents(m)) for m in module.modules()]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.before = [(m, dict(m.__dict__), _contents(m)) for m in modules]
+
+    def changed(self) -> list[nn.Module]:
+        """The modules that have other attributes by now, or other contents of them."""
+        return [
+            m
+            for m, attributes, contents in self.before
+            if not _same_objects(m.__dict__, attributes) or not all(_same_objects(now, then) for now, then in contents)
+        ]
 
     def restore(self) -> None:
         for m, attributes, contents in self.before:
@@ -175,7 +185,7 @@ class AttributeSnapshot:
 @contextmanager
 def attributes_restored(module: nn.Module) -> Iterator[None]:
     """Restore the attributes of all submodules at the end."""
-    before = AttributeSnapshot(module)
+    before = AttributeSnapshot(module.modules())
     try:
         yield
     finally:
@@ -196,6 +206,12 @@ def _restore(collection: Any, content: Any) -> None:
         if list(collection) != list(content):
             collection.clear()
             collection.update(content)
+
+
+def _same_objects(now: Any, before: Any) -> bool:
+    if isinstance(now, dict):
+        return now.keys() == before.keys() and all(value is before[name] for name, value in now.items())
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
 
 
 def _put_back(names: dict[Any, Any], before: Mapping[Any, Any]) -> None:
