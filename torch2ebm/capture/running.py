@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,6 +63,7 @@ class Subject:
         device: torch.device,
         cuts: Cuts | None = None,
         others: Sequence[Cuts] = (),
+        contents: BufferSnapshot | None = None,
     ) -> Run:
         """Watch ``function``, which calls the module.
 
@@ -73,10 +74,11 @@ class Subject:
             device: Where the module computes.
             cuts: Where the run is cut if its sequence is as expected; None records it.
             others: The cuts of other sequences, for a run that takes another branch.
+            contents: With cuts, the buffers that runs change, as they are now.
         """
         lazy = cuts is None and any(map(is_lazy, self.module.parameters()))
         before = None if cuts is not None else Before.now(self.module, device)
-        begun = None if cuts is None else self.effects.now(self.changed, device)
+        begun = None if contents is None else self.effects.now(contents, device)
         rest: list[Before] = []  # of a run that turned out to be another: the buffers as they were there
         ended: _Ended | None = None
         for _ in range(len(self.modules) + 1):
@@ -188,30 +190,22 @@ class Effects:
     modules: dict[nn.Module, None] = field(default_factory=dict)  # whose attributes change
     draws: bool = False
     draws_beside_torch: bool = False
-    _places: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)  # of the buffers
 
     def learn(self, before: Before) -> None:
         """Note what a run has changed since."""
         self.modules.update(dict.fromkeys(before.attributes.changed()))
         self.draws |= before.generators.torch.advanced()
         self.draws_beside_torch |= before.generators.moved_beside_torch()
-        self._places = {
-            f"{path}.{name}" if path else name: (module._buffers, name)
-            for path, module in before.module.named_modules()
-            for name in (module._buffers if isinstance(module._buffers, dict) else ())  # a scripted module has none
-        }
 
-    def now(self, changed: Iterable[str], device: torch.device) -> Begun:
+    def now(self, contents: BufferSnapshot, device: torch.device) -> Begun:
         """What of it there is, as it is.
 
         Args:
-            changed: Names of the buffers that runs change.
+            contents: The buffers that runs change.
             device: Where the module computes.
         """
-        places = [self._places[name] for name in changed if name in self._places]
-        found = {str(i): b for i, (buffers, name) in enumerate(places) if (b := buffers.get(name)) is not None}
         generators = Generators(device) if self.draws_beside_torch else RandomState(device) if self.draws else None
-        return Begun(BufferSnapshot(found), AttributeSnapshot(self.modules), generators)
+        return Begun(contents, AttributeSnapshot(self.modules), generators)
 
 
 @dataclass(frozen=True, eq=False)
