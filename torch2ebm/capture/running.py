@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch2ebm.capture.custom_functions import told_of_calls
 from torch2ebm.capture.functions import hung_on_autograd, moved_by, runs_elsewhere
 from torch2ebm.capture.run import Cuts, Run
-from torch2ebm.capture.watch import Watch
+from torch2ebm.capture.watch import Settings, Watch
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import UntraceableError
 from torch2ebm.isolation.module_state import AttributeSnapshot, BufferSnapshot, identical, is_lazy
@@ -30,6 +30,7 @@ class Subject:
         modules: id of each submodule to its path.
         opaque: Path of each module that is one operation, to the reason.
         passive: Functions that return no tensor.
+        tuples: id of tuples of numbers that operations were given, which they are kept with, to their keys.
         elsewhere: Whether some submodule runs outside of Python.
         custom: Whether a run has applied a custom autograd function.
         parts: All submodules, itself among them.
@@ -41,6 +42,7 @@ class Subject:
     modules: Mapping[int, str]
     opaque: dict[str, str] = field(default_factory=dict)
     passive: set[Any] = field(default_factory=set)
+    tuples: dict[int, Settings] = field(default_factory=dict)
     elsewhere: bool = False
     parts: Sequence[nn.Module] = ()
     custom: bool = False
@@ -78,7 +80,8 @@ class Subject:
         rest: list[Before] = []  # of a run that turned out to be another: the buffers as they were there
         ended: _Ended | None = None
         for _ in range(len(self.modules) + 1):
-            watch = Watch(paths, device, self.modules, inputs, cuts, others, self.opaque, self.passive, lazy)
+            watch = Watch(paths, device, self.modules, inputs, cuts, others, self.opaque, self.passive,
+                          self.tuples, lazy)  # fmt: skip
             watch.buffers, watch.changing = self.module.buffers, self._changing_in
             with ExitStack() as told:
                 watch.deviates = partial(self._deviates, watch, told, rest, device)

@@ -62,7 +62,11 @@ _EXACT = frozenset(
     [bool, type(None), str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format]
 )
 _ONE_TENSOR = signature(0)  # the template of an output that is one tensor
+_REMEMBERED = 4096  # tuples, at most
 _CONSTANT = 1 << 40  # constants count down from here, results from -1: one integer tells all
+
+
+Settings = tuple[tuple[Any, ...], Sequence[Any], Sequence[Any]]  # the tuple, its part of a key, its numbers
 
 
 class _Seen(NamedTuple):
@@ -90,6 +94,7 @@ class Watch(TorchFunctionMode):
         modules: id of each submodule to its path.
         inputs: From the id of each tensor among the arguments to its name.
         passive: Functions that are known to return no tensor; more are added as they are met.
+        tuples: id of tuples of numbers that are known, which they are kept with, to what they are in a key.
         lazy: Whether some parameters have not been made yet.
     """
 
@@ -103,11 +108,13 @@ class Watch(TorchFunctionMode):
         others: Sequence[Cuts] = (),
         opaque: Mapping[str, str] | None = None,
         passive: set[Any] | None = None,
+        tuples: dict[int, Settings] | None = None,
         lazy: bool = False,
     ) -> None:
         super().__init__()
         self.lazy = lazy
         self.passive = set() if passive is None else passive
+        self.tuples = {} if tuples is None else tuples
         self.run = Run(records=[]) if cuts is None else Run(records=None, effects=set(cuts.effects))
         self.paths, self.modules, self._named, self.cuts, self._others = paths, modules, inputs, cuts, others
         self.device = device
@@ -221,51 +228,55 @@ class Watch(TorchFunctionMode):
     def _seen(self, function: Any, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if self._substitutes:
             args, kwargs = map_leaves(self._current, (args, kwargs))
-        key: list[Any] = [function]
+        parts: list[Any] = [function]
         numbers: list[Any] = []
         found: list[tuple[int, Tensor]] = []
-        hot = self._scan(args, key, numbers, found)
+        hot = self._scan(args, parts, numbers, found)
         if kwargs:
-            key.append(tuple(kwargs))
-            hot |= self._scan(kwargs.values(), key, numbers, found)
+            parts.append(tuple(kwargs))
+            hot |= self._scan(kwargs.values(), parts, numbers, found)
         if not hot and type(function) is not ModuleCall:
             return self._cold(function, execute, args, kwargs)
-        known = len(self.run.constants)
         if (found or self.recording) and transforming():
             return self._transformed(execute, args, kwargs)
+        run = self.run
+        known = len(run.constants)
         for place, tensor in found:
-            key[place] = self._constant(tensor)
-        if found and self.run.external_leaves and not self.recording:
+            parts[place] = self._constant(tensor)
+        if found and run.external_leaves and not self.recording:
             args, kwargs = map_leaves(self._current, (args, kwargs))
         ambient = self.start
         # by parts: this is asked for each operation
         if torch.is_grad_enabled() is not ambient.grad or torch.is_autocast_enabled(self._type) or ambient.autocast:
             ambient = Ambient.now(self._type)
             if ambient != self.start:
-                key.append(ambient)
-        index = len(self.run.sequence)
-        if not self.recording and not self._expected(index, tuple(key)):
-            if (index, tuple(key)) in self.run.effects:
+                parts.append(ambient)
+        index, key = len(run.sequence), tuple(parts)
+        if not self.recording:
+            if self._expected(index, key):
+                return self._followed(_Seen(index, function, execute, args, kwargs, key, numbers, ambient))
+            if (index, key) in run.effects:
                 return self._behind.noticed(function, execute, args, kwargs)
             self._deviate(known)
             self.deviates()
             # the forward of a custom function runs without gradients; so does much else
             self.blind = self.start.grad and not ambient.grad and inside_custom_function()
-        seen = _Seen(index, function, execute, args, kwargs, tuple(key), numbers, ambient)
-        return self._recorded(seen) if self.recording else self._followed(seen)
+        return self._recorded(_Seen(index, function, execute, args, kwargs, key, numbers, ambient))
 
     def _scan(self, parts: Iterable[Any], key: list[Any], numbers: list[Any], found: list[tuple[int, Tensor]]) -> bool:
         hot = False
         for part in parts:
             kind = type(part)
-            if kind is Tensor or isinstance(part, Tensor):
+            if kind is nn.Parameter and (path := self.paths.get(id(part))) is not None:
+                key += (path, Tensor)  # a string among the arguments is no path
+                hot = True
+            elif kind is Tensor or isinstance(part, Tensor):
                 number = self._numbers.get(id(part))
                 if number is not None:
                     key.append(~number)
                     hot = True
                 elif (path := self.paths.get(id(part))) is not None:
-                    key.append(path)
-                    key.append(Tensor)  # a string among the arguments is no path
+                    key += (path, Tensor)
                     hot = True
                 else:
                     found.append((len(key), part))
@@ -278,7 +289,12 @@ class Watch(TorchFunctionMode):
                     numbers.append(part)
             elif kind in _EXACT:
                 key.append(part)
+            elif kind is tuple and (known := self.tuples.get(id(part))) is not None:
+                key += known[1]
+                numbers += known[2]
             elif kind is tuple or kind is list or isinstance(part, (tuple, list)):
+                if kind is tuple and self.recording:
+                    self._remember(part)
                 key.append("(")
                 hot |= self._scan(part, key, numbers, found)
                 key.append(")")
@@ -294,6 +310,14 @@ class Watch(TorchFunctionMode):
                 # a generator as it is before the operation draws from it
                 numbers.append(part.clone_state() if kind is torch.Generator else part)
         return hot
+
+    def _remember(self, numbers: tuple[Any, ...]) -> None:
+        """A tuple of numbers is a setting mostly, such as a stride, and the same object in each run."""
+        if len(self.tuples) < _REMEMBERED and all(type(each) is int for each in numbers):
+            key: list[Any] = []
+            varying: list[Any] = []
+            self._scan([list(numbers)], key, varying, [])
+            self.tuples[id(numbers)] = numbers, key, varying
 
     def _constant(self, tensor: Tensor) -> int:
         version = self._behind.version(tensor)
@@ -385,23 +409,28 @@ class Watch(TorchFunctionMode):
     def _handed_on(self, result: Tensor) -> Tensor:
         """The result, or where it is a node's value a leaf in its place."""
         assert self.cuts is not None
-        known_before = id(result) in self._numbers
-        number = self._number(result)
-        if (export := self.cuts.exports.get(number)) is not None:
-            self.run.exports[export] = result.detach().clone() if number in self.cuts.rewritten else result.detach()
-        slot = self.cuts.slots.get(number)
-        if slot is None:
-            if (slot := self.cuts.kept.get(number)) is not None:
-                self.run.predictions[slot], self.run.leaves[slot] = result, result.detach().requires_grad_()
+        cuts, run, number = self.cuts, self.run, len(self.run.hot)
+        if number not in cuts.noted:
+            self._numbers[id(result)] = number
+            run.hot.append(result)
             return result
-        leaf = self.run.leaves[slot] = result.detach().requires_grad_()
+        known_before = id(result) in self._numbers
+        self._number(result)
+        if (export := cuts.exports.get(number)) is not None:
+            run.exports[export] = result.detach().clone() if number in cuts.rewritten else result.detach()
+        slot = cuts.slots.get(number)
+        if slot is None:
+            if (slot := cuts.kept.get(number)) is not None:
+                run.predictions[slot], run.leaves[slot] = result, result.detach().requires_grad_()
+            return result
+        leaf = run.leaves[slot] = result.detach().requires_grad_()
         # torch takes a view's autograd graph anew once its base is written, and a leaf may not be written in place
-        rewritten = number in self.cuts.rewritten
-        self.run.predictions[slot] = result.clone() if rewritten and result._is_view() else result
+        rewritten = number in cuts.rewritten
+        run.predictions[slot] = result.clone() if rewritten and result._is_view() else result
         handed = leaf.clone() if rewritten else leaf
         self._numbers[id(handed)] = number
         self._alive.append(handed)
-        self.run.hot[number] = handed
+        run.hot[number] = handed
         if known_before:  # written in place: whoever has the tensor from before has to read the leaf as well
             self._substitutes[id(result)] = handed
         return handed
