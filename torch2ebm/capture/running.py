@@ -84,7 +84,7 @@ class Subject:
         for _ in range(len(self.modules) + 1):
             watch = Watch(paths, device, self.modules, inputs, cuts, others, self.opaque, self.passive,
                           self.tuples, lazy)  # fmt: skip
-            watch.buffers = self.module.buffers
+            watch.buffers, watch.changing = self.module.buffers, self._changing_in
             with ExitStack() as told:
                 watch.deviates = partial(self._deviates, watch, told, rest, device)
                 told.enter_context(self._told(watch, cuts))
@@ -137,13 +137,18 @@ class Subject:
                 self.changed[names[id(run.originals[i][0])]] = None
         run.changed_buffers = tuple(self.changed)
 
+    def _changing_in(self, path: str) -> list[str]:
+        """The names in a submodule of the buffers that runs change."""
+        start = f"{path}." if path else ""
+        return [name.removeprefix(start) for name in self.changed if name.startswith(start)]
+
     def _deviates(self, watch: Watch, told: ExitStack, rest: list[Before], device: torch.device) -> None:
         rest.append(Before.now(self.module, device))
         told.enter_context(told_of_calls(watch, custom=True, modules=True))
 
     def _told(self, watch: Watch, cuts: Cuts | None) -> AbstractContextManager[None]:
         """Torch's classes are patched for what is known to be needed alone: a patch costs more than an operation."""
-        modules = cuts is None or bool(cuts.opaque) or self.elsewhere or self._has_backward_hooks()
+        modules = cuts is None or bool(self.opaque) or self.elsewhere or self._has_backward_hooks()
         custom = cuts is None or self.custom or modules
         return told_of_calls(watch, custom, modules) if custom else nullcontext()
 

@@ -55,6 +55,7 @@ from torch2ebm.capture.scopes import Scopes
 from torch2ebm.capture.transforms import outside_of_transforms, transforming
 from torch2ebm.common.nested import leaves_of, map_leaves, signature, template_of
 from torch2ebm.isolation.module_state import identical, is_lazy
+from torch2ebm.isolation.opaque_state import OpaqueState
 from torch2ebm.isolation.random_numbers import RandomState
 from torch2ebm.isolation.torch_modes import Ambient
 
@@ -134,6 +135,7 @@ class Watch(TorchFunctionMode):
         self._stack = Scopes(modules, Watch.watching.__code__)
         self.custom = False  # whether a custom autograd function was applied
         self.buffers: Callable[[], Iterable[Tensor]] = tuple  # the module's own
+        self.changing: Callable[[str], Sequence[str]] = lambda path: ()  # the buffers that a submodule changes
         self.blind = False  # whether one was before anybody was told
         self.deviates: Callable[[], Any] = bool  # called where a run turns out to be another than expected
         self._without_gradient: set[int] = set()  # ids of results that were made while gradients were off
@@ -183,7 +185,8 @@ class Watch(TorchFunctionMode):
             reason = "has backward hooks, which run with its own backward"
         if reason is not None and (any(True for _ in module.parameters()) or self._any_hot(args, kwargs)):
             self.run.opaque[path] = reason
-            return self._unseen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
+            state = OpaqueState(module, None if self.recording else self.changing(path))
+            return self._unseen(ModuleCall(path), self._whole(call, module), (state, *args), kwargs)
         if not self.recording:
             return call(module, *args, **kwargs)
         caller = self._innermost()
@@ -197,6 +200,15 @@ class Watch(TorchFunctionMode):
         for leaf in tensors_of(result):
             self._check_known(leaf, path)
         return result
+
+    def _whole(self, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+        def run(state: OpaqueState, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return self._hidden(call, (module, *args), kwargs)
+            finally:
+                state.called()
+
+        return run
 
     def _any_hot(self, args: Any, kwargs: Any) -> bool:
         return any(id(leaf) in self._numbers or id(leaf) in self.paths for leaf in tensors_of((args, kwargs)))
