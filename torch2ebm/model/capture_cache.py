@@ -279,8 +279,8 @@ class Captures:
             self._told_of.add(UncalledNodeWarning)
             warnings.warn(
                 f"convert({type(self.module).__name__}, nodes=[...]): {uncalled} of these names were called in no run "
-                "so far, or on data alone, and are no nodes. If data decides it, a later call has them; otherwise leave "
-                "them out.",
+                "so far, or on data alone, and are no nodes. If data decides it, a later call has them; otherwise "
+                "leave them out.",
                 UncalledNodeWarning,
                 stacklevel=users_level(),
             )
