@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -121,6 +122,11 @@ class Cuts:
     names: Sequence[str | None]
     complete: bool = True
     references: list[int] = field(default_factory=list)
+
+    @cached_property
+    def noted(self) -> frozenset[int]:
+        """Results that a run has to do something about."""
+        return frozenset((*self.slots, *self.kept, *self.exports))
 
     def to_follow(self) -> Cuts:
         """The same sequence, for a graph whose nodes are not what lies between cuts of a run."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch2ebm.capture.custom_functions import told_of_calls
 from torch2ebm.capture.functions import hung_on_autograd, moved_by, runs_elsewhere
 from torch2ebm.capture.run import Cuts, Run
-from torch2ebm.capture.watch import Watch
+from torch2ebm.capture.watch import Settings, Watch
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import UntraceableError
 from torch2ebm.isolation.module_state import AttributeSnapshot, BufferSnapshot, identical, is_lazy
@@ -30,20 +30,24 @@ class Subject:
         modules: id of each submodule to its path.
         opaque: Path of each module that is one operation, to the reason.
         passive: Functions that return no tensor.
+        tuples: id of tuples of numbers that operations were given, which they are kept with, to their keys.
         elsewhere: Whether some submodule runs outside of Python.
         custom: Whether a run has applied a custom autograd function.
         parts: All submodules, itself among them.
         changed: Names of the buffers that runs have changed.
+        effects: What else runs have changed.
     """
 
     module: nn.Module
     modules: Mapping[int, str]
     opaque: dict[str, str] = field(default_factory=dict)
     passive: set[Any] = field(default_factory=set)
+    tuples: dict[int, Settings] = field(default_factory=dict)
     elsewhere: bool = False
     parts: Sequence[nn.Module] = ()
     custom: bool = False
     changed: dict[str, None] = field(default_factory=dict)
+    effects: Effects = field(default_factory=lambda: Effects())
 
     @staticmethod
     def of(module: nn.Module) -> Subject:
@@ -72,10 +76,12 @@ class Subject:
         """
         lazy = cuts is None and any(map(is_lazy, self.module.parameters()))
         before = None if cuts is not None else Before.now(self.module, device)
+        begun = None if cuts is None else self.effects.now(self.changed, device)
         rest: list[Before] = []  # of a run that turned out to be another: the buffers as they were there
         ended: _Ended | None = None
         for _ in range(len(self.modules) + 1):
-            watch = Watch(paths, device, self.modules, inputs, cuts, others, self.opaque, self.passive, lazy)
+            watch = Watch(paths, device, self.modules, inputs, cuts, others, self.opaque, self.passive,
+                          self.tuples, lazy)  # fmt: skip
             watch.buffers = self.module.buffers
             with ExitStack() as told:
                 watch.deviates = partial(self._deviates, watch, told, rest, device)
@@ -95,10 +101,13 @@ class Subject:
             else:
                 ended = ended or _Ended(run.output, Before.now(self.module, device), run.random)
                 ended.drawn_again()
+                assert begun is not None
+                begun.restore()
         if ended is not None:
             self._as_ended(ended, run)
         for each in [before] if before is not None else rest:
             self.changed.update(dict.fromkeys(each.changed_buffers()))
+            self.effects.learn(each)
         if run.records is not None:
             self.note_changed(run)
         return run
@@ -172,6 +181,54 @@ def _alike(a: Tensor, b: Any) -> bool:
     return torch.allclose(a.detach(), b.detach(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+@dataclass(eq=False)
+class Effects:
+    """What runs of a module are known to change beside its results: a snapshot of this alone costs next to nothing."""
+
+    modules: dict[nn.Module, None] = field(default_factory=dict)  # whose attributes change
+    draws: bool = False
+    draws_beside_torch: bool = False
+    _places: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)  # of the buffers
+
+    def learn(self, before: Before) -> None:
+        """Note what a run has changed since."""
+        self.modules.update(dict.fromkeys(before.attributes.changed()))
+        self.draws |= before.generators.torch.advanced()
+        self.draws_beside_torch |= before.generators.moved_beside_torch()
+        self._places = {
+            f"{path}.{name}" if path else name: (module._buffers, name)
+            for path, module in before.module.named_modules()
+            for name in (module._buffers if isinstance(module._buffers, dict) else ())  # a scripted module has none
+        }
+
+    def now(self, changed: Iterable[str], device: torch.device) -> Begun:
+        """What of it there is, as it is.
+
+        Args:
+            changed: Names of the buffers that runs change.
+            device: Where the module computes.
+        """
+        places = [self._places[name] for name in changed if name in self._places]
+        found = {str(i): b for i, (buffers, name) in enumerate(places) if (b := buffers.get(name)) is not None}
+        generators = Generators(device) if self.draws_beside_torch else RandomState(device) if self.draws else None
+        return Begun(BufferSnapshot(found), AttributeSnapshot(self.modules), generators)
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """What a followed run changes, as it was when the run began."""
+
+    contents: BufferSnapshot
+    attributes: AttributeSnapshot
+    generators: Generators | RandomState | None
+
+    def restore(self) -> None:
+        self.attributes.restore()
+        self.contents.restore()
+        if self.generators is not None:
+            self.generators.restore()
+
+
 @dataclass(frozen=True, eq=False)
 class Before:
     """What a run changes beside its results."""
@@ -185,7 +242,7 @@ class Before:
     @staticmethod
     def now(module: nn.Module, device: torch.device) -> Before:
         buffers = {name: b for name, b in module.named_buffers() if not b.is_meta and not is_lazy(b)}
-        return Before(module, buffers, BufferSnapshot(buffers), AttributeSnapshot(module), Generators(device))
+        return Before(module, buffers, BufferSnapshot(buffers), AttributeSnapshot(module.modules()), Generators(device))
 
     def restore(self) -> None:
         self.attributes.restore()

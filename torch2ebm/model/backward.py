@@ -78,7 +78,7 @@ class OpenCall:
         with self._blamed_on_inputs():
             self.standing.check(self.finite)  # a clamp can hide it from the prediction
             check_predictions(self.call, of_outputs=False)
-        self.unchanged = Unchanged(self.call, self.algorithm.reevaluates_loss)
+        self.unchanged = Unchanged(self.call, self.algorithm.reevaluates_loss, self.history.buffers)
         self.history.forward_ended()
         self.forwards.opened(self.history)
         # copies: what the user writes on the output is no value of the call

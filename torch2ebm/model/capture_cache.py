@@ -58,6 +58,19 @@ class _Entry:
         return self.captured
 
 
+class _Holders(dict[str, tuple[nn.Module, str]]):
+    """Name of a buffer to the submodule that holds it, and to its name there."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __missing__(self, name: str) -> tuple[nn.Module, str]:
+        path, _, key = name.rpartition(".")
+        self[name] = self.module.get_submodule(path), key
+        return self[name]
+
+
 class Captures:
     """The graphs of one module as it was when this was made.
 
@@ -76,6 +89,7 @@ class Captures:
         self._told_of: set[str | type[Warning]] = set()  # paths of opaque modules, and warnings that are given once
         self._cut_before: weakref.WeakSet[EnergyGraph] = weakref.WeakSet()
         self._finite_buffers: tuple[str, ...] | None = None
+        self._holders = _Holders(module)
 
     def know_the_module(self) -> bool:
         """Whether its layers and parameters are those that they were."""
@@ -89,9 +103,13 @@ class Captures:
         return self._buffers(tuple(dict.fromkeys(name for graph in known for name in graph.changing_buffers)))
 
     def _buffers(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Those of these names that there are. One walk over the module: ``get_buffer`` takes one a name."""
-        buffers = dict(self.module.named_buffers()) if names else {}
-        return {name: buffers[name] for name in names if name in buffers}
+        """Those of these names that there are. Not by ``named_buffers``, which walks over the whole module."""
+        found = {}
+        for name in names:
+            part, key = self._holders[name]
+            if key in part._buffers and (buffer := part._buffers[key]) is not None:  # a scripted module's has no get
+                found[name] = buffer
+        return found
 
     def standing_buffers(self) -> dict[str, Tensor]:
         """Buffers in which NaN or infinity would be new."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch2ebm.common.nested import leaves_of, signature
 from torch2ebm.engine.call import Call
 from torch2ebm.graph.energy_graph import EnergyGraph
+from torch2ebm.isolation.random_numbers import RandomState
 from torch2ebm.loss.output_loss import OutputLoss
 from torch2ebm.programs.cache import Programs
 
@@ -45,6 +46,8 @@ def _told_by(number: Any) -> Hashable:
     """What tells a number of the run from another, which a program would be stale for; an object may always differ."""
     if isinstance(number, PLAIN):
         return signature(number)
+    if isinstance(number, RandomState):
+        return RandomState  # what is drawn from it is an input of the program
     return number if isinstance(number, (type, *_FUNCTIONS)) else object()
 
 
