@@ -30,6 +30,14 @@ OURS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         **dict.fromkeys(("optimizer_x", "optim_h", "inference_optimizer"), ("solver",)),
     }
 )
+_OBJECTS: Mapping[str, str] = MappingProxyType(  # of the settings that are no numbers
+    {
+        "nudging": "OneSided({})",
+        "solver": "GradientDescent(...)",
+        "precisions": "{{'node': {}}}",
+        "energies": "{{'node': Gaussian(...)}}",
+    }
+)
 _ELSEWHERE: Mapping[str, str] = MappingProxyType(
     {
         "ErrType": "each ErrType is a class: PredictiveCoding (Strict), FixedPrediction (FixedPred), ZeroDivergence "
@@ -78,7 +86,8 @@ def _check_names(kind: type, given: Mapping[str, Any]) -> None:
 def _remedy(kind: type, name: str, value: object, ours: list[str]) -> str:
     found = next((each for each in OURS.get(name, ()) if each in ours), "")
     if found:
-        return f"What is {name} elsewhere is {found} here: {kind.__name__}({found}={_short(value)})."
+        ours_of = _OBJECTS.get(found, "{}").format(_short(value))
+        return f"What is {name} elsewhere is {found} here: {kind.__name__}({found}={ours_of})."
     if name in _ELSEWHERE:
         return f"{kind.__name__} has no {name}: {_ELSEWHERE[name]}."
     near = difflib.get_close_matches(name.lower(), ours, 1)

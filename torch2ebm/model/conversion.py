@@ -215,7 +215,7 @@ class Conversion:
         if self.algorithm is None:
             self._see_again()
         arguments = Arguments.of(self.module, args, kwargs)
-        check_inputs(arguments.tensors)
+        check_inputs(self.module, arguments.tensors)
         served = self.captures.run(arguments, lambda: called(self._runs, self.module, args, kwargs), algorithm)
         self._latest = served.graph
         return served
