@@ -17,6 +17,7 @@ from torch2ebm.capture.in_place import stopped, without_writes
 from torch2ebm.capture.run import Constant, Hot, ModuleCall, Number, Record, Run
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.errors import UntraceableError
+from torch2ebm.isolation.opaque_state import OpaqueState
 from torch2ebm.isolation.torch_modes import Ambient
 
 Place = tuple[int, int]  # operation, and place among its numbers
@@ -289,10 +290,10 @@ def _applied(function: Any) -> Callable[..., Any]:
 def _module_call(module: nn.Module, path: str, writes: bool) -> Callable[..., Any]:
     part = module.get_submodule(path)
 
-    def operation(*args: Any, **kwargs: Any) -> Any:
+    def operation(state: OpaqueState, *args: Any, **kwargs: Any) -> Any:
         if writes:
             args, kwargs = map_leaves(_copy, (args, kwargs))
-        return part(*args, **kwargs)
+        return state.again(part, args, kwargs)
 
     operation.opaque_module, operation.opaque_path = part, path  # type: ignore[attr-defined]
     return _named(type(part).__name__, operation)

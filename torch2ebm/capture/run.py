@@ -198,7 +198,7 @@ class Run:
 
     output: Any = None
     sequence: list[Any] = field(default_factory=list)
-    numbers: list[list[Any]] = field(default_factory=list)
+    numbers: list[Sequence[Any]] = field(default_factory=list)
     constants: list[Tensor] = field(default_factory=list)
     external: dict[int, Tensor] = field(default_factory=dict)
     returned: Any = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,6 +63,7 @@ class Subject:
         device: torch.device,
         cuts: Cuts | None = None,
         others: Sequence[Cuts] = (),
+        contents: BufferSnapshot | None = None,
     ) -> Run:
         """Watch ``function``, which calls the module.
 
@@ -73,16 +74,17 @@ class Subject:
             device: Where the module computes.
             cuts: Where the run is cut if its sequence is as expected; None records it.
             others: The cuts of other sequences, for a run that takes another branch.
+            contents: With cuts, the buffers that runs change, as they are now.
         """
         lazy = cuts is None and any(map(is_lazy, self.module.parameters()))
         before = None if cuts is not None else Before.now(self.module, device)
-        begun = None if cuts is None else self.effects.now(self.changed, device)
+        begun = None if contents is None else self.effects.now(contents, device)
         rest: list[Before] = []  # of a run that turned out to be another: the buffers as they were there
         ended: _Ended | None = None
         for _ in range(len(self.modules) + 1):
             watch = Watch(paths, device, self.modules, inputs, cuts, others, self.opaque, self.passive,
                           self.tuples, lazy)  # fmt: skip
-            watch.buffers = self.module.buffers
+            watch.buffers, watch.changing = self.module.buffers, self._changing_in
             with ExitStack() as told:
                 watch.deviates = partial(self._deviates, watch, told, rest, device)
                 told.enter_context(self._told(watch, cuts))
@@ -135,13 +137,18 @@ class Subject:
                 self.changed[names[id(run.originals[i][0])]] = None
         run.changed_buffers = tuple(self.changed)
 
+    def _changing_in(self, path: str) -> list[str]:
+        """The names in a submodule of the buffers that runs change."""
+        start = f"{path}." if path else ""
+        return [name.removeprefix(start) for name in self.changed if name.startswith(start)]
+
     def _deviates(self, watch: Watch, told: ExitStack, rest: list[Before], device: torch.device) -> None:
         rest.append(Before.now(self.module, device))
         told.enter_context(told_of_calls(watch, custom=True, modules=True))
 
     def _told(self, watch: Watch, cuts: Cuts | None) -> AbstractContextManager[None]:
         """Torch's classes are patched for what is known to be needed alone: a patch costs more than an operation."""
-        modules = cuts is None or bool(cuts.opaque) or self.elsewhere or self._has_backward_hooks()
+        modules = cuts is None or bool(self.opaque) or self.elsewhere or self._has_backward_hooks()
         custom = cuts is None or self.custom or modules
         return told_of_calls(watch, custom, modules) if custom else nullcontext()
 
@@ -188,30 +195,22 @@ class Effects:
     modules: dict[nn.Module, None] = field(default_factory=dict)  # whose attributes change
     draws: bool = False
     draws_beside_torch: bool = False
-    _places: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)  # of the buffers
 
     def learn(self, before: Before) -> None:
         """Note what a run has changed since."""
         self.modules.update(dict.fromkeys(before.attributes.changed()))
         self.draws |= before.generators.torch.advanced()
         self.draws_beside_torch |= before.generators.moved_beside_torch()
-        self._places = {
-            f"{path}.{name}" if path else name: (module._buffers, name)
-            for path, module in before.module.named_modules()
-            for name in (module._buffers if isinstance(module._buffers, dict) else ())  # a scripted module has none
-        }
 
-    def now(self, changed: Iterable[str], device: torch.device) -> Begun:
+    def now(self, contents: BufferSnapshot, device: torch.device) -> Begun:
         """What of it there is, as it is.
 
         Args:
-            changed: Names of the buffers that runs change.
+            contents: The buffers that runs change.
             device: Where the module computes.
         """
-        places = [self._places[name] for name in changed if name in self._places]
-        found = {str(i): b for i, (buffers, name) in enumerate(places) if (b := buffers.get(name)) is not None}
         generators = Generators(device) if self.draws_beside_torch else RandomState(device) if self.draws else None
-        return Begun(BufferSnapshot(found), AttributeSnapshot(self.modules), generators)
+        return Begun(contents, AttributeSnapshot(self.modules), generators)
 
 
 @dataclass(frozen=True, eq=False)

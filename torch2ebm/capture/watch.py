@@ -41,6 +41,7 @@ from torch2ebm.capture.functions import (
     hung_on_autograd,
     is_among,
     makes_tensors,
+    moved_by,
     named_in_place,
     runs_elsewhere,
     share_memory,
@@ -54,12 +55,14 @@ from torch2ebm.capture.scopes import Scopes
 from torch2ebm.capture.transforms import outside_of_transforms, transforming
 from torch2ebm.common.nested import leaves_of, map_leaves, signature, template_of
 from torch2ebm.isolation.module_state import identical, is_lazy
+from torch2ebm.isolation.opaque_state import OpaqueState
 from torch2ebm.isolation.random_numbers import RandomState
 from torch2ebm.isolation.torch_modes import Ambient
 
 _EXACT = frozenset(
     [bool, type(None), str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format]
 )
+_ZERO = (int, "0")  # one object: keys are compared at each operation
 _ONE_TENSOR = signature(0)  # the template of an output that is one tensor
 _REMEMBERED = 4096  # tuples, at most
 _CONSTANT = 1 << 40  # constants count down from here, results from -1: one integer tells all
@@ -132,6 +135,7 @@ class Watch(TorchFunctionMode):
         self._stack = Scopes(modules, Watch.watching.__code__)
         self.custom = False  # whether a custom autograd function was applied
         self.buffers: Callable[[], Iterable[Tensor]] = tuple  # the module's own
+        self.changing: Callable[[str], Sequence[str]] = lambda path: ()  # the buffers that a submodule changes
         self.blind = False  # whether one was before anybody was told
         self.deviates: Callable[[], Any] = bool  # called where a run turns out to be another than expected
         self._without_gradient: set[int] = set()  # ids of results that were made while gradients were off
@@ -181,7 +185,8 @@ class Watch(TorchFunctionMode):
             reason = "has backward hooks, which run with its own backward"
         if reason is not None and (any(True for _ in module.parameters()) or self._any_hot(args, kwargs)):
             self.run.opaque[path] = reason
-            return self._unseen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
+            state = OpaqueState(module, None if self.recording else self.changing(path))
+            return self._unseen(ModuleCall(path), self._whole(call, module), (state, *args), kwargs)
         if not self.recording:
             return call(module, *args, **kwargs)
         caller = self._innermost()
@@ -195,6 +200,15 @@ class Watch(TorchFunctionMode):
         for leaf in tensors_of(result):
             self._check_known(leaf, path)
         return result
+
+    def _whole(self, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+        def run(state: OpaqueState, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return self._hidden(call, (module, *args), kwargs)
+            finally:
+                state.called()
+
+        return run
 
     def _any_hot(self, args: Any, kwargs: Any) -> bool:
         return any(id(leaf) in self._numbers or id(leaf) in self.paths for leaf in tensors_of((args, kwargs)))
@@ -242,7 +256,7 @@ class Watch(TorchFunctionMode):
         index, key = len(run.sequence), tuple(parts)
         if not self.recording:
             if self._expected(index, key):
-                return self._followed(_Seen(index, function, execute, args, kwargs, key, numbers, ambient))
+                return self._followed(index, function, execute, args, kwargs, key, numbers, ambient)
             if (index, key) in run.effects:
                 return self._behind.noticed(function, execute, args, kwargs)
             self._deviate(known)
@@ -271,7 +285,7 @@ class Watch(TorchFunctionMode):
                     key.append(None)
             elif kind is int or kind is float:
                 if part == 0 or part - part != 0:
-                    key.append((kind, repr(part)))
+                    key.append(_ZERO if part == 0 and kind is int else (kind, repr(part)))
                 else:
                     key.append(kind)
                     numbers.append(part)
@@ -367,31 +381,43 @@ class Watch(TorchFunctionMode):
                 return True
         return False
 
-    def _followed(self, seen: _Seen) -> Any:
-        index, function, execute, args, kwargs, key, numbers, _ = seen
-        cuts = self.cuts
+    def _followed(
+        self,
+        index: int,
+        function: Any,
+        execute: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        key: tuple[Any, ...],
+        numbers: list[Any],
+        ambient: Ambient,
+    ) -> Any:
+        cuts, run = self.cuts, self.run
         assert cuts is not None
+        if function is Tensor.register_hook:
+            return self._hooked(args, kwargs, key, numbers)
         if index in cuts.random:
-            self.run.random[index] = RandomState(self.device)
+            run.random[index] = RandomState(self.device)
         if index in cuts.normalised:
             batch = args[0] if args else kwargs["input"]
             weight = args[3] if len(args) > 3 else kwargs.get("weight")
-            self.run.normalised.setdefault(cuts.normalised[index], []).append((batch.detach(), weight))
-        if function is Tensor.register_hook:
-            return self._hooked(args, kwargs, key, numbers)
+            run.normalised.setdefault(cuts.normalised[index], []).append((batch.detach(), weight))
         result = execute(*args, **kwargs)
-        if type(result) is not Tensor and not makes_tensors(function, result):
+        one = type(result) is Tensor
+        if not one and not makes_tensors(function, result):
             return result
         if type(result) in (tuple, list) and len(result) != len(cuts.records[index].results):  # as of unbind
-            self._deviate(len(self.run.constants))
-            return self._recorded(seen._replace(execute=lambda *_, **__: result))
-        self.run.sequence.append(key)
-        self.run.numbers.append(numbers)
+            self._deviate(len(run.constants))
+            done = lambda *_, **__: result  # noqa: E731
+            return self._recorded(_Seen(index, function, done, args, kwargs, key, numbers, ambient))
+        # the objects of the cuts: nothing new is left for Python's collector
+        run.sequence.append(cuts.sequence[index])
+        run.numbers.append(numbers or cuts.numbers[index])
+        if one:
+            return self._handed_on(result)
         if result is None:  # __setitem__
             self._handed_on(args[0])
             return None
-        if type(result) is Tensor:
-            return self._handed_on(result)
         return map_leaves(lambda leaf: self._handed_on(leaf) if isinstance(leaf, Tensor) else leaf, result)
 
     def _handed_on(self, result: Tensor) -> Tensor:
@@ -686,9 +712,17 @@ class Watch(TorchFunctionMode):
 
     def _changed_constants(self) -> Iterator[int]:
         """Those that forward has changed since it read them; where it is recorded, by ways that nobody sees too."""
+        moved = {
+            each.place for record in self.run.records or () for each in moved_by(record)
+        }  # and not read in training
         for i, (tensor, version) in enumerate(self._originals):
             copy = self.run.constants[i]
-            plain = self.recording and tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
+            plain = (
+                self.recording
+                and i not in moved
+                and tensor.layout is torch.strided
+                and not (tensor.is_nested or tensor.is_quantized)
+            )
             unseen = plain and not tensor.is_meta and not identical(tensor.detach(), copy.detach())
             if unseen or self._behind.version(tensor) != version:
                 yield i

@@ -6,8 +6,10 @@ these runs the module is as it was before.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -192,14 +194,35 @@ def attributes_restored(module: nn.Module) -> Iterator[None]:
         before.restore()
 
 
+_COLLECTIONS = (list, dict, set, deque)
+
+
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The lists and dicts among the attributes, each with a copy; ``_parameters`` and ``_buffers`` are among them."""
-    return [(value, value.copy()) for value in module.__dict__.values() if isinstance(value, (list, dict))]
+    """The collections and the objects' attributes among the attributes, each with a copy.
+
+    ``_parameters`` and ``_buffers`` are among them.
+    """
+    found = [value if isinstance(value, _COLLECTIONS) else _names_of(value) for value in module.__dict__.values()]
+    return [(value, value.copy()) for value in found if value is not None]
+
+
+def _names_of(value: Any) -> dict[str, Any] | None:
+    """The attributes of a config object or a counter; None for numbers, tensors, modules, functions and classes."""
+    if isinstance(value, (Tensor, nn.Module, type, FunctionType)) or type(value).__module__ in ("builtins", "torch"):
+        return None
+    names = getattr(value, "__dict__", None)
+    return names if isinstance(names, dict) else None
 
 
 def _restore(collection: Any, content: Any) -> None:
     if isinstance(collection, list):
         collection[:] = content
+    elif isinstance(collection, set):
+        collection.clear()
+        collection.update(content)
+    elif isinstance(collection, deque):
+        collection.clear()
+        collection.extend(content)
     # by identity: == between tensors has no truth value
     elif [(key, id(value)) for key, value in collection.items()] != [(k, id(value)) for k, value in content.items()]:
         _put_back(collection, content)
@@ -209,6 +232,8 @@ def _restore(collection: Any, content: Any) -> None:
 
 
 def _same_objects(now: Any, before: Any) -> bool:
+    if isinstance(now, set):
+        return bool(now == before)
     if isinstance(now, dict):
         return now.keys() == before.keys() and all(value is before[name] for name, value in now.items())
     return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))

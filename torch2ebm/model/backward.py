@@ -38,6 +38,7 @@ from torch2ebm.model.arguments import Arguments, check_finite_inputs
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.shards import Shards
 from torch2ebm.model.unchanged import Unchanged
+from torch2ebm.model.verification import check_opaque
 
 
 class OpenCall:
@@ -75,6 +76,8 @@ class OpenCall:
         """The forward pass: recordable outputs, in the order of the graph's output slots."""
         assert self.call is not None
         self.kept = self.algorithm.forward(self.call)
+        if self.call.graph.opaque and not self.algorithm.defines_output:
+            check_opaque(self.call)
         with self._blamed_on_inputs():
             self.standing.check(self.finite)  # a clamp can hide it from the prediction
             check_predictions(self.call, of_outputs=False)

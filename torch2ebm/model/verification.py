@@ -66,6 +66,16 @@ def swept(
     return trainable, {slot: value.detach() for slot, value in call.values.items()}
 
 
+def check_opaque(call: Call) -> None:
+    """Hold the outputs of a call that were computed again against the run's, where some module is evaluated as a whole.
+
+    Raises:
+        CaptureMismatchError: where they differ: what the module reads is no state of it that could be put back.
+    """
+    if not call.run.followed:
+        _check_outputs(call.graph, call.run, _returned(call.graph, call.run), call.output())
+
+
 def _returned(graph: EnergyGraph, run: Run) -> list[Any]:
     """The leaves of the output, and what else may reach the loss; None where this run has none of it."""
     return [*leaves_of(run.output), *(run.kept.get(number) for number in graph.held)]
@@ -137,6 +147,12 @@ def _written_between(graph: EnergyGraph, run: Run) -> str:
     read = [tensor for i, (tensor, _) in enumerate(run.originals) if i in run.copied]
     names = [f"buffer '{name}'" for name, buffer in graph.module.named_buffers() if is_among(buffer, read)]
     names += [f"parameter '{name}'" for name in written_parameters(run.records or ())]
+    if not names and graph.opaque:
+        whole = ", ".join(repr(path) or "the whole" for path in graph.opaque)
+        return (
+            f"{whole} is evaluated again as a whole, and computes something else then: let it read and count in its "
+            "own attributes and buffers, which are put back, and not in globals."
+        )
     if not names:
         return ""
     return (
