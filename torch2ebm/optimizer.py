@@ -81,12 +81,15 @@ class EnergyOptimizer(Optimizer):
         algorithm: What computes the gradients.
         monitor: Called in every ``step()``, as ``monitor(name, value, step)``, with the energy of each node, their sum
             with the loss, and how the relaxation went. ``SummaryWriter.add_scalar`` of TensorBoard fits as it is.
-
+        accumulation: What your loop divides the loss by because it accumulates gradients over so many batches. The
+            division then scales gradients and is no part of the loss: 4 batches of 8 learn as one of 32. Left at 1,
+            ``loss / 4`` is the loss that enters the energy. Trainers and gradient scalers need nothing.
         check_every: Hold one of so many calls against the module itself: outputs, buffers and gradients. The module
             then runs once more, so anything that it counts or draws by itself is counted twice. None never does.
 
     Raises:
         AttachmentError: if the model is not converted, or has an algorithm attached whose optimizer is still there.
+        ConfigurationError: if ``accumulation`` is no whole number, 1 or more.
         CaptureMismatchError: by a call that is checked, where the energy graph is not the module.
 
     Example:
@@ -108,24 +111,27 @@ class EnergyOptimizer(Optimizer):
         *,
         monitor: Monitor | None = None,
         check_every: int | None = None,
+        accumulation: int = 1,
     ) -> None:
         converted = unwrapped(model)
         _check(optimizer, algorithm, monitor)
+        check_steps("EnergyOptimizer", accumulation, "accumulation")
         if check_every is not None:
             check_steps("EnergyOptimizer", check_every, "check_every")
         converted.torch2ebm.attach(algorithm, self)
         if check_every is not None:
             converted.torch2ebm.check_every = check_every
-        self._be(optimizer, converted, algorithm)
+        self._be(optimizer, converted, algorithm, accumulation)
         self.monitor, self.monitored = monitor, 0
         self._told = False
 
-    def _be(self, optimizer: Optimizer, model: EnergyModel, algorithm: Algorithm) -> None:
+    def _be(self, optimizer: Optimizer, model: EnergyModel, algorithm: Algorithm, accumulation: int) -> None:
         """Nothing of ``Optimizer.__init__`` is kept but the hooks of ``step``: the rest is the wrapped optimizer's."""
         super().__init__(optimizer.param_groups, optimizer.defaults)
         for name in _HOOKS:
             self.__dict__[name] = getattr(optimizer, name)
         self.optimizer, self.model, self.algorithm = optimizer, model, algorithm
+        self.accumulation = model.torch2ebm.forwards.accumulation = accumulation
 
     @property
     def _conversion(self) -> Conversion:
@@ -314,17 +320,18 @@ class EnergyOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the monitor, which belongs to the process."""
-        return {name: getattr(self, name) for name in ("optimizer", "model", "algorithm", "monitored")}
+        return {name: getattr(self, name) for name in ("optimizer", "model", "algorithm", "monitored", "accumulation")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer, model, algorithm = state["optimizer"], state["model"], state["algorithm"]
-        self._be(optimizer, model, algorithm)
-        self.monitor, self.monitored, self._told = None, state["monitored"], False
         if not model.torch2ebm.attached:
             model.torch2ebm.attach(algorithm, self)
+        self._be(optimizer, model, algorithm, state.get("accumulation", 1))
+        self.monitor, self.monitored, self._told = None, state["monitored"], False
 
     def __repr__(self) -> str:
-        return f"EnergyOptimizer({self.optimizer!r}, {self.algorithm!r})"
+        accumulation = "" if self.accumulation == 1 else f", accumulation={self.accumulation}"
+        return f"EnergyOptimizer({self.optimizer!r}, {self.algorithm!r}{accumulation})"
 
 
 def _evaluates_again(optimizer: Optimizer) -> bool:

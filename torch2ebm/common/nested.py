@@ -21,7 +21,7 @@ class ResultReference:
 
     __slots__ = ("index",)
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: Hashable) -> None:
         self.index = index
 
 

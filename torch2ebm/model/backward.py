@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from torch2ebm.isolation.interrupts import Result, undone_by, within
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, hooks_suspended, tensors_in_place
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.isolation.torch_modes import Autocast, Modes
-from torch2ebm.loss.replayed_loss import ReplayedLoss, make_loss
+from torch2ebm.loss.replayed_loss import ReplayedLoss
 from torch2ebm.loss.tape import Tape
 from torch2ebm.model.arguments import Arguments, check_finite_inputs
 from torch2ebm.model.open_forwards import OpenForwards
@@ -81,8 +82,9 @@ class OpenCall:
         self.unchanged = Unchanged(self.call, self.algorithm.reevaluates_loss)
         self.history.forward_ended()
         self.forwards.opened(self.history)
-        # copies: what the user writes on the output is no value of the call
-        return [self.call.values[slot].detach().clone() for slot in self.call.graph.output_slots]
+        outputs = [self.call.values[slot].detach() for slot in self.call.graph.output_slots]
+        self.tape.values = dict(zip(self.tape.outputs, outputs, strict=True))
+        return [output.clone() for output in outputs]  # what the user writes on them is no value of the call
 
     @contextmanager
     def _blamed_on_inputs(self) -> Iterator[None]:
@@ -109,7 +111,8 @@ class OpenCall:
         """What the algorithm makes of the delivered gradients, checked."""
         call, kept = self._opened(), self.kept
         by_slot = {s: g for s, g in zip(call.graph.output_slots, delivered, strict=True) if g is not None}
-        loss = make_loss(call, self.tape, by_slot, self.algorithm.loss_reduction, type(self.algorithm).__name__)
+        reduction, name = self.algorithm.loss_reduction, type(self.algorithm).__name__
+        loss = ReplayedLoss(call, self.tape, by_slot, reduction, name, self.forwards.accumulation)
         if not self._delivered_finite(call, loss):
             return self._overflowed(call)
         self.unchanged.check(call)
@@ -120,21 +123,26 @@ class OpenCall:
             self._check_returned(gradients)
             self._check_inputs(call, gradients)
             self._check_parameters(gradients, loss)
-        self.keep(gradients.state)
+        self._keep(gradients.state, loss)
         self.forwards.closed(self.history)
         if gradients.later is not None:
-            self.forwards.later.append(self._later(call, gradients.later))
+            self.forwards.later.append(self._later(call, gradients.later, loss))
         if not retain_graph:
             self._released()
         return gradients
 
-    def _later(self, call: Call, gradients: Iterator[LocalGradients]) -> Iterator[LocalGradients]:
+    def _keep(self, state: InferenceState, loss: ReplayedLoss) -> None:
+        self.keep(replace(state, loss_weight=loss.loss_weight, loss_terms=loss.loss_terms))
+
+    def _later(
+        self, call: Call, gradients: Iterator[LocalGradients], loss: ReplayedLoss
+    ) -> Iterator[LocalGradients]:
         while True:
             with self.shards.gathered():
                 found = self._as_in_forward(call, lambda: next(gradients, None))
             if found is None:
                 return
-            self.keep(found.state)
+            self._keep(found.state, loss)
             yield found
 
     def _as_in_forward(self, call: Call, function: Callable[[], Result]) -> Result:
