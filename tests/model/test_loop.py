@@ -189,6 +189,19 @@ def test_a_factor_before_the_loss_is_part_of_it(
     assert_equal(gradients_of(net), expected(algorithm, net, x, lambda output: factor * classification(output)))
 
 
+@every_algorithm
+@pytest.mark.parametrize("given", [0.25, -0.25, 8.0])
+def test_a_gradient_that_backward_is_given_scales_and_its_sign_enters_the_energy(
+    algorithm: torch2ebm.Algorithm, given: float
+) -> None:
+    net = built(mlp)
+    x = batch_for(net)
+    classification(attached(net, algorithm)(x)).backward(torch.tensor(given, dtype=torch.float64))
+    sign = 1 if given > 0 else -1
+    reference = expected(algorithm, net, x, lambda output: sign * classification(output))
+    assert_equal(gradients_of(net), total((abs(given), reference)))
+
+
 def test_the_sign_of_the_loss_is_not_the_sign_of_the_gradient() -> None:
     """Why it has to enter the energy: strict predictive coding of -L is not minus that of L."""
     net = built(mlp)

@@ -21,7 +21,7 @@ class ResultReference:
 
     __slots__ = ("index",)
 
-    def __init__(self, index: Hashable) -> None:
+    def __init__(self, index: Any) -> None:  # hashable
         self.index = index
 
 

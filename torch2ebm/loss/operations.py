@@ -54,6 +54,20 @@ def _with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
     return copied
 
 
+# random numbers
+
+_DRAWS = frozenset(
+    {"bernoulli", "binomial", "cauchy", "exponential", "geometric", "log_normal", "multinomial", "normal", "poisson"}
+    | {"rand_like", "randint_like", "randn_like", "random", "uniform"}
+)
+
+
+def is_draw_of_its_own(function: Callable[..., Any]) -> bool:
+    """Whether it draws numbers that stand for themselves: an action, a noise. They are drawn once a loss."""
+    name = function_name(function)
+    return name.removesuffix("_") in _DRAWS
+
+
 # sums and means
 
 _SUMS = frozenset([torch.sum, Tensor.sum, torch.nansum, Tensor.nansum])

@@ -37,7 +37,7 @@ def factor_outside(function: Any, args: Sequence[Any], caller: str) -> float | T
     if function not in _SCALING or len(args) != 2 or not _scales(caller):
         return None
     factor = args[1].detach() if isinstance(args[1], Tensor) else args[1]
-    return factor if function in _MULTIPLY else 1 / factor  # type: ignore[no-any-return]
+    return factor if function in _MULTIPLY else 1 / factor
 
 
 def _scales(caller: str) -> bool:

@@ -15,8 +15,9 @@ from torch2ebm.loss.tape import Place, TapeEntry
 _PRODUCTS = frozenset(["mul", "mul_", "multiply", "__mul__", "__rmul__"])
 _QUOTIENTS = frozenset(["div", "div_", "divide", "true_divide", "__truediv__"])
 _ADDITIVE = frozenset(
-    "add add_ __add__ __radd__ sub sub_ __sub__ __rsub__ rsub subtract neg negative positive sum mean stack cat "
-    "concat hstack clone to double float view reshape squeeze unsqueeze flatten contiguous cpu cuda alias".split()
+    {"add", "add_", "__add__", "__radd__", "sub", "sub_", "__sub__", "__rsub__", "rsub", "subtract", "neg", "negative"}
+    | {"positive", "sum", "mean", "stack", "cat", "concat", "hstack", "clone", "to", "double", "float", "view"}
+    | {"reshape", "squeeze", "unsqueeze", "flatten", "contiguous", "cpu", "cuda", "alias"}
 )
 
 

@@ -173,8 +173,9 @@ class ReplayedLoss(OutputLoss):
 
         Predictions that differ in their last digits tell how much that is.
         """
+        _, again = self.gradients(predictions)
         _, gradients = self.gradients({name: _perturbed(each) for name, each in predictions.items()})
-        if slot not in gradients:
+        if slot not in gradients or not torch.equal(again[slot] * self.scale, ours):  # as of one that draws numbers
             return False
         rounding = (gradients[slot] * self.scale - ours).abs().max()
         return bool((ours - expected).abs().max() <= 100 * rounding)
@@ -188,7 +189,9 @@ class ReplayedLoss(OutputLoss):
                 raise self._refusal(f"a loss with a factor of {scalar.unexplained:.3g} that is not on the tape")
         others = self.tape.values.keys() - set(self.own)
         if others and not is_sum_over_calls(self._entries, self.own, others):
-            raise self._not_recorded("a loss that mixes the outputs of two forward calls, and is no sum of their losses")
+            raise self._not_recorded(
+                "a loss that mixes the outputs of two forward calls, and is no sum of their losses"
+            )
 
     def _not_recorded(self, got: str) -> LossNotRecordedError:
         return LossNotRecordedError(

@@ -42,7 +42,7 @@ def run_backward(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     given += [None] * (len(roots) - len(given))
     if arguments.pop("is_grads_batched", False):
         return _one_by_one(roots, given, arguments)
-    if torch._C._current_graph_task_id() == -1:  # inside of another backward, a checkpoint's outputs are no losses
+    if func is torch.autograd.grad:
         roots, given = _with_scalars(roots, given, taping)
     asked = [(root._scalar, gradient) for root, gradient in zip(roots, given, strict=True) if hasattr(root, "_scalar")]
     try:
@@ -67,9 +67,7 @@ def _run(
     return func(**{of: taping.plain(roots[0] if single else roots)}, **arguments)
 
 
-def _with_scalars(
-    roots: Sequence[Any], given: Sequence[Any], taping: Taping
-) -> tuple[list[Any], list[Any]]:
+def _with_scalars(roots: Sequence[Any], given: Sequence[Any], taping: Taping) -> tuple[list[Any], list[Any]]:
     """For a vector of losses the scalar that its gradient makes of it, whose largest entry stands outside."""
     pairs = []
     for root, gradient in zip(roots, given, strict=True):

@@ -20,7 +20,14 @@ from torch2ebm.common.nested import ResultReference, leaves_of, map_leaves
 from torch2ebm.errors import LossIndependentError
 from torch2ebm.isolation.interrupts import undone_by
 from torch2ebm.isolation.torch_modes import Stacks
-from torch2ebm.loss.operations import is_sum, out_of_place, terms_averaged, weighted_entries, writes_in_place
+from torch2ebm.loss.operations import (
+    is_draw_of_its_own,
+    is_sum,
+    out_of_place,
+    terms_averaged,
+    weighted_entries,
+    writes_in_place,
+)
 from torch2ebm.loss.outside import factor_outside
 from torch2ebm.loss.roots import BACKWARDS, run_backward
 from torch2ebm.loss.tape import Operation, Place, Scalar, Tape
@@ -58,8 +65,10 @@ class TapedTensor(Tensor):
 _NOT_TAPED = frozenset(getattr(Tensor, name).__get__ for name in ("grad", "data", "grad_fn", "_base"))
 # torch makes something else of a subclass here
 _OF_ORDINARY_TENSORS = frozenset(
-    [Tensor.__format__, Tensor.__repr__, Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.__array__]
-    + [Tensor.detach, torch.detach]
+    [
+        *(Tensor.__format__, Tensor.__repr__, Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.__array__),
+        *(Tensor.detach, torch.detach),
+    ]
 )
 
 
@@ -93,6 +102,8 @@ def _run_on_tape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     with torch._C.DisableTorchFunctionSubclass():
         if func in _NOT_TAPED:
             return map_leaves(_untaped(args), func(*args, **kwargs))
+        if is_draw_of_its_own(func):
+            return map_leaves(_off_tape, func(*args, **kwargs))
         operation = _operation(func, args, kwargs, caller)
         result = func(*args, **kwargs)
         if operation.adopts:
@@ -131,6 +142,14 @@ def _adopted(operation: Operation, written: Tensor, result: Any) -> Any:
         written.__class__ = TapedTensor
         _taped(operation, written)
     return _plain(result) if result is not written else written
+
+
+def _off_tape(leaf: Any) -> Any:
+    """What keeps its numbers when the prediction moves; what was written in place stays the very tensor."""
+    if isinstance(leaf, TapedTensor) and hasattr(leaf, "_tape"):
+        del leaf._tape
+        return leaf
+    return _plain(leaf)
 
 
 def put_on_new_tape(tape: Tape, outputs: Sequence[Tensor]) -> list[Tensor]:

@@ -134,9 +134,7 @@ class OpenCall:
     def _keep(self, state: InferenceState, loss: ReplayedLoss) -> None:
         self.keep(replace(state, loss_weight=loss.loss_weight, loss_terms=loss.loss_terms))
 
-    def _later(
-        self, call: Call, gradients: Iterator[LocalGradients], loss: ReplayedLoss
-    ) -> Iterator[LocalGradients]:
+    def _later(self, call: Call, gradients: Iterator[LocalGradients], loss: ReplayedLoss) -> Iterator[LocalGradients]:
         while True:
             with self.shards.gathered():
                 found = self._as_in_forward(call, lambda: next(gradients, None))
