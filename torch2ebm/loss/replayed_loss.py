@@ -41,7 +41,8 @@ class ReplayedLoss(OutputLoss):
     ) -> None:
         self.call, self.own, self.tape, self.delivered = call, tape.outputs, tape.whole(), delivered
         self.reduction, self.asked_by = reduction, asked_by
-        self.scalars = self.tape.roots(torch._C._current_graph_task_id())
+        task = torch._C._current_graph_task_id()
+        self.scalars = self.tape.roots(task)
         self.places = [scalar.place for scalar in self.scalars]
         self._entries = self.tape.leading_to(self.places)
         self.summed = made_by_sum(self._entries, self.places, call.batch_size)
@@ -49,7 +50,8 @@ class ReplayedLoss(OutputLoss):
         self._of_rows = of_rows(self._entries, self.places)
         self.multiplier = self._multiplier()
         outside = factors_outside(self._entries, self.scalars)
-        common = max(outside, default=1.0)
+        self._followed = self.tape.followed_by(task)
+        common = max([*outside, *factors_after(self._followed, task)], default=1.0)
         # a common factor scales gradients; its sign, and the ratios between several scalars, enter the energy
         self.relative = [
             accumulation * math.copysign(_share(factor, common), scalar.given or 1.0)
@@ -61,6 +63,7 @@ class ReplayedLoss(OutputLoss):
         # a loss times 0 delivers zeros, which no unit can undo
         self.unit = self.multiplier / self.factor if self.factor else 0.0
         self._weights: list[Tensor] | None = None
+        self._pulls: dict[str, Tensor] = {}  # by slot: what later calls send back, in the units of the energy
 
     @property
     def magnified(self) -> bool:
@@ -76,6 +79,14 @@ class ReplayedLoss(OutputLoss):
         while any(place in scaled for place in places):
             places = [scaled.get(place, place) for place in places]
         return all(bool(values[place].isfinite().all()) for place in places if place in values)
+
+    @property
+    def mixed_with(self) -> set[Place]:
+        """Outputs of other calls that the loss joins with those of this one, and is no sum of a part for each."""
+        if self._followed:  # what was given to another call relaxes after it
+            return set()
+        others = self.tape.moving(self.places) & (self.tape.values.keys() - set(self.own))
+        return others if others and not is_sum_over_calls(self._entries, self.own, others) else set()
 
     @property
     def loss_weight(self) -> float:
@@ -98,37 +109,39 @@ class ReplayedLoss(OutputLoss):
         found = pull_back(values, self._weights_of(values), list(leaves.values()))
         if any(value.is_complex() for value in values):  # torch gives the conjugate of a holomorphic derivative
             found = [None if each is None else each.conj() for each in found]
-        return self._total([value.detach() for value in values]), _present(leaves, found)
+        return self._pulled(self._total([value.detach() for value in values]), present(leaves, found), predictions)
 
     def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
         values, leaves = self._replayed(predictions)
         with torch.enable_grad():
             total = self._total(values)
-        # differentiable once more, for products with the Hessian
-        found = torch.autograd.grad(total, list(leaves.values()), create_graph=True, allow_unused=True)
-        curved = _present(leaves, found)
+        around = expansion_of(total, leaves)
+        value, gradients = self._pulled(around.value, dict(around.gradients), predictions)
+        return LossExpansion(value, gradients, around.hessian_product)
 
-        def hessian_product(direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            pairs = [(g, direction[slot]) for slot, g in curved.items() if g.requires_grad and slot in direction]
-            if not pairs:
-                return {}
-            gradients, along = zip(*pairs, strict=True)
-            wrt = list(leaves.values())
-            return _present(leaves, torch.autograd.grad(gradients, wrt, along, retain_graph=True, allow_unused=True))
-
-        return LossExpansion(total.detach(), {slot: g.detach() for slot, g in curved.items()}, hessian_product)
+    def _pulled(
+        self, value: Tensor, gradients: dict[str, Tensor], predictions: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """With what the calls send back that were given this one's outputs: a pull that stands still."""
+        for slot, pull in self._pulls.items():
+            value = value + (pull * predictions[slot].detach()).sum()
+            gradients[slot] = gradients[slot] + pull if slot in gradients else pull
+        return value, gradients
 
     def program_inputs(self) -> tuple[Hashable, list[Tensor]] | None:
         on_tape = self.tape.program_inputs(self.own, self.places)
         if on_tape is None:
             return None
         settings, tensors = on_tape
-        return (self.multiplier, tuple(self.delivered), settings), [
+        return (self.multiplier, tuple(self.delivered), tuple(self._pulls), settings), [
             *tensors,
             *(self._weights or []),  # there since the loss was checked
+            *self._pulls.values(),
         ]
 
     def _total(self, values: Sequence[Tensor]) -> Tensor:
+        if not values:  # no loss but what later calls send back
+            return torch.zeros((), device=self.call.device)
         parts = [value * weight for value, weight in zip(values, self._weights_of(values), strict=True)]
         return parts[0].reshape(()) if len(parts) == 1 else torch.stack([part.reshape(()) for part in parts]).sum()
 
@@ -162,7 +175,11 @@ class ReplayedLoss(OutputLoss):
         for slot, expected in self.delivered.items():
             ours = gradients.get(slot)
             ours = torch.zeros_like(expected) if ours is None else ours * self.scale
-            if not _agree(ours, expected) and not self._agree_but_for_rounding(slot, ours, expected, predictions):
+            if _agree(ours, expected):
+                continue
+            if self._followed:
+                self._pulls[slot] = (expected - ours) * self.unit
+            elif not self._agree_but_for_rounding(slot, ours, expected, predictions):
                 worst = float((ours - expected).abs().max())
                 raise self._refusal(f"a gradient in output '{slot}' that differs by up to {worst:.3g}")
 
@@ -181,17 +198,12 @@ class ReplayedLoss(OutputLoss):
         return bool((ours - expected).abs().max() <= 100 * rounding)
 
     def _check_followed(self) -> None:
-        """Raise unless backward was called on scalars on the tape, and each call has a part of the loss to itself."""
-        if not self.scalars:
+        """Raise unless backward was called on scalars on the tape."""
+        if not self.scalars and not self._followed:
             raise self._not_recorded("no loss of one number that was computed from the model's output")
         for scalar in self.scalars:
             if scalar.unexplained is not None:
                 raise self._refusal(f"a loss with a factor of {scalar.unexplained:.3g} that is not on the tape")
-        others = self.tape.values.keys() - set(self.own)
-        if others and not is_sum_over_calls(self._entries, self.own, others):
-            raise self._not_recorded(
-                "a loss that mixes the outputs of two forward calls, and is no sum of their losses"
-            )
 
     def _not_recorded(self, got: str) -> LossNotRecordedError:
         return LossNotRecordedError(
@@ -221,7 +233,24 @@ class ReplayedLoss(OutputLoss):
         )
 
 
-def _present(slots: Iterable[str], found: Iterable[Tensor | None]) -> dict[str, Tensor]:
+def expansion_of(total: Tensor, leaves: Mapping[str, Tensor]) -> LossExpansion:
+    """Of a loss whose graph is still there, around the leaves that it was computed from."""
+    # differentiable once more, for products with the Hessian
+    found = torch.autograd.grad(total, list(leaves.values()), create_graph=True, allow_unused=True)
+    curved = present(leaves, found)
+
+    def hessian_product(direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        pairs = [(g, direction[slot]) for slot, g in curved.items() if g.requires_grad and slot in direction]
+        if not pairs:
+            return {}
+        gradients, along = zip(*pairs, strict=True)
+        wrt = list(leaves.values())
+        return present(leaves, torch.autograd.grad(gradients, wrt, along, retain_graph=True, allow_unused=True))
+
+    return LossExpansion(total.detach(), {slot: g.detach() for slot, g in curved.items()}, hessian_product)
+
+
+def present(slots: Iterable[str], found: Iterable[Tensor | None]) -> dict[str, Tensor]:
     return {slot: gradient for slot, gradient in zip(slots, found, strict=True) if gradient is not None}
 
 
@@ -236,6 +265,16 @@ def factors_outside(entries: Sequence[TapeEntry], scalars: Sequence[Scalar]) -> 
             factors.update((place, factor) for place in entry.results if place is not None)
     given = [1.0 if scalar.given is None else abs(scalar.given) for scalar in scalars]
     return [factors.get(scalar.place, 1.0) * each for scalar, each in zip(scalars, given, strict=True)]
+
+
+def factors_after(tapes: Iterable[Tape], task: int) -> list[float]:
+    """What stands before the scalars of these tapes, and of those after them, and is no part of the loss."""
+    found = []
+    for tape in tapes:
+        roots = tape.roots(task)
+        found += factors_outside(tape.leading_to([root.place for root in roots]), roots)
+        found += factors_after(tape.followed_by(task), task)
+    return found
 
 
 def _share(factor: float, common: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,6 +117,8 @@ class Tape:
         self.entries: list[TapeEntry] = []
         self.scalars: list[Scalar] = []
         self.values: dict[Place, Tensor] = {}  # of the outputs of every call on it, in the forward pass
+        self.calls: list[weakref.ref[Any]] = []  # whose outputs are on it; weak, since they hold the tape
+        self.fed: list[weakref.ref[Tape]] = []  # of calls that were given a tensor from this one
         self._joined_to: Tape | None = None
         self._replays: dict[tuple[tuple[Place, ...], tuple[Place, ...], int], Replay] = {}
 
@@ -131,6 +134,8 @@ class Tape:
         self.entries.extend(other.entries)
         self.scalars.extend(other.scalars)
         self.values.update(other.values)
+        self.calls.extend(other.calls)
+        self.fed.extend(other.fed)
         other._joined_to = self
 
     def append(self, operation: Operation, result: Any) -> list[Place | None]:
@@ -166,6 +171,12 @@ class Tape:
                 read.update(entry.reads)
         return [scalar for scalar in arrived if scalar.place not in read]
 
+    def followed_by(self, task: int) -> list[Tape]:
+        """The tapes after this one, of calls that were given a tensor from it, which this backward came through."""
+        given = [tape.whole() for reference in self.fed if (tape := reference()) is not None]
+        found = {id(tape): tape for tape in given if tape is not self and (tape.roots(task) or tape.followed_by(task))}
+        return list(found.values())
+
     def leading_to(self, wanted: Iterable[Place]) -> list[TapeEntry]:
         """The entries that these places come from, in order."""
         wanted = set(wanted)
@@ -180,6 +191,14 @@ class Tape:
                 kept.append(entry)
                 needed.update(entry.reads)
         return kept[::-1]
+
+    def moving(self, wanted: Iterable[Place]) -> set[Place]:
+        """The places that a gradient of these reaches."""
+        reached = set(wanted)
+        for entry in reversed(self.entries):
+            if entry.operation.writes or (entry.differentiable and not reached.isdisjoint(entry.results)):
+                reached.update(entry.reads)
+        return reached
 
     # running again
 

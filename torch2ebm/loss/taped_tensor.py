@@ -157,6 +157,15 @@ def put_on_new_tape(tape: Tape, outputs: Sequence[Tensor]) -> list[Tensor]:
     return [_marked(output, tape, place) for output, place in zip(outputs, tape.outputs, strict=True)]
 
 
+def taken_off(structure: Any) -> tuple[Any, list[Tape]]:
+    """The arguments of a call as ordinary tensors, and the tapes that a gradient in them goes back to."""
+    taped = [leaf for leaf in leaves_of(structure) if isinstance(leaf, TapedTensor)]
+    if not taped:
+        return structure, []
+    tapes = [tape for leaf in taped if leaf.requires_grad and (tape := tape_of(leaf)) is not None]
+    return plain(meant(structure)), tapes
+
+
 def put_on_tape(operation: Operation, result: Any) -> Any:
     """Record an operation that has run; returns its result with the tensors marked."""
     with torch._C.DisableTorchFunctionSubclass():

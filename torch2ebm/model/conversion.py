@@ -23,7 +23,7 @@ from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.isolation.module_state import BufferHistory, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
-from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for
+from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
 from torch2ebm.model.arguments import Arguments, called, check_inputs
 from torch2ebm.model.backward import EnergyFunction, OpenCall
 from torch2ebm.model.capture_cache import Captures, Served
@@ -130,7 +130,7 @@ class Conversion:
         forwards: OpenForwards,
     ) -> Any:
         history = BufferHistory(self.captures.changing_buffers())
-
+        (args, kwargs), given_from = taken_off((args, kwargs))
         checked = self._is_checked()
 
         def taped_output() -> Any:
@@ -152,6 +152,8 @@ class Conversion:
                     self.standing,
                     partial(self.captures.forget, served.graph),
                 )
+                for tape in given_from:
+                    tape.fed.append(weakref.ref(open_call.tape))
                 outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
                     open_call, *self.shards.in_place_of(open_call.parameters), *served.run.external.values()
                 )
