@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch2ebm.common.nested import leaves_of
+
 
 def function_name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", repr(function))
@@ -87,6 +89,14 @@ _OF_ELEMENTS = frozenset(
         F.soft_margin_loss,
     ]
 )
+
+
+def summed_sizes(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of what the operation sums; empty where it is no sum."""
+    if not is_sum(function, args, kwargs):
+        return ()
+    summed = next((leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)), None)
+    return tuple(summed.shape) if summed is not None else ()
 
 
 def is_sum(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bool:

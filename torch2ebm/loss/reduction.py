@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -23,13 +22,14 @@ _ADDITIVE = frozenset(
 
 def made_by_sum(entries: Sequence[TapeEntry], wanted: Collection[Place], batch: int) -> bool:
     """Whether a sum over what may be the batch is in it, and no division by its size has made a mean of it."""
-    summed: set[Place] = set()
+    summed: dict[Place, tuple[int, ...]] = {}  # and the sizes that the sums went over
     for entry, reduced in _with_reduced(entries):
-        places = [place for place in entry.results if place is not None]
-        sums = (entry.operation.summed and entry.reduced and not reduced) or not summed.isdisjoint(entry.reads)
-        if sums and entry.differentiable and not _normalises(entry, batch):
-            summed.update(places)
-    return not summed.isdisjoint(wanted)
+        sizes = tuple([size for place in entry.reads for size in summed.get(place, ())])
+        if entry.operation.summed and entry.reduced and not reduced:
+            sizes += entry.operation.summed
+        if sizes and entry.differentiable and not _normalises(entry, batch, sizes):
+            summed.update((place, sizes) for place in entry.results if place is not None)
+    return not summed.keys().isdisjoint(wanted)
 
 
 def of_rows(entries: Sequence[TapeEntry], wanted: Collection[Place]) -> bool:
@@ -48,21 +48,25 @@ def _with_reduced(entries: Sequence[TapeEntry]) -> Iterator[tuple[TapeEntry, boo
         yield entry, reduced
 
 
-def _normalises(entry: TapeEntry, batch: int) -> bool:
-    """Whether it divides by a tensor (a mask's sum, for one), or by the batch size or a multiple of it."""
+def _normalises(entry: TapeEntry, batch: int, sizes: Sequence[int]) -> bool:
+    """Whether it divides by a tensor (a mask's sum, for one), or by the batch size and other sizes beside it."""
     name, args = function_name(entry.operation.function), entry.operation.args
-    if name not in _PRODUCTS | _QUOTIENTS or len(args) < 2:
+    if name not in _QUOTIENTS or len(args) < 2:
         return False
-    if name in _QUOTIENTS:
-        return isinstance(args[1], (ResultReference, Tensor)) or _is_multiple(args[1], batch)
-    return any(_is_multiple(1 / arg, batch) for arg in args if isinstance(arg, (int, float)) and arg)
+    return isinstance(args[1], (ResultReference, Tensor)) or _counts_samples(args[1], batch, sizes)
 
 
-def _is_multiple(number: Any, batch: int) -> bool:
-    if not isinstance(number, (int, float)) or not math.isfinite(number) or not number:
+def _counts_samples(number: Any, batch: int, sizes: Sequence[int]) -> bool:
+    """Whether it is the batch size, or that times some of the other sizes, or the double of one of these."""
+    if not isinstance(number, (int, float)):
         return False
-    times = abs(number) / batch
-    return round(times) >= 1 and abs(times - round(times)) <= 1e-9 * times
+    others = list(sizes)
+    if batch in others:
+        others.remove(batch)
+    counts = {batch}
+    for size in others:
+        counts |= {count * size for count in counts}
+    return abs(number) in counts | {2 * count for count in counts}
 
 
 def terms_of_a_sample(entries: Sequence[TapeEntry], batch: int) -> float:

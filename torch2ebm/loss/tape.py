@@ -26,7 +26,7 @@ class Operation:
 
     Attributes:
         writes: Whether it writes in place, so that a replay works on copies and leaves no entry out.
-        summed: Whether it is a sum over what may be the batch.
+        summed: The sizes that it sums over, where it is a sum over what may be the batch.
         terms: How many terms it averages; 0 where it is no mean.
         factor: Of a gradient scaler or of an accumulation: it is no part of the loss, and a replay leaves it out.
         adopts: Whether it has written on a tensor that was on no tape, and now is.
@@ -36,7 +36,7 @@ class Operation:
     args: Any
     kwargs: Any
     writes: bool = False
-    summed: bool = False
+    summed: tuple[int, ...] = ()
     terms: int = 0
     factor: float | Tensor | None = None
     adopts: bool = False

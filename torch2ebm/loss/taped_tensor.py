@@ -22,8 +22,8 @@ from torch2ebm.isolation.interrupts import undone_by
 from torch2ebm.isolation.torch_modes import Stacks
 from torch2ebm.loss.operations import (
     is_draw_of_its_own,
-    is_sum,
     out_of_place,
+    summed_sizes,
     terms_averaged,
     weighted_entries,
     writes_in_place,
@@ -126,7 +126,7 @@ def _operation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         return Operation(Tensor.positive, args[:1], {}, factor=factor)
     if not writes_in_place(func, kwargs):
         return Operation(
-            func, args, kwargs, summed=is_sum(func, args, kwargs), terms=terms_averaged(func, args, kwargs)
+            func, args, kwargs, summed=summed_sizes(func, args, kwargs), terms=terms_averaged(func, args, kwargs)
         )
     written = args[0] if args and "out" not in kwargs else None
     if isinstance(written, TapedTensor) and getattr(written, "_owns_storage", False):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -25,9 +27,16 @@ def relaxed_together(
         backwards: From a loss to local gradients: the algorithm's, for each call.
         device: Where they compute.
     """
-    joined = Joined(losses)
+    joined, over = Joined(losses), False
 
-    def turn(number: int) -> Callable[..., LocalGradients]:
-        return lambda ask: backwards[number](JointLoss(losses[number], joined.delivered[number], ask))
+    def turn(number: int, ask: Callable[[Any], Any]) -> LocalGradients:
+        def asked(question: Any) -> Any:
+            # the steps that follow in optimizer.step() come one call after the other, from where the others stand
+            return joined.answers({number: question})[number] if over else ask(question)
 
-    return by_turns([turn(number) for number in range(len(losses))], joined.answers, device)
+        return backwards[number](JointLoss(losses[number], joined.delivered[number], asked))
+
+    try:
+        return by_turns([partial(turn, number) for number in range(len(losses))], joined.answers, device)
+    finally:
+        over = True
