@@ -318,7 +318,7 @@ RUNS = [
     Mutant("modes of the run forgotten", "capture/watch.py", "there = None if ambient == self.start else ambient",
            "there = None", CONSTRUCT),
     Mutant("a graph for other numbers", "model/capture_cache.py",
-           "return (cuts is not None and all(map(_equal, run.numbers, cuts.numbers))) or not self._others(run, entry)",
+           "return (cuts is not None and all(a is b or _equal(a, b) for a, b in pairs)) or not self._others(run, entry)",
            "return True", "module_view::what_is_written_on_the_model_is_what_forward_reads"),
     Mutant("a composition that moves buffers again", "engine/call.py",
            "within([moved.preserved()], lambda: self._compose", "within([], lambda: self._compose",

@@ -43,6 +43,7 @@ from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.shards import Shards
 from torch2ebm.model.together import relaxed_together
 from torch2ebm.model.unchanged import Unchanged
+from torch2ebm.model.verification import check_opaque
 
 
 class OpenCall:
@@ -82,10 +83,12 @@ class OpenCall:
         """The forward pass: recordable outputs, in the order of the graph's output slots."""
         assert self.call is not None
         self.kept = self.algorithm.forward(self.call)
+        if self.call.graph.opaque and not self.algorithm.defines_output:
+            check_opaque(self.call)
         with self._blamed_on_inputs():
             self.standing.check(self.finite)  # a clamp can hide it from the prediction
             check_predictions(self.call, of_outputs=False)
-        self.unchanged = Unchanged(self.call, self.algorithm.reevaluates_loss)
+        self.unchanged = Unchanged(self.call, self.algorithm.reevaluates_loss, self.history.buffers)
         self.history.forward_ended()
         self.forwards.opened(self.history)
         outputs = [self.call.values[slot].detach() for slot in self.call.graph.output_slots]

@@ -21,7 +21,7 @@ from torch2ebm.engine.standing import Standing
 from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
-from torch2ebm.isolation.module_state import BufferHistory, plain_autograd, tensors_in_place, untouched
+from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
 from torch2ebm.model.arguments import Arguments, called, check_inputs
@@ -136,7 +136,7 @@ class Conversion:
         def taped_output() -> Any:
             with exhausted_memory_named("model(...)", algorithm):
                 before = Before.now(self.module, Arguments.of(self.module, args, kwargs).device) if checked else None
-                served = self._served(args, kwargs, algorithm)
+                served = self._served(args, kwargs, algorithm, history.before)
                 if before is not None:
                     check_whole_call(served, before, lambda: self.module(*args, **kwargs))
                 call = self._call(served)
@@ -200,12 +200,19 @@ class Conversion:
         with self.shards.gathered():
             return self._served(args, kwargs, self.algorithm)
 
-    def _served(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], algorithm: Algorithm | None) -> Served:
+    def _served(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        algorithm: Algorithm | None,
+        contents: BufferSnapshot | None = None,
+    ) -> Served:
         if self.algorithm is None:
             self._see_again()
         arguments = Arguments.of(self.module, args, kwargs)
         check_inputs(arguments.tensors)
-        served = self.captures.run(arguments, lambda: called(self._runs, self.module, args, kwargs), algorithm)
+        call = lambda: called(self._runs, self.module, args, kwargs)  # noqa: E731
+        served = self.captures.run(arguments, call, algorithm, contents=contents)
         self._latest = served.graph
         return served
 
