@@ -111,6 +111,14 @@ def is_sum(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -
         return False
 
 
+def target_of(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The target of one of torch's losses, where it is an ordinary tensor."""
+    if function not in _OF_CLASSES | _OF_ELEMENTS:
+        return None
+    target = args[1] if len(args) > 1 else kwargs.get("target")
+    return target if isinstance(target, Tensor) else None
+
+
 def terms_averaged(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> int:
     """How many terms the operation takes the mean of, to one number; 0 where it is no mean that is known here."""
     if not args or not isinstance(args[0], Tensor):

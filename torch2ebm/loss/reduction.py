@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from torch2ebm.common.nested import ResultReference, leaves_of
-from torch2ebm.loss.operations import function_name, weighted_entries
-from torch2ebm.loss.tape import Place, TapeEntry
+from torch2ebm.loss.operations import function_name, target_of, weighted_entries
+from torch2ebm.loss.tape import Operation, Place, TapeEntry
 
 _PRODUCTS = frozenset(["mul", "mul_", "multiply", "__mul__", "__rmul__"])
 _QUOTIENTS = frozenset(["div", "div_", "divide", "true_divide", "__truediv__"])
@@ -72,6 +72,24 @@ def _counts_samples(number: Any, batch: int, sizes: Sequence[int]) -> bool:
 def terms_of_a_sample(entries: Sequence[TapeEntry], batch: int) -> float:
     """How many terms (tokens, pixels, features) a mean in it takes of each sample; 1 where it is over samples alone."""
     return max([1.0, *(entry.operation.terms / batch for entry in entries if entry.reduced and entry.differentiable)])
+
+
+def rows_of_targets(entries: Sequence[TapeEntry]) -> list[int]:
+    """The sizes of the targets of torch's losses; none where their rows were chosen."""
+    if any(chosen(entry.operation) for entry in entries):
+        return []
+    found = [target_of(entry.operation.function, entry.operation.args, entry.operation.kwargs) for entry in entries]
+    return [target.shape[0] for target in found if target is not None and target.ndim]
+
+
+def chosen(operation: Operation) -> bool:
+    """Whether it takes rows that a mask or a list of indices chooses: their number says nothing of the batch."""
+    if function_name(operation.function) in ("masked_select", "index_select", "take", "take_along_dim"):
+        return True
+    if function_name(operation.function) != "__getitem__":
+        return False
+    index = operation.args[1]
+    return any(isinstance(each, (Tensor, list)) for each in (index if isinstance(index, tuple) else [index]))
 
 
 def is_sum_over_calls(entries: Sequence[TapeEntry], own: Collection[Place], others: Collection[Place]) -> bool:

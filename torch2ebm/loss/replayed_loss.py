@@ -11,7 +11,13 @@ from torch import Tensor
 from torch2ebm.engine.call import Call, pull_back
 from torch2ebm.errors import LossNotRecordedError, LossReductionError, LossReplayError
 from torch2ebm.loss.output_loss import LossExpansion, OutputLoss
-from torch2ebm.loss.reduction import is_sum_over_calls, made_by_sum, of_rows, terms_of_a_sample
+from torch2ebm.loss.reduction import (
+    is_sum_over_calls,
+    made_by_sum,
+    of_rows,
+    rows_of_targets,
+    terms_of_a_sample,
+)
 from torch2ebm.loss.tape import Place, Scalar, Tape, TapeEntry
 
 
@@ -87,6 +93,16 @@ class ReplayedLoss(OutputLoss):
             return set()
         others = self.tape.moving(self.places) & (self.tape.values.keys() - set(self.own))
         return others if others and not is_sum_over_calls(self._entries, self.own, others) else set()
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is taken for a mean over the batch, so that the batch size weighs it."""
+        return self.reduction == "mean" and not self._of_rows
+
+    @property
+    def target_rows(self) -> list[int]:
+        """How many rows the targets of torch's losses have in it."""
+        return rows_of_targets(self._entries)
 
     @property
     def loss_weight(self) -> float:

@@ -47,11 +47,12 @@ class TapedTensor(Tensor):
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         try:
-            if func in BACKWARDS and not torch.compiler.is_compiling():
+            compiling = torch.compiler.is_compiling()
+            if not compiling and func in BACKWARDS:
                 args, kwargs = meant((args, kwargs or {}))
                 _check_dependent(func, args[0] if args else None)
                 return run_backward(func, args, kwargs, _Taping())
-            caller = sys._getframe(1).f_globals.get("__name__", "")
+            caller = "" if compiling else sys._getframe(1).f_globals.get("__name__", "")
             if "torch._dynamo" in sys.modules:  # it would follow a compiled loss to here, and make no tape of it
                 uncompiled = torch.compiler.disable(_modes_undone)  # type: ignore[no-untyped-call]
                 return uncompiled(func, args, kwargs or {}, caller)

@@ -39,6 +39,7 @@ from torch2ebm.loss.output_loss import OutputLoss
 from torch2ebm.loss.replayed_loss import ReplayedLoss
 from torch2ebm.loss.tape import Tape
 from torch2ebm.model.arguments import Arguments, check_finite_inputs
+from torch2ebm.model.batch import Batch
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.shards import Shards
 from torch2ebm.model.together import relaxed_together
@@ -63,6 +64,7 @@ class OpenCall:
         keep: Callable[[InferenceState], None],
         shards: Shards,
         arguments: Arguments,
+        batch: Batch,
         standing: Standing,
         forget: Callable[[], None],
     ) -> None:
@@ -70,7 +72,7 @@ class OpenCall:
         self.kept: Any = None  # what the algorithm's forward returned
         self.algorithm, self.history, self.forwards = algorithm, history, forwards
         self.keep, self.shards, self.arguments, self.standing = keep, shards, arguments, standing
-        self.forget = forget
+        self.batch, self.forget = batch, forget
         self.finite = {**call.parameters, **finite}
         self.tape = Tape(len(call.graph.output_slots), call.device, forwards.undo)
         self.tape.calls.append(weakref.ref(self))
@@ -125,6 +127,8 @@ class OpenCall:
             return self._overflowed(call)
         self.unchanged.check(call)
         if self.algorithm.reevaluates_loss:
+            if loss.is_mean:
+                self.batch.check(loss.target_rows)
             loss.check()
         with self._blamed_on_inputs():
             gradients = self._relaxed(call, loss, retain_graph)
