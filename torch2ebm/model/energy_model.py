@@ -14,11 +14,14 @@ from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.model.arguments import as_arguments
+from torch2ebm.model.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.module_view import ModuleView
 
 
-def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None) -> EnergyModel:
+def convert(
+    module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None, batch_dim: BatchDim = None
+) -> EnergyModel:
     """Make an energy model of ``module``: same parameters, same outputs, value nodes inside.
 
     Args:
@@ -30,6 +33,9 @@ def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any 
             each become one node.
         example_inputs: A tuple is positional, a dict is keywords, a tensor is one positional. Without it the graph
             is cut and verified at the first call.
+        batch_dim: Which dimension counts samples: a number for the first input, or ``{"x": 0}`` for the argument ``x``.
+            Without it, it is found on ``example_inputs`` by a second run with fewer samples; without these, it is
+            dimension 0 of the first input, which is a guess.
 
     Raises:
         UntraceableError: if forward cannot be turned into a graph, with place and remedy.
@@ -56,7 +62,7 @@ def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any 
             "a torch.nn.Module that is not converted yet",
             "Pass the network itself.",
         )
-    return EnergyModel(module, nodes, example_inputs)
+    return EnergyModel(module, nodes, example_inputs, batch_dim)
 
 
 class EnergyModel(ModuleView):
@@ -94,10 +100,15 @@ class EnergyModel(ModuleView):
 
     accepts_loss_kwargs = False  # the Hugging Face Trainer then passes no num_items_in_batch
 
-    def __init__(self, module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None) -> None:
-        super().__init__(Conversion(module, nodes))
+    def __init__(
+        self, module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None, batch_dim: BatchDim = None
+    ) -> None:
+        told = GUESSED if batch_dim is None else BatchDimension.told(batch_dim)
+        super().__init__(Conversion(module, nodes, batch=told))
         if example_inputs is not None:
             self.torch2ebm.capture(*as_arguments(example_inputs))
+            if batch_dim is None:
+                self.torch2ebm.find_batch(*as_arguments(example_inputs))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         answer = self.torch2ebm.answer
