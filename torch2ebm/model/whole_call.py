@@ -51,7 +51,12 @@ def _wrong_gradients(served: Served, ours: list[Tensor], theirs: list[Tensor]) -
     if served.swapped or not trainable or not pairs:
         return []
     directions = [uneven(b) for _, b in pairs]
-    found = torch.autograd.grad([b for _, b in pairs], list(trainable.values()), directions, allow_unused=True)
+    try:
+        found = torch.autograd.grad([b for _, b in pairs], list(trainable.values()), directions, allow_unused=True)
+    except (
+        RuntimeError
+    ):  # a checkpoint that is reentrant, or an operation without a backward: nothing to be held against
+        return []
     real = {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
     cotangents = {id(a): direction for (a, _), direction in zip(pairs, directions, strict=True)}
     delivered = {
