@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.capture.fingerprint import inside_functional_call
-from torch2ebm.capture.running import Before
 from torch2ebm.common.nested import map_leaves
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState
@@ -30,7 +29,7 @@ from torch2ebm.model.capture_cache import Captures, Served
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.shards import Shards
-from torch2ebm.model.whole_call import check_whole_call
+from torch2ebm.model.whole_call import PlainCall
 from torch2ebm.reports.drawing import draw_graph
 from torch2ebm.reports.tables import node_table
 
@@ -135,10 +134,10 @@ class Conversion:
 
         def taped_output() -> Any:
             with exhausted_memory_named("model(...)", algorithm):
-                before = Before.now(self.module, Arguments.of(self.module, args, kwargs).device) if checked else None
+                plain = self._plain_call(args, kwargs) if checked else None
                 served = self._served(args, kwargs, algorithm)
-                if before is not None:
-                    check_whole_call(served, before, lambda: self.module(*args, **kwargs))
+                if plain is not None:
+                    plain.check(served)
                 call = self._call(served)
                 open_call = OpenCall(
                     call,
@@ -167,6 +166,9 @@ class Conversion:
     def new_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """A run of the module, as a call that no algorithm has filled."""
         return self._call(self._captured_run(args, kwargs))
+
+    def _plain_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PlainCall | None:
+        return PlainCall.of(self.module, (args, kwargs), lambda: called(self._runs, self.module, args, kwargs))
 
     def _is_checked(self) -> bool:
         self._calls += 1
