@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch2ebm.algorithms.base import Algorithm, check_algorithm
 from torch2ebm.capture.fingerprint import inside_functional_call
 from torch2ebm.capture.problems import users_level
-from torch2ebm.capture.running import Before
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.common.plain_loop import PlainLoop
 from torch2ebm.engine.call import Call
@@ -34,7 +33,7 @@ from torch2ebm.model.capture_cache import Captures, Served
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.shards import Shards
-from torch2ebm.model.whole_call import check_whole_call
+from torch2ebm.model.whole_call import PlainCall
 from torch2ebm.reports.drawing import draw_graph
 from torch2ebm.reports.tables import node_table
 
@@ -156,10 +155,10 @@ class Conversion:
 
         def taped_output() -> Any:
             with exhausted_memory_named("model(...)", algorithm):
-                before = Before.now(self.module, Arguments.of(self.module, args, kwargs).device) if checked else None
+                plain = self._plain_call(args, kwargs) if checked else None
                 served = self._served(args, kwargs, algorithm, history.before)
-                if before is not None:
-                    check_whole_call(served, before, lambda: self.module(*args, **kwargs))
+                if plain is not None:
+                    plain.check(served)
                 call = self._call(served)
                 open_call = OpenCall(
                     call,
@@ -191,6 +190,9 @@ class Conversion:
     def new_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """A run of the module, as a call that no algorithm has filled."""
         return self._call(self._captured_run(args, kwargs))
+
+    def _plain_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PlainCall | None:
+        return PlainCall.of(self.module, (args, kwargs), lambda: called(self._runs, self.module, args, kwargs))
 
     def _is_checked(self) -> bool:
         self._calls += 1
