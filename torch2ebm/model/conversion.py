@@ -84,7 +84,7 @@ class Conversion:
                 return self._watched(self._captured_run(args, kwargs).run.output)
             return self._watched(self.module(*args, **kwargs))
         if not self.shards.covers(self.captures.parameters):
-            self.replicas.forward(type(self.module).__name__)
+            self.replicas.forward(type(self.module).__name__, self.algorithm)
         return self.run(self.algorithm, args, kwargs, self._keep, self.forwards)
 
     def answer_by(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], run: Callable[..., Any]) -> Any:
