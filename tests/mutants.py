@@ -54,7 +54,9 @@ BINOMIAL = "algorithms::on_a_graph_fixed_prediction_is_the_literal_sweep"
 ALONE = "loop::a_sample_relaxes_the_same_alone_or_in_a_batch"
 WRITE = "traps::a_write_in_place_leaves_values_alone"
 CONSTRUCT = "families::a_forward_with_this_construct_is_exact"
-FACTOR = "loop::an_outer_factor_scales_the_gradients_and_its_sign_enters_the_energy"
+FACTOR = "loop::a_gradient_that_backward_is_given_scales_and_its_sign_enters_the_energy"
+PART = "loop::a_factor_before_the_loss_is_part_of_it"
+ACCUMULATED = "loop::accumulated_micro_batches_are_their_mean_and_the_whole_batch"
 
 
 def _place(file: str) -> str:
@@ -132,11 +134,13 @@ STANDING_STILL = [
 
 LOSS = [
     Mutant("lambda for lambda times B", "loss/replayed_loss.py",
-           'return self.call.batch_size if reduction == "mean" else 1', "return 1", ALONE),
-    Mutant("gradients in lambda's scale", "loss/replayed_loss.py", "self.scale = outer / self.multiplier",
-           "self.scale = outer", ALONE),
-    Mutant("the sign of an outer factor lost", "loss/replayed_loss.py", "factor / outer if outer",
-           "abs(factor) / outer if outer", FACTOR),
+           'return self.call.batch_size if reduction == "mean" and', "return 1 if", ALONE),
+    Mutant("gradients in lambda's scale", "loss/replayed_loss.py", "self.scale = self.factor / self.multiplier",
+           "self.scale = self.factor", ALONE),
+    Mutant("the sign of an outer factor lost", "loss/replayed_loss.py", "scalar.given or 1.0)", "1.0)", FACTOR),
+    Mutant("a factor of the loss left out of the energy", "loss/outside.py", "or not _scales(caller)", "", PART),
+    Mutant("a division for accumulation that stays in the energy", "loss/replayed_loss.py",
+           "accumulation * math.copysign", "math.copysign", ACCUMULATED),
     Mutant("a nudged gradient that is not divided by beta", "loss/output_loss.py",
            "self.scale, self.unit = loss.scale / beta,",
            "self.scale, self.unit = loss.scale,", "nudging"),

@@ -89,6 +89,10 @@ class LoneNodeWarning(UserWarning):
     """One node has every parameter of the module, so nothing can relax."""
 
 
+class UncalledNodeWarning(UserWarning):
+    """A submodule that ``nodes`` names was called in no run so far, or on data alone."""
+
+
 class NameCollisionWarning(UserWarning):
     """The module has attributes of its own that are called as some of torch2ebm's."""
 

@@ -50,8 +50,10 @@ class EnergyOptimizer(Optimizer):
         algorithm: What computes the gradients.
         monitor: Called in every ``step()``, as ``monitor(name, value, step)``, with the energy of each node, their sum
             with the loss, and how the relaxation went. ``SummaryWriter.add_scalar`` of TensorBoard fits as it is.
-
         replace: Take the place of the optimizer that is attached, as where a notebook's cell runs again.
+        accumulation: What your loop divides the loss by because it accumulates gradients over so many batches. The
+            division then scales gradients and is no part of the loss: 4 batches of 8 learn as one of 32. Left at 1,
+            ``loss / 4`` is the loss that enters the energy. Trainers and gradient scalers need nothing.
         check_every: Hold one of so many calls against the module itself: outputs, buffers and gradients. The module
             then runs once more, so anything that it counts or draws by itself is counted twice. None never does.
 
@@ -59,6 +61,7 @@ class EnergyOptimizer(Optimizer):
         AttachmentError: if the model is not converted, or if the optimizer steps none of its parameters. Also if an
             optimizer is still attached, unless ``replace`` is given, or this one has other parameters and the same
             algorithm.
+        ConfigurationError: if ``accumulation`` is no whole number, 1 or more.
         CaptureMismatchError: by a call that is checked, where the energy graph is not the module.
 
     Example:
@@ -88,13 +91,16 @@ class EnergyOptimizer(Optimizer):
         monitor: Monitor | None = None,
         replace: bool = False,
         check_every: int | None = None,
+        accumulation: int = 1,
     ) -> None:
         check_parts(optimizer, model, algorithm, monitor, EnergyOptimizer)
         converted = unwrapped(model)
+        check_steps("EnergyOptimizer", accumulation, "accumulation")
         if check_every is not None:
             check_steps("EnergyOptimizer", check_every, "check_every")
-        self._be(optimizer, converted, algorithm, monitor)
+        self._be(optimizer, converted, algorithm, monitor, accumulation=accumulation)
         attach(self, converted, algorithm, replace)
+        converted.torch2ebm.forwards.accumulation = accumulation
         if check_every is not None:
             converted.torch2ebm.check_every = check_every
 
@@ -105,13 +111,14 @@ class EnergyOptimizer(Optimizer):
         algorithm: Algorithm,
         monitor: Monitor | None = None,
         monitored: int = 0,
+        accumulation: int = 1,
     ) -> None:
         """Nothing of ``Optimizer.__init__`` is kept but the hooks of ``step``: the rest is the wrapped optimizer's."""
         super().__init__(optimizer.param_groups, getattr(optimizer, "defaults", {}))
         for name in _HOOKS:  # Lookahead and its like may have none, since they never run Optimizer.__init__
             self.__dict__[name] = getattr(optimizer, name, OrderedDict())
         self.__dict__.update(optimizer=optimizer, model=model, algorithm=algorithm, monitor=monitor)
-        self.__dict__.update(monitored=monitored, _steps=StepsTold(self))
+        self.__dict__.update(monitored=monitored, accumulation=accumulation, _steps=StepsTold(self))
 
     @property
     def _conversion(self) -> Conversion:
@@ -316,16 +323,20 @@ class EnergyOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the monitor, which belongs to the process."""
-        return {name: getattr(self, name) for name in ("optimizer", "model", "algorithm", "monitored")}
+        return {name: getattr(self, name) for name in ("optimizer", "model", "algorithm", "monitored", "accumulation")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer, model, algorithm = state["optimizer"], state["model"], state["algorithm"]
-        self._be(optimizer, model, algorithm, monitored=state["monitored"])
+        self._be(
+            optimizer, model, algorithm, monitored=state["monitored"], accumulation=state.get("accumulation", 1)
+        )
         with suppress(AttachmentError):  # where another stands already, this copy was detached
             attach(self, model, algorithm, replace=False)
+            model.torch2ebm.forwards.accumulation = self.accumulation
 
     def __repr__(self) -> str:
-        return f"EnergyOptimizer({self.optimizer!r}, {self.algorithm!r})"
+        accumulation = "" if self.accumulation == 1 else f", accumulation={self.accumulation}"
+        return f"EnergyOptimizer({self.optimizer!r}, {self.algorithm!r}{accumulation})"
 
 
 def _further_steps_left_out(name: str, algorithm: Algorithm, optimizer: Optimizer) -> AttachmentError:

@@ -22,7 +22,7 @@ class ResultReference:
 
     __slots__ = ("index",)
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: Any) -> None:  # hashable
         self.index = index
 
 

@@ -107,6 +107,11 @@ class InferenceState:
         energies: Energy by node; a missing one is Gaussian of precision 1.
         phases: One relaxation for each nudged phase; the first of them, whose values these are, is ``relaxation``.
         feedforward_distance: |equilibrium - feed-forward| / |feed-forward| of the outputs; None without a free phase.
+        loss_weight: lambda, the weight of a sample's own loss in the energy, beside half its squared errors. It is 1
+            for a mean over the batch. It is 1 over the batch size where a mean is taken as it is written
+            (``loss_reduction="sum"``). A nudging's ``beta`` comes on top. None before a backward.
+        loss_terms: How many terms (tokens, pixels, features) a mean in the loss takes of each sample: each of them
+            pulls on its prediction with 1 over their number. 1 where the mean is over samples alone, or not known.
 
     Example:
         >>> import torch
@@ -129,6 +134,8 @@ class InferenceState:
     energies: Mapping[str, Energy] = field(default_factory=dict)
     phases: tuple[Relaxation, ...] = ()
     feedforward_distance: float | None = None
+    loss_weight: float | None = None
+    loss_terms: float = 1.0
 
     def __repr__(self) -> str:
         names = list(self.graph.nodes)

@@ -26,9 +26,10 @@ from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
-from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for
+from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
 from torch2ebm.model.arguments import Arguments, called, check_inputs
 from torch2ebm.model.backward import EnergyFunction, OpenCall
+from torch2ebm.model.batch import GUESSED, BatchDimension, find_batch_dimension
 from torch2ebm.model.capture_cache import Captures, Served
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.replicas import Replicas
@@ -55,11 +56,18 @@ class Conversion:
 
     check_every_by_default: int | None = None  # what EnergyOptimizer(check_every=) is where nothing is given
 
-    def __init__(self, module: nn.Module, granularity: Granularity, algorithm: Algorithm | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        granularity: Granularity,
+        algorithm: Algorithm | None = None,
+        batch: BatchDimension = GUESSED,
+    ) -> None:
         self.module, self.algorithm = module, algorithm
         self.shards, self.captures = _seen(module, granularity)
         self.forwards, self.replicas = OpenForwards(), Replicas()
         self.standing = Standing()
+        self.batch = batch
         self._runs: Callable[..., Any] = module
         self.check_every: int | None = None
         self._calls = 0
@@ -143,7 +151,7 @@ class Conversion:
         forwards: OpenForwards,
     ) -> Any:
         history = BufferHistory(self.captures.changing_buffers())
-
+        (args, kwargs), given_from = taken_off((args, kwargs))
         checked = self._is_checked()
 
         def taped_output() -> Any:
@@ -162,9 +170,12 @@ class Conversion:
                     keep,
                     self.shards,
                     served.arguments,
+                    self.batch.of(served.arguments, served.run.output),
                     self.standing,
                     partial(self.captures.forget, served.graph),
                 )
+                for tape in given_from:
+                    tape.fed.append(weakref.ref(open_call.tape))
                 outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
                     open_call, *self.shards.in_place_of(open_call.parameters), *served.run.external.values()
                 )
@@ -187,7 +198,8 @@ class Conversion:
 
     def _call(self, served: Served) -> Call:
         arguments = served.arguments
-        return Call(served.graph, served.run, arguments.device, arguments.batch_size, served.swapped)
+        size = self.batch.of(arguments, served.run.output).size
+        return Call(served.graph, served.run, arguments.device, size, served.swapped)
 
     def _keep(self, state: InferenceState) -> None:
         self._state = state
@@ -199,6 +211,18 @@ class Conversion:
         device = Arguments.of(self.module, args, kwargs).device
         with self.shards.gathered(), plain_autograd(), untouched(self.module, device):
             self._served(args, kwargs, self.algorithm)
+
+    def find_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Look which dimension counts samples, by runs on fewer of them; the module is left as it was."""
+        arguments = Arguments.of(self.module, args, kwargs)
+        modes = [(part, part.training) for part in self.module.modules()]
+        with self.shards.gathered(), untouched(self.module, arguments.device), torch.no_grad():
+            try:
+                self.module.eval()  # without dropout, and without the statistics of the batch
+                self.batch = find_batch_dimension(self.module, arguments, args, kwargs)
+            finally:
+                for part, training in modes:
+                    part.training = training
 
     def looked_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """A recorded run of the module, which is left as it was."""
@@ -278,7 +302,7 @@ class Conversion:
 
     def summary(self) -> str:
         """A table of the nodes."""
-        return node_table(self.graph, self._state)
+        return f"{node_table(self.graph, self._state)}\n{self.batch}"
 
     def draw(self, path: str) -> None:
         """Draw the graph to a picture file."""

@@ -18,9 +18,14 @@ from torch2ebm.isolation.torch_modes import Modes
 
 
 class OpenForwards:
-    """The forwards of a model that no backward has answered yet, and what they did to its buffers."""
+    """The forwards of a model that no backward has answered yet, and what they did to its buffers.
+
+    Attributes:
+        accumulation: What the user's loop divides the loss by, and which is no part of it.
+    """
 
     def __init__(self) -> None:
+        self.accumulation = 1
         self.histories: deque[BufferHistory] = deque(maxlen=16)  # of forwards that are never answered the latest
         self.opened_since_step = self.answered_since_step = False
         self.answers = 0  # backwards that have come through, ever

@@ -24,6 +24,9 @@ def node_table(graph: EnergyGraph, state: InferenceState | None = None) -> str:
 
 
 def _remarks(state: InferenceState) -> Iterator[str]:
+    if state.loss_weight is not None:
+        terms = f", a mean of {state.loss_terms:.4g} terms: each pulls with 1 over their number"
+        yield f"weight of a sample's loss in the energy: {state.loss_weight:.4g}{terms if state.loss_terms > 1 else ''}"
     if state.unreached:
         yield f"no error has reached {', '.join(state.unreached)}: their gradients are exactly zero; take more steps"
     energy = state.relaxation.energy
