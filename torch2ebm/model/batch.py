@@ -119,20 +119,29 @@ def _shapes(leaves: Any) -> tuple[tuple[int, ...], ...]:
 # a second run
 
 
+def candidates(arguments: Arguments, output: Any) -> list[int]:
+    """The dimensions of the first input that an output has, too: where it is one, no second run is needed."""
+    first = next((tensor for tensor in arguments.tensors if tensor.ndim), None)
+    kept = {size for leaf in _floating(leaves_of(output)) for size in leaf.shape}
+    return [] if first is None else [dim for dim, size in enumerate(first.shape) if size in kept]
+
+
 def find_batch_dimension(
-    run: Callable[..., Any], arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    run: Callable[..., Any],
+    arguments: Arguments,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dims: Sequence[int],
 ) -> BatchDimension:
     """The dimension without whose first entry the module computes the same for all others.
 
     Where several are such, for example in a net that treats all tokens alike, it is the one that stands first in the
     output. Where none is, dimension 0 remains a guess.
     """
-    first = next((tensor for tensor in arguments.tensors if tensor.ndim), None)
-    if first is None:
-        return BatchDimension()
+    first = next(tensor for tensor in arguments.tensors if tensor.ndim)
     outputs = _tensors(run(*args, **kwargs))
     found: list[tuple[int, int]] = []
-    for dim in range(first.ndim):
+    for dim in dims:
         place = _place_of_samples(run, args, kwargs, first, dim, outputs)
         if place == 0:
             return BatchDimension(dim, known="found")

@@ -26,7 +26,7 @@ from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
 from torch2ebm.model.arguments import Arguments, called, check_inputs
 from torch2ebm.model.backward import EnergyFunction, OpenCall
-from torch2ebm.model.batch import GUESSED, BatchDimension, find_batch_dimension
+from torch2ebm.model.batch import GUESSED, BatchDimension, candidates, find_batch_dimension
 from torch2ebm.model.capture_cache import Captures, Served
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.replicas import Replicas
@@ -193,20 +193,24 @@ class Conversion:
 
     # captures
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Have a graph for calls as this one, and leave the module as it was."""
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Have a graph for calls as this one, and leave the module as it was; returns what it has computed."""
         device = Arguments.of(self.module, args, kwargs).device
         with self.shards.gathered(), plain_autograd(), untouched(self.module, device):
-            self._served(args, kwargs, self.algorithm)
+            return self._served(args, kwargs, self.algorithm).run.output
 
-    def find_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Look which dimension counts samples, by runs on fewer of them; the module is left as it was."""
+    def find_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Look which dimension counts samples, if need be by runs on fewer; the module is left as it was."""
         arguments = Arguments.of(self.module, args, kwargs)
+        dims = candidates(arguments, output)
+        if len(dims) < 2:
+            self.batch = BatchDimension(dims[0], known="found") if dims else GUESSED
+            return
         modes = [(part, part.training) for part in self.module.modules()]
         with self.shards.gathered(), untouched(self.module, arguments.device), torch.no_grad():
             try:
                 self.module.eval()  # without dropout, and without the statistics of the batch
-                self.batch = find_batch_dimension(self.module, arguments, args, kwargs)
+                self.batch = find_batch_dimension(self.module, arguments, args, kwargs, dims)
             finally:
                 for part, training in modes:
                     part.training = training

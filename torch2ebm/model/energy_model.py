@@ -105,9 +105,10 @@ class EnergyModel(ModuleView):
         told = GUESSED if batch_dim is None else BatchDimension.told(batch_dim)
         super().__init__(Conversion(module, nodes, batch=told))
         if example_inputs is not None:
-            self.torch2ebm.capture(*as_arguments(example_inputs))
+            args, kwargs = as_arguments(example_inputs)
+            output = self.torch2ebm.capture(args, kwargs)
             if batch_dim is None:
-                self.torch2ebm.find_batch(*as_arguments(example_inputs))
+                self.torch2ebm.find_batch(args, kwargs, output)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         answer = self.torch2ebm.answer
