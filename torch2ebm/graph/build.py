@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import keyword
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -13,13 +11,14 @@ from torch import fx, nn
 from torch.nn import functional
 
 from torch2ebm.capture.functions import hung_on_autograd
-from torch2ebm.capture.in_place import attribute, called_by
+from torch2ebm.capture.in_place import called_by
 from torch2ebm.capture.observation import Capture
 from torch2ebm.capture.run import Run
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import PartitionError
 from torch2ebm.graph.cuts import cuts_of, draws_of
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, Operation, OutputReference, identity
+from torch2ebm.graph.generated import function_of
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.graph.naming import described, name_of, operation_name, unique_name
 from torch2ebm.graph.operations import parameters_of
@@ -238,11 +237,7 @@ class _Assembly:
             if node.op == "get_attr" and node not in copies:
                 copies[node] = graph.node_copy(node)
         graph.output(tuple(copies[node] for node in results))
-        _look_up_odd_names(graph, self.capture.module)
-        code = graph.python_code("self")
-        namespace = dict(code.globals)
-        exec(compile(code.src, f"<torch2ebm node {name}>", "exec"), namespace)
-        return partial(namespace["forward"], self.capture.module)
+        return function_of(graph, self.capture.module, name)
 
     def _parameters(self, body: Iterable[fx.Node]) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}
@@ -316,26 +311,3 @@ def _wound_back(draw: fx.Node, state: fx.Node) -> fx.Node:
         found = graph.call_function(drawn_from(called_by(draw)), (state, *draw.args), draw.kwargs)
     graph.erase_node(draw)
     return found
-
-
-def _look_up_odd_names(graph: fx.Graph, module: nn.Module) -> None:
-    """A function finds by its path what fx cannot write: ``self.class(x)``, of a submodule ``class``, is no Python."""
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and not _can_be_written(str(node.target)):
-            with graph.inserting_before(node):
-                found = graph.call_function(_read_of(module, str(node.target)))
-            node.replace_all_uses_with(found)
-            graph.erase_node(node)
-
-
-def _can_be_written(path: str) -> bool:
-    """Whether fx makes an expression of it. What is no identifier it puts between quotes, as it is."""
-    quoted = path.isprintable() and '"' not in path and "\\" not in path
-    return quoted and not any(map(keyword.iskeyword, path.split(".")))
-
-
-def _read_of(module: nn.Module, path: str) -> Callable[[], Any]:
-    def read() -> Any:
-        return attribute(module, path)
-
-    return read

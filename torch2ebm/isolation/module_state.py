@@ -132,17 +132,24 @@ def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Change
 @contextmanager
 def plain_autograd() -> Iterator[None]:
     """Gradients on, whatever the caller has set: inference mode, no_grad, or the saved-tensor hooks of a checkpoint."""
-    packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    with torch.inference_mode(False), torch.enable_grad(), nothing_packed() if packed else nullcontext():
+    with torch.inference_mode(False), torch.enable_grad(), nothing_packed():
         yield
 
 
 def nothing_packed() -> AbstractContextManager[None]:
     """Switch off the saved-tensor hooks outside, a checkpoint's for example."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+    if not may_be_packed():
         return nullcontext()  # transforms of torch.func refuse hooks, those that do nothing too
     # torch asks the innermost pair alone
     return torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged)
+
+
+_hooks_of_saved: Callable[[bool], object] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def may_be_packed() -> bool:
+    """Whether there are hooks on the tensors that autograd saves; torch 2.6 cannot say."""
+    return _hooks_of_saved is None or _hooks_of_saved(False) is not None
 
 
 def unchanged(tensor: Tensor) -> Tensor:

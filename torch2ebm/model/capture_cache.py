@@ -20,7 +20,7 @@ from torch2ebm.capture.recording import Place
 from torch2ebm.capture.run import Cuts, Run
 from torch2ebm.capture.running import Subject
 from torch2ebm.engine.finite import all_finite
-from torch2ebm.errors import ChangingForwardWarning, LoneNodeWarning, OpaqueModuleWarning
+from torch2ebm.errors import ChangingForwardWarning, LoneNodeWarning, OpaqueModuleWarning, UncalledNodeWarning
 from torch2ebm.graph.build import build_graph
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.graph.granularity import Granularity, named_leaves
@@ -275,6 +275,24 @@ class Captures:
                     OpaqueModuleWarning,
                     stacklevel=users_level(),
                 )
+
+        self._tell_of_uncalled()
+
+    def _tell_of_uncalled(self) -> None:
+        """Say once which named submodules are no node: data may decide, and another call may have them."""
+        if isinstance(self.granularity, str) or UncalledNodeWarning in self._told_of:
+            return
+        runs = [entry.made.run.records or () for entry in self.entries.values()]
+        found = {path for records in runs for record in records for _, path in record.scopes}
+        if uncalled := sorted(self.leaves - found):
+            self._told_of.add(UncalledNodeWarning)
+            warnings.warn(
+                f"convert({type(self.module).__name__}, nodes=[...]): {uncalled} of these names were called in no run "
+                "so far, or on data alone, and are no nodes. If data decides it, a later call has them; otherwise "
+                "leave them out.",
+                UncalledNodeWarning,
+                stacklevel=users_level(),
+            )
 
     def _tell_of_lone_node(self, graph: EnergyGraph) -> None:
         if (lone := lone_node(graph)) and LoneNodeWarning not in self._told_of:

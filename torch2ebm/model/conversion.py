@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.algorithms.base import Algorithm, check_algorithm
 from torch2ebm.capture.fingerprint import inside_functional_call
+from torch2ebm.capture.problems import users_level
 from torch2ebm.capture.running import Before
-from torch2ebm.common.nested import map_leaves
+from torch2ebm.common.nested import leaves_of, map_leaves
+from torch2ebm.common.plain_loop import PlainLoop
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.engine.standing import Standing
-from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
+from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError, PlainBackwardWarning
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plain_autograd, tensors_in_place, untouched
@@ -68,7 +71,8 @@ class Conversion:
         self._runs: Callable[..., Any] = module
         self.check_every: int | None = None
         self._calls = 0
-        self._holder: weakref.ref[object] | None = None
+        self._holders: list[weakref.ref[Any]] = []
+        self._plain = PlainLoop()
         self._latest: EnergyGraph | None = None
         self._state: InferenceState | None = None
 
@@ -85,8 +89,8 @@ class Conversion:
             if self._latest is None and self.shards.modules:
                 self.capture(args, kwargs)  # a run of its own: its graph is of parameters that are released again
             elif self._latest is None:
-                return self._captured_run(args, kwargs).run.output
-            return self.module(*args, **kwargs)
+                return self._watched(self._captured_run(args, kwargs).run.output)
+            return self._watched(self.module(*args, **kwargs))
         if not self.shards.covers(self.captures.parameters):
             self.replicas.forward(type(self.module).__name__)
         return self.run(self.algorithm, args, kwargs, self._keep, self.forwards)
@@ -98,6 +102,15 @@ class Conversion:
             return self.answer(args, kwargs)
         finally:
             self._runs = before
+
+    def _watched(self, output: Any) -> Any:
+        """An output without an algorithm: tell once where a loop trains on such ones, and nobody has attached any."""
+        if torch.is_grad_enabled() and self.algorithm is None:
+            module = self.module
+            if self._plain.trains(module.parameters()):
+                warnings.warn(_nothing_attached(type(module).__name__), stacklevel=users_level())
+            self._plain.watch(leaves_of(output), lambda: list(module.parameters()))
+        return output
 
     def _output_alone(self, algorithm: Algorithm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The output that the algorithm defines, where no backward will follow."""
@@ -236,7 +249,7 @@ class Conversion:
         if self.algorithm is None:
             self._see_again()
         arguments = Arguments.of(self.module, args, kwargs)
-        check_inputs(arguments.tensors)
+        check_inputs(self.module, arguments.tensors)
         call = lambda: called(self._runs, self.module, args, kwargs)  # noqa: E731
         served = self.captures.run(arguments, call, algorithm, contents=contents)
         self._latest = served.graph
@@ -277,8 +290,7 @@ class Conversion:
     @property
     def captured_by(self) -> str:
         """``"run"``: by a run of the module. Raises :class:`NotCapturedError` before any input was seen."""
-        assert self.graph is not None
-        return "run"
+        return "run" if self.graph else ""  # an error where there is no graph yet
 
     @property
     def state(self) -> InferenceState:
@@ -305,10 +317,16 @@ class Conversion:
     @property
     def attached(self) -> bool:
         """Whether whoever attached the algorithm is still there."""
-        return self._holder is not None and self._holder() is not None
+        return bool(self.holders)
+
+    @property
+    def holders(self) -> list[Any]:
+        """Who attached the algorithm: the optimizers, those that are still there."""
+        return [holder for each in self._holders if (holder := each()) is not None]
 
     def attach(self, algorithm: Algorithm, optimizer: object | None = None) -> None:
         """Raises :class:`AttachmentError` if an algorithm is attached whose optimizer is still there."""
+        check_algorithm("model.attach(algorithm)", algorithm, AttachmentError)
         if self.attached:
             gc.collect()  # a trainer that is gone keeps its optimizer until its cycles are collected
         if self.attached:
@@ -319,14 +337,27 @@ class Conversion:
                 "Call detach() on the optimizer that is attached, or on the model.",
             )
         self._see_again()
-        self._holder = weakref.ref(self if optimizer is None else optimizer)
+        self._holders = [weakref.ref(self if optimizer is None else optimizer)]
+        self._plain.end()
         self.algorithm, self._state, self._latest = algorithm, None, None
         self.forwards, self.replicas = OpenForwards(), Replicas()
         self._calls, self.check_every = 0, type(self).check_every_by_default
 
+    def attach_beside(self, optimizer: object) -> None:
+        """Another optimizer, of other parameters, for the algorithm that is attached."""
+        self._holders.append(weakref.ref(optimizer))
+
+    def detach_from(self, optimizer: object) -> None:
+        """One optimizer goes; the algorithm goes with the last of them. Nothing for one that has gone already."""
+        others = [holder for holder in self.holders if holder is not optimizer]
+        if len(others) < len(self.holders):
+            self._holders = [weakref.ref(each) for each in others]
+            if not others:
+                self.detach()
+
     def detach(self) -> None:
         """End the attachment."""
-        self.algorithm, self._holder, self._state = None, None, None
+        self.algorithm, self._holders, self._state = None, [], None
         self.forwards, self.replicas = OpenForwards(), Replicas()
 
     # what the optimizer asks
@@ -362,3 +393,12 @@ def _filled(output: Any, leaves: Sequence[Any], references: Sequence[OutputRefer
 
 def _ordinary(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+
+def _nothing_attached(module: str) -> PlainBackwardWarning:
+    return PlainBackwardWarning(
+        f"model(...), EnergyModel({module}): got a loop that trains by backpropagation, since nothing is attached to "
+        "the converted model; expected an EnergyOptimizer of this model. Write optimizer = "
+        "torch2ebm.EnergyOptimizer(optimizer, model, torch2ebm.PredictiveCoding()) before the loop; convert the net "
+        "once, and attach to what convert has returned."
+    )

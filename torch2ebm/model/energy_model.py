@@ -39,11 +39,12 @@ def convert(
 
     Raises:
         UntraceableError: if forward cannot be turned into a graph, with place and remedy.
-        UnknownNodeError: if a name in ``nodes`` is no submodule that forward calls.
+        UnknownNodeError: if a name in ``nodes`` is no submodule's.
         PartitionError: if a name in ``nodes`` computes nothing that depends on a parameter.
         CaptureMismatchError: if the graph does not compute what the module computes.
 
     Warns:
+        UncalledNodeWarning: if a submodule in ``nodes`` was not called, as in a branch that data decides.
         NameCollisionWarning: if the module has attributes of its own that are called as those of
             :class:`EnergyModel`: ``model.state`` is then the module's, ``model.torch2ebm.state`` torch2ebm's.
 

@@ -66,7 +66,7 @@ class ModuleView(nn.Module):
         held = self.torch2ebm
         found = getattr(held.module, name)
         if is_own_method(found, held.module, name):
-            return with_forward(found, held.module, held.answer_by, lambda: held.algorithm is not None)
+            return with_forward(found, held.module, held.answer_by, lambda: held.algorithm is not None, self)
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -62,7 +62,7 @@ def _changed(name: str) -> ChangedSinceForwardError:
         f"{name}, changed since model(...) was called",
         "what the forward saw, which inference reads again",
         "Call backward before optimizer.step() and before the next batch is written into the same tensors, or give the "
-        "model a copy (x.clone()).",
+        "model a copy (x.clone()). A bias counts too, of which autograd alone saves nothing.",
     )
 
 
