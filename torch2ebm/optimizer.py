@@ -327,9 +327,7 @@ class EnergyOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer, model, algorithm = state["optimizer"], state["model"], state["algorithm"]
-        self._be(
-            optimizer, model, algorithm, monitored=state["monitored"], accumulation=state.get("accumulation", 1)
-        )
+        self._be(optimizer, model, algorithm, monitored=state["monitored"], accumulation=state.get("accumulation", 1))
         with suppress(AttachmentError):  # where another stands already, this copy was detached
             attach(self, model, algorithm, replace=False)
             model.torch2ebm.forwards.accumulation = self.accumulation

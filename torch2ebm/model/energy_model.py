@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.engine.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.model.arguments import as_arguments
-from torch2ebm.model.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.module_view import ModuleView
 
