@@ -17,6 +17,7 @@ from torch2ebm.capture.fingerprint import inside_functional_call
 from torch2ebm.capture.problems import users_level
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.common.plain_loop import PlainLoop
+from torch2ebm.engine.batch import GUESSED, Batch, BatchDimension, candidates, find_batch_dimension
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.engine.standing import Standing
@@ -28,7 +29,6 @@ from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
 from torch2ebm.model.arguments import Arguments, called, check_inputs
 from torch2ebm.model.backward import EnergyFunction, OpenCall
-from torch2ebm.model.batch import GUESSED, BatchDimension, find_batch_dimension
 from torch2ebm.model.capture_cache import Captures, Served
 from torch2ebm.model.open_forwards import OpenForwards, nothing_attached
 from torch2ebm.model.replicas import Replicas
@@ -169,7 +169,7 @@ class Conversion:
                     keep,
                     self.shards,
                     served.arguments,
-                    self.batch.of(served.arguments, served.run.output),
+                    self._batch(served),
                     self.standing,
                     partial(self.captures.forget, served.graph),
                 )
@@ -200,28 +200,34 @@ class Conversion:
 
     def _call(self, served: Served) -> Call:
         arguments = served.arguments
-        size = self.batch.of(arguments, served.run.output).size
-        return Call(served.graph, served.run, arguments.device, size, served.swapped)
+        return Call(served.graph, served.run, arguments.device, self._batch(served).size, served.swapped)
+
+    def _batch(self, served: Served) -> Batch:
+        return self.batch.of(served.arguments.tensors, served.arguments.names, served.run.output)
 
     def _keep(self, state: InferenceState) -> None:
         self._state = state
 
     # captures
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Have a graph for calls as this one, and leave the module as it was."""
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Have a graph for calls as this one, and leave the module as it was; returns what it has computed."""
         device = Arguments.of(self.module, args, kwargs).device
         with self.shards.gathered(), plain_autograd(), untouched(self.module, device):
-            self._served(args, kwargs, self.algorithm)
+            return self._served(args, kwargs, self.algorithm).run.output
 
-    def find_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Look which dimension counts samples, by runs on fewer of them; the module is left as it was."""
+    def find_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Look which dimension counts samples, if need be by runs on fewer; the module is left as it was."""
         arguments = Arguments.of(self.module, args, kwargs)
+        dims = candidates(arguments.tensors, output)
+        if len(dims) < 2:
+            self.batch = BatchDimension(dims[0], known="found") if dims else GUESSED
+            return
         modes = [(part, part.training) for part in self.module.modules()]
         with self.shards.gathered(), untouched(self.module, arguments.device), torch.no_grad():
             try:
                 self.module.eval()  # without dropout, and without the statistics of the batch
-                self.batch = find_batch_dimension(self.module, arguments, args, kwargs)
+                self.batch = find_batch_dimension(self.module, arguments.tensors, args, kwargs, dims)
             finally:
                 for part, training in modes:
                     part.training = training
