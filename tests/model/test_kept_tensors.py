@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import attached
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -110,3 +111,47 @@ def test_a_call_leaves_no_cycle() -> None:
     finally:
         gc.enable()
     assert optimizer.model is model
+
+
+class Equilibrium(nn.Module):
+    """A fixed point whose gradient a hook finds by differentiating a step that it has kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+        with torch.no_grad():
+            self.inner.weight.mul_(0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = lambda z: torch.tanh(self.inner(z) + self.outer(x))  # noqa: E731
+        with torch.no_grad():
+            z = torch.zeros_like(x)
+            for _ in range(60):
+                z = step(z)
+        z = step(z)
+        start = z.detach().requires_grad_()
+        kept = step(start)
+
+        def implicit(gradient: Tensor) -> Tensor:
+            found = gradient
+            for _ in range(60):
+                found = torch.autograd.grad(kept, start, found, retain_graph=True)[0] + gradient
+            return found
+
+        if z.requires_grad:
+            z.register_hook(implicit)
+        return z
+
+
+def test_a_hook_that_differentiates_what_forward_has_kept_means_just_that() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), Equilibrium(), nn.Linear(4, 3)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    net(x).square().mean().backward()
+    expected = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    model = attached(net, torch2ebm.ZeroDivergence(), nodes=["0", "1", "2"])
+    for _ in range(3):
+        net.zero_grad()
+        model(x).square().mean().backward()
+        found = [p.grad for p in net.parameters() if p.grad is not None]
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(found, expected, strict=True))

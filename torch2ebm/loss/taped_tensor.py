@@ -49,7 +49,9 @@ class TapedTensor(Tensor):
         try:
             compiling = torch.compiler.is_compiling()
             if not compiling and func in BACKWARDS:
-                args, kwargs = meant((args, kwargs or {}))
+                kwargs = kwargs or {}
+                if torch._C._current_graph_task_id() < 0:  # a hook inside of a backward means what forward has left it
+                    args, kwargs = meant((args, kwargs))
                 _check_dependent(func, args[0] if args else None)
                 return run_backward(func, args, kwargs, _Taping())
             caller = "" if compiling else sys._getframe(1).f_globals.get("__name__", "")
