@@ -66,13 +66,15 @@ class Scalar:
     """A tensor of one number on a tape. A backward that goes through it leaves here with which gradient.
 
     Attributes:
-        asked: While a backward is called on this scalar: the gradient that it was given, or True for 1.
+        pending: What the backward was given that is called on this scalar: the gradient, or True for 1.
+        asked: The same, from where that backward has come through; None for one that was called on something else.
         task: The backward that has come through last, as autograd numbers them.
         factor: The gradient that arrived then.
     """
 
     place: Place
     value: Tensor
+    pending: Tensor | bool | None = None
     asked: Tensor | bool | None = None
     task: int = -1
     factor: Tensor | None = None
@@ -80,6 +82,7 @@ class Scalar:
     def arrived(self, gradient: Tensor | None) -> None:
         if gradient is not None:
             self.task, self.factor = torch._C._current_graph_task_id(), gradient.detach()
+            self.asked, self.pending = self.pending, None
 
     @property
     def given(self) -> float | None:
