@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from torch2ebm.algorithms.base import Algorithm, check_algorithm
 from torch2ebm.capture.fingerprint import inside_functional_call
 from torch2ebm.capture.problems import users_level
-from torch2ebm.capture.running import Before
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.common.plain_loop import PlainLoop
 from torch2ebm.engine.batch import GUESSED, Batch, BatchDimension, candidates, find_batch_dimension
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.engine.standing import Standing
-from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError, PlainBackwardWarning
+from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plain_autograd, tensors_in_place, untouched
@@ -31,10 +30,10 @@ from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
 from torch2ebm.model.arguments import Arguments, called, check_inputs
 from torch2ebm.model.backward import EnergyFunction, OpenCall
 from torch2ebm.model.capture_cache import Captures, Served
-from torch2ebm.model.open_forwards import OpenForwards
+from torch2ebm.model.open_forwards import OpenForwards, nothing_attached
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.shards import Shards
-from torch2ebm.model.whole_call import check_whole_call
+from torch2ebm.model.whole_call import PlainCall
 from torch2ebm.reports.drawing import draw_graph
 from torch2ebm.reports.tables import node_table
 
@@ -92,7 +91,7 @@ class Conversion:
                 return self._watched(self._captured_run(args, kwargs).run.output)
             return self._watched(self.module(*args, **kwargs))
         if not self.shards.covers(self.captures.parameters):
-            self.replicas.forward(type(self.module).__name__)
+            self.replicas.forward(type(self.module).__name__, self.algorithm)
         return self.run(self.algorithm, args, kwargs, self._keep, self.forwards)
 
     def answer_by(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], run: Callable[..., Any]) -> Any:
@@ -108,7 +107,7 @@ class Conversion:
         if torch.is_grad_enabled() and self.algorithm is None:
             module = self.module
             if self._plain.trains(module.parameters()):
-                warnings.warn(_nothing_attached(type(module).__name__), stacklevel=users_level())
+                warnings.warn(nothing_attached(type(module).__name__), stacklevel=users_level())
             self._plain.watch(leaves_of(output), lambda: list(module.parameters()))
         return output
 
@@ -156,10 +155,10 @@ class Conversion:
 
         def taped_output() -> Any:
             with exhausted_memory_named("model(...)", algorithm):
-                before = Before.now(self.module, Arguments.of(self.module, args, kwargs).device) if checked else None
+                plain = self._plain_call(args, kwargs) if checked else None
                 served = self._served(args, kwargs, algorithm, history.before)
-                if before is not None:
-                    check_whole_call(served, before, lambda: self.module(*args, **kwargs))
+                if plain is not None:
+                    plain.check(served)
                 call = self._call(served)
                 open_call = OpenCall(
                     call,
@@ -191,6 +190,9 @@ class Conversion:
     def new_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """A run of the module, as a call that no algorithm has filled."""
         return self._call(self._captured_run(args, kwargs))
+
+    def _plain_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PlainCall | None:
+        return PlainCall.of(self.module, (args, kwargs), lambda: called(self._runs, self.module, args, kwargs))
 
     def _is_checked(self) -> bool:
         self._calls += 1
@@ -395,12 +397,3 @@ def _filled(output: Any, leaves: Sequence[Any], references: Sequence[OutputRefer
 
 def _ordinary(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
-
-
-def _nothing_attached(module: str) -> PlainBackwardWarning:
-    return PlainBackwardWarning(
-        f"model(...), EnergyModel({module}): got a loop that trains by backpropagation, since nothing is attached to "
-        "the converted model; expected an EnergyOptimizer of this model. Write optimizer = "
-        "torch2ebm.EnergyOptimizer(optimizer, model, torch2ebm.PredictiveCoding()) before the loop; convert the net "
-        "once, and attach to what convert has returned."
-    )
