@@ -60,8 +60,10 @@ def _run(
     if any(taping.is_taped(leaf) for leaf in leaves_of(arguments)):
         with torch._C.DisableTorchFunctionSubclass():  # asked for by itself, and an alias would be another tensor
             return func(**{of: roots[0] if single else roots}, **arguments)
+    with torch.enable_grad():  # in a hook it is off, and an alias would have no history
+        plain = taping.plain(roots[0] if single else roots)
     # hooks, and what is recomputed inside, see torch as ever
-    return func(**{of: taping.plain(roots[0] if single else roots)}, **arguments)
+    return func(**{of: plain}, **arguments)
 
 
 def _with_scalars(roots: Sequence[Any], given: Sequence[Any], taping: Taping) -> tuple[list[Any], list[Any]]:

@@ -49,7 +49,7 @@ class TapedTensor(Tensor):
         try:
             compiling = torch.compiler.is_compiling()
             if not compiling and func in BACKWARDS:
-                args, kwargs = meant((args, kwargs or {}))
+                args, kwargs = meant((args, kwargs or {})) if torch.is_grad_enabled() else (args, kwargs or {})
                 _check_dependent(func, args[0] if args else None)
                 return run_backward(func, args, kwargs, _Taping())
             caller = "" if compiling else sys._getframe(1).f_globals.get("__name__", "")
