@@ -54,6 +54,7 @@ class TapeEntry:
     ambient: Ambient  # a target computed under no_grad must not pass a gradient in the replay either
     differentiable: bool  # whether a result requires a gradient
     reduced: bool  # whether every result has no dimension
+    dtype: torch.dtype | None = None  # of the first result
 
     def run(self, device: str, found: Mapping[Place, Any]) -> Iterator[tuple[Place, Any]]:
         args, kwargs = resolved(self.operation.args, found), resolved(self.operation.kwargs, found)
@@ -156,6 +157,7 @@ class Tape:
             Ambient.now(self.device),
             any(leaf.requires_grad for leaf in found),
             all(leaf.ndim == 0 for leaf in found),
+            found[0].dtype if found else None,
         )
         self.entries.append(entry)
         return places
