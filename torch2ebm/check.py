@@ -16,7 +16,7 @@ from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.graph.lone_node import ALONE, FINER, lone_node
-from torch2ebm.model.arguments import Arguments, as_arguments
+from torch2ebm.model.arguments import as_arguments
 from torch2ebm.model.energy_model import EnergyModel, convert
 
 
@@ -49,7 +49,7 @@ class CheckReport:
         nodes: The names of the value nodes, parents before children.
         table: The nodes as a text table.
         findings: What there is to know; none of it keeps the module from being trained.
-        batch_size: The size of the dimension that is taken for the batch: the first of the first input.
+        batch_size: The size of the dimension that is taken for the batch: see ``batch_dim`` of :func:`convert`.
     """
 
     nodes: tuple[str, ...]
@@ -112,14 +112,13 @@ def check(module: nn.Module, example_inputs: Any, nodes: Granularity = "auto") -
         conversion = model.torch2ebm
         first = conversion.looked_at(args, kwargs)
         sequences = len(conversion.captures.entries)
-    arguments = Arguments.of(module, args, kwargs)
     findings = [
         *_of_graph(model.graph, module),
-        *_of_run(first, arguments),
+        *_of_run(first, conversion.batch.dim),
         *_branches(sequences),
         *(Finding("warning", type(each.message).__name__, str(each.message), "") for each in told if _is_news(each)),
     ]
-    return CheckReport(tuple(model.nodes), model.torch2ebm.summary(), tuple(findings), arguments.batch_size)
+    return CheckReport(tuple(model.nodes), model.torch2ebm.summary(), tuple(findings), first.batch_size)
 
 
 def _is_news(told: warnings.WarningMessage) -> bool:
@@ -168,7 +167,7 @@ def _of_graph(graph: EnergyGraph, module: nn.Module) -> Iterator[Finding]:
         )
 
 
-def _of_run(call: Call, arguments: Arguments) -> Iterator[Finding]:
+def _of_run(call: Call, batch_dim: int) -> Iterator[Finding]:
     for place, what in call.run.values_read.items():
         yield Finding(
             "value",
@@ -177,12 +176,12 @@ def _of_run(call: Call, arguments: Arguments) -> Iterator[Finding]:
             "While values relax it stays what the feed-forward pass has made of it; torch.where follows instead.",
         )
     sizes = {leaf.shape[0] for leaf in leaves_of(call.run.output) if isinstance(leaf, Tensor) and leaf.ndim}
-    if sizes and arguments.batch_size not in sizes:
+    if sizes and batch_dim == 0 and call.batch_size not in sizes:
         yield Finding(
             "batch",
             "output",
-            f"no output has {arguments.batch_size} rows, the first dimension of the first input.",
-            "The loss is weighted by the number of samples: put the batch first in the first argument.",
+            f"no output has {call.batch_size} rows, the first dimension of the first input.",
+            "The loss is weighted by the number of samples: tell which dimension counts them, convert(batch_dim=...).",
         )
 
 

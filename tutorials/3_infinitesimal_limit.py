@@ -79,10 +79,8 @@ net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), 
 model = torch2ebm.convert(net)
 
 # %% [markdown]
-# Mind the place of the one-half: it belongs inside the mean. `0.5 * ((output - target) ** 2).sum(1).mean()` is the same
-# number, but there the factor multiplies the finished loss. torch2ebm then takes it for a scale of the gradient, as it
-# does with `loss / 4`, and the values would be pulled twice as hard. (`torch2ebm.EnergyLoss` takes any expression as it
-# stands.)
+# The place of the one-half does not matter: the energy takes the number on which backward is called, all of it.
+# `0.5 * ((output - target) ** 2).sum(1).mean()` pulls as hard.
 #
 # ## 1. Nudging
 #

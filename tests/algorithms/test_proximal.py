@@ -453,7 +453,7 @@ def test_a_loss_that_is_too_curved_is_refused_with_the_ways_out(
     with torch.no_grad():
         net[-1].weight.mul_(0.1)  # a softmax near 1/4 each, where the weighted cross-entropy is most curved
     model = attached(net, IL())
-    with pytest.raises(LossCurvatureError, match="inside the mean") as caught:
+    with pytest.raises(LossCurvatureError, match="Divide the loss by") as caught:
         loss(model(x_of(4).to(dtype)).to(dtype)).backward()
     assert all(word in str(caught.value) for word in ("curvature", "ImplicitSGD", "PredictiveCoding", "alpha"))
     assert all(parameter.grad is None for parameter in net.parameters())

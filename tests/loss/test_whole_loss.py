@@ -238,3 +238,14 @@ def test_noise_that_is_drawn_in_the_loss_stays_what_it_was() -> None:
     noise = torch.randn(BATCH, CLASSES, dtype=torch.float64)
     expected = TwoLayers(net(), 2, [X], lambda o: (o + noise - T).square().mean(), BATCH).gradients(STEPS, RATE)
     assert relative_error({name: p.grad for name, p in module.named_parameters()}, expected) <= EXACT
+
+
+def test_a_hook_may_differentiate_what_was_computed_from_the_output() -> None:
+    """In a hook gradients are off, and the root of the inner backward is on the tape."""
+    output = attached(net(), torch2ebm.PredictiveCoding(STEPS, RATE))(X)
+    weight, seen = torch.ones(CLASSES, dtype=torch.float64, requires_grad=True), []
+    inner = (weight * output).sum()
+    loss = F.cross_entropy(output, Y)
+    loss.register_hook(lambda g: seen.extend(torch.autograd.grad(inner, weight, retain_graph=True)))
+    loss.backward()
+    assert (seen[0] - output.detach().sum(0)).abs().max() <= EXACT

@@ -118,7 +118,7 @@ def assert_next_step_works(training: Training, algorithm: torch2ebm.Algorithm) -
 
 # Where autograd enters a backward, before anything is done or guarded: as in the user's own lines after the forward, an
 # interruption leaves buffers as the forward has moved them, which is what plain torch leaves.
-ENTRY = {("backward.py", "backward"), ("open_forwards.py", "without_a_trace"), ("taped_tensor.py", "seen")}
+ENTRY = {("backward.py", "backward"), ("open_forwards.py", "without_a_trace"), ("tape.py", "arrived")}
 
 # Lines that only open or close a guard. A with is traced once more before its end runs, and raising there would leave
 # it out; a signal cannot: CPython looks for one after calls and jumps back, which a guard covers.

@@ -529,9 +529,7 @@ def target_like(output: Tensor) -> Tensor:
 
 
 def loss_of(output: Any) -> Tensor:
-    """A mean over the batch, with another weight for each tensor of the output, inside the mean: an outer factor
-    that is common to all scalars is no part of the energy.
-    """
+    """A mean over the batch, with another weight for each tensor of the output."""
     leaves = pytree.tree_leaves(output)
     means = [((leaf - target_like(leaf)).square() / (2 + i)).mean() for i, leaf in enumerate(leaves)]
     return sum(means[1:], means[0])

@@ -29,9 +29,9 @@ class ContrastiveHebbian(Algorithm):
     The difference of the two phases, weighted by feedback^(depth n - depth of the output), tends to backprop's gradient
     with an error of first order in ``feedback``. ``model(x)`` is the output at the free equilibrium.
 
-    A constant factor of the loss of a sample, as in ``(0.5 * error**2).sum(1).mean()``, moves the held output as far as
-    it says; one outside of the mean (``0.5 * loss``, accumulation, a gradient scaler) only scales the gradient, and the
-    output is held where the loss without it says.
+    A constant factor of the loss, as in ``0.5 * (error**2).sum(1).mean()``, moves the held output as far as it says.
+    What is no part of the loss (accumulation, a gradient scaler) only scales the gradient, and the output is held where
+    the loss without it says.
 
     Args:
         feedback: gamma, the strength of the feedback per depth.

@@ -26,9 +26,9 @@ class CoupledLearning(Algorithm):
     free one, over beta. It is no estimate of the loss's gradient, even as ``beta`` goes to 0: a direction that lowers
     the loss. With ``beta=1`` it is contrastive learning.
 
-    A constant factor of the loss of a sample, as in ``(0.5 * error**2).sum(1).mean()``, counts like ``beta``: it moves
-    the held output as far as it says. One outside of the mean (``0.5 * loss``, accumulation, a gradient scaler) only
-    scales the gradient. Cross-entropy drives the outputs, and so what they send back, without bound, while its pull
+    A constant factor of the loss, as in ``0.5 * (error**2).sum(1).mean()``, counts like ``beta``: it moves the held
+    output as far as it says. What is no part of the loss (accumulation, a gradient scaler) only scales the gradient.
+    Cross-entropy drives the outputs, and so what they send back, without bound, while its pull
     fades: with full feedback the free phase then stops settling in time, which is refused; take ``feedback=0.1``.
 
     Args:

@@ -35,7 +35,7 @@ class ImplicitSGD(Algorithm):
     output's value is free too. Then the layers take that smallest step, and a feed-forward pass reproduces the values.
 
     ``.grad`` is ``-(theta+ - theta)``: use it with ``torch.optim.SGD(params, lr=1.0)``, without momentum. The step
-    size is ``alpha``. A factor outside the loss (accumulation, a gradient scaler) scales ``.grad`` and nothing else.
+    size is ``alpha``. What is no part of the loss (accumulation, a gradient scaler) scales ``.grad`` and nothing else.
     The loss is taken as it is written: L of a batch is one function, whether a mean or a sum over samples.
 
     Every trainable parameter has to be the weight or bias of a dense layer (``nn.Linear``) that one node reads, with

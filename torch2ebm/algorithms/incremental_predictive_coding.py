@@ -43,8 +43,8 @@ class IncrementalPredictiveCoding(Algorithm):
         loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
 
     Raises:
-        ConfigurationError: for an illegal setting; in backward for a loss with an outer factor above 1 (a gradient
-            scaler's), which only the first step would be rid of.
+        ConfigurationError: for an illegal setting; in backward under a gradient scaler's factor above 1, which only
+            the first step would be rid of.
 
     Example:
         >>> import torch, torch2ebm

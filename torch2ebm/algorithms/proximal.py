@@ -26,7 +26,7 @@ class ProximalInferenceLearning(Algorithm):
     ``e_l = h_l - p_l`` and, at the output, ``e_L = -(alpha nm / (1 + alpha nm)) dL/dp_L`` for each sample. Then
     ``dW_l = mean_b(e_{l+1} a_l^T) / nm_l`` and ``db_l = mean_b(e_{l+1}) / nm_l`` with the layer's input ``a_l`` and
     ``nm_l = mean_b |a_l|^2 + 1`` (the 1 for a bias) ``+ eps``: with one sample and ``eps = 0`` the layers then predict
-    exactly the values that inference came to. ``.grad`` is ``-dW``, times the loss's outer factor: step it by
+    exactly the values that inference came to. ``.grad`` is ``-dW``, times a scaler's factor: step it by
     ``torch.optim.SGD(parameters, lr=1.0)``. ``alpha`` is the only rate of learning, and it appears nowhere else.
 
     The output's error is the exact proximal step of a loss whose Hessian in ``p_L`` is the identity, and a shorter one
@@ -34,7 +34,7 @@ class ProximalInferenceLearning(Algorithm):
     over the batch of cross-entropies (Hessian at most 1/2), of half squared errors (1) and of squared errors averaged
     over two or more features (2 over their number). A loss that is more curved would make ``alpha nm -> infinity`` a
     gradient step that is too long; it is refused, after two power iterations by differences of its
-    gradient where inference starts. An outer factor of the loss scales ``.grad``, not this.
+    gradient where inference starts. A scaler's factor scales ``.grad``, not this.
 
     ``state.value`` of an output is ``p_L + e_L``. In ``state.relaxation`` the energy is the sum over all nodes,
     outputs included, of half the squared error; ``loss`` is the loss beside it, summed over samples, no part of it.

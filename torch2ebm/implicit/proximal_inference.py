@@ -194,7 +194,7 @@ class ProximalInference:
         return LocalGradients(gradients.parameters, [None] * len(self.call.tensors), state)
 
     def _add_changes(self, evaluated: NodePass, point: InferencePoint, gradients: GradientSum) -> None:
-        """-dW = -mean_b(e a^T) / nm, times the loss's outer factor; zero where every input is zero."""
+        """-dW = -mean_b(e a^T) / nm, times a scaler's factor; zero where every input is zero."""
         if evaluated.node.name not in point.norms:
             return
         norm = point.norms[evaluated.node.name]
@@ -266,8 +266,8 @@ def _check_curvature(loss: OutputLoss, predictions: Mapping[str, Tensor], gradie
             "ProximalInferenceLearning, loss.backward()",
             f"a loss with a curvature of at least {curvature:.3g} in a sample's prediction",
             "at most 1, as of cross-entropy or half the squared error",
-            f"Divide the loss of a sample by {math.ceil(curvature)} inside the mean over the batch (a factor outside "
-            "scales .grad only) and multiply alpha by it, or take ImplicitSGD or PredictiveCoding.",
+            f"Divide the loss by {math.ceil(curvature)} and multiply alpha by it, or take ImplicitSGD or "
+            "PredictiveCoding.",
         )
 
 

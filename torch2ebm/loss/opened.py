@@ -16,12 +16,16 @@ from torch2ebm.common.nested import ResultReference, leaves_of
 from torch2ebm.loss.tape import Operation, Place, Replay, Tape, TapeEntry, resolved
 from torch2ebm.loss.taped_tensor import TapedTensor, put_on_new_tape, tape_of
 
+_ARITHMETIC = frozenset([Tensor.mul, torch.mul, Tensor.div, torch.div, Tensor.add, torch.add, Tensor.sub, torch.sub])
+
 
 def opened(tape: Tape, own: Sequence[Place], wanted: Sequence[Place]) -> Replay | None:
     """The replay with every whole function opened; None where one cannot be."""
     closed = tape.replay_of(own, wanted)
     if not any(entry.operation.whole for entry in closed.entries):
-        return closed
+        with_tensors = [_with_tensors(entry, tape) for entry in closed.entries]
+        changed = any(ours is not theirs for ours, theirs in zip(with_tensors, closed.entries, strict=True))
+        return replace(closed, entries=with_tensors) if changed else closed
     found: dict[Place, Tensor] = {**tape.values, **closed.constants}
     entries: list[TapeEntry] = []
     for entry in closed.entries:
@@ -30,8 +34,19 @@ def opened(tape: Tape, own: Sequence[Place], wanted: Sequence[Place]) -> Replay 
             return None
         for each in inside:
             found.update(each.run(tape.device, found))
-        entries += inside
+        entries += [_with_tensors(each, tape) for each in inside]
     return replace(closed, entries=entries, writes=any(entry.operation.writes for entry in entries))
+
+
+def _with_tensors(entry: TapeEntry, tape: Tape) -> TapeEntry:
+    """A coefficient of a loss as a tensor, since a number of Python's would be a setting of the program."""
+    function, args = entry.operation.function, entry.operation.args
+    if function not in _ARITHMETIC or entry.operation.kwargs or len(args) != 2 or not entry.reduced:
+        return entry
+    if not any(type(arg) is float for arg in args) or entry.dtype not in (torch.float32, torch.float64):
+        return entry
+    made = [torch.full((), a, dtype=entry.dtype, device=tape.device) if type(a) is float else a for a in args]
+    return replace(entry, operation=replace(entry.operation, args=tuple(made)))
 
 
 def _inside(entry: TapeEntry, found: dict[Place, Tensor], outer: Tape) -> list[TapeEntry] | None:

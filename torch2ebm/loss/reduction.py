@@ -16,7 +16,7 @@ _QUOTIENTS = frozenset(["div", "div_", "divide", "true_divide", "__truediv__"])
 _ADDITIVE = frozenset(
     {"add", "add_", "__add__", "__radd__", "sub", "sub_", "__sub__", "__rsub__", "rsub", "subtract", "neg", "negative"}
     | {"positive", "sum", "mean", "stack", "cat", "concat", "hstack", "clone", "to", "double", "float", "view"}
-    | {"reshape", "squeeze", "unsqueeze", "flatten", "contiguous", "cpu", "cuda", "alias"}
+    | {"__getitem__", "reshape", "squeeze", "unsqueeze", "flatten", "contiguous", "cpu", "cuda", "alias"}
 )
 
 

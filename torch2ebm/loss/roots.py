@@ -44,14 +44,11 @@ def run_backward(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
         return _one_by_one(roots, given, arguments)
     if func is torch.autograd.grad:
         roots, given = _with_scalars(roots, given, taping)
-    asked = [(root._scalar, gradient) for root, gradient in zip(roots, given, strict=True) if hasattr(root, "_scalar")]
-    try:
-        for scalar, gradient in asked:
-            scalar.asked = True if gradient is None else taping.plain(gradient).detach()
-        return _run(func, of, roots, given, arguments, taping)
-    finally:
-        for scalar, _ in asked:
-            scalar.asked = None
+    for root, gradient in zip(roots, given, strict=True):
+        if hasattr(root, "_scalar"):
+            root._scalar.pending = True if gradient is None else taping.plain(gradient).detach()
+    # nothing follows: once the gradients are there, an interruption could not be undone
+    return _run(func, of, roots, given, arguments, taping)
 
 
 def _run(
@@ -63,8 +60,10 @@ def _run(
     if any(taping.is_taped(leaf) for leaf in leaves_of(arguments)):
         with torch._C.DisableTorchFunctionSubclass():  # asked for by itself, and an alias would be another tensor
             return func(**{of: roots[0] if single else roots}, **arguments)
+    with torch.enable_grad():  # in a hook it is off, and an alias would have no history
+        plain = taping.plain(roots[0] if single else roots)
     # hooks, and what is recomputed inside, see torch as ever
-    return func(**{of: taping.plain(roots[0] if single else roots)}, **arguments)
+    return func(**{of: plain}, **arguments)
 
 
 def _with_scalars(roots: Sequence[Any], given: Sequence[Any], taping: Taping) -> tuple[list[Any], list[Any]]:

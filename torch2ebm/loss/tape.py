@@ -54,6 +54,7 @@ class TapeEntry:
     ambient: Ambient  # a target computed under no_grad must not pass a gradient in the replay either
     differentiable: bool  # whether a result requires a gradient
     reduced: bool  # whether every result has no dimension
+    dtype: torch.dtype | None = None  # of the first result
 
     def run(self, device: str, found: Mapping[Place, Any]) -> Iterator[tuple[Place, Any]]:
         args, kwargs = resolved(self.operation.args, found), resolved(self.operation.kwargs, found)
@@ -66,13 +67,15 @@ class Scalar:
     """A tensor of one number on a tape. A backward that goes through it leaves here with which gradient.
 
     Attributes:
-        asked: While a backward is called on this scalar: the gradient that it was given, or True for 1.
+        pending: What the backward was given that is called on this scalar: the gradient, or True for 1.
+        asked: The same, from where that backward has come through; None for one that was called on something else.
         task: The backward that has come through last, as autograd numbers them.
         factor: The gradient that arrived then.
     """
 
     place: Place
     value: Tensor
+    pending: Tensor | bool | None = None
     asked: Tensor | bool | None = None
     task: int = -1
     factor: Tensor | None = None
@@ -80,6 +83,7 @@ class Scalar:
     def arrived(self, gradient: Tensor | None) -> None:
         if gradient is not None:
             self.task, self.factor = torch._C._current_graph_task_id(), gradient.detach()
+            self.asked, self.pending = self.pending, None
 
     @property
     def given(self) -> float | None:
@@ -153,6 +157,7 @@ class Tape:
             Ambient.now(self.device),
             any(leaf.requires_grad for leaf in found),
             all(leaf.ndim == 0 for leaf in found),
+            found[0].dtype if found else None,
         )
         self.entries.append(entry)
         return places
