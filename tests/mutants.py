@@ -336,8 +336,32 @@ AGREEMENT = [
            "agreement"),
 ]  # fmt: skip
 
+AROUND = [
+    Mutant("a loop on the module that is told nothing", "steps_told.py", "forwards.answers != (self._answers or 0)",
+           "forwards.answers != -1", "loops_told"),
+    Mutant("a step on the gradients of the one before told", "steps_told.py",
+           "self._used[0]() is not gradient", "True", "loops_told"),
+    Mutant("a backward alone taken for training", "common/plain_loop.py", "== _versions(parameters):", "== []:",
+           "loops_told"),
+    Mutant("two optimizers of the same parameters", "attaching.py", "bool(taken) and not own & taken", "bool(taken)",
+           "wrapped_optimizers"),
+    Mutant("further steps left out without a word", "optimizer.py", "if self._conversion.forwards.later:",
+           "if False:", "wrapped_optimizers"),
+    Mutant("labels cut off to whole numbers", "mnist.py", "(exact == exact.floor()) & ", "", "stored_numbers"),
+    Mutant("what follows the announced numbers forgotten", "common/stored_numbers.py", "if stream.read(1):",
+           "if False:", "stored_numbers"),
+    Mutant("an array of columns read by rows", "common/stored_numbers.py",
+           "self.sizes[::-1] if self.column_major else self.sizes", "self.sizes", "stored_numbers"),
+    Mutant("names written into text unchecked", "graph/generated.py", "all(key.isidentifier() and _can_be_written(key)",
+           "all(True", "generated"),
+    Mutant("half a checkpoint loaded", "checkpoints.py",
+           'vars(optimizer).update(before)\n        raise _malformed(optimizer, problem)',
+           "raise _malformed(optimizer, problem)", "checkpoints"),
+    Mutant("other settings of a checkpoint not told", "checkpoints.py", "saved[name] != now[name]", "False", "resume"),
+]  # fmt: skip
+
 MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA,
-           *PROGRAMS, *RUNS, *AGREEMENT]  # fmt: skip
+           *PROGRAMS, *RUNS, *AGREEMENT, *AROUND]  # fmt: skip
 
 
 # Running them ---------------------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def test_a_packing_that_says_itself_how_much_memory_it_takes_is_refused(tmp_path
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("dtype", ["uint8", ">i2", "<i8", "float32", ">f8", "bool"])
 def test_every_packing_order_and_dtype_gives_the_numbers(tmp_path: Path, method: int, dtype: str) -> None:
-    images = np.asfortranarray(np.arange(18).reshape(3, 2, 3).astype(dtype))
+    images = np.asfortranarray(np.arange(24).reshape(3, 2, 4).astype(dtype))
     mnist = torch2ebm.load_mnist(written(tmp_path, npz(method, train_images=npy(images))))
     assert mnist.train_images.tolist() == images.tolist()
     assert mnist.train_images.is_contiguous() and str(mnist.train_images.dtype) == f"torch.{images.dtype.name}"
