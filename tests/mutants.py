@@ -119,8 +119,10 @@ VALUES_AND_ERRORS = [
 ]  # fmt: skip
 
 STANDING_STILL = [
-    Mutant("batch statistics that follow the values", "engine/call.py",
-           "changes.append(entered(frozen_statistics(self._statistics_of(node))))", "pass", "traps"),
+    Mutant("frozen batch statistics that follow the values", "engine/call.py",
+           "kept = self._statistics_of(node) if self.frozen_statistics else None", "kept = None", "traps"),
+    Mutant("running statistics that move with the values", "isolation/batch_statistics.py",
+           '{"running_mean": None, "running_var": None}', "{}", "traps"),
     Mutant("a new dropout mask for each evaluation", "engine/call.py",
            "changes.append(self._random[node.name].replayed())", "pass", "traps"),
     Mutant("the variance of a sample for the batch's", "isolation/batch_statistics.py", "correction=0",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.common.checks import check_reduction
+from torch2ebm.common.checks import check_choice, check_reduction
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
@@ -58,6 +58,8 @@ class PredictiveCoding(Algorithm):
         precisions: Node name to precision, a number or a tensor that broadcasts against the node's value; 1 elsewhere.
         energies: Node name to energy, for example :class:`Categorical`; Gaussian elsewhere.
         loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
+        batch_statistics: ``"live"``: a batch norm normalises by the statistics of the values that it reads, as they
+            move; ``"frozen"``: by those of the feed-forward pass, so that samples are independent.
         on_divergence: What a relaxation that runs away does: ``"raise"`` :class:`DivergenceError`, ``"warn"`` with a
             ``DivergenceWarning`` or ``"skip"``; with these two the batch gives no gradient (``.grad`` stays as it is).
         compile: Record a step once as a list of ATen calls and run that from then on; the step that repeats goes to
@@ -85,12 +87,14 @@ class PredictiveCoding(Algorithm):
     precisions: InitVar[Mapping[str, float | Tensor] | None] = field(default=None, kw_only=True)
     energies: Mapping[str, Energy] = field(default_factory=NodeEnergies, kw_only=True)
     loss_reduction: str = field(default="mean", kw_only=True)
+    batch_statistics: str = field(default="live", kw_only=True)
     on_divergence: str = field(default="raise", kw_only=True)
     compile: bool = field(default=False, kw_only=True)
     _programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
 
     def __post_init__(self, precisions: Mapping[str, float | Tensor] | None) -> None:
         check_reduction("PredictiveCoding", self.loss_reduction)
+        check_choice("PredictiveCoding", "batch_statistics", self.batch_statistics, ("live", "frozen"))
         check_on_divergence("PredictiveCoding", self.on_divergence)
         _check_kind("solver", self.solver, Solver, "For example GradientDescent(steps=50).")
         _check_kind("nudging", self.nudging, Nudging, "For example Symmetric(beta=0.1).")
@@ -121,6 +125,7 @@ class PredictiveCoding(Algorithm):
         parts = [f"solver={self.solver!r}", f"loss_reduction={self.loss_reduction!r}"]
         parts += [f"nudging={self.nudging!r}"] * (self.nudging != OneSided())
         parts += [f"energies={dict(self.energies)!r}"] * bool(self.energies)
+        parts += ["batch_statistics='frozen'"] * (self.batch_statistics == "frozen")
         parts += ["compile=True"] * self.compile
         parts += [f"on_divergence={self.on_divergence!r}"] * (self.on_divergence != "raise")
         return f"PredictiveCoding({', '.join(parts)})"
@@ -128,7 +133,8 @@ class PredictiveCoding(Algorithm):
     def forward(self, call: Call) -> None:
         check_names("PredictiveCoding", self.energies, call.graph)
         # a program cannot wind a generator back: dropout masks become its inputs
-        call.feedforward(keep_graph=False, keep_draws=self.compile)
+        frozen = self.batch_statistics == "frozen"
+        call.feedforward(keep_graph=False, keep_draws=self.compile, freeze_statistics=frozen)
 
     def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         try:

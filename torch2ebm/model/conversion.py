@@ -12,19 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.algorithms.given import Given
 from torch2ebm.capture.fingerprint import inside_functional_call
 from torch2ebm.capture.running import Before
 from torch2ebm.common.nested import map_leaves
 from torch2ebm.engine.call import Call
+from torch2ebm.engine.node_energies import NodeEnergies, check_names
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.engine.standing import Standing
 from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
+from torch2ebm.inference.curvature import Curvature, measured_curvature
 from torch2ebm.isolation.module_state import BufferHistory, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for
-from torch2ebm.model.arguments import Arguments, called, check_inputs
+from torch2ebm.model.arguments import Arguments, called, check_inputs, check_scalar
 from torch2ebm.model.backward import EnergyFunction, OpenCall
 from torch2ebm.model.capture_cache import Captures, Served
 from torch2ebm.model.open_forwards import OpenForwards
@@ -163,6 +166,28 @@ class Conversion:
                 return _filled(served.run.output, leaves, call.graph.outputs)
 
         return forwards.withdrawn_on_error(history, taped_output)
+
+    def curvature(
+        self,
+        loss_of: Callable[[Any], Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        energies: NodeEnergies,
+        loss_reduction: str,
+        products: int,
+        tol: float,
+    ) -> Curvature:
+        """That of one batch, by a run that leaves everything as it was."""
+        given = Given(loss_reduction)
+        device = Arguments.of(self.module, args, kwargs).device
+        with torch.enable_grad(), untouched(self.module, device):
+            loss = loss_of(self.run(given, args, kwargs))
+            check_scalar("model.curvature(loss_fn=...)", loss)
+            trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            torch.autograd.grad(loss, trainable, retain_graph=True, allow_unused=True)
+            [(call, of_call)] = given.found
+            check_names("model.curvature", energies, call.graph)
+            return measured_curvature(call, of_call, energies, products, tol)
 
     def new_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """A run of the module, as a call that no algorithm has filled."""
