@@ -93,7 +93,8 @@ def measured_curvature(
     local = LocalProducts(call, energies, exact)
     hessian = _hessian(call, loss)
     rows = Rows(outputs, tuple(outputs), call.batch_size)
-    if not _independent(call, local, hessian, rows):
+    local.separate = _independent(call, local, hessian, rows)
+    if not local.separate:
         rows.count = 1
     lanczos = _Lanczos(local, hessian, rows)
     lanczos.run(products, tol)
@@ -199,7 +200,15 @@ def _independent(call: Call, local: LocalProducts, hessian: _Product, rows: Rows
         # far above rounding and differences, far below a sample that has a say in another
         return float((plain - other).norm()) <= 1e-2 * float(plain.norm())
 
-    return commutes(hessian) and call.graph.once((_SEPARATE, call.batch_size), lambda: commutes(local.covariance))
+    def of_graph() -> bool:
+        if any(node.batch_statistics and not call.frozen_statistics for node in call.graph.nodes.values()):
+            return False
+        exact, local.exact = local.exact, True  # differences add up over hundreds of nodes
+        separate = commutes(local.covariance)
+        local.exact = exact
+        return separate
+
+    return commutes(hessian) and call.graph.once((_SEPARATE, call.batch_size, call.frozen_statistics), of_graph)
 
 
 def _hessian(call: Call, loss: OutputLoss) -> _Product:

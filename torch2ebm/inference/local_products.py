@@ -30,12 +30,14 @@ class LocalProducts:
             values: a relative error of the square root of the dtype's epsilon, for a fifth of the time.
 
     Attributes:
+        separate: Whether samples are independent: differences are then as wide as suits each.
         work: Evaluations and products of all nodes so far; a backprop is 3 (forward, and back to inputs and weights).
     """
 
     def __init__(self, call: Call, energies: Mapping[str, Energy], exact: bool) -> None:
         self.call, self.graph, self.exact = call, call.graph, exact
         self.precisions = {node.name: precision_of(energies.get(node.name)) for node in self.graph.hidden_nodes}
+        self.separate = False
         self._without: set[str] = self.graph.once(_WITHOUT, set)
         self._passes = {node.name: self._evaluated(node) for node in self.graph.nodes.values() if node.reads}
         self.work = 1.0
@@ -115,23 +117,35 @@ class LocalProducts:
         self, node: Node, values: Sequence[Tensor], tangents: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
         pairs = [(value.detach(), tangent) for value, tangent in zip(values, tangents, strict=True)]
-        accuracy = torch.finfo(values[0].dtype).eps ** (1 / 3 if self.exact else 1 / 2)
-        size = sum(float(tangent.abs().max()) for _, tangent in pairs if tangent is not None and tangent.numel())
-        if size == 0.0:
-            return [None] * len(node.slots)
-        width = accuracy * max(float(value.abs().max()) for value, tangent in pairs if tangent is not None) / size
-        width = width or accuracy / size  # all values zero
+        width = self._width([(value, tangent) for value, tangent in pairs if tangent is not None])
 
-        def at(shift: float) -> Sequence[Tensor]:
-            moved = [v if t is None else v + (shift * t).to(v.dtype) for v, t in pairs]
+        def at(shift: Tensor) -> Sequence[Tensor]:
+            moved = [v if t is None else v + (_column(shift, t) * t).to(v.dtype) for v, t in pairs]
             with torch.no_grad():
                 return self.call.evaluate(node, moved).predictions
 
         above = at(width)
         if self.exact:  # central: where forward mode has no formula, the error is of second order
-            return [(a - b) / (2 * width) for a, b in zip(above, at(-width), strict=True)]
+            return [(a - b) / _column(2 * width, a) for a, b in zip(above, at(-width), strict=True)]
         here = self._passes[node.name].predictions
-        return [(a - b.detach()) / width for a, b in zip(above, here, strict=True)]
+        return [(a - b.detach()) / _column(width, a) for a, b in zip(above, here, strict=True)]
+
+    def _width(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """How far to go, a sample or in all: small beside the values, large beside their rounding."""
+        separate = self.separate and all(t.ndim > 1 and len(t) == self.call.batch_size for _, t in pairs)
+        accuracy = torch.finfo(pairs[0][0].dtype).eps ** (1 / 3 if self.exact else 1 / 2)
+        of_values = torch.stack([_largest(value, separate) for value, _ in pairs]).amax(0)
+        of_tangents = torch.stack([_largest(tangent, separate) for _, tangent in pairs]).amax(0)
+        of_values = torch.where(of_values > 0, of_values, 1.0)
+        return accuracy * of_values / torch.where(of_tangents > 0, of_tangents, 1.0)
+
+
+def _largest(tensor: Tensor, separate: bool) -> Tensor:
+    return tensor.abs().flatten(1).amax(1) if separate else tensor.abs().amax()
+
+
+def _column(width: Tensor, like: Tensor) -> Tensor:
+    return width.reshape(-1, *[1] * (like.ndim - 1)) if width.ndim else width
 
 
 def _like(precision: float | Tensor, error: Tensor) -> float | Tensor:

@@ -193,10 +193,10 @@ class EnergyModel(ModuleView):
         Example:
             >>> import torch, torch2ebm
             >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)).double()
-            >>> half = lambda output, target: 0.5 * (output - target).square().sum(1).mean()
             >>> batch = torch.randn(5, 4).double(), torch.randn(5, 3).double()
-            >>> curvature = torch2ebm.convert(net).curvature(half, batch)
-            >>> abs(curvature.sigma_squared - float(torch.linalg.norm(net[1].weight, 2)) ** 2) < 1e-6
+            >>> curvature = torch2ebm.convert(net).curvature(torch.nn.functional.mse_loss, batch)
+            >>> largest = torch.linalg.norm(net[1].weight.detach(), 2)  # one error, with the last weights as J
+            >>> abs(float(curvature) - 2 / 3 * float(largest) ** 2) < 1e-6  # the loss is a mean over 3 features
             True
         """
         check_reduction("model.curvature", loss_reduction)
