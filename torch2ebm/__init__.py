@@ -21,7 +21,7 @@ from torch2ebm.check import CheckReport, Finding, check
 from torch2ebm.common.moved import old_name, serve_old_paths
 from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.engine.energies import Categorical, Energy, Gaussian
-from torch2ebm.engine.nudging import Holomorphic, OneSided, RandomSign, Symmetric
+from torch2ebm.engine.nudging import Holomorphic, OneSided, RandomSign, Relative, Symmetric
 from torch2ebm.engine.results import InferenceState, Relaxation
 from torch2ebm.equilibrium.linear_solvers import ConjugateGradient, FixedPointSolve, Neumann
 from torch2ebm.equilibrium.updates import AndersonMixing, GaussSeidel
@@ -86,6 +86,7 @@ __all__ = [
     "ProximalInferenceLearning",
     "RandomSign",
     "RecurrentBackprop",
+    "Relative",
     "Relaxation",
     "SequentialDescent",
     "Solver",

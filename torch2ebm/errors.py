@@ -202,6 +202,10 @@ class DivergenceWarning(UserWarning):
     """A relaxation ran away and its batch gives no gradient, as ``on_divergence="warn"`` asked for."""
 
 
+class CurvatureWarning(UserWarning):
+    """A loss that is not convex in the outputs, or without curvature there; the message says what the nudge is then."""
+
+
 class CompilationWarning(UserWarning):
     """``compile=True`` could not be followed; the same inference runs without, and the message says why."""
 

@@ -13,10 +13,11 @@ from torch2ebm.common.checks import check_choice, check_reduction
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
-from torch2ebm.engine.nudging import Nudging, OneSided
+from torch2ebm.engine.nudging import Nudging, OneSided, Relative
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.errors import ConfigurationError, DivergenceError
 from torch2ebm.inference.divergence import check_on_divergence, check_phases, no_gradients, of_phase
+from torch2ebm.inference.nudge_unit import NudgeUnit, carried
 from torch2ebm.inference.relaxation import relax
 from torch2ebm.loss.output_loss import NudgedLoss, OutputLoss
 from torch2ebm.programs.cache import Programs
@@ -53,8 +54,9 @@ class PredictiveCoding(Algorithm):
         steps: Inference steps, each one vector-Jacobian product a node.
         lr: Step size of the values.
         solver: How the values relax, instead of ``GradientDescent(steps, lr)``.
-        nudging: How strongly the loss enters the energy: ``OneSided(beta)`` or ``Symmetric(beta)``, which relaxes
-            twice. The free phase needs no relaxation: it is the feed-forward pass.
+        nudging: How strongly the loss enters the energy: ``OneSided(beta)``, ``Symmetric(beta)``, which relaxes
+            twice, or ``Relative(r)``, in units of the curvature. The free phase needs no relaxation: it is the
+            feed-forward pass.
         precisions: Node name to precision, a number or a tensor that broadcasts against the node's value; 1 elsewhere.
         energies: Node name to energy, for example :class:`Categorical`; Gaussian elsewhere.
         loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
@@ -138,10 +140,12 @@ class PredictiveCoding(Algorithm):
 
     def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         try:
-            *others, last = (beta.real for beta in self.nudging.drawn())  # real anyway: complex ones are refused
+            unit = self._unit(call, loss)
+            drawn = self.nudging.drawn()  # once: a random sign is drawn
+            *others, last = (beta.real if unit is None else beta.real / unit.scale for beta in drawn)
             # only the last phase may free the feed-forward values, from which each starts
-            phases = [self._phase(call, loss, beta, retain_call=True) for beta in others]
-            phases.append(self._phase(call, loss, last, retain_call=retain_graph))
+            phases = [self._phase(call, loss, beta, unit, retain_call=True) for beta in others]
+            phases.append(self._phase(call, loss, last, unit, retain_call=retain_graph))
             # before the mean: a phase that has lost its minimum would spoil it silently
             check_phases([phase.state.relaxation for phase in phases])
         except DivergenceError as error:
@@ -157,14 +161,28 @@ class PredictiveCoding(Algorithm):
     def _settings_of_0_1(cls, state: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**state, "compile": state["programs"] is not None}
 
-    def _phase(self, call: Call, loss: OutputLoss, beta: float, retain_call: bool) -> LocalGradients:
+    def _unit(self, call: Call, loss: OutputLoss) -> NudgeUnit | None:
+        """What a relative nudge is divided by; None for another one."""
+        if not isinstance(self.nudging, Relative):
+            return None
+        memory = carried(call, NodeEnergies(self.energies), self.loss_reduction)
+        return memory.unit(call, loss, NodeEnergies(self.energies), self.nudging.every)
+
+    def _phase(
+        self, call: Call, loss: OutputLoss, beta: float, unit: NudgeUnit | None, retain_call: bool
+    ) -> LocalGradients:
         nudged = loss if beta == 1.0 else NudgedLoss(loss, beta)  # no product by one in every step
         try:
-            return relax(
-                self.solver, self.solver.inference(call, nudged, self.energies, retain_call), beta, self.programs
-            )
+            inference = self.solver.inference(call, nudged, self.energies, retain_call)
+            found = relax(self.solver, inference, beta, self.programs)
         except DivergenceError as error:
             raise of_phase(error, beta) from error
+        return found if unit is None else _with_unit(found, unit)
+
+
+def _with_unit(found: LocalGradients, unit: NudgeUnit) -> LocalGradients:
+    relaxation = replace(found.state.relaxation, sigma_squared=unit.scale, curvature_cost=unit.backprops)
+    return replace(found, state=replace(found.state, relaxation=relaxation, phases=(relaxation,)))
 
 
 def mean_of(phases: list[LocalGradients]) -> LocalGradients:

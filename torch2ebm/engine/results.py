@@ -28,6 +28,8 @@ class Relaxation:
         tol: What the solver was asked for; 0 for nothing.
         beta: The nudge of this phase.
         angle: Its angle in the complex plane, in radians, where ``beta`` is its size (Holomorphic).
+        sigma_squared: The curvature that a relative nudge was divided by; None for another nudge.
+        curvature_cost: What this call has spent on measuring it, in backprops; 0 where it was carried.
         update: How an equilibrium algorithm moved the values: ``"synchronous"``, ``"damped"``, ``"sequential"`` or
             ``"anderson"``.
         energy: F, summed over samples, at the start of every step and at the end, in units of lambda times the loss.
@@ -51,6 +53,13 @@ class Relaxation:
     beta: float = 1.0
     angle: float = 0.0
     update: str = ""
+    sigma_squared: float | None = None
+    curvature_cost: float = 0.0
+
+    @property
+    def r(self) -> float | None:
+        """The nudge in units of the curvature, ``beta * sigma_squared``; None where that is not known."""
+        return None if self.sigma_squared is None else self.beta * self.sigma_squared
 
     @property
     def sample_converged(self) -> Tensor | None:

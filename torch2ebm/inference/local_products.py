@@ -55,9 +55,13 @@ class LocalProducts:
         Returns:
             By output slot; a missing one is zero.
         """
-        errors = self.pulled(cotangents)
+        return self.pushed(dict(self.errors(cotangents)))
+
+    def errors(self, cotangents: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """``Pi^-1 J^T c`` by hidden slot."""
         owner = self.graph.owner
-        return self.pushed({slot: error / _like(self.precisions[owner[slot].name], error) for slot, error in errors})
+        pulled = self.pulled(cotangents)
+        return [(slot, error / _like(self.precisions[owner[slot].name], error)) for slot, error in pulled]
 
     def pulled(self, cotangents: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
         """``J^T c`` by hidden slot: one reverse sweep."""
@@ -137,7 +141,8 @@ class LocalProducts:
         of_values = torch.stack([_largest(value, separate) for value, _ in pairs]).amax(0)
         of_tangents = torch.stack([_largest(tangent, separate) for _, tangent in pairs]).amax(0)
         of_values = torch.where(of_values > 0, of_values, 1.0)
-        return accuracy * of_values / torch.where(of_tangents > 0, of_tangents, 1.0)
+        width: Tensor = accuracy * of_values / torch.where(of_tangents > 0, of_tangents, 1.0)
+        return width
 
 
 def _largest(tensor: Tensor, separate: bool) -> Tensor:
