@@ -118,6 +118,23 @@ VALUES_AND_ERRORS = [
            "self.values[slot] = prediction", "solvers"),
 ]  # fmt: skip
 
+CALIBRATED = [
+    Mutant("a curvature without the loss's", "inference/curvature.py",
+           "product = self._through(self.hessian, varied * scale)", "product = varied * scale", "curvature"),
+    Mutant("a curvature without precisions", "inference/local_products.py",
+           "error / _like(self.precisions[owner[slot].name], error)", "error", "curvature"),
+    Mutant("every batch of independent samples", "inference/curvature.py",
+           "local.separate = _independent(call, local, hessian, rows)", "local.separate = True", "curvature"),
+    Mutant("a nudge that is multiplied by the curvature", "algorithms/predictive_coding.py",
+           "beta.real / unit.scale", "beta.real * unit.scale", "relative"),
+    Mutant("a direction that is not conjugate", "solvers/error_conjugate_gradient.py",
+           "direction = steepest + beta * state.direction", "direction = steepest", "error_conjugate_gradient"),
+    Mutant("no metric of the precisions", "solvers/error_conjugate_gradient.py",
+           "steepest = -there / state.weight", "steepest = -there", "error_conjugate_gradient"),
+    Mutant("a step that raises the energy is kept", "solvers/error_conjugate_gradient.py",
+           "after = _chosen(rose & ~quadratic, back, forward)", "after = forward", "error_conjugate_gradient"),
+]  # fmt: skip
+
 STANDING_STILL = [
     Mutant("frozen batch statistics that follow the values", "engine/call.py",
            "kept = self._statistics_of(node) if self.frozen_statistics else None", "kept = None", "traps"),
@@ -333,7 +350,7 @@ AGREEMENT = [
            "agreement"),
 ]  # fmt: skip
 
-MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA,
+MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *CALIBRATED, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA,
            *PROGRAMS, *RUNS, *AGREEMENT]  # fmt: skip
 
 

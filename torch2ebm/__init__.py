@@ -37,6 +37,7 @@ from torch2ebm.reports.agreement import Agreement
 from torch2ebm.solvers import (
     AdamDescent,
     AndersonErrorDescent,
+    ErrorConjugateGradient,
     ErrorDescent,
     GradientDescent,
     LocalErrorDescent,
@@ -65,6 +66,7 @@ __all__ = [
     "EnergyModel",
     "EnergyOptimizer",
     "EquilibriumPropagation",
+    "ErrorConjugateGradient",
     "ErrorDescent",
     "Finding",
     "FixedPointSolve",

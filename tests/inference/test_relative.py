@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import attached, local_gradients, relative_error
-from oracles.dense_hessian import of_dag
+from oracles.dense_hessian import of_chain, of_dag
 from oracles.energy import EnergyProblem
 from oracles.graphs import SkipDag, backprop, cross_entropy, half_squared_error, skip_dag
 from torch import Tensor, nn
@@ -52,6 +52,22 @@ def test_beta_is_r_over_the_curvature(loss, precisions) -> None:
     assert state.relaxation.r == pytest.approx(0.3, rel=1e-12)
     fixed, _ = estimate(torch2ebm.OneSided(state.relaxation.beta), loss, precisions=precisions)
     assert relative_error(ours, fixed) == 0.0  # the same inference, to the last bit
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 5])
+@pytest.mark.parametrize("depth", [3, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_beta_is_right_where_the_outputs_have_fewer_directions_than_products(outputs, depth, dtype) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(*[nn.Linear(6, 6) for _ in range(depth)], nn.Linear(6, outputs)).double()
+    for layer in net[:-1]:
+        nn.init.orthogonal_(layer.weight)
+    x = torch.randn(7, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = of_chain(list(net), x, half_squared_error).sigma_squared()
+    model = attached(net.to(dtype), coding(torch2ebm.Relative(0.1), solver=torch2ebm.ErrorDescent(1)), nodes="layer")
+    local_gradients(model, (x.to(dtype),), summed(half_squared_error))
+    assert model.state.relaxation.sigma_squared == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(("sides", "order"), [(torch2ebm.OneSided(1.0), 1), (torch2ebm.Symmetric(1.0), 2)])

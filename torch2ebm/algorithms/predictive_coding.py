@@ -174,6 +174,7 @@ class PredictiveCoding(Algorithm):
         nudged = loss if beta == 1.0 else NudgedLoss(loss, beta)  # no product by one in every step
         try:
             inference = self.solver.inference(call, nudged, self.energies, retain_call)
+            inference.nudge = None if unit is None else beta * unit.scale
             found = relax(self.solver, inference, beta, self.programs)
         except DivergenceError as error:
             raise of_phase(error, beta) from error

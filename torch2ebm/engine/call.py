@@ -260,6 +260,16 @@ class Call:
         """
         return self.graph.output(self.values, self.environment)
 
+    @property
+    def couples_samples(self) -> bool:
+        """Whether a node's prediction for one sample depends on the values of others: live batch statistics.
+
+        Example:
+            >>> call.couples_samples
+            False
+        """
+        return not self.frozen_statistics and any(node.batch_statistics for node in self.graph.nodes.values())
+
     # later evaluations
 
     def evaluate(self, node: Node, inputs: Sequence[Tensor]) -> NodePass:

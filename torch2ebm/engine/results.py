@@ -28,7 +28,9 @@ class Relaxation:
         tol: What the solver was asked for; 0 for nothing.
         beta: The nudge of this phase.
         angle: Its angle in the complex plane, in radians, where ``beta`` is its size (Holomorphic).
-        sigma_squared: The curvature that a relative nudge was divided by; None for another nudge.
+        settled: Share of the samples whose residual is at most ``tol``, where the solver tells them apart, else None.
+        on_kinks: Share of the samples that rest where the gradient jumps (ReLU, max-pooling).
+        sigma_squared: The curvature that a relative nudge was divided by, or that the relaxation met; None for neither.
         curvature_cost: What this call has spent on measuring it, in backprops; 0 where it was carried.
         update: How an equilibrium algorithm moved the values: ``"synchronous"``, ``"damped"``, ``"sequential"`` or
             ``"anderson"``.
@@ -53,6 +55,8 @@ class Relaxation:
     beta: float = 1.0
     angle: float = 0.0
     update: str = ""
+    settled: float | None = None
+    on_kinks: float | None = None
     sigma_squared: float | None = None
     curvature_cost: float = 0.0
 

@@ -45,6 +45,7 @@ class Inference(ABC):
         measuring: Whether the next sweep keeps the largest entries of its gradients.
         driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep, a sample or in all.
         evaluations: How many node functions have run.
+        nudge: The nudge in units of the curvature, r of :class:`Relative`; None where that is not known.
         scale: Factor from dF/dtheta to ``.grad``: that of the loss.
 
     Example:
@@ -81,6 +82,7 @@ class Inference(ABC):
         self.measuring = False
         self.driving: list[Tensor] = []
         self.evaluations = 0
+        self.nudge: float | None = None
         self.scale: float | Tensor = loss.scale  # a tensor in a recorded program, where a number would be a constant
 
     # what moves, for a solver's step that is recorded and run again

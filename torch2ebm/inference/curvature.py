@@ -135,10 +135,13 @@ class _Lanczos:
         product = self._through(self.hessian, varied * scale)
         column = [_dot(y, product) for _, y in self.basis]
         self._grown(column)
+        size = product.norm(dim=1, keepdim=True)
         for _ in range(2):  # once more: what is left after the first time is rounding
             for c, y in self.basis:
                 product = product - _dot(y, product).to(product)[:, None] * c
-        return product, not bool(alive.any())
+        # where the outputs have no direction left, nothing but rounding is
+        left = product.norm(dim=1, keepdim=True) > 1e3 * torch.finfo(product.dtype).eps * size
+        return torch.where(left, product, 0.0), not bool(alive.any())
 
     def _grown(self, column: list[Tensor]) -> None:
         size = len(column)
@@ -201,7 +204,7 @@ def _independent(call: Call, local: LocalProducts, hessian: _Product, rows: Rows
         return float((plain - other).norm()) <= 1e-2 * float(plain.norm())
 
     def of_graph() -> bool:
-        if any(node.batch_statistics and not call.frozen_statistics for node in call.graph.nodes.values()):
+        if call.couples_samples:
             return False
         exact, local.exact = local.exact, True  # differences add up over hundreds of nodes
         separate = commutes(local.covariance)
