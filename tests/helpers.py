@@ -50,6 +50,11 @@ def attached(module: nn.Module, algorithm: torch2ebm.Algorithm, nodes: Any = "au
     return model
 
 
+def scaled_by(factor: float, loss: Tensor) -> Tensor:
+    """What a gradient scaler makes of the loss: a factor that is no part of it."""
+    return torch.amp.GradScaler("cpu", init_scale=factor).scale(loss)
+
+
 def local_gradients(model: nn.Module, inputs: Inputs, loss: Loss, seed: int = 0) -> dict[str, Tensor]:
     """``.grad`` after one backward, by name; drawn from the same generator state as ``oracles.backprop``."""
     model.zero_grad()

@@ -54,7 +54,9 @@ BINOMIAL = "algorithms::on_a_graph_fixed_prediction_is_the_literal_sweep"
 ALONE = "loop::a_sample_relaxes_the_same_alone_or_in_a_batch"
 WRITE = "traps::a_write_in_place_leaves_values_alone"
 CONSTRUCT = "families::a_forward_with_this_construct_is_exact"
-FACTOR = "loop::an_outer_factor_scales_the_gradients_and_its_sign_enters_the_energy"
+FACTOR = "loop::a_gradient_that_backward_is_given_scales_and_its_sign_enters_the_energy"
+PART = "loop::a_factor_before_the_loss_is_part_of_it"
+ACCUMULATED = "loop::accumulated_micro_batches_are_their_mean_and_the_whole_batch"
 
 
 def _place(file: str) -> str:
@@ -151,11 +153,13 @@ STANDING_STILL = [
 
 LOSS = [
     Mutant("lambda for lambda times B", "loss/replayed_loss.py",
-           'return self.call.batch_size if reduction == "mean" else 1', "return 1", ALONE),
-    Mutant("gradients in lambda's scale", "loss/replayed_loss.py", "self.scale = outer / self.multiplier",
-           "self.scale = outer", ALONE),
-    Mutant("the sign of an outer factor lost", "loss/replayed_loss.py", "factor / outer if outer",
-           "abs(factor) / outer if outer", FACTOR),
+           'return self.call.batch_size if reduction == "mean" and', "return 1 if", ALONE),
+    Mutant("gradients in lambda's scale", "loss/replayed_loss.py", "self.scale = self.factor / self.multiplier",
+           "self.scale = self.factor", ALONE),
+    Mutant("the sign of an outer factor lost", "loss/replayed_loss.py", "scalar.given or 1.0)", "1.0)", FACTOR),
+    Mutant("a factor of the loss left out of the energy", "loss/outside.py", "or not _scales(caller)", "", PART),
+    Mutant("a division for accumulation that stays in the energy", "loss/replayed_loss.py",
+           "accumulation * math.copysign", "math.copysign", ACCUMULATED),
     Mutant("a nudged gradient that is not divided by beta", "loss/output_loss.py",
            "self.scale, self.unit = loss.scale / beta,",
            "self.scale, self.unit = loss.scale,", "nudging"),
@@ -220,8 +224,8 @@ SOLVERS = [
            "del state.errors[: -self.memory], state.gradients[: -self.memory]", "anderson"),
     Mutant("a local message in place of the total one", "solvers/error_descent.py", "inference.total_sweep()",
            "inference.local_sweep()", "solvers"),
-    Mutant("tol met the wrong way round", "inference/relaxation.py", "converged = residual <= tol if",
-           "converged = residual >= tol if", "solvers"),
+    Mutant("tol met the wrong way round", "inference/solver.py", "return Rest(residual, residual <= self.tol,",
+           "return Rest(residual, residual >= self.tol,", "solvers"),
     Mutant("one step more than asked for", "inference/relaxation.py", "while steps < solver.steps:",
            "while steps <= solver.steps:", "solvers"),
     Mutant("one term too many in the Neumann series", "equilibrium/linear_solvers.py", "for _ in range(self.terms):",
@@ -328,13 +332,14 @@ PROGRAMS = [
 RUNS = [
     Mutant("a value that forward writes handed on as it is", "capture/watch.py",
            "handed = leaf.clone() if rewritten else leaf", "handed = leaf", WRITE),
-    Mutant("writes of buffers taken for other operations", "capture/watch.py", "self.run.effects.add((index, key))",
-           "pass", "traps::a_buffer_that_forward_writes_moves_once_a_step"),
+    Mutant("writes of buffers taken for other operations", "capture/watch.py",
+           "self.run.effects.add((index, key))\n            return result", "return result",
+           "never_stale::a_buffer_that_takes_a_statistic_leaves_the_sequence_of_a_run_as_it_is"),
     Mutant("modes of the run forgotten", "capture/watch.py", "there = None if ambient == self.start else ambient",
            "there = None", CONSTRUCT),
     Mutant("a graph for other numbers", "model/capture_cache.py",
-           "return (cuts is not None and all(map(_equal, run.numbers, cuts.numbers))) or not self._others(run, entry)",
-           "return True", "module_view::what_is_written_on_the_model_is_what_forward_reads"),
+           "all(a is b or _equal(a, b) for a, b in pairs)", "True",
+           "module_view::what_is_written_on_the_model_is_what_forward_reads"),
     Mutant("a composition that moves buffers again", "engine/call.py",
            "within([moved.preserved()], lambda: self._compose", "within([], lambda: self._compose",
            "traps::running_statistics_on_either_side_of_a_branch_move_once_a_step"),
@@ -350,7 +355,8 @@ AGREEMENT = [
            "agreement"),
 ]  # fmt: skip
 
-MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *CALIBRATED, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA,
+MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *CALIBRATED, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE,
+           *EQUILIBRIA,
            *PROGRAMS, *RUNS, *AGREEMENT]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch2ebm.common.nested import leaves_of
+from torch2ebm.common.text import html_text
 from torch2ebm.engine.call import Call
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph
@@ -40,7 +41,7 @@ class Finding:
         return f"[{self.kind}] {self.place}: {self.text} {self.remedy}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CheckReport:
     """What :func:`check` has found. ``print`` it.
 
@@ -59,6 +60,13 @@ class CheckReport:
     def of_kind(self, kind: str) -> tuple[Finding, ...]:
         """The findings of one kind, for example ``"opaque"``."""
         return tuple(finding for finding in self.findings if finding.kind == kind)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(sorted({finding.kind for finding in self.findings})) or "nothing to report"
+        return f"CheckReport({len(self.nodes)} nodes, a batch of {self.batch_size}: {kinds}); print it to see all"
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
 
     def __str__(self) -> str:
         counted = f"{len(self.nodes)} nodes, a batch of {self.batch_size}"

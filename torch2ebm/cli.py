@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import operator
 import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 import torch
@@ -23,6 +28,7 @@ from torch2ebm.graph.granularity import Granularity
 from torch2ebm.model.energy_model import convert
 
 DTYPES: Final = {"float32": torch.float32, "int64": torch.int64}
+TRACEBACK: Final = "where something goes wrong, show the whole traceback"
 GRANULARITIES: Final = ("auto", "layer", "preactivation", "module", "op", "children")
 
 
@@ -36,13 +42,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(arguments.seed)
             arguments.command(arguments)
-    except (Torch2EBMError, OSError) as error:
-        print(f"torch2ebm: {error}", file=sys.stderr)
-        return 2
+        sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
     except KeyboardInterrupt:
         print("torch2ebm: interrupted", file=sys.stderr)
         return 130  # as a shell reports SIGINT
+    except BaseException as error:  # the user's code may raise anything, and exit
+        return _failed(error, arguments.traceback)
     return 0
+
+
+def _failed(error: BaseException, whole: bool) -> int:
+    if isinstance(error, OSError):
+        _give_up_stdout()
+    if whole:
+        traceback.print_exception(error)
+    known = isinstance(error, (Torch2EBMError, OSError))
+    print(f"torch2ebm: {_text_of(error) if known else _said(error)}", file=sys.stderr)
+    if not whole and (error.__cause__ is not None or not known):
+        print("torch2ebm: add --traceback to see where it happened", file=sys.stderr)
+    return 2
+
+
+def _give_up_stdout() -> None:
+    """What is left in a buffer that nobody takes would be tried once more when Python ends, with a message of its."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        return
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False
+        return action.help if nothing else super()._get_help_string(action)
 
 
 # arguments
@@ -51,19 +86,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m torch2ebm", description=__doc__)
     parser.add_argument("--version", action="version", version=f"torch2ebm {version()}")
+    parser.add_argument("--traceback", action="store_true", help=TRACEBACK)
     parser.set_defaults(seed=0)
     commands = parser.add_subparsers(required=True, metavar="demo | compare | graph")
-    _demo_arguments(commands.add_parser("demo", help="train a small network three ways; takes less than a minute"))
-    _compare_arguments(commands.add_parser("compare", help="the gradients of a model against backpropagation's"))
-    _graph_arguments(commands.add_parser("graph", help="the nodes of a model, as a table and a picture"))
+    for name, arguments, does in (
+        ("demo", _demo_arguments, "train a small network three ways; takes less than a minute"),
+        ("compare", _compare_arguments, "the gradients of a model against backpropagation's"),
+        ("graph", _graph_arguments, "the nodes of a model, as a table and a picture"),
+    ):
+        command = commands.add_parser(name, help=does, description=does, formatter_class=_Defaults)
+        arguments(command)
+        # no default: it would take the place of what stands before the command
+        command.add_argument("--traceback", action="store_true", help=TRACEBACK, default=argparse.SUPPRESS)
     return parser
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_demo)
-    parser.add_argument("--epochs", type=_count, default=30)
+    parser.add_argument("--epochs", type=_count, default=30, help="passes over the digits")
     parser.add_argument("--output", type=_path, default="demo_output", help="folder of the pictures")
-    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--seed", type=_seed, default=0, help="of the weights and of the order of the digits")
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,9 +128,9 @@ def _graph_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("factory", help="module:name of a torch.nn.Module, or of a callable that makes one")
+    parser.add_argument("factory", help="module:name or path.py:name of a module, or of a callable that makes one")
     parser.add_argument("--input-shape", type=_shape, required=True, help="of the random input: 8,1,28,28")
-    parser.add_argument("--input-dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--input-dtype", choices=DTYPES, default="float32", help="of the random input")
 
 
 def _count(text: str) -> int:
@@ -127,8 +169,9 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    picture = os.path.abspath(arguments.output) if arguments.output else None  # the factory may change the folder
     model, x = _model_and_input(arguments)
-    output = _logits(model, x)
+    output = _logits(_output(model, x))
     classes = arguments.classes or output.shape[-1]
     if classes > output.shape[-1]:
         raise ConfigurationError(
@@ -140,25 +183,27 @@ def _compare(arguments: argparse.Namespace) -> None:
         FixedPrediction(arguments.steps, arguments.lr),
         PredictiveCoding(arguments.steps, arguments.lr),
     ]
-    comparison = compare(model, _cross_entropy, (x, target), algorithms)
-    if arguments.output:
-        comparison.plot(arguments.output)
+    comparison = _run(lambda: compare(model, _cross_entropy, (x, target), algorithms))
+    if picture:
+        comparison.plot(picture)
     print(comparison.table())
     if arguments.output:
         print(f"\nPicture: {arguments.output}")
 
 
 def _graph(arguments: argparse.Namespace) -> None:
+    picture = os.path.abspath(arguments.output) if arguments.output else ""
     model, x = _model_and_input(arguments)
     _output(model, x)
-    convert(model, arguments.nodes, example_inputs=x).torch2ebm.draw(arguments.output)
-    print(check(model, x, arguments.nodes))
+    converted = _run(lambda: convert(model, arguments.nodes, example_inputs=x))
+    converted.torch2ebm.draw(picture)
+    print(_run(lambda: check(model, x, arguments.nodes)))
     print(f"\nPicture: {arguments.output}")
 
 
-def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+def _cross_entropy(output: Any, target: Tensor) -> Tensor:
     """Over the last dimension, mean over all others: [batch, classes] and [batch, time, classes] alike."""
-    return F.cross_entropy(output.flatten(0, -2), target.flatten())
+    return F.cross_entropy(_logits(output).flatten(0, -2), target.flatten())
 
 
 # the user's model
@@ -166,7 +211,8 @@ def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
 
 def _model_and_input(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     model = load(arguments.factory)
-    x = _random_input(model, arguments.input_shape, DTYPES[arguments.input_dtype])
+    shape, dtype = arguments.input_shape, DTYPES[arguments.input_dtype]
+    x: Tensor = _attempt(f"an input of shape {shape}", lambda: _random_input(model, shape, dtype), "Take less samples.")
     if arguments.double:
         model = model.double()
         x = x.double() if x.is_floating_point() else x
@@ -183,11 +229,32 @@ def _random_input(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) 
 def _output(model: nn.Module, x: Tensor) -> Any:
     """A model that the input does not fit is the caller's mistake: a message, no traceback."""
     with torch.no_grad():
-        return _attempt(f"the model on an input of shape {tuple(x.shape)}, {x.dtype}", lambda: model(x))
+        what = f"the model on an input of shape {tuple(x.shape)}, {x.dtype}"
+        output = _attempt(what, lambda: model(x), "Check the input's shape and dtype (--input-dtype int64 for tokens).")
+    _tell_of_cache(model, output)
+    return output
 
 
-def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    output = _output(model, x)
+def _run(action: Callable[[], Any]) -> Any:
+    """What torch2ebm does with the user's model; what that prints goes to stderr, and stdout has results alone."""
+    with redirect_stdout(sys.stderr):
+        return action()
+
+
+def _tell_of_cache(model: nn.Module, output: Any) -> None:
+    """A Hugging Face model that generates keeps the keys and values of each layer, and all of these are outputs."""
+    if getattr(output, "past_key_values", None) is not None:
+        print(
+            f"torch2ebm: {type(model).__name__} returns the keys and values of every layer, which are outputs then; "
+            "set model.config.use_cache = False in the factory (from_pretrained(..., use_cache=False))",
+            file=sys.stderr,
+        )
+
+
+def _logits(output: Any) -> Tensor:
+    """The output, or what a Hugging Face model calls so in its output."""
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    output = output if found is None else found
     if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[-1] < 2:
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ConfigurationError(
@@ -198,15 +265,23 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def load(factory: str) -> nn.Module:
-    """The module that ``package.module:name`` is or makes. Raises :class:`ConfigurationError`."""
-    module_name, _, name = factory.partition(":")
-    if not module_name or not name:
-        raise ConfigurationError("factory", repr(factory), "module:name", "For example mypackage.models:make_net.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    module = _attempt(f"import {module_name}", lambda: import_module(module_name))
-    found = _attempt(f"{module_name}:{name}", lambda: operator.attrgetter(name)(module))
-    made = found if isinstance(found, nn.Module) or not callable(found) else _attempt(f"{factory}()", found)
+    """The module that ``package.module:name`` or ``path.py:name`` is or makes. Raises :class:`ConfigurationError`."""
+    place, _, name = factory.rpartition(":")
+    if not place or not name:
+        raise ConfigurationError(
+            "factory", repr(factory), "module:name or path.py:name",
+            "For example mypackage.models:make_net, or models/net.py:Net.",
+        )  # fmt: skip
+    folder = os.getcwd()
+    if folder not in sys.path and not getattr(sys.flags, "safe_path", False):
+        sys.path.insert(0, folder)
+    is_file = place.endswith(".py")
+    read = (lambda: _module_of_file(Path(place))) if is_file else (lambda: import_module(place))
+    module = _attempt(f"import {place}", read, "Check the name and the folder; a file is given as path.py:name.")
+    found = _attempt(factory, lambda: operator.attrgetter(name)(module), f"Check the name in {place}.")
+    made = found
+    if not isinstance(found, nn.Module) and callable(found):
+        made = _attempt(f"{factory}()", found, "Point at a callable that takes no arguments and does not fail.")
     if not isinstance(made, nn.Module):
         raise ConfigurationError(
             factory, f"a {type(made).__name__}", "a torch.nn.Module, or a callable without arguments that makes one",
@@ -215,9 +290,45 @@ def load(factory: str) -> nn.Module:
     return made
 
 
-def _attempt(what: str, action: Callable[[], Any]) -> Any:
+def _module_of_file(path: Path) -> ModuleType:
+    """Run a file as a module; what it imports beside it is found."""
+    name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"torch2ebm_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[name] = module  # dataclasses and pickles look there
     try:
-        return action()
-    except Exception as error:  # the user's code may raise anything
-        said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise ConfigurationError(what, said, "no error", "Check the names, the folder and the input shape.") from error
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _attempt(what: str, action: Callable[[], Any], remedy: str) -> Any:
+    """Run the user's code, which may raise, print and exit; what it prints goes to stderr."""
+    try:
+        with redirect_stdout(sys.stderr):
+            return action()
+    except KeyboardInterrupt:
+        raise
+    except SystemExit as error:
+        raise ConfigurationError(
+            what, f"an exit with code {error.code!r}", "code that returns",
+            "Guard what a script does with if __name__ == '__main__'.",
+        ) from error  # fmt: skip
+    except BaseException as error:
+        raise ConfigurationError(what, _said(error), "no error", remedy) from error
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_text_of(error)}".strip().splitlines()[0].removesuffix(":")
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error).strip()
+    except Exception:  # an error of the user's may fail to say what it is
+        return ""

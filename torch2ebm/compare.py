@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,18 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.errors import ConfigurationError, PartitionError, ShardingError
+from torch2ebm.algorithms.base import Algorithm, check_algorithm
+from torch2ebm.common.checks import check_steps
+from torch2ebm.common.text import aligned, html_table, short_table
+from torch2ebm.errors import ConfigurationError, LossIndependentError, PartitionError, ShardingError
 from torch2ebm.isolation.module_state import untouched
+from torch2ebm.model.arguments import check_not_meta
 from torch2ebm.model.energy_model import EnergyModel, convert
 from torch2ebm.reports.agreement import Agreement, agreement
 from torch2ebm.reports.plots import plot_comparison
-from torch2ebm.reports.tables import aligned
 
 Gradients = Mapping[str, Tensor]
+_HEADER = ("parameter", "algorithm", "cosine", "angle [deg]", "relative error", "norm ratio", "same sign")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GradientComparison:
     """Each algorithm's gradients against autograd's.
 
@@ -42,16 +46,29 @@ class GradientComparison:
     overall: Mapping[str, Agreement] = field(default_factory=dict)
     along: Mapping[str, Mapping[int, Mapping[str, Agreement]]] = field(default_factory=dict)
 
-    def table(self) -> str:
-        """Aligned text: one row a parameter and algorithm; with ``steps``, one more table of mean angles."""
-        rows = [
+    def __repr__(self) -> str:
+        return short_table(self._title(), _HEADER[1:], [row[1:] for row in self._overall()])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), _HEADER, [*self._overall(), *self._rows()])
+
+    def _title(self) -> str:
+        along = f", also after {', '.join(map(str, self.steps))} steps" if self.steps else ""
+        return f"GradientComparison with autograd, {len(self.parameters)} parameters{along}; table() has them all"
+
+    def _overall(self) -> list[list[str]]:
+        return [_row("(all)", name, self.overall[name]) for name in self.overall]
+
+    def _rows(self) -> list[list[str]]:
+        return [
             _row(parameter, name, self.agreement[name][parameter])
             for parameter in self.parameters
             for name in self.algorithms
         ]
-        rows += [_row("(all)", name, self.overall[name]) for name in self.overall]
-        header = ["parameter", "algorithm", "cosine", "angle [deg]", "relative error", "norm ratio", "same sign"]
-        table = aligned(header, rows, left=2)
+
+    def table(self) -> str:
+        """Aligned text: one row a parameter and algorithm; with ``steps``, one more table of mean angles."""
+        table = aligned(_HEADER, [*self._rows(), *self._overall()], left=2)
         return table + "\n\n" + self._table_along() if self.steps else table
 
     def _table_along(self) -> str:
@@ -98,7 +115,8 @@ def compare(
         Per parameter and algorithm the cosine, angle in degrees, relative error, norm ratio and sign agreement.
 
     Raises:
-        ConfigurationError: for an empty list of algorithms or a batch of another form.
+        ConfigurationError: for an empty list of algorithms, what is no list of algorithms, a batch of another form,
+            or a loss that is no function from output (and target) to one number.
         ShardingError: for a module that ``fully_shard`` has sharded.
 
     Example:
@@ -110,10 +128,11 @@ def compare(
         >>> comparison.agreement["ZeroDivergence"]["0.weight"].angle < 1e-6
         True
     """
-    named = _named(algorithms)
+    named, counts = _named(algorithms), _counts(steps)
     converted = model if isinstance(model, EnergyModel) else convert(model)
     _check_whole(converted)
     args, kwargs, loss_of = _unpack(batch, loss_fn)
+    check_not_meta(converted.torch2ebm.module)
     trainable = {name: p for name, p in converted.named_parameters() if p.requires_grad}
     if not trainable:
         raise PartitionError(
@@ -128,7 +147,7 @@ def compare(
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(untouched(converted, device))
-            found = torch.autograd.grad(loss_of(call()), list(trainable.values()), allow_unused=True)
+            found = torch.autograd.grad(_whole_loss(loss_of(call())), list(trainable.values()), allow_unused=True)
         return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
 
     def of(algorithm: Algorithm) -> Gradients:
@@ -139,7 +158,6 @@ def compare(
         return {name: agreement(ours[name], r) for name, r in reference.items()}
 
     reference = gradients(lambda: converted.torch2ebm.feedforward(*args, **kwargs))
-    counts = tuple(steps or ())
     found = {name: of(algorithm) for name, algorithm in named.items()}
     return GradientComparison(
         tuple(named),
@@ -171,16 +189,23 @@ def _row(parameter: str, name: str, a: Agreement) -> list[str]:
 
 
 def _named(algorithms: Sequence[Algorithm] | Mapping[str, Algorithm]) -> dict[str, Algorithm]:
-    if isinstance(algorithms, Mapping):
-        named = dict(algorithms)
-    else:
-        named = {}
-        for algorithm in algorithms:
+    where = "torch2ebm.compare(algorithms=...)"
+    if isinstance(algorithms, (Algorithm, type, str)) or not isinstance(algorithms, Iterable):
+        if not isinstance(algorithms, Algorithm):
+            check_algorithm(where, algorithms)
+        raise ConfigurationError(
+            where, repr(algorithms), "algorithms in a list or a dict", f"Put it in a list: [{algorithms!r}]."
+        )
+    named = dict(algorithms) if isinstance(algorithms, Mapping) else {}
+    each: Iterable[Any] = named.values() if isinstance(algorithms, Mapping) else algorithms
+    for algorithm in each:
+        check_algorithm(where, algorithm)
+        if not isinstance(algorithms, Mapping):
             name = type(algorithm).__name__
             named[name if name not in named else repr(algorithm)] = algorithm
-    if not named or not all(isinstance(algorithm, Algorithm) for algorithm in named.values()):
+    if not named:
         raise ConfigurationError(
-            "torch2ebm.compare(algorithms=...)",
+            where,
             repr(algorithms),
             "at least one algorithm object, in a list or a dict",
             "For example [torch2ebm.ZeroDivergence(), torch2ebm.PredictiveCoding()].",
@@ -188,9 +213,64 @@ def _named(algorithms: Sequence[Algorithm] | Mapping[str, Algorithm]) -> dict[st
     return named
 
 
+def _counts(steps: Sequence[int] | None) -> tuple[int, ...]:
+    if isinstance(steps, int) or not isinstance(steps, (Iterable, type(None))):
+        raise ConfigurationError(
+            "torch2ebm.compare(steps=...)", repr(steps), "numbers of steps in a list", f"Write steps=[{steps!r}]."
+        )
+    counts = tuple(steps or ())
+    for count in counts:
+        check_steps("torch2ebm.compare", count)
+    return counts
+
+
+def _check_loss(loss_fn: object, arguments: int) -> None:
+    """Refuse a loss that has been computed already, a class of losses, and what takes other arguments."""
+    form = "loss_fn(output, target)" if arguments == 2 else "loss_fn(output)"
+    if isinstance(loss_fn, Tensor) or not callable(loss_fn):
+        what = f"a loss of shape {tuple(loss_fn.shape)}" if isinstance(loss_fn, Tensor) else f"{loss_fn!r:.80}"
+        got, remedy = f"{what}, which is no function", "Pass the function itself: torch.nn.functional.cross_entropy."
+    elif isinstance(loss_fn, type):
+        got = f"the class {loss_fn.__name__}"
+        remedy = f"Write the parentheses, {loss_fn.__name__}(): an object, not the class."
+    elif not _takes(loss_fn, arguments):
+        got = f"a function of {inspect.signature(loss_fn)}"
+        remedy = "It gets the output and the target; with a dict of keyword arguments as the batch, the output alone."
+    else:
+        return
+    raise ConfigurationError("torch2ebm.compare(loss_fn=...)", got, form, remedy)
+
+
+def _takes(function: Callable[..., Any], arguments: int) -> bool:
+    try:
+        inspect.signature(function).bind(*range(arguments))
+    except TypeError:
+        return False
+    except ValueError:  # a function of C, which does not say
+        return True
+    return True
+
+
+def _whole_loss(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a loss of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ConfigurationError(
+            "torch2ebm.compare(loss_fn=...)", got, "one number, as a tensor", "Reduce the loss: reduction='mean'."
+        )
+    if not loss.requires_grad:
+        raise LossIndependentError(
+            "torch2ebm.compare(loss_fn=...)",
+            "a loss that depends on no parameter",
+            "a loss computed from the model's output",
+            "Look for a detach() in the loss function.",
+        )
+    return loss
+
+
 def _unpack(
     batch: Any, loss_fn: Callable[..., Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Tensor]]:
+    _check_loss(loss_fn, 1 if isinstance(batch, Mapping) else 2)
     if isinstance(batch, Mapping):
         return (), dict(batch), loss_fn
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:

@@ -22,6 +22,7 @@ from torch.optim import Adam, Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from torch2ebm.algorithms import Algorithm, FixedPrediction, PredictiveCoding, ZeroDivergence
+from torch2ebm.common.text import aligned
 from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.engine.results import Relaxation
 from torch2ebm.model.energy_model import convert
@@ -29,7 +30,6 @@ from torch2ebm.model.replicas import process_count
 from torch2ebm.optimizer import EnergyOptimizer
 from torch2ebm.reports.figures import require
 from torch2ebm.reports.plots import plot_energy, plot_error_map
-from torch2ebm.reports.tables import aligned
 
 BATCH = 64
 

@@ -78,11 +78,19 @@ class OpaqueModuleWarning(UserWarning):
 
 
 class PlainBackwardWarning(UserWarning):
-    """An optimizer makes a step on gradients that no algorithm has made: the loop does not call the model."""
+    """A loop trains without an algorithm: it does not call the model, or no optimizer was attached to it."""
+
+
+class WrappedStepWarning(UserWarning):
+    """The step of the wrapped optimizer itself was called, and not the one of the EnergyOptimizer around it."""
 
 
 class LoneNodeWarning(UserWarning):
     """One node has every parameter of the module, so nothing can relax."""
+
+
+class UncalledNodeWarning(UserWarning):
+    """A submodule that ``nodes`` names was called in no run so far, or on data alone."""
 
 
 class NameCollisionWarning(UserWarning):
@@ -90,6 +98,10 @@ class NameCollisionWarning(UserWarning):
 
 
 # The training loop ----------------------------------------------------------------------------------------------------
+
+
+class UnknownSettingError(ConfigurationError, TypeError):
+    """An argument that an algorithm, a solver, a nudging, an energy or an update does not have."""
 
 
 class AttachmentError(ConfigurationError):
@@ -109,7 +121,15 @@ class UnsynchronisedWarning(UserWarning):
 
 
 class CheckpointError(ConfigurationError):
-    """A checkpoint of another model or of another algorithm."""
+    """A checkpoint of another model or of another algorithm, or one with an entry that cannot be what was saved."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint of the same algorithm with other settings; those that are attached stay."""
+
+
+class UnknownNameError(ConfigurationError, KeyError):
+    """A state or a graph was asked for a node that it does not have."""
 
 
 class NodeEvaluationError(ConfigurationError, RuntimeError):

@@ -45,7 +45,7 @@ from torch2ebm.inference.solver import ErrorSolver, Rest, Solver, ValueSolver
 from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.loss.output_loss import LossExpansion, NudgedLoss, OutputLoss
 from torch2ebm.model.trial import call_and_loss
-from torch2ebm.optimizer import Monitor
+from torch2ebm.monitor import Monitor
 
 __all__ = [
     "Algorithm",

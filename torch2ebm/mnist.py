@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
-import math
-import struct
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from torch2ebm.common.idx_file import idx_file
+from torch2ebm.common.npz_file import npz_file, npz_names
+from torch2ebm.common.stored_numbers import StoredNumbers, path_of
 from torch2ebm.errors import ConfigurationError
 
-# The third byte of a file says what its numbers are. All are big-endian.
-DTYPES: Mapping[int, str] = MappingProxyType(
-    {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-)
-GZIP = b"\x1f\x8b"
 # The name of each part without its ending. MNIST's own site had the hyphen, many copies have a point.
 FILES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -34,7 +25,7 @@ FILES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "test_labels": ("t10k-labels-idx1-ubyte", "t10k-labels.idx1-ubyte"),
     }
 )
-COMPLETE = "Download it again; a file is complete when its size is what its header says."
+LARGEST_LABEL = 2**53  # up to which every whole number is a number of float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +44,10 @@ class Mnist:
     test_images: Tensor
     test_labels: Tensor
 
+    def __repr__(self) -> str:
+        parts = [f"{field.name} {tuple(getattr(self, field.name).shape)}" for field in fields(self)]
+        return f"Mnist({', '.join(parts)})"
+
 
 def read_idx(path: str | PathLike[str]) -> Tensor:
     """One IDX file, gzipped or not, as a tensor of the shape and the dtype that its header names.
@@ -60,6 +55,8 @@ def read_idx(path: str | PathLike[str]) -> Tensor:
     The format (LeCun, Cortes and Burges, *The MNIST database*): two zero bytes, a code of the dtype, the number of
     dimensions, the sizes as 32-bit integers, then the numbers, row by row; everything big-endian. Codes are 8 uint8,
     9 int8, 11 int16, 12 int32, 13 float32 and 14 float64. Whether a file is gzipped is seen in its first bytes.
+
+    The header is read first, and then no more than it announces. A damaged file takes no memory.
 
     Raises:
         ConfigurationError: for a file that is missing, no IDX file, of an unknown dtype, or not of the length that
@@ -73,18 +70,8 @@ def read_idx(path: str | PathLike[str]) -> Tensor:
         ...     torch2ebm.read_idx(file)
         tensor([5, 0, 4], dtype=torch.uint8)
     """
-    file = Path(path)
-    where = f"read_idx('{file}')"
-    content = _content(file, where)
-    dtype, sizes = _header(content, where)
-    start = 4 + 4 * len(sizes)
-    announced = math.prod(sizes) * dtype.itemsize
-    if len(content) - start != announced:
-        raise ConfigurationError(
-            where, f"{len(content) - start} bytes of numbers", f"{announced}, for {sizes} of {dtype.name}", COMPLETE
-        )
-    numbers = np.frombuffer(content, dtype, offset=start).reshape(sizes)
-    return torch.from_numpy(numbers.astype(dtype.newbyteorder("=")))  # a copy: torch is native-endian, and may write
+    where = f"read_idx({_shown(path)})"
+    return idx_file(path_of(path, where), where).read()
 
 
 def load_mnist(path: str | PathLike[str]) -> Mnist:
@@ -96,8 +83,8 @@ def load_mnist(path: str | PathLike[str]) -> Mnist:
             ``train_images``, ``train_labels``, ``test_images`` and ``test_labels``.
 
     Raises:
-        ConfigurationError: for a file or an array that is missing or unreadable, and for images and labels that do
-            not belong together.
+        ConfigurationError: for a file or an array that is missing or unreadable, for images and labels that do
+            not belong together, and for labels that are no whole numbers, 0 or more.
 
     Example:
         >>> import tempfile, pathlib, numpy, torch2ebm
@@ -109,49 +96,31 @@ def load_mnist(path: str | PathLike[str]) -> Mnist:
         >>> mnist.train_images.shape, mnist.test_labels
         (torch.Size([3, 28, 28]), tensor([5, 0, 4]))
     """
-    place = Path(path)
-    where = f"load_mnist('{place}')"
-    if not place.exists():
+    where = f"load_mnist({_shown(path)})"
+    place = path_of(path, where)
+    if not _is_there(place, where):
         raise ConfigurationError(where, "nothing there", "a folder of IDX files, or an npz file", "Look at the path.")
-    parts = _from_folder(place, where) if place.is_dir() else _from_npz(place, where)
-    for split in ("train", "test"):
-        _check_split(where, split, parts[f"{split}_images"], parts[f"{split}_labels"])
-    return Mnist(**{name: part.long() if name.endswith("labels") else part for name, part in parts.items()})
+    stored = _from_folder(place, where) if place.is_dir() else _from_npz(place, where)
+    for split in ("train", "test"):  # by the headers, before any number is read
+        _check_split(where, split, stored[f"{split}_images"].sizes, stored[f"{split}_labels"].sizes)
+    labels = {name: _labels(where, name, part.read()) for name, part in stored.items() if name.endswith("labels")}
+    images = {name: part.read() for name, part in stored.items() if name not in labels}
+    return Mnist(**images, **labels)
 
 
-def _content(file: Path, where: str) -> bytes:
-    """The bytes of the file, unpacked."""
+def _shown(path: object) -> str:
+    text = f"'{path}'" if isinstance(path, (str, PathLike)) else repr(path)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _is_there(place: Path, where: str) -> bool:
     try:
-        stored = file.read_bytes()
-    except OSError as error:
-        raise ConfigurationError(where, str(error), "a file that can be read", "Look at the path.") from error
-    try:
-        return gzip.decompress(stored) if stored.startswith(GZIP) else stored
-    except (EOFError, OSError, zlib.error) as error:
-        raise ConfigurationError(where, f"damaged gzip data: {error}", "a complete file", COMPLETE) from error
+        return place.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ConfigurationError(where, str(error), "a path that can be read", "Look at the path.") from error
 
 
-def _header(content: bytes, where: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """The dtype of the numbers and their sizes."""
-    if len(content) < 4 or content[:2] != b"\0\0":
-        raise ConfigurationError(
-            where,
-            f"a file that begins with {content[:4].hex(' ') or 'nothing'}",
-            "an IDX file, which begins with two zero bytes, a dtype code and the number of dimensions",
-            "Look at what the file is: a page that a download was answered with, or another archive, perhaps.",
-        )
-    code, dimensions = content[2], content[3]
-    if code not in DTYPES:
-        known = ", ".join(f"{known:#04x} {np.dtype(dtype).name}" for known, dtype in DTYPES.items())
-        raise ConfigurationError(where, f"dtype code {code:#04x}", f"one of {known}", "Look at what the file is.")
-    if len(content) < 4 + 4 * dimensions:
-        raise ConfigurationError(
-            where, f"{len(content)} bytes", f"a header of {4 + 4 * dimensions} for {dimensions} dimensions", COMPLETE
-        )
-    return np.dtype(DTYPES[code]), struct.unpack_from(f">{dimensions}I", content, 4)
-
-
-def _from_folder(folder: Path, where: str) -> dict[str, Tensor]:
+def _from_folder(folder: Path, where: str) -> dict[str, StoredNumbers]:
     found = {part: _file_of(folder, names) for part, names in FILES.items()}
     missing = [FILES[part][0] for part, file in found.items() if file is None]
     if missing:
@@ -161,7 +130,7 @@ def _from_folder(folder: Path, where: str) -> dict[str, Tensor]:
             "the four files of the data set, each with or without .gz",
             "Look for them in a folder below (torchvision puts them in MNIST/raw), or download them.",
         )
-    return {part: read_idx(file) for part, file in found.items() if file is not None}
+    return {part: idx_file(file, f"read_idx({_shown(file)})") for part, file in found.items() if file is not None}
 
 
 def _file_of(folder: Path, names: tuple[str, str]) -> Path | None:
@@ -169,34 +138,41 @@ def _file_of(folder: Path, names: tuple[str, str]) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-def _from_npz(file: Path, where: str) -> dict[str, Tensor]:
-    wanted = [field.name for field in fields(Mnist)]
-    try:
-        # the stream is ours to close: numpy leaves a damaged archive open
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            names = list(archive)
-            parts = {name: torch.from_numpy(archive[name]) for name in wanted if name in names}
-    except (OSError, EOFError, AttributeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ConfigurationError(
-            where, f"no npz of numbers: {error}", "a folder of IDX files, or an npz file", COMPLETE
-        ) from error
-    missing = [name for name in wanted if name not in parts]
+def _from_npz(file: Path, where: str) -> dict[str, StoredNumbers]:
+    wanted, names = [field.name for field in fields(Mnist)], npz_names(file, where)
+    missing = [name for name in wanted if name not in names]
     if missing:
         raise ConfigurationError(
             where,
-            f"an npz without {', '.join(missing)}; it has {', '.join(names)}",
+            f"an npz without {', '.join(missing)}; it has {', '.join(names[:20])}",
             f"the arrays {', '.join(wanted)}",
             "Save it again with these names: numpy.savez(file, train_images=..., ...).",
         )
-    return parts
+    return npz_file(file, wanted, where)
 
 
-def _check_split(where: str, split: str, images: Tensor, labels: Tensor) -> None:
-    if images.ndim == 3 and labels.ndim == 1 and len(images) == len(labels):
+def _check_split(where: str, split: str, images: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    if len(images) == 3 and len(labels) == 1 and images[0] == labels[0]:
         return
     raise ConfigurationError(
         where,
-        f"{split} images {tuple(images.shape)} and labels {tuple(labels.shape)}",
+        f"{split} images {images} and labels {labels}",
         "images [n, height, width] and labels [n], as many of one as of the other",
         "Take both from the same data set and the same split.",
     )
+
+
+def _labels(where: str, name: str, numbers: Tensor) -> Tensor:
+    """As int64. Raises :class:`ConfigurationError` where this would make another number of one."""
+    # float64 holds every number of 32 bits, and what it rounds is out of the range that is allowed
+    exact = numbers.double()
+    wrong = torch.nonzero(~((exact == exact.floor()) & (exact >= 0) & (exact <= LARGEST_LABEL)))
+    if len(wrong):
+        first = int(wrong[0])
+        raise ConfigurationError(
+            where,
+            f"{name} with {numbers[first].item()} at {first}",
+            "the number of a class: a whole number, 0 or more",
+            "Take the labels themselves, and not probabilities or distances.",
+        )
+    return numbers.long()

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import itertools
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.capture.problems import users_level
+from torch2ebm.attaching import attach, check_parts, parameters_of, unwrapped
+from torch2ebm.checkpoints import OWN_KEY, check_identity, identity, load_wholly, no_dictionary
 from torch2ebm.common.checks import check_steps
-from torch2ebm.errors import (
-    AttachmentError,
-    CheckpointError,
-    LossIndependentError,
-    NoStateError,
-    PlainBackwardWarning,
-)
+from torch2ebm.errors import AttachmentError, LossIndependentError, NoStateError
 from torch2ebm.isolation.interrupts import InterruptsDeferred
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.energy_model import EnergyModel
+from torch2ebm.monitor import Monitor
+from torch2ebm.steps_told import StepsTold
+from torch2ebm.wrapped import evaluates_again, is_wrappeds, method_of, versions, with_closures
 
-_OWN_KEY = "torch2ebm"  # in a state_dict; the bare optimizer does not look at it
 _HOOKS = (
     "_optimizer_state_dict_pre_hooks",
     "_optimizer_state_dict_post_hooks",
@@ -39,41 +33,16 @@ _HOOKS = (
 )  # the wrapped optimizer runs them
 
 
-class Monitor(Protocol):
-    """A function of your own that is told how each step went: ``EnergyOptimizer(..., monitor=...)``.
-
-    ``SummaryWriter.add_scalar`` of TensorBoard fits as it is. What it raises comes out of ``optimizer.step()``, after
-    the step has been made.
-
-    Example:
-        >>> import torch, torch2ebm
-        >>> seen = {}
-        >>> def monitor(name, value, step):
-        ...     seen[name] = value
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-        >>> model, sgd = torch2ebm.convert(net), torch.optim.SGD(net.parameters(), lr=0.1)
-        >>> optimizer = torch2ebm.EnergyOptimizer(sgd, model, torch2ebm.PredictiveCoding(), monitor=monitor)
-        >>> model(torch.randn(5, 4)).square().mean().backward()
-        >>> optimizer.step()
-        >>> list(seen)
-        ['energy/0', 'energy', 'loss', 'relaxation/steps', 'relaxation/residual']
-    """
-
-    def __call__(self, name: str, value: float, step: int, /) -> Any:
-        """Called for each number, in every ``optimizer.step()``.
-
-        Args:
-            name: ``energy/<node>``, ``energy``, ``loss``, ``relaxation/steps`` or ``relaxation/residual``.
-            value: Energies and the loss are summed over samples, in units of lambda times the loss.
-            step: How many steps of the optimizer have been made before.
-        """
-
-
 class EnergyOptimizer(Optimizer):
     """Any torch optimizer, with local gradients instead of backpropagation's.
 
     It shares ``param_groups`` and ``state`` with the wrapped optimizer, so schedulers, gradient scalers and
-    checkpoints work on either. ``loss.backward()`` fills ``.grad``; ``step()`` is the wrapped optimizer's.
+    checkpoints work on either. ``loss.backward()`` fills ``.grad``; ``step()`` is the wrapped optimizer's. What that
+    has of its own (``train()`` and ``eval()`` of a schedule-free one, ``first_step()`` of SAM, ``rho``) is read,
+    called and written here as there.
+
+    Several optimizers may train one model, each with parameters of its own. Wrap them all, with the same algorithm,
+    or leave all but one plain: ``.grad`` is filled for the whole model, whoever steps.
 
     Args:
         optimizer: The optimizer to wrap.
@@ -81,12 +50,18 @@ class EnergyOptimizer(Optimizer):
         algorithm: What computes the gradients.
         monitor: Called in every ``step()``, as ``monitor(name, value, step)``, with the energy of each node, their sum
             with the loss, and how the relaxation went. ``SummaryWriter.add_scalar`` of TensorBoard fits as it is.
-
+        replace: Take the place of the optimizer that is attached, as where a notebook's cell runs again.
+        accumulation: What your loop divides the loss by because it accumulates gradients over so many batches. The
+            division then scales gradients and is no part of the loss: 4 batches of 8 learn as one of 32. Left at 1,
+            ``loss / 4`` is the loss that enters the energy. Trainers and gradient scalers need nothing.
         check_every: Hold one of so many calls against the module itself: outputs, buffers and gradients. The module
             then runs once more, so anything that it counts or draws by itself is counted twice. None never does.
 
     Raises:
-        AttachmentError: if the model is not converted, or has an algorithm attached whose optimizer is still there.
+        AttachmentError: if the model is not converted, or if the optimizer steps none of its parameters. Also if an
+            optimizer is still attached, unless ``replace`` is given, or this one has other parameters and the same
+            algorithm.
+        ConfigurationError: if ``accumulation`` is no whole number, 1 or more.
         CaptureMismatchError: by a call that is checked, where the energy graph is not the module.
 
     Example:
@@ -100,6 +75,13 @@ class EnergyOptimizer(Optimizer):
         >>> optimizer.step()
     """
 
+    optimizer: Optimizer
+    model: EnergyModel
+    algorithm: Algorithm
+    monitor: Monitor | None
+    monitored: int  # steps that the monitor has been told of
+    _steps: StepsTold
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -107,25 +89,36 @@ class EnergyOptimizer(Optimizer):
         algorithm: Algorithm,
         *,
         monitor: Monitor | None = None,
+        replace: bool = False,
         check_every: int | None = None,
+        accumulation: int = 1,
     ) -> None:
+        check_parts(optimizer, model, algorithm, monitor, EnergyOptimizer)
         converted = unwrapped(model)
-        _check(optimizer, algorithm, monitor)
+        check_steps("EnergyOptimizer", accumulation, "accumulation")
         if check_every is not None:
             check_steps("EnergyOptimizer", check_every, "check_every")
-        converted.torch2ebm.attach(algorithm, self)
+        self._be(optimizer, converted, algorithm, monitor, accumulation=accumulation)
+        attach(self, converted, algorithm, replace)
+        converted.torch2ebm.forwards.accumulation = accumulation
         if check_every is not None:
             converted.torch2ebm.check_every = check_every
-        self._be(optimizer, converted, algorithm)
-        self.monitor, self.monitored = monitor, 0
-        self._told = False
 
-    def _be(self, optimizer: Optimizer, model: EnergyModel, algorithm: Algorithm) -> None:
+    def _be(
+        self,
+        optimizer: Optimizer,
+        model: EnergyModel,
+        algorithm: Algorithm,
+        monitor: Monitor | None = None,
+        monitored: int = 0,
+        accumulation: int = 1,
+    ) -> None:
         """Nothing of ``Optimizer.__init__`` is kept but the hooks of ``step``: the rest is the wrapped optimizer's."""
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        for name in _HOOKS:
-            self.__dict__[name] = getattr(optimizer, name)
-        self.optimizer, self.model, self.algorithm = optimizer, model, algorithm
+        super().__init__(optimizer.param_groups, getattr(optimizer, "defaults", {}))
+        for name in _HOOKS:  # Lookahead and its like may have none, since they never run Optimizer.__init__
+            self.__dict__[name] = getattr(optimizer, name, OrderedDict())
+        self.__dict__.update(optimizer=optimizer, model=model, algorithm=algorithm, monitor=monitor)
+        self.__dict__.update(monitored=monitored, accumulation=accumulation, _steps=StepsTold(self))
 
     @property
     def _conversion(self) -> Conversion:
@@ -149,7 +142,7 @@ class EnergyOptimizer(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        return self.optimizer.defaults
+        return getattr(self.optimizer, "defaults", {})
 
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
@@ -159,8 +152,27 @@ class EnergyOptimizer(Optimizer):
         if "optimizer" in self.__dict__:  # not while Optimizer.__init__ runs
             setattr(self.optimizer, name, value)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """The wrapped optimizer's step; returns what ``closure`` returns.
+    def __getattr__(self, name: str) -> Any:
+        """What only the wrapped optimizer has. A method of its own that moves the weights counts as a step."""
+        optimizer = self.__dict__.get("optimizer")
+        if optimizer is None or not is_wrappeds(name, optimizer):
+            kind = type(self).__name__ if optimizer is None else f"{type(self).__name__}({type(optimizer).__name__})"
+            raise AttributeError(f"'{kind}' object has no attribute '{name}'")
+        return method_of(getattr(optimizer, name), optimizer, lambda call: self._moved_by(name, call))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        optimizer = self.__dict__.get("optimizer")
+        own = optimizer is None or name in self.__dict__ or hasattr(type(self), name)
+        if own or not is_wrappeds(name, optimizer):  # type: ignore[arg-type]  # own where there is none
+            object.__setattr__(self, name, value)
+        else:
+            setattr(optimizer, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *(name for name in dir(self.optimizer) if not name.startswith("_"))})
+
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped optimizer's step, with all its arguments; returns what that returns, for most the closure's loss.
 
         Algorithms whose weights move with the values make their further steps here (IncrementalPredictiveCoding).
         Ctrl-C is handled before or after, never in between (in a closure, at once).
@@ -170,37 +182,43 @@ class EnergyOptimizer(Optimizer):
         if closure is None:
             self._check_backward()
             self._check_skipped()
-        with InterruptsDeferred() as section, self._whole(closure is not None):
-            result = self.optimizer.step(*([] if closure is None else [section.lifted_in(self._checked(closure))]))
+        given: list[Any] = [*([] if closure is None and not args else [closure]), *args]
+        with InterruptsDeferred() as section, self._whole(closure is not None), self._steps.own():
+            given, kwargs = with_closures(given, kwargs, lambda each: section.lifted_in(self._checked(each)))
+            result = self.optimizer.step(*given, **kwargs)
             with exhausted_memory_named("optimizer.step()", self.algorithm):
                 self._step_on()
-            self._tell_of_plain_backward()
-            self._conversion.forwards.stepped()
-            self._conversion.standing.stepped()
+            self._stepped()
         self._report()
         return result
 
-    def _tell_of_plain_backward(self) -> None:
-        """Say once where a step was made on gradients that no backward of the model has filled."""
-        if self._told or self._conversion.forwards.answered_since_step:
-            return
-        if any(parameter.grad is not None for parameter in self.model.parameters()):
-            self._told = True
-            warnings.warn(
-                f"optimizer.step(): the gradients are not {type(self.algorithm).__name__}'s, since no backward came "
-                "through the converted model since the last step. Call model(x), the converted model, in your loop, "
-                "and not the module that you converted (net(x)) or a part of it.",
-                PlainBackwardWarning,
-                stacklevel=users_level(),
-            )
+    def _stepped(self) -> None:
+        self._steps.made()
+        self._conversion.forwards.stepped()
+        self._conversion.standing.stepped()
+
+    def _moved_by(self, name: str, call: Callable[[], Any]) -> Any:
+        """A method of the wrapped optimizer's own, which may move the weights: ``first_step``, ``train``, ``eval``."""
+        parameters = parameters_of(self)
+        before = versions(parameters)
+        with self._whole(False), self._steps.own():
+            result = call()
+            if versions(parameters) != before:
+                if self._conversion.forwards.later:
+                    raise _further_steps_left_out(name, self.algorithm, self.optimizer)
+                self._stepped()
+        return result
 
     def _check_skipped(self) -> None:
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        self._conversion.forwards.check_skipped(gradients)
+        if self._conversion.forwards.overflowed:
+            own = set(map(id, parameters_of(self)))
+            named = self._conversion.trained_parameters().items()
+            gradients = {name: p.grad for name, p in named if p.grad is not None and id(p) in own}
+            self._conversion.forwards.check_skipped(gradients)
 
-    def _checked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def checked() -> Any:
-            result = closure()
+    def _checked(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            result = closure(*args, **kwargs)
             self._check_skipped()
             return result
 
@@ -211,7 +229,7 @@ class EnergyOptimizer(Optimizer):
         if not self._conversion.forwards.later:
             return
         own = self._conversion.trained_parameters()
-        everything = [p for group in self.param_groups for p in group["params"]]
+        everything = parameters_of(self)
         first = [(parameter, parameter.grad) for parameter in {*everything, *own.values()}]
         try:
             for gradients in self._conversion.forwards.later_gradients():
@@ -221,16 +239,16 @@ class EnergyOptimizer(Optimizer):
                     own[name].grad = gradient
                 self.optimizer.step()
         finally:
-            for parameter, gradient in first:
-                parameter.grad = gradient
+            for parameter, seen in first:
+                parameter.grad = seen
 
     @contextmanager
     def _whole(self, with_closure: bool) -> Iterator[None]:
         """Where weights move more than once in a step: if a later move fails, all is as before the first."""
-        if not self.algorithm.weights_move and not (with_closure and _evaluates_again(self.optimizer)):
+        if not self.algorithm.weights_move and not (with_closure and evaluates_again(self.optimizer)):
             yield
             return
-        parameters = [*(p for group in self.param_groups for p in group["params"]), *self.model.buffers()]
+        parameters = [*parameters_of(self), *self.model.buffers()]
         before = [parameter.detach().clone() for parameter in parameters]
         state = copy.deepcopy(self.optimizer.state_dict())
         try:
@@ -265,13 +283,18 @@ class EnergyOptimizer(Optimizer):
             )
 
     def detach(self) -> Optimizer:
-        """End the attachment and return the wrapped optimizer: the plain loop is back."""
-        self._conversion.detach()
+        """End the attachment and return the wrapped optimizer: the plain loop is back.
+
+        Where several optimizers are attached, the algorithm stays until the last of them is detached.
+        """
+        self._conversion.detach_from(self)
+        self._steps.end()
         return self.optimizer
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """The wrapped optimizer's; arguments as there (``set_to_none``)."""
         self._conversion.forwards.given_up()
-        self.optimizer.zero_grad(set_to_none)
+        self.optimizer.zero_grad(*args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if "optimizer" in self.__dict__:  # Optimizer.__init__ adds the groups that the wrapped one has already
@@ -279,97 +302,46 @@ class EnergyOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, which it loads itself, and for whom it was made under ``"torch2ebm"``."""
-        return {**self.optimizer.state_dict(), _OWN_KEY: self._identity()}
+        return {**self.optimizer.state_dict(), OWN_KEY: self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what this class or the bare optimizer has saved.
 
-        Raises :class:`CheckpointError` if it says that it is of another algorithm or of another model.
+        Raises :class:`CheckpointError` if it says that it is of another algorithm or of another model, and for an
+        entry that cannot be what was saved; nothing has been loaded then. Warns :class:`CheckpointWarning` if the
+        algorithm had other settings, for example other steps or another rate. Those that are attached stay.
         """
-        self._check_checkpoint(state_dict.get(_OWN_KEY))
-        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != _OWN_KEY})
+        if not isinstance(state_dict, Mapping):
+            raise no_dictionary(state_dict)
+        check_identity(state_dict.get(OWN_KEY), self._identity())
+        load_wholly(self.optimizer, {key: value for key, value in state_dict.items() if key != OWN_KEY})
 
     def _identity(self) -> dict[str, Any]:
         names = {id(parameter): name for name, parameter in self._conversion.trained_parameters().items()}
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        return {
-            "algorithm": type(self.algorithm).__name__,
-            "model": type(self._conversion.module).__name__,
-            "parameters": [f"{names.get(id(p), 'outside the model')} {tuple(p.shape)}" for p in parameters],
-        }
-
-    def _check_checkpoint(self, saved: dict[str, Any] | None) -> None:
-        own = self._identity()
-        if saved is None or all(saved.get(part) == own[part] for part in ("algorithm", "parameters")):
-            return
-        pairs = itertools.zip_longest(saved["parameters"], own["parameters"], fillvalue="nothing")
-        differing = [pair for pair in pairs if pair[0] != pair[1]]
-        got, expected = differing[0] if differing else ("", "")
-        raise CheckpointError(
-            "EnergyOptimizer.load_state_dict",
-            f"a checkpoint of {saved['algorithm']} on {saved['model']}" + (f" with parameter {got}" if got else ""),
-            f"one of {own['algorithm']} on {own['model']}" + (f", whose parameter there is {expected}" if got else ""),
-            f"Attach what it was saved with, or remove its entry '{_OWN_KEY}' to load it all the same.",
-        )
+        parameters = [f"{names.get(id(p), 'outside the model')} {tuple(p.shape)}" for p in parameters_of(self)]
+        return identity(self.algorithm, self._conversion.module, parameters)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the monitor, which belongs to the process."""
-        return {name: getattr(self, name) for name in ("optimizer", "model", "algorithm", "monitored")}
+        return {name: getattr(self, name) for name in ("optimizer", "model", "algorithm", "monitored", "accumulation")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer, model, algorithm = state["optimizer"], state["model"], state["algorithm"]
-        self._be(optimizer, model, algorithm)
-        self.monitor, self.monitored, self._told = None, state["monitored"], False
-        if not model.torch2ebm.attached:
-            model.torch2ebm.attach(algorithm, self)
+        self._be(optimizer, model, algorithm, monitored=state["monitored"], accumulation=state.get("accumulation", 1))
+        with suppress(AttachmentError):  # where another stands already, this copy was detached
+            attach(self, model, algorithm, replace=False)
+            model.torch2ebm.forwards.accumulation = self.accumulation
 
     def __repr__(self) -> str:
-        return f"EnergyOptimizer({self.optimizer!r}, {self.algorithm!r})"
+        accumulation = "" if self.accumulation == 1 else f", accumulation={self.accumulation}"
+        return f"EnergyOptimizer({self.optimizer!r}, {self.algorithm!r}{accumulation})"
 
 
-def _evaluates_again(optimizer: Optimizer) -> bool:
-    """Whether it cannot do without a closure, as LBFGS: it runs it on weights that it has moved already."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is closure.empty
-
-
-def unwrapped(model: nn.Module) -> EnergyModel:
-    """The converted model inside the wrappers that are known."""
-    inner: Any = model
-    while not isinstance(inner, EnergyModel):
-        inner = getattr(inner, "_orig_mod", None) or (
-            getattr(inner, "module", None) if isinstance(inner, nn.Module) else None
-        )
-        if not isinstance(inner, nn.Module):
-            raise AttachmentError(
-                "EnergyOptimizer(optimizer, model, algorithm)",
-                f"a {type(model).__name__}",
-                "a model made by torch2ebm.convert, or a wrapper of one",
-                "Convert it first: torch2ebm.convert(net).",
-            )
-    return inner
-
-
-def _check(optimizer: Optimizer, algorithm: Algorithm, monitor: Monitor | None) -> None:
-    where = "EnergyOptimizer(optimizer, model, algorithm)"
-    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, EnergyOptimizer):
-        raise AttachmentError(
-            where,
-            f"{type(optimizer).__name__} as the optimizer",
-            "a torch.optim.Optimizer that is not wrapped yet",
-            "Pass the optimizer itself, for example torch.optim.Adam(net.parameters()).",
-        )
-    if not isinstance(algorithm, Algorithm):
-        raise AttachmentError(
-            where,
-            f"{algorithm!r} as the algorithm",
-            "an algorithm object, for example torch2ebm.PredictiveCoding()",
-            "Write the parentheses: an object, not the class.",
-        )
-    if monitor is not None and not callable(monitor):
-        raise AttachmentError(
-            where,
-            f"{monitor!r} as the monitor",
-            "a function of (name, value, step)",
-            "For example SummaryWriter().add_scalar.",
-        )
+def _further_steps_left_out(name: str, algorithm: Algorithm, optimizer: Optimizer) -> AttachmentError:
+    return AttachmentError(
+        f"optimizer.{name}(...)",
+        f"weights that {type(optimizer).__name__} has moved by itself, under {type(algorithm).__name__}",
+        "optimizer.step(), in which that algorithm makes its further steps",
+        "Use an optimizer whose step() is one move of the weights, or an algorithm without further steps, for example "
+        "torch2ebm.PredictiveCoding(); nothing was changed.",
+    )

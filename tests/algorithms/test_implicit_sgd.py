@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_error
+from helpers import relative_error, scaled_by
 from oracles.implicit_steps import (
     ImplicitStep,
     activity_step,
@@ -481,7 +481,9 @@ def test_in_the_unchanged_loop_every_step_is_the_implicit_one() -> None:
 def test_a_factor_outside_the_loss_scales_the_gradient_and_nothing_else(factor: float) -> None:
     plain, _ = step_of(Case(batch=4), 0.5)
     case = Case(batch=4)
-    scaled, _ = learned(case.net, torch2ebm.ImplicitSGD(0.5), case.x, lambda output: case.loss(output) * factor)
+    scaled, _ = learned(
+        case.net, torch2ebm.ImplicitSGD(0.5), case.x, lambda output: scaled_by(factor, case.loss(output))
+    )
     assert relative_error({name: g / factor for name, g in scaled.items()}, plain) <= 1e-12
 
 

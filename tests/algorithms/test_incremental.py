@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import relative_error, scaled_by
 from oracles.energy import EnergyProblem, gradient
 from oracles.graphs import Dag, SkipDag, backprop, cross_entropy, skip_dag
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ def test_accumulated_batches_relax_side_by_side() -> None:
         model = torch2ebm.convert(SkipDag(), nodes=NAMES)
         algorithm = torch2ebm.IncrementalPredictiveCoding(5, 0.2)
         inner = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        optimizer = torch2ebm.EnergyOptimizer(inner, model, algorithm)
+        optimizer = torch2ebm.EnergyOptimizer(inner, model, algorithm, accumulation=parts)
         for _ in range(2):
             optimizer.zero_grad()
             for part, target in zip(x.chunk(parts), labels(torch.zeros(4, 3)).chunk(parts), strict=True):
@@ -207,7 +207,7 @@ def test_a_gradient_scaler_s_factor_is_refused() -> None:
     inner = torch.optim.SGD(model.parameters(), lr=0.05)
     torch2ebm.EnergyOptimizer(inner, model, torch2ebm.IncrementalPredictiveCoding(5, 0.2))
     with pytest.raises(ConfigurationError, match="outer factor of 65536"):
-        (65536.0 * mean_loss(model(skip_dag().inputs["x"]))).backward()
+        scaled_by(65536.0, mean_loss(model(skip_dag().inputs["x"]))).backward()
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import attached, local_gradients, relative_error
+from helpers import attached, local_gradients, relative_error, scaled_by
 from oracles.proximal_steps import (
     RELU,
     TANH,
@@ -259,7 +259,9 @@ def test_a_norm_summed_over_the_batch_is_another_rule() -> None:
 def test_an_outer_factor_scales_the_gradients_and_nothing_else() -> None:
     net = chain()
     whole = local_gradients(attached(copy.deepcopy(net), IL(**STRONG)), (x_of(4),), cross_entropy)
-    scaled = local_gradients(attached(net, IL(**STRONG)), (x_of(4),), lambda output: 0.25 * cross_entropy(output))
+    scaled = local_gradients(
+        attached(net, IL(**STRONG)), (x_of(4),), lambda output: scaled_by(0.25, cross_entropy(output))
+    )
     assert relative_error(scaled, {name: 0.25 * g for name, g in whole.items()}) <= EXACT
 
 
@@ -380,9 +382,13 @@ def test_accumulated_micro_batches_are_the_mean_of_their_steps() -> None:
         gradients_of(net, Proximal(layers_of(net), TANH, gradient, **STRONG).run(x))
         for gradient, x in zip(halves, x_of(4).split(2), strict=True)
     ]
-    model = attached(net, IL(**STRONG))
+    model = torch2ebm.convert(net)
+    optimizer = torch2ebm.EnergyOptimizer(
+        torch.optim.SGD(net.parameters(), lr=0.1), model, IL(**STRONG), accumulation=2
+    )
     for x, y in zip(x_of(4).split(2), labels(4).split(2), strict=True):
         (F.cross_entropy(model(x), y) / 2).backward()
+    optimizer.detach()
     ours = {name: p.grad for name, p in net.named_parameters()}
     assert relative_error(ours, {name: (steps[0][name] + steps[1][name]) / 2 for name in ours}) <= EXACT
 

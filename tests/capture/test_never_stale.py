@@ -269,3 +269,25 @@ def test_running_statistics_move_once_when_a_number_changes() -> None:
         twin(normal(5, WIDTH))
         for name, buffer in twin.named_buffers():
             assert torch.equal(module.get_buffer(name), buffer), name
+
+
+class Averaged(nn.Module):
+    """A layer whose buffer takes the mean of what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.layer(x)
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(h.mean(0), alpha=0.1)
+        return torch.tanh(h)
+
+
+def test_a_buffer_that_takes_a_statistic_leaves_the_sequence_of_a_run_as_it_is() -> None:
+    model = attached(Averaged(), torch2ebm.ZeroDivergence())
+    first, *later = [model.torch2ebm.new_call((normal(3, WIDTH),), {}).run for _ in range(4)]
+    assert first.records is not None
+    assert [(run.records, run.followed) for run in later] == [(None, True)] * 3

@@ -56,7 +56,7 @@ def plain_loop(
     """The network and its optimizer after training; a step a group of ``accumulate`` batches."""
     net = network() if net is None else net
     model = torch2ebm.convert(net)
-    optimizer = torch2ebm.EnergyOptimizer(make(net.parameters()), model, algorithm)
+    optimizer = torch2ebm.EnergyOptimizer(make(net.parameters()), model, algorithm, accumulation=accumulate)
     scheduler = halving(optimizer)
     for index, (x, y) in enumerate([*data] * epochs):
         (loss(model, x, y) / accumulate).backward()

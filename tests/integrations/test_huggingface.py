@@ -84,7 +84,7 @@ def by_hand(
 ) -> nn.Module:
     net = bert()
     model = torch2ebm.convert(net)
-    optimizer = torch2ebm.EnergyOptimizer(sgd(net.parameters()), model, algorithm)
+    optimizer = torch2ebm.EnergyOptimizer(sgd(net.parameters()), model, algorithm, accumulation=accumulate)
     scheduler = halving(optimizer)
     for index, batch in enumerate(data):
         (model(**batch).loss / accumulate).backward()

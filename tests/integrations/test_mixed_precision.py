@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import scaled_by
 from loops import ALGORITHMS, Batch, batches, halving, network, plain_loop, same_bits
 from torch import Tensor, nn
 
@@ -218,7 +219,7 @@ def test_a_factor_above_one_and_no_scaler_is_an_error_in_the_step(
 
     def closure() -> Tensor:
         scaled.optimizer.zero_grad()
-        loss = 100 * rooted(scaled.model(x), y)
+        loss = scaled_by(100.0, rooted(scaled.model(x), y))
         loss.backward()
         return loss
 
@@ -233,7 +234,7 @@ def test_a_factor_above_one_and_no_scaler_is_an_error_in_the_step(
 
 def test_gradients_that_are_set_to_zero_are_forgiven() -> None:
     scaled, x, y = Scaled(ALGORITHMS["PredictiveCoding"], 1.0), *batches()[0]
-    (100 * rooted(scaled.model(x), y)).backward()
+    scaled_by(100.0, rooted(scaled.model(x), y)).backward()
     scaled.optimizer.zero_grad()
     F.cross_entropy(scaled.model(x), y).backward()
     scaled.optimizer.step()

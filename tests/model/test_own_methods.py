@@ -1,5 +1,6 @@
 """``model.loss(x)`` relaxes as ``model(x)`` does; a step on gradients of the module itself is told."""
 
+import inspect
 import warnings
 
 import pytest
@@ -98,3 +99,31 @@ def test_a_loop_on_the_model_is_told_nothing() -> None:
             optimizer.zero_grad()
             functional.mse_loss(model(torch.randn(5, 4)), torch.zeros(5, 4)).backward()
             optimizer.step()
+
+
+class Coder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    def encode(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        """The code of ``x``, ``[batch, 4]``."""
+        return self(x) * scale
+
+
+def test_a_method_on_the_model_is_a_bound_method_of_it() -> None:
+    net = Coder()
+    model = torch2ebm.convert(net)
+    torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, ALGORITHM)
+    assert inspect.ismethod(model.encode) and model.encode.__self__ is model
+    assert (model.encode.__name__, model.encode.__doc__) == (net.encode.__name__, net.encode.__doc__)
+    assert model.encode.__qualname__ == net.encode.__qualname__
+    assert inspect.signature(model.encode) == inspect.signature(net.encode)
+    x = torch.randn(3, 4)
+    assert torch.equal(model.encode(x, scale=2.0), net.encode(x, scale=2.0))
+    with pytest.raises(TypeError, match="bad"):
+        model.encode(x, bad=1)

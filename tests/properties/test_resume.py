@@ -20,7 +20,7 @@ from helpers import same
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.errors import CheckpointError
+from torch2ebm.errors import CheckpointError, CheckpointWarning
 
 HALF, WHOLE = 50, 100
 
@@ -187,8 +187,20 @@ def test_the_remedy_that_the_message_names_works() -> None:
 def test_other_settings_of_the_same_algorithm_are_a_choice_and_no_other_checkpoint() -> None:
     saved = optimizer_of(network(), torch2ebm.PredictiveCoding(steps=3)).state_dict()
     other = optimizer_of(network(), torch2ebm.PredictiveCoding(steps=9, lr=0.3), step=False)
-    other.load_state_dict(saved)
-    assert same(other.state_dict(), saved)
+    before = other.state_dict()["torch2ebm"]
+    with pytest.warns(CheckpointWarning, match=r"steps=3 \(now 9\), lr=0.1 \(now 0.3\)"):
+        other.load_state_dict(saved)
+    assert same(other.optimizer.state_dict(), {key: saved[key] for key in ("state", "param_groups")})
+    assert other.state_dict()["torch2ebm"] == before
+
+
+def test_the_same_settings_are_told_nothing() -> None:
+    """The negative twin; and a checkpoint of before, which has no settings, has nothing to compare."""
+    saved = optimizer_of(network(), torch2ebm.PredictiveCoding(steps=3)).state_dict()
+    for _ in range(2):
+        other = optimizer_of(network(), torch2ebm.PredictiveCoding(solver=torch2ebm.GradientDescent(3)), step=False)
+        other.load_state_dict(saved)
+        saved["torch2ebm"].pop("settings", None)
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)

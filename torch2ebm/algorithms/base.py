@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
+from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import LocalGradients
+from torch2ebm.errors import ConfigurationError
+from torch2ebm.inference.solver import Solver
 from torch2ebm.loss.output_loss import OutputLoss
 
 
-class Algorithm(ABC):
+class Algorithm(NamedSettings, ABC):
     """From one call and its loss to local gradients.
 
     An algorithm holds its settings and nothing of a call, so one object serves many models. Write it as a frozen
@@ -188,3 +192,33 @@ def _without_kept(backward: Callable[..., LocalGradients]) -> Callable[..., Loca
 
     del of_0_2.__wrapped__  # its signature would be taken for the old one where slots=True makes the class again
     return of_0_2
+
+
+def check_algorithm(where: str, algorithm: object, kind: type[ConfigurationError] = ConfigurationError) -> None:
+    """Raise an error of that kind for what is no algorithm: its name, its class, a solver, a list of algorithms."""
+    if isinstance(algorithm, Algorithm):
+        return
+    example = "an algorithm object, for example torch2ebm.PredictiveCoding()"
+    got, remedy = f"{algorithm!r} as the algorithm", "Pass one, with its settings."
+    if isinstance(algorithm, str):
+        known = {each.__name__.lower(): each.__name__ for each in _kinds(Algorithm)}
+        near = difflib.get_close_matches(algorithm.lower().replace("_", ""), known, 1, 0.5)
+        name = known[near[0]] if near else "PredictiveCoding"
+        got, remedy = (
+            f"the text {algorithm!r} as the algorithm",
+            f"Write torch2ebm.{name}(), an object and not its name.",
+        )
+    elif isinstance(algorithm, type):
+        got = f"the class {algorithm.__name__} as the algorithm"
+        remedy = f"Write the parentheses, {algorithm.__name__}(): an object, not the class."
+    elif isinstance(algorithm, Solver):
+        remedy = f"A solver belongs to an algorithm: torch2ebm.PredictiveCoding(solver={algorithm!r})."
+    elif isinstance(algorithm, (list, tuple)):
+        remedy = "Pass one algorithm; torch2ebm.compare takes several."
+    raise kind(where, got, example, remedy)
+
+
+def _kinds(base: Any) -> Iterator[type]:
+    for each in base.__subclasses__():
+        yield each
+        yield from _kinds(each)

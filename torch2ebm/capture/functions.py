@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torch2ebm.capture.run import Constant, Record
+from torch2ebm.capture.run import Constant, Hot, Record
 from torch2ebm.common.nested import leaves_of
 
 
@@ -108,6 +108,20 @@ def moved_by(record: Record) -> Iterator[Constant]:
     if record.function is functional.batch_norm:
         given = (*record.args[1:3], record.kwargs.get("running_mean"), record.kwargs.get("running_var"))
         yield from (each for each in given if isinstance(each, Constant))
+
+
+def written_parameters(records: Iterable[Record]) -> list[str]:
+    """Paths of the parameters that operations have written in place, themselves or through a view."""
+    base: dict[Any, Any] = {}
+    found: dict[str, None] = {}
+    for record in records:
+        for target in record.wrote:
+            path = base.get(target.place, target.place)
+            if isinstance(target, Hot) and isinstance(path, str):
+                found[path] = None
+        for number, source in record.sources.items():
+            base[number] = base.get(source.place, source.place)
+    return list(found)
 
 
 def draws_from_its_own(numbers: Iterable[Any]) -> bool:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from torch2ebm.capture.functions import tensors_of
 from torch2ebm.capture.run import Cuts, Run
+from torch2ebm.isolation.module_state import may_be_packed
 
 
 def held_elsewhere(run: Run, numbers: Mapping[int, int], cuts: Cuts | None) -> dict[int, Tensor]:
     """Results that have more references than the run and its output: somebody has kept them, and may use them."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     found = _references(run.hot)
     if run.matched and cuts is not None and cuts.references == found:
         return {}  # as in an earlier run, in which nobody held any
@@ -34,7 +34,7 @@ def held_elsewhere(run: Run, numbers: Mapping[int, int], cuts: Cuts | None) -> d
         and count - none - _references_of_torch(run.hot[i]) > own[id(run.hot[i])]
         and not isinstance(run.hot[i], nn.Parameter)
     ]
-    if hooks is not None and more:  # they refer to what autograd saves
+    if more and may_be_packed():  # they refer to what autograd saves
         more = _referred(more, run)
     if run.matched and cuts is not None and not more:
         cuts.references[:] = found

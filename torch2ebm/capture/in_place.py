@@ -125,8 +125,8 @@ class _Functional:
         if not chain and (form := _on_copy(node)) is not None:
             written = self.graph.create_node(*form)
         else:
-            operation = _callable(node)
-            function = _write_through([_callable(view) for view in chain], operation)
+            operation = called_by(node)
+            function = _write_through([called_by(view) for view in chain], operation)
             rests = [(view.args[1:], dict(view.kwargs)) for view in chain]
             arguments: Any = (base, rests, node.args[1:], dict(node.kwargs))
             written = self.graph.call_function(function, arguments)
@@ -146,7 +146,8 @@ class _Functional:
         self.viewed[copy] = copies[source]
 
 
-def _callable(node: fx.Node) -> Callable[..., Any]:
+def called_by(node: fx.Node) -> Callable[..., Any]:
+    """What an operation calls: a function, or a tensor's method as one."""
     if node.op == "call_method":
         method: Callable[..., Any] = getattr(Tensor, str(node.target))
         return method

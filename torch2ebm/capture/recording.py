@@ -17,6 +17,7 @@ from torch2ebm.capture.in_place import stopped, without_writes
 from torch2ebm.capture.run import Constant, Hot, ModuleCall, Number, Record, Run
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.errors import UntraceableError
+from torch2ebm.isolation.opaque_state import OpaqueState
 from torch2ebm.isolation.torch_modes import Ambient
 
 Place = tuple[int, int]  # operation, and place among its numbers
@@ -107,6 +108,11 @@ class _Importer:
     def _copied(self, i: int, record: Record) -> None:
         """One operation, and an item for each tensor of its result where that is no tensor itself."""
         args, kwargs = self._resolved(i, record.args), self._resolved(i, record.kwargs)
+        into = list(leaves_of(record.kwargs.get("out"))) if any(isinstance(w, Hot) for w in record.wrote) else []
+        if into[:1] == [None]:
+            into = []
+        elif into:
+            del kwargs["out"]
         kind, target, args = self._target(record, args)
         if draws_from_its_own(self.run.numbers[i]):
             kind, target = "call_function", _from_the_same_state(target)
@@ -114,6 +120,9 @@ class _Importer:
         node.meta["calls"] = dict(record.scopes)
         node.meta["place"] = record.place
         self.operations[node] = i
+        if into:
+            self._written_out(record, node, into)
+            return
         # what an operation writes beside its result, such as running statistics, are the run's own effects: constants
         # that forward changes are copies here
         first = record.args[0] if record.args else None
@@ -126,6 +135,17 @@ class _Importer:
             self._items(record, record.results, node)
         if wrote:
             self.written[node] = wrote[0]
+
+    def _written_out(self, record: Record, node: fx.Node, into: Sequence[Hot | Constant]) -> None:
+        """What ``out=`` names is written by the result of the operation without it."""
+        numbers = list(leaves_of(record.results))
+        for place, (target, number) in enumerate(zip(into, numbers, strict=True)):
+            made = node if len(into) == 1 else self.graph.call_function(operator.getitem, (node, place))
+            written = self.graph.call_function(_filled, (self._node(target), made))
+            written.meta = made.meta = dict(node.meta)
+            self.operations[written] = self.operations[made] = self.operations[node]
+            self._result(record, number, written)
+            self.written[written] = self._node(target)
 
     def _check_writes(self, record: Record, node: fx.Node, wrote: Sequence[fx.Node]) -> None:
         if wrote and all(each.op == "get_attr" for each in wrote):
@@ -270,10 +290,10 @@ def _applied(function: Any) -> Callable[..., Any]:
 def _module_call(module: nn.Module, path: str, writes: bool) -> Callable[..., Any]:
     part = module.get_submodule(path)
 
-    def operation(*args: Any, **kwargs: Any) -> Any:
+    def operation(state: OpaqueState, *args: Any, **kwargs: Any) -> Any:
         if writes:
             args, kwargs = map_leaves(_copy, (args, kwargs))
-        return part(*args, **kwargs)
+        return state.again(part, args, kwargs)
 
     operation.opaque_module, operation.opaque_path = part, path  # type: ignore[attr-defined]
     return _named(type(part).__name__, operation)
@@ -291,6 +311,10 @@ def _from_the_same_state(target: Any) -> Callable[..., Any]:
         return draw(*args, **kwargs)
 
     return _named(draw.__name__, operation)
+
+
+def _filled(out: Tensor, made: Tensor) -> Tensor:
+    return (out if out.shape == made.shape else out.resize_(made.shape)).copy_(made)
 
 
 def _copy(leaf: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -122,6 +123,11 @@ class Cuts:
     complete: bool = True
     references: list[int] = field(default_factory=list)
 
+    @cached_property
+    def noted(self) -> frozenset[int]:
+        """Results that a run has to do something about."""
+        return frozenset((*self.slots, *self.kept, *self.exports))
+
     def to_follow(self) -> Cuts:
         """The same sequence, for a graph whose nodes are not what lies between cuts of a run."""
         nothing: dict[int, str] = {}
@@ -192,7 +198,7 @@ class Run:
 
     output: Any = None
     sequence: list[Any] = field(default_factory=list)
-    numbers: list[list[Any]] = field(default_factory=list)
+    numbers: list[Sequence[Any]] = field(default_factory=list)
     constants: list[Tensor] = field(default_factory=list)
     external: dict[int, Tensor] = field(default_factory=dict)
     returned: Any = None

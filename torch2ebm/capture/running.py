@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch2ebm.capture.custom_functions import told_of_calls
 from torch2ebm.capture.functions import hung_on_autograd, moved_by, runs_elsewhere
 from torch2ebm.capture.run import Cuts, Run
-from torch2ebm.capture.watch import Watch
+from torch2ebm.capture.watch import Settings, Watch
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import UntraceableError
 from torch2ebm.isolation.module_state import AttributeSnapshot, BufferSnapshot, identical, is_lazy
@@ -30,20 +30,24 @@ class Subject:
         modules: id of each submodule to its path.
         opaque: Path of each module that is one operation, to the reason.
         passive: Functions that return no tensor.
+        tuples: id of tuples of numbers that operations were given, which they are kept with, to their keys.
         elsewhere: Whether some submodule runs outside of Python.
         custom: Whether a run has applied a custom autograd function.
         parts: All submodules, itself among them.
         changed: Names of the buffers that runs have changed.
+        effects: What else runs have changed.
     """
 
     module: nn.Module
     modules: Mapping[int, str]
     opaque: dict[str, str] = field(default_factory=dict)
     passive: set[Any] = field(default_factory=set)
+    tuples: dict[int, Settings] = field(default_factory=dict)
     elsewhere: bool = False
     parts: Sequence[nn.Module] = ()
     custom: bool = False
     changed: dict[str, None] = field(default_factory=dict)
+    effects: Effects = field(default_factory=lambda: Effects())
 
     @staticmethod
     def of(module: nn.Module) -> Subject:
@@ -59,6 +63,7 @@ class Subject:
         device: torch.device,
         cuts: Cuts | None = None,
         others: Sequence[Cuts] = (),
+        contents: BufferSnapshot | None = None,
     ) -> Run:
         """Watch ``function``, which calls the module.
 
@@ -69,14 +74,17 @@ class Subject:
             device: Where the module computes.
             cuts: Where the run is cut if its sequence is as expected; None records it.
             others: The cuts of other sequences, for a run that takes another branch.
+            contents: With cuts, the buffers that runs change, as they are now.
         """
         lazy = cuts is None and any(map(is_lazy, self.module.parameters()))
         before = None if cuts is not None else Before.now(self.module, device)
+        begun = None if contents is None else self.effects.now(contents, device)
         rest: list[Before] = []  # of a run that turned out to be another: the buffers as they were there
         ended: _Ended | None = None
         for _ in range(len(self.modules) + 1):
-            watch = Watch(paths, device, self.modules, inputs, cuts, others, self.opaque, self.passive, lazy)
-            watch.buffers = self.module.buffers
+            watch = Watch(paths, device, self.modules, inputs, cuts, others, self.opaque, self.passive,
+                          self.tuples, lazy)  # fmt: skip
+            watch.buffers, watch.changing = self.module.buffers, self._changing_in
             with ExitStack() as told:
                 watch.deviates = partial(self._deviates, watch, told, rest, device)
                 told.enter_context(self._told(watch, cuts))
@@ -95,10 +103,13 @@ class Subject:
             else:
                 ended = ended or _Ended(run.output, Before.now(self.module, device), run.random)
                 ended.drawn_again()
+                assert begun is not None
+                begun.restore()
         if ended is not None:
             self._as_ended(ended, run)
         for each in [before] if before is not None else rest:
             self.changed.update(dict.fromkeys(each.changed_buffers()))
+            self.effects.learn(each)
         if run.records is not None:
             self.note_changed(run)
         return run
@@ -126,13 +137,18 @@ class Subject:
                 self.changed[names[id(run.originals[i][0])]] = None
         run.changed_buffers = tuple(self.changed)
 
+    def _changing_in(self, path: str) -> list[str]:
+        """The names in a submodule of the buffers that runs change."""
+        start = f"{path}." if path else ""
+        return [name.removeprefix(start) for name in self.changed if name.startswith(start)]
+
     def _deviates(self, watch: Watch, told: ExitStack, rest: list[Before], device: torch.device) -> None:
         rest.append(Before.now(self.module, device))
         told.enter_context(told_of_calls(watch, custom=True, modules=True))
 
     def _told(self, watch: Watch, cuts: Cuts | None) -> AbstractContextManager[None]:
         """Torch's classes are patched for what is known to be needed alone: a patch costs more than an operation."""
-        modules = cuts is None or bool(cuts.opaque) or self.elsewhere or self._has_backward_hooks()
+        modules = cuts is None or bool(self.opaque) or self.elsewhere or self._has_backward_hooks()
         custom = cuts is None or self.custom or modules
         return told_of_calls(watch, custom, modules) if custom else nullcontext()
 
@@ -172,6 +188,46 @@ def _alike(a: Tensor, b: Any) -> bool:
     return torch.allclose(a.detach(), b.detach(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+@dataclass(eq=False)
+class Effects:
+    """What runs of a module are known to change beside its results: a snapshot of this alone costs next to nothing."""
+
+    modules: dict[nn.Module, None] = field(default_factory=dict)  # whose attributes change
+    draws: bool = False
+    draws_beside_torch: bool = False
+
+    def learn(self, before: Before) -> None:
+        """Note what a run has changed since."""
+        self.modules.update(dict.fromkeys(before.attributes.changed()))
+        self.draws |= before.generators.torch.advanced()
+        self.draws_beside_torch |= before.generators.moved_beside_torch()
+
+    def now(self, contents: BufferSnapshot, device: torch.device) -> Begun:
+        """What of it there is, as it is.
+
+        Args:
+            contents: The buffers that runs change.
+            device: Where the module computes.
+        """
+        generators = Generators(device) if self.draws_beside_torch else RandomState(device) if self.draws else None
+        return Begun(contents, AttributeSnapshot(self.modules), generators)
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """What a followed run changes, as it was when the run began."""
+
+    contents: BufferSnapshot
+    attributes: AttributeSnapshot
+    generators: Generators | RandomState | None
+
+    def restore(self) -> None:
+        self.attributes.restore()
+        self.contents.restore()
+        if self.generators is not None:
+            self.generators.restore()
+
+
 @dataclass(frozen=True, eq=False)
 class Before:
     """What a run changes beside its results."""
@@ -185,7 +241,7 @@ class Before:
     @staticmethod
     def now(module: nn.Module, device: torch.device) -> Before:
         buffers = {name: b for name, b in module.named_buffers() if not b.is_meta and not is_lazy(b)}
-        return Before(module, buffers, BufferSnapshot(buffers), AttributeSnapshot(module), Generators(device))
+        return Before(module, buffers, BufferSnapshot(buffers), AttributeSnapshot(module.modules()), Generators(device))
 
     def restore(self) -> None:
         self.attributes.restore()

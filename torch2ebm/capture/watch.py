@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from torch2ebm.capture.behind import BEHIND, Behind
 from torch2ebm.capture.custom_functions import inside_custom_function, untold
 from torch2ebm.capture.functions import (
     GRADIENTS,
@@ -40,6 +41,7 @@ from torch2ebm.capture.functions import (
     hung_on_autograd,
     is_among,
     makes_tensors,
+    moved_by,
     named_in_place,
     runs_elsewhere,
     share_memory,
@@ -50,16 +52,23 @@ from torch2ebm.capture.functions import (
 from torch2ebm.capture.held import held_elsewhere
 from torch2ebm.capture.run import Constant, Cuts, Hot, ModuleCall, Number, Record, Run
 from torch2ebm.capture.scopes import Scopes
+from torch2ebm.capture.transforms import outside_of_transforms, transforming
 from torch2ebm.common.nested import leaves_of, map_leaves, signature, template_of
-from torch2ebm.isolation.module_state import is_lazy
+from torch2ebm.isolation.module_state import identical, is_lazy
+from torch2ebm.isolation.opaque_state import OpaqueState
 from torch2ebm.isolation.random_numbers import RandomState
 from torch2ebm.isolation.torch_modes import Ambient
 
 _EXACT = frozenset(
     [bool, type(None), str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format]
 )
+_ZERO = (int, "0")  # one object: keys are compared at each operation
 _ONE_TENSOR = signature(0)  # the template of an output that is one tensor
+_REMEMBERED = 4096  # tuples, at most
 _CONSTANT = 1 << 40  # constants count down from here, results from -1: one integer tells all
+
+
+Settings = tuple[tuple[Any, ...], Sequence[Any], Sequence[Any]]  # the tuple, its part of a key, its numbers
 
 
 class _Seen(NamedTuple):
@@ -87,6 +96,7 @@ class Watch(TorchFunctionMode):
         modules: id of each submodule to its path.
         inputs: From the id of each tensor among the arguments to its name.
         passive: Functions that are known to return no tensor; more are added as they are met.
+        tuples: id of tuples of numbers that are known, which they are kept with, to what they are in a key.
         lazy: Whether some parameters have not been made yet.
     """
 
@@ -100,11 +110,13 @@ class Watch(TorchFunctionMode):
         others: Sequence[Cuts] = (),
         opaque: Mapping[str, str] | None = None,
         passive: set[Any] | None = None,
+        tuples: dict[int, Settings] | None = None,
         lazy: bool = False,
     ) -> None:
         super().__init__()
         self.lazy = lazy
         self.passive = set() if passive is None else passive
+        self.tuples = {} if tuples is None else tuples
         self.run = Run(records=[]) if cuts is None else Run(records=None, effects=set(cuts.effects))
         self.paths, self.modules, self._named, self.cuts, self._others = paths, modules, inputs, cuts, others
         self.device = device
@@ -116,12 +128,14 @@ class Watch(TorchFunctionMode):
         self._numbers: dict[int, int] = {}  # id -> number
         self._known: dict[tuple[int, int], int] = {}  # (id, version) -> constant
         self._alive: list[Any] = []  # an address that is free may be used again
+        self._behind = Behind()
         self._substitutes: dict[int, Tensor] = {}
         self._originals: list[tuple[Tensor, int]] = []
         self._origins: dict[int, frozenset[str]] = {}
         self._stack = Scopes(modules, Watch.watching.__code__)
         self.custom = False  # whether a custom autograd function was applied
         self.buffers: Callable[[], Iterable[Tensor]] = tuple  # the module's own
+        self.changing: Callable[[str], Sequence[str]] = lambda path: ()  # the buffers that a submodule changes
         self.blind = False  # whether one was before anybody was told
         self.deviates: Callable[[], Any] = bool  # called where a run turns out to be another than expected
         self._without_gradient: set[int] = set()  # ids of results that were made while gradients were off
@@ -171,7 +185,8 @@ class Watch(TorchFunctionMode):
             reason = "has backward hooks, which run with its own backward"
         if reason is not None and (any(True for _ in module.parameters()) or self._any_hot(args, kwargs)):
             self.run.opaque[path] = reason
-            return self._unseen(ModuleCall(path), lambda *a, **k: self._hidden(call, (module, *a), k), args, kwargs)
+            state = OpaqueState(module, None if self.recording else self.changing(path))
+            return self._unseen(ModuleCall(path), self._whole(call, module), (state, *args), kwargs)
         if not self.recording:
             return call(module, *args, **kwargs)
         caller = self._innermost()
@@ -185,6 +200,15 @@ class Watch(TorchFunctionMode):
         for leaf in tensors_of(result):
             self._check_known(leaf, path)
         return result
+
+    def _whole(self, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+        def run(state: OpaqueState, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return self._hidden(call, (module, *args), kwargs)
+            finally:
+                state.called()
+
+        return run
 
     def _any_hot(self, args: Any, kwargs: Any) -> bool:
         return any(id(leaf) in self._numbers or id(leaf) in self.paths for leaf in tensors_of((args, kwargs)))
@@ -206,62 +230,73 @@ class Watch(TorchFunctionMode):
     def _seen(self, function: Any, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if self._substitutes:
             args, kwargs = map_leaves(self._current, (args, kwargs))
-        key: list[Any] = [function]
+        parts: list[Any] = [function]
         numbers: list[Any] = []
         found: list[tuple[int, Tensor]] = []
-        hot = self._scan(args, key, numbers, found)
+        hot = self._scan(args, parts, numbers, found)
         if kwargs:
-            key.append(tuple(kwargs))
-            hot |= self._scan(kwargs.values(), key, numbers, found)
+            parts.append(tuple(kwargs))
+            hot |= self._scan(kwargs.values(), parts, numbers, found)
         if not hot and type(function) is not ModuleCall:
-            return self._cold(execute, args, kwargs)
-        known = len(self.run.constants)
+            return self._cold(function, execute, args, kwargs)
+        if (found or self.recording) and transforming():
+            return self._transformed(execute, args, kwargs)
+        run = self.run
+        known = len(run.constants)
         for place, tensor in found:
-            key[place] = self._constant(tensor)
-        if found and self.run.external_leaves and not self.recording:
+            parts[place] = self._constant(tensor)
+        if found and run.external_leaves and not self.recording:
             args, kwargs = map_leaves(self._current, (args, kwargs))
         ambient = self.start
         # by parts: this is asked for each operation
         if torch.is_grad_enabled() is not ambient.grad or torch.is_autocast_enabled(self._type) or ambient.autocast:
             ambient = Ambient.now(self._type)
             if ambient != self.start:
-                key.append(ambient)
-        index = len(self.run.sequence)
-        if not self.recording and not self._expected(index, tuple(key)):
-            if (index, tuple(key)) in self.run.effects:
-                return execute(*args, **kwargs)
+                parts.append(ambient)
+        index, key = len(run.sequence), tuple(parts)
+        if not self.recording:
+            if self._expected(index, key):
+                return self._followed(index, function, execute, args, kwargs, key, numbers, ambient)
+            if (index, key) in run.effects:
+                return self._behind.noticed(function, execute, args, kwargs)
             self._deviate(known)
             self.deviates()
             # the forward of a custom function runs without gradients; so does much else
             self.blind = self.start.grad and not ambient.grad and inside_custom_function()
-        seen = _Seen(index, function, execute, args, kwargs, tuple(key), numbers, ambient)
-        return self._recorded(seen) if self.recording else self._followed(seen)
+        return self._recorded(_Seen(index, function, execute, args, kwargs, key, numbers, ambient))
 
     def _scan(self, parts: Iterable[Any], key: list[Any], numbers: list[Any], found: list[tuple[int, Tensor]]) -> bool:
         hot = False
         for part in parts:
             kind = type(part)
-            if kind is Tensor or isinstance(part, Tensor):
+            if kind is nn.Parameter and (path := self.paths.get(id(part))) is not None:
+                key += (path, Tensor)  # a string among the arguments is no path
+                hot = True
+            elif kind is Tensor or isinstance(part, Tensor):
                 number = self._numbers.get(id(part))
                 if number is not None:
                     key.append(~number)
                     hot = True
                 elif (path := self.paths.get(id(part))) is not None:
-                    key.append(path)
-                    key.append(Tensor)  # a string among the arguments is no path
+                    key += (path, Tensor)
                     hot = True
                 else:
                     found.append((len(key), part))
                     key.append(None)
             elif kind is int or kind is float:
                 if part == 0 or part - part != 0:
-                    key.append((kind, repr(part)))
+                    key.append(_ZERO if part == 0 and kind is int else (kind, repr(part)))
                 else:
                     key.append(kind)
                     numbers.append(part)
             elif kind in _EXACT:
                 key.append(part)
+            elif kind is tuple and (known := self.tuples.get(id(part))) is not None:
+                key += known[1]
+                numbers += known[2]
             elif kind is tuple or kind is list or isinstance(part, (tuple, list)):
+                if kind is tuple and self.recording:
+                    self._remember(part)
                 key.append("(")
                 hot |= self._scan(part, key, numbers, found)
                 key.append(")")
@@ -278,8 +313,16 @@ class Watch(TorchFunctionMode):
                 numbers.append(part.clone_state() if kind is torch.Generator else part)
         return hot
 
+    def _remember(self, numbers: tuple[Any, ...]) -> None:
+        """A tuple of numbers is a setting mostly, such as a stride, and the same object in each run."""
+        if len(self.tuples) < _REMEMBERED and all(type(each) is int for each in numbers):
+            key: list[Any] = []
+            varying: list[Any] = []
+            self._scan([list(numbers)], key, varying, [])
+            self.tuples[id(numbers)] = numbers, key, varying
+
     def _constant(self, tensor: Tensor) -> int:
-        version = 0 if tensor.is_inference() else tensor._version
+        version = self._behind.version(tensor)
         known = self._known.get((id(tensor), version))
         if known is not None:
             return _CONSTANT - known
@@ -307,7 +350,9 @@ class Watch(TorchFunctionMode):
         self.run.origins.append(names | {own} if own else names)
         self.run.names.append(own)
 
-    def _cold(self, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    def _cold(self, function: Any, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        if function in BEHIND:
+            return self._behind.noticed(function, execute, args, kwargs)
         if not self.recording:
             return execute(*args, **kwargs)
         result = execute(*args, **kwargs)
@@ -336,53 +381,70 @@ class Watch(TorchFunctionMode):
                 return True
         return False
 
-    def _followed(self, seen: _Seen) -> Any:
-        index, function, execute, args, kwargs, key, numbers, _ = seen
-        cuts = self.cuts
+    def _followed(
+        self,
+        index: int,
+        function: Any,
+        execute: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        key: tuple[Any, ...],
+        numbers: list[Any],
+        ambient: Ambient,
+    ) -> Any:
+        cuts, run = self.cuts, self.run
         assert cuts is not None
+        if function is Tensor.register_hook:
+            return self._hooked(args, kwargs, key, numbers)
         if index in cuts.random:
-            self.run.random[index] = RandomState(self.device)
+            run.random[index] = RandomState(self.device)
         if index in cuts.normalised:
             batch = args[0] if args else kwargs["input"]
             weight = args[3] if len(args) > 3 else kwargs.get("weight")
-            self.run.normalised.setdefault(cuts.normalised[index], []).append((batch.detach(), weight))
-        if function is Tensor.register_hook:
-            return self._hooked(args, kwargs, key, numbers)
+            run.normalised.setdefault(cuts.normalised[index], []).append((batch.detach(), weight))
         result = execute(*args, **kwargs)
-        if type(result) is not Tensor and not makes_tensors(function, result):
+        one = type(result) is Tensor
+        if not one and not makes_tensors(function, result):
             return result
         if type(result) in (tuple, list) and len(result) != len(cuts.records[index].results):  # as of unbind
-            self._deviate(len(self.run.constants))
-            return self._recorded(seen._replace(execute=lambda *_, **__: result))
-        self.run.sequence.append(key)
-        self.run.numbers.append(numbers)
+            self._deviate(len(run.constants))
+            done = lambda *_, **__: result  # noqa: E731
+            return self._recorded(_Seen(index, function, done, args, kwargs, key, numbers, ambient))
+        # the objects of the cuts: nothing new is left for Python's collector
+        run.sequence.append(cuts.sequence[index])
+        run.numbers.append(numbers or cuts.numbers[index])
+        if one:
+            return self._handed_on(result)
         if result is None:  # __setitem__
             self._handed_on(args[0])
             return None
-        if type(result) is Tensor:
-            return self._handed_on(result)
         return map_leaves(lambda leaf: self._handed_on(leaf) if isinstance(leaf, Tensor) else leaf, result)
 
     def _handed_on(self, result: Tensor) -> Tensor:
         """The result, or where it is a node's value a leaf in its place."""
         assert self.cuts is not None
-        known_before = id(result) in self._numbers
-        number = self._number(result)
-        if (export := self.cuts.exports.get(number)) is not None:
-            self.run.exports[export] = result.detach().clone() if number in self.cuts.rewritten else result.detach()
-        slot = self.cuts.slots.get(number)
-        if slot is None:
-            if (slot := self.cuts.kept.get(number)) is not None:
-                self.run.predictions[slot], self.run.leaves[slot] = result, result.detach().requires_grad_()
+        cuts, run, number = self.cuts, self.run, len(self.run.hot)
+        if number not in cuts.noted:
+            self._numbers[id(result)] = number
+            run.hot.append(result)
             return result
-        leaf = self.run.leaves[slot] = result.detach().requires_grad_()
+        known_before = id(result) in self._numbers
+        self._number(result)
+        if (export := cuts.exports.get(number)) is not None:
+            run.exports[export] = result.detach().clone() if number in cuts.rewritten else result.detach()
+        slot = cuts.slots.get(number)
+        if slot is None:
+            if (slot := cuts.kept.get(number)) is not None:
+                run.predictions[slot], run.leaves[slot] = result, result.detach().requires_grad_()
+            return result
+        leaf = run.leaves[slot] = result.detach().requires_grad_()
         # torch takes a view's autograd graph anew once its base is written, and a leaf may not be written in place
-        rewritten = number in self.cuts.rewritten
-        self.run.predictions[slot] = result.clone() if rewritten and result._is_view() else result
+        rewritten = number in cuts.rewritten
+        run.predictions[slot] = result.clone() if rewritten and result._is_view() else result
         handed = leaf.clone() if rewritten else leaf
         self._numbers[id(handed)] = number
         self._alive.append(handed)
-        self.run.hot[number] = handed
+        run.hot[number] = handed
         if known_before:  # written in place: whoever has the tensor from before has to read the leaf as well
             self._substitutes[id(result)] = handed
         return handed
@@ -459,9 +521,11 @@ class Watch(TorchFunctionMode):
         given = [leaf for leaf in tensors_of((kwargs.get("out"), args, kwargs)) if not leaf.is_inference()]
         versions = [tensor._version for tensor in given]
         state = RandomState(self.device)
-        result = execute(*args, **kwargs)
+        result = self._behind.noticed(function, execute, args, kwargs)
         if type(result) is not Tensor and not makes_tensors(function, result):
-            if result is not None and result is not NotImplemented:
+            if result is None:
+                self.run.effects.add((index, key))
+            elif result is not NotImplemented:
                 self.passive.add(function)
             return result
         random = state.advanced() or draws_from_its_own(numbers)
@@ -573,6 +637,15 @@ class Watch(TorchFunctionMode):
 
     # what cannot be followed
 
+    def _transformed(self, execute: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """Inside of a transform of torch.func tensors stand for others: what has called it is one operation."""
+        scopes, _ = self._stack.above(outside_of_transforms(Watch.watching.__code__))
+        self.lost[scopes[-1][1] if scopes else ""] = "takes a transform of torch.func or forward mode inside of forward"
+        if not self.recording:
+            self._deviate(len(self.run.constants))
+            self.deviates()
+        return execute(*args, **kwargs)
+
     def _check_known(self, tensor: Tensor, path: str) -> None:
         """Notice a tensor that something unseen has made of hot ones."""
         if id(tensor) in self._without_gradient and tensor.grad_fn is not None:
@@ -582,7 +655,8 @@ class Watch(TorchFunctionMode):
         if not tensor.requires_grad or id(tensor) in self._numbers or id(tensor) in self.paths:
             return
         if self._comes_from_hot(tensor):
-            self.lost[path] = "computes with parameters what torch2ebm cannot see, outside of torch's own operations"
+            reason = "computes with parameters what torch2ebm cannot see, outside of torch's own operations"
+            self.lost.setdefault(path, reason)
             self._number(tensor)  # whoever reads it is not to blame
 
     def _comes_from_hot(self, tensor: Tensor) -> bool:
@@ -623,9 +697,7 @@ class Watch(TorchFunctionMode):
         left = self.recording and self.cuts is not None and self._substitutes
         run.output = output = map_leaves(self._current, output) if left else output
         run.returned = self._output_key(output)
-        run.copied = frozenset(
-            i for i, (t, version) in enumerate(self._originals) if not t.is_inference() and t._version != version
-        )
+        run.copied = frozenset(self._changed_constants())
         if not self.recording and self.cuts is not None:
             same = len(run.sequence) == len(self.cuts.sequence) and run.returned == self.cuts.output
             if not same or not run.copied <= self.cuts.copied:
@@ -637,6 +709,23 @@ class Watch(TorchFunctionMode):
         self._stack.forget()
         self._alive.clear()
         self._substitutes.clear()
+
+    def _changed_constants(self) -> Iterator[int]:
+        """Those that forward has changed since it read them; where it is recorded, by ways that nobody sees too."""
+        moved = {
+            each.place for record in self.run.records or () for each in moved_by(record)
+        }  # and not read in training
+        for i, (tensor, version) in enumerate(self._originals):
+            copy = self.run.constants[i]
+            plain = (
+                self.recording
+                and i not in moved
+                and tensor.layout is torch.strided
+                and not (tensor.is_nested or tensor.is_quantized)
+            )
+            unseen = plain and not tensor.is_meta and not identical(tensor.detach(), copy.detach())
+            if unseen or self._behind.version(tensor) != version:
+                yield i
 
     def _output_key(self, output: Any) -> Any:
         leaves: list[Any] = []

@@ -14,6 +14,7 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 
 class ResultReference:
@@ -21,7 +22,7 @@ class ResultReference:
 
     __slots__ = ("index",)
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: Any) -> None:  # hashable
         self.index = index
 
 
@@ -56,10 +57,11 @@ def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
     if isinstance(structure, (tuple, list)) and not isinstance(structure, torch.Size):
         parts = [map_leaves(function, part) for part in structure]
         if isinstance(structure, list):
-            return parts if type(structure) is list else _with_parts(structure, enumerate(parts))
+            plain = type(structure) in (list, immutable_list)  # the latter in graphs of torch.fx
+            return parts if plain else _with_parts(structure, enumerate(parts))
         # a named tuple takes its fields as arguments, every other kind of tuple takes one sequence
         return type(structure)(*parts) if hasattr(structure, "_fields") else _as_tuple(structure, parts)
-    if type(structure) is dict:
+    if type(structure) in (dict, immutable_dict):
         return {key: map_leaves(function, part) for key, part in structure.items()}
     if isinstance(structure, MutableMapping):
         return _with_parts(structure, [(key, map_leaves(function, part)) for key, part in structure.items()])

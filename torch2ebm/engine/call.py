@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torch2ebm.capture.run import Run
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
@@ -188,7 +189,8 @@ class Call:
                 moved = BufferSnapshot({name: buffers[name] for name in self.graph.changing_buffers if name in buffers})
                 # a checkpoint that runs this again finds a run to adopt, which saves other tensors
                 once = self.graph.cuts is not None and self.graph.cuts.complete and not self.run.followed
-                with nothing_packed() if once else nullcontext():
+                # inside of an autograd function torch switches forward mode off
+                with nothing_packed() if once else nullcontext(), forward_ad._set_fwd_grad_enabled(True):
                     within([moved.preserved()], lambda: self._compose(keep_graph, cut, drawn))
 
     def _adopt(self, keep_graph: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.errors import ConfigurationError
 
 
@@ -24,7 +25,7 @@ def gaussian_energy_of_batch(error: Tensor) -> Tensor:
     return 0.5 * flat.dot(flat)
 
 
-class Energy(ABC):
+class Energy(NamedSettings, ABC):
     """phi(value, prediction) of one node: zero, and smallest, where the value is the prediction.
 
     All three methods take the error (value minus prediction) beside the prediction: near the prediction a difference of

@@ -11,10 +11,11 @@ from typing import ClassVar
 import torch
 
 from torch2ebm.common.checks import check_positive, check_steps
+from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.errors import ConfigurationError
 
 
-class Nudging(ABC):
+class Nudging(NamedSettings, ABC):
     """The nudged phases of an estimate: F = E + beta * loss is relaxed once for each beta (Scellier and Bengio 2017).
 
     Write a subclass as a frozen dataclass, and check ``beta`` when it is made.

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch2ebm.common.known_names import unknown_name
+from torch2ebm.common.text import MOST_ROWS, html_table, listed, short_table
 from torch2ebm.engine.call import at_least_single
 from torch2ebm.engine.energies import Energy, gaussian_energy
 from torch2ebm.errors import BatchDimensionError, NoStateError
 from torch2ebm.graph.energy_graph import EnergyGraph
 
+_HEADER = ("node", "value", "|error|", "energy")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Relaxation:
     """How a relaxation went.
 
@@ -65,6 +69,12 @@ class Relaxation:
         """The nudge in units of the curvature, ``beta * sigma_squared``; None where that is not known."""
         return None if self.sigma_squared is None else self.beta * self.sigma_squared
 
+    def __repr__(self) -> str:
+        parts = [f"steps={self.steps}", f"converged={self.converged}", f"residual={self.residual:.3g}"]
+        parts += [f"energy={self.energy[0]:.4g} -> {self.energy[-1]:.4g}"] if self.energy else []
+        parts += [f"beta={self.beta:.4g}"] * (self.beta != 1.0) + [f"update={self.update!r}"] * bool(self.update)
+        return f"Relaxation({', '.join(parts)})"
+
     @property
     def sample_converged(self) -> Tensor | None:
         """Which samples met ``tol``, shape ``[batch]``; None where no ``tol`` was asked for."""
@@ -79,6 +89,8 @@ class PerNode(Mapping[str, Any]):
         self._graph, self._of_slot = graph, of_slot
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self._graph.nodes:
+            raise unknown_name("model.state", name, self._graph.nodes)
         found = tuple(self._of_slot(slot) for slot in self._graph.nodes[name].slots)
         return found[0] if len(found) == 1 else found
 
@@ -89,10 +101,10 @@ class PerNode(Mapping[str, Any]):
         return len(self._graph.nodes)
 
     def __repr__(self) -> str:
-        return f"PerNode({', '.join(self)})"
+        return f"PerNode({listed(list(self))})"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class InferenceState:
     """The values of the last backward, ``model.state``: one frozen result, without any ``grad_fn``.
 
@@ -108,6 +120,11 @@ class InferenceState:
         energies: Energy by node; a missing one is Gaussian of precision 1.
         phases: One relaxation for each nudged phase; the first of them, whose values these are, is ``relaxation``.
         feedforward_distance: |equilibrium - feed-forward| / |feed-forward| of the outputs; None without a free phase.
+        loss_weight: lambda, the weight of a sample's own loss in the energy, beside half its squared errors. It is 1
+            for a mean over the batch. It is 1 over the batch size where a mean is taken as it is written
+            (``loss_reduction="sum"``). A nudging's ``beta`` comes on top. None before a backward.
+        loss_terms: How many terms (tokens, pixels, features) a mean in the loss takes of each sample: each of them
+            pulls on its prediction with 1 over their number. 1 where the mean is over samples alone, or not known.
 
     Example:
         >>> import torch
@@ -130,6 +147,30 @@ class InferenceState:
     energies: Mapping[str, Energy] = field(default_factory=dict)
     phases: tuple[Relaxation, ...] = ()
     feedforward_distance: float | None = None
+    loss_weight: float | None = None
+    loss_terms: float = 1.0
+
+    def __repr__(self) -> str:
+        names = list(self.graph.nodes)
+        return short_table(self._title(), _HEADER, [self._row(name) for name in names[:MOST_ROWS]], total=len(names))
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), _HEADER, [self._row(name) for name in self.graph.nodes])
+
+    def _title(self) -> str:
+        return f"InferenceState of {self.batch_size} samples, {len(self.graph.nodes)} nodes; {self.relaxation!r}"
+
+    def _row(self, name: str) -> list[str]:
+        slots = self.graph.nodes[name].slots
+        shapes = " ".join(str(list(self.predictions[slot].shape)) for slot in slots if slot in self.predictions)
+        try:
+            error = float(sum(self._error(slot).abs().double().square().sum() for slot in slots) ** 0.5)
+            energy = f"{float(_sum_of(self.energy[name])):.4g}"
+        except BatchDimensionError:
+            energy = "?"  # not per sample
+        except NoStateError:
+            return [name, shapes, "?", "?"]  # ran away
+        return [name, shapes, f"{error:.4g}", energy]
 
     @property
     def value(self) -> Mapping[str, Any]:

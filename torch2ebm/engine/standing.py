@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -19,25 +20,30 @@ class Standing:
     """
 
     def __init__(self) -> None:
-        self.seen: list[tuple[Tensor, int]] = []
+        self.seen: list[Tensor] = []
+        self.versions: list[int] = []
         self.steps = 0
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise :class:`NonFiniteError` with the name of the first that is not finite."""
         now = list(tensors.values())
-        if len(now) == len(self.seen) and all(
-            a is b and _version(a) == version for a, (b, version) in zip(now, self.seen, strict=True)
-        ):
+        versions = versions_of(now)
+        if versions == self.versions and all(map(operator.is_, now, self.seen)):
             return
         check_standing(tensors)
-        self.seen = [(tensor, _version(tensor)) for tensor in now]
+        self.seen, self.versions = now, versions
 
     def stepped(self) -> None:
         """The optimizer has made a step."""
         self.steps += 1
         if self.steps % OFTEN and self.steps & (self.steps - 1):
-            self.seen = [(tensor, _version(tensor)) for tensor, _ in self.seen]
+            self.versions = versions_of(self.seen)
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each tensor was written in place; those of inference mode do not count, and stand at -1."""
+    tensors = list(tensors)
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.common.checks import check_steps, check_tolerance
+from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.errors import ConfigurationError
 
 Vector = dict[str, Tensor]  # by slot of a state
@@ -82,7 +83,7 @@ class Solution:
     residual: float
 
 
-class LinearSolver(ABC):
+class LinearSolver(NamedSettings, ABC):
     """How recurrent backprop solves (I - J^T) z = b: ``RecurrentBackprop(solver)`` (Almeida 1987; Pineda 1987).
 
     Attributes:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch2ebm.common.nested import attributes_of, fill, leaves_of, settings_of
 from torch2ebm.common.rows import Rows, least_squares
+from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.equilibrium.dynamics import Equilibrium, Influence, States
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.programs.cache import Chain, Programs
@@ -78,7 +79,7 @@ class UpdateHistory:
         self.points, self.images = [*self.points, point][-most:], [*self.images, image][-most:]
 
 
-class Update(ABC):
+class Update(NamedSettings, ABC):
     """How one step moves the states of an equilibrium algorithm: ``EquilibriumPropagation(update=...)``.
 
     Write a subclass as a frozen dataclass. Where its free phase has not settled, a damped and a sequential update are

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import keyword
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,18 +11,20 @@ from torch import fx, nn
 from torch.nn import functional
 
 from torch2ebm.capture.functions import hung_on_autograd
-from torch2ebm.capture.in_place import attribute
+from torch2ebm.capture.in_place import called_by
 from torch2ebm.capture.observation import Capture
 from torch2ebm.capture.run import Run
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import PartitionError
 from torch2ebm.graph.cuts import cuts_of, draws_of
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, Operation, OutputReference, identity
+from torch2ebm.graph.generated import function_of
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.graph.naming import described, name_of, operation_name, unique_name
 from torch2ebm.graph.operations import parameters_of
 from torch2ebm.graph.partition import Group, Partition
 from torch2ebm.graph.roles import Roles, assign_roles
+from torch2ebm.isolation.random_numbers import drawn_from
 
 _GROUP_NORMS = (functional.group_norm, torch.group_norm, torch.ops.aten.group_norm.default)
 
@@ -52,6 +53,7 @@ class _Assembly:
             for i, core in enumerate(self.core)
         ]
         self._assign_results()
+        self.later_draws = [self._later_draws(body) for body in self.body]
 
     def _assign_once(self) -> None:
         """What the feed-forward pass fixes is computed in the last of the groups that it needs."""
@@ -90,6 +92,15 @@ class _Assembly:
         for node in self.returned:
             if node in self.group_of:
                 _add(self.slots if node in self.roles.live else self.exports, self.group_of[node], node)
+
+    def _later_draws(self, body: Iterable[fx.Node]) -> dict[fx.Node, tuple[str, int]]:
+        """The draws of a node but its first: the name of the generators' state before each, and its operation.
+
+        Between two of them forward may draw for others: each is wound back on its own.
+        """
+        operations = self.capture.trace.operations
+        draws = [n for n in self._sorted(body) if n in operations and self.capture.facts[n].random]
+        return {node: (f"{node.name}.generators", operations[node]) for node in draws[1:]}
 
     def _sorted(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         return sorted(nodes, key=self.position.__getitem__)
@@ -187,12 +198,12 @@ class _Assembly:
             name,
             parents=(),
             children=(),
-            function=self._compiled(name, [*values, *constants], body, results),
+            function=self._compiled(name, [*values, *constants], body, results, self.later_draws[i]),
             parameters=self._parameters(body),
             level=0,
             slots=tuple(node.name for node in self.slots[i]),
             reads=tuple(node.name for node in values),
-            constants=tuple(fixed[node] for node in constants),
+            constants=(*(fixed[node] for node in constants), *(state for state, _ in self.later_draws[i].values())),
             exports=tuple(fixed[node] for node in self.exports[i]),
             random=any(facts[node].random for node in body),
             batch_statistics=any(facts[node].batch_statistics for node in body),
@@ -205,24 +216,28 @@ class _Assembly:
         return Operation(operation_name(node, self.capture.module), node.target)
 
     def _compiled(
-        self, name: str, arguments: Sequence[fx.Node], body: Sequence[fx.Node], results: Sequence[fx.Node]
+        self,
+        name: str,
+        arguments: Sequence[fx.Node],
+        body: Sequence[fx.Node],
+        results: Sequence[fx.Node],
+        wound_back: Mapping[fx.Node, tuple[str, int]] = MappingProxyType({}),
     ) -> Callable[..., Any]:
         graph = fx.Graph()
         copies = {node: graph.placeholder(node.name) for node in arguments}
+        states = {node: graph.placeholder(f"{node.name}_generators") for node in wound_back}
         for node in body:
             for source in node.all_input_nodes:
                 if source.op == "get_attr" and source not in copies:
                     copies[source] = graph.node_copy(source)
             copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node in states:
+                copies[node] = _wound_back(copies[node], states[node])
         for node in results:
             if node.op == "get_attr" and node not in copies:
                 copies[node] = graph.node_copy(node)
         graph.output(tuple(copies[node] for node in results))
-        _look_up_odd_names(graph, self.capture.module)
-        code = graph.python_code("self")
-        namespace = dict(code.globals)
-        exec(compile(code.src, f"<torch2ebm node {name}>", "exec"), namespace)
-        return partial(namespace["forward"], self.capture.module)
+        return function_of(graph, self.capture.module, name)
 
     def _parameters(self, body: Iterable[fx.Node]) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}
@@ -248,10 +263,12 @@ class _Assembly:
         results = [n for n in body if n in read] + [n for n in self.returned if n.op == "get_attr"]
         placeholders = [node for node in self.capture.graph.nodes if node.op == "placeholder"]
         function = self._compiled("static", placeholders, body, results)
+        states = [state for draws in self.later_draws for state in draws.values()]
 
         def clamp(run: Run) -> dict[str, Any]:
             arguments = self.capture.inputs(run)
             environment = {node.name: argument for node, argument in zip(placeholders, arguments, strict=True)}
+            environment.update({name: run.random.get(i) for name, i in states})
             if body or results:
                 environment.update(zip([node.name for node in results], function(*arguments), strict=True))
             return environment
@@ -287,24 +304,10 @@ def _needs_input_gradients(target: Any) -> bool:
     return target in _GROUP_NORMS
 
 
-def _look_up_odd_names(graph: fx.Graph, module: nn.Module) -> None:
-    """A function finds by its path what fx cannot write: ``self.class(x)``, of a submodule ``class``, is no Python."""
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and not _can_be_written(str(node.target)):
-            with graph.inserting_before(node):
-                found = graph.call_function(_read_of(module, str(node.target)))
-            node.replace_all_uses_with(found)
-            graph.erase_node(node)
-
-
-def _can_be_written(path: str) -> bool:
-    """Whether fx makes an expression of it. What is no identifier it puts between quotes, as it is."""
-    quoted = path.isprintable() and '"' not in path and "\\" not in path
-    return quoted and not any(map(keyword.iskeyword, path.split(".")))
-
-
-def _read_of(module: nn.Module, path: str) -> Callable[[], Any]:
-    def read() -> Any:
-        return attribute(module, path)
-
-    return read
+def _wound_back(draw: fx.Node, state: fx.Node) -> fx.Node:
+    """The draw from the generators as the run had them before it."""
+    graph = draw.graph
+    with graph.inserting_before(draw):
+        found = graph.call_function(drawn_from(called_by(draw)), (state, *draw.args), draw.kwargs)
+    graph.erase_node(draw)
+    return found

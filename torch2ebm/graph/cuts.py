@@ -33,7 +33,7 @@ def cuts_of(
     """
     random = {name: draws for name, body in bodies.items() if (draws := draws_of(capture, body))}
     number_of = {node: number for number, node in capture.trace.node_of.items()}
-    if _hidden(capture, roles, bodies, number_of, (*slots, *exports)) or not _draws_apart(capture, random):
+    if _hidden(capture, roles, bodies, number_of, (*slots, *exports)):
         return _cuts(capture, random, {}, {}, {}, frozenset()).to_follow()
     handed_on = {number_of[node]: node.name for node in read}
     kept = {number_of[node]: node.name for node in slots if number_of[node] not in handed_on}
@@ -118,14 +118,6 @@ def draws_of(capture: Capture, body: Iterable[fx.Node]) -> list[int]:
     assert capture.run.records is not None
     operations = {capture.trace.operations[node] for node in body if node in capture.trace.operations}
     return sorted(i for i in operations if capture.run.records[i].random)
-
-
-def _draws_apart(capture: Capture, of_nodes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether each node draws its random numbers one after the other: a node winds the generator back once."""
-    assert capture.run.records is not None
-    drawn = (i for i, record in enumerate(capture.run.records) if record.random)
-    place = {draw: i for i, draw in enumerate(drawn)}
-    return all(place[own[-1]] - place[own[0]] == len(own) - 1 for own in of_nodes.values())
 
 
 def _rewritten(records: Sequence[Record], slots: Iterable[int]) -> frozenset[int]:

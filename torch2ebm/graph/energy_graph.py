@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.capture.run import Cuts, Run
+from torch2ebm.common.known_names import KnownNames
+from torch2ebm.common.text import html_table, short_table
 from torch2ebm.errors import NodeEvaluationError, Torch2EBMError
 
 Made = TypeVar("Made")
+_HEADER = ("node", "function", "reads", "level")
 
 
 def identity(value: Tensor) -> Tensor:
@@ -28,7 +31,7 @@ class Operation:
     target: Any
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Node:
     """One value node: its prediction is ``function(*values read, *constants)``.
 
@@ -78,6 +81,11 @@ class Node:
     group_norm: bool = False
     description: str = ""
     operations: tuple[Operation, ...] = ()
+
+    def __repr__(self) -> str:
+        reads = ", ".join(self.parents) or "(input)"
+        size = sum(parameter.numel() for parameter in self.parameters.values())
+        return f"Node({self.name!r}, {self.description}, reads {reads}, level {self.level}, {size:,} parameters)"
 
     @property
     def is_output(self) -> bool:
@@ -200,6 +208,23 @@ class EnergyGraph:
         self.depth = max((node.level for node in self.hidden_nodes), default=0)
         self._made: dict[Hashable, Any] = {}
 
+    def __repr__(self) -> str:
+        return short_table(self._title(), _HEADER, self._rows(), left=3)
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), _HEADER, self._rows())
+
+    def _title(self) -> str:
+        size = sum(parameter.numel() for parameter in self.parameters.values())
+        nodes = f"{len(self.nodes)} nodes, {len(self.hidden_nodes)} with a value"
+        return f"EnergyGraph of {type(self.module).__name__}: {nodes}, depth {self.depth}, {size:,} parameters"
+
+    def _rows(self) -> list[list[str]]:
+        return [
+            [node.name, node.description, ", ".join(node.parents) or "(input)", str(node.level)]
+            for node in self.nodes.values()
+        ]
+
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """Compute something once for this graph, and cache it.
 
@@ -309,4 +334,4 @@ def _linked(order: tuple[Node, ...], returned: set[str]) -> tuple[tuple[Node, ..
         )
         for node in order
     )
-    return linked, MappingProxyType({node.name: node for node in linked if node.name in level})
+    return linked, MappingProxyType(KnownNames({node.name: node for node in linked if node.name in level}))

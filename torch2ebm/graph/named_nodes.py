@@ -33,21 +33,26 @@ def call_sites(capture: Capture) -> dict[fx.Node, CallSite]:
     return found
 
 
-def check_called(module: nn.Module, names: Collection[str], sites: Mapping[fx.Node, CallSite]) -> None:
-    """Raise :class:`UnknownNodeError` where a named submodule has no operation of its own."""
-    if missing := sorted(set(names) - {site.name for site in sites.values()}):
+def check_apart(module: nn.Module, names: Collection[str], sites: Mapping[fx.Node, CallSite]) -> None:
+    """Raise :class:`UnknownNodeError` where a named submodule was called inside of another one that is named, alone."""
+    missing = set(names) - called(sites)
+    if inside := sorted(name for name in missing if any(name.startswith(f"{other}.") for other in names)):
         raise UnknownNodeError(
             "convert(nodes=[...])",
-            f"{missing}, never called by {type(module).__name__}.forward, or only inside of another one that is named, "
-            "or on data alone",
-            "submodules that forward calls with what depends on parameters",
+            f"{inside}, never called by {type(module).__name__}.forward but inside of another one that is named",
+            "submodules that do not hold one another",
             "Name the submodules that they contain, or the one that contains them.",
         )
 
 
+def called(sites: Mapping[fx.Node, CallSite]) -> set[str]:
+    """The named submodules that have operations of their own in a run."""
+    return {site.name for site in sites.values()}
+
+
 def check_learnable(names: Collection[str], sites: Mapping[fx.Node, CallSite], live: Iterable[fx.Node]) -> None:
     """Raise :class:`PartitionError` where nothing that a named submodule computes could be a value."""
-    if idle := sorted(set(names) - {sites[node].name for node in live if node in sites}):
+    if idle := sorted(called(sites).intersection(names) - {sites[node].name for node in live if node in sites}):
         raise PartitionError(
             "convert(nodes=[...])",
             f"{idle}, whose results depend on no parameter",

@@ -14,7 +14,7 @@ from torch import fx
 from torch2ebm.capture.observation import Capture
 from torch2ebm.graph.activations import activation_kind
 from torch2ebm.graph.granularity import Granularity
-from torch2ebm.graph.named_nodes import check_called, check_learnable, check_order, interleaved
+from torch2ebm.graph.named_nodes import check_apart, check_learnable, check_order, interleaved
 from torch2ebm.graph.operations import called_module, parameters_of
 from torch2ebm.graph.roles import Roles, output_node
 
@@ -157,7 +157,7 @@ class Partition:
     def _check_names(self) -> None:
         sites = self.roles.sites
         if not isinstance(self.granularity, str):
-            check_called(self.capture.module, self.capture.leaves, sites)
+            check_apart(self.capture.module, self.capture.leaves, sites)
             check_learnable(self.capture.leaves, sites, self.producers)
         check_order(self.producers, self.readers, sites)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
+from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.inference.base import Inference
@@ -47,7 +48,7 @@ REMEDY = "Take a smaller step size (lr), or fewer steps."
 Form = TypeVar("Form", bound=Inference)
 
 
-class Solver(ABC, Generic[Form]):
+class Solver(NamedSettings, ABC, Generic[Form]):
     """How values relax: :meth:`start`, then :meth:`step` until ``steps`` are done or the residual is at most ``tol``.
 
     Subclass :class:`ValueSolver` or :class:`ErrorSolver`, as a frozen dataclass: its settings are then compared by

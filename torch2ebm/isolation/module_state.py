@@ -6,8 +6,10 @@ these runs the module is as it was before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ class BufferSnapshot:
     """Copies of the buffers that a forward pass changes."""
 
     def __init__(self, buffers: Mapping[str, Tensor]) -> None:
-        self.copies = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
+        held = list(buffers.values())
+        self.copies = list(zip(held, _copied(held), strict=True))
 
     def restore(self) -> None:
         for buffer, copy in self.copies:
@@ -38,6 +41,16 @@ class BufferSnapshot:
         except BaseException:
             self.restore()
             raise
+
+
+_clone: Callable[[list[Tensor]], Sequence[Tensor]] | None = getattr(torch, "_foreach_clone", None)  # not in torch 2.6
+
+
+def _copied(tensors: list[Tensor]) -> Sequence[Tensor]:
+    if _clone is None or not tensors:
+        return [tensor.detach().clone() for tensor in tensors]
+    with torch.no_grad():  # one call: a network has up to hundreds of small buffers
+        return _clone(tensors)
 
 
 class BufferHistory:
@@ -119,15 +132,24 @@ def tensors_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Change
 @contextmanager
 def plain_autograd() -> Iterator[None]:
     """Gradients on, whatever the caller has set: inference mode, no_grad, or the saved-tensor hooks of a checkpoint."""
-    packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    with torch.inference_mode(False), torch.enable_grad(), nothing_packed() if packed else nullcontext():
+    with torch.inference_mode(False), torch.enable_grad(), nothing_packed():
         yield
 
 
-def nothing_packed() -> torch.autograd.graph.saved_tensors_hooks:
+def nothing_packed() -> AbstractContextManager[None]:
     """Switch off the saved-tensor hooks outside, a checkpoint's for example."""
+    if not may_be_packed():
+        return nullcontext()  # transforms of torch.func refuse hooks, those that do nothing too
     # torch asks the innermost pair alone
     return torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged)
+
+
+_hooks_of_saved: Callable[[bool], object] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def may_be_packed() -> bool:
+    """Whether there are hooks on the tensors that autograd saves; torch 2.6 cannot say."""
+    return _hooks_of_saved is None or _hooks_of_saved(False) is not None
 
 
 def unchanged(tensor: Tensor) -> Tensor:
@@ -148,10 +170,18 @@ def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class AttributeSnapshot:
-    """The attributes of all submodules, with the contents of those that are lists and dicts."""
+    """The attributes of modules, with the contents of those that are lists and dicts."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.before = [(m, dict(m.__dict__), _contents(m)) for m in module.modules()]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.before = [(m, dict(m.__dict__), _contents(m)) for m in modules]
+
+    def changed(self) -> list[nn.Module]:
+        """The modules that have other attributes by now, or other contents of them."""
+        return [
+            m
+            for m, attributes, contents in self.before
+            if not _same_objects(m.__dict__, attributes) or not all(_same_objects(now, then) for now, then in contents)
+        ]
 
     def restore(self) -> None:
         for m, attributes, contents in self.before:
@@ -164,27 +194,56 @@ class AttributeSnapshot:
 @contextmanager
 def attributes_restored(module: nn.Module) -> Iterator[None]:
     """Restore the attributes of all submodules at the end."""
-    before = AttributeSnapshot(module)
+    before = AttributeSnapshot(module.modules())
     try:
         yield
     finally:
         before.restore()
 
 
+_COLLECTIONS = (list, dict, set, deque)
+
+
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The lists and dicts among the attributes, each with a copy; ``_parameters`` and ``_buffers`` are among them."""
-    return [(value, value.copy()) for value in module.__dict__.values() if isinstance(value, (list, dict))]
+    """The collections and the objects' attributes among the attributes, each with a copy.
+
+    ``_parameters`` and ``_buffers`` are among them.
+    """
+    found = [value if isinstance(value, _COLLECTIONS) else _names_of(value) for value in module.__dict__.values()]
+    return [(value, value.copy()) for value in found if value is not None]
+
+
+def _names_of(value: Any) -> dict[str, Any] | None:
+    """The attributes of a config object or a counter; None for numbers, tensors, modules, functions and classes."""
+    if isinstance(value, (Tensor, nn.Module, type, FunctionType)) or type(value).__module__ in ("builtins", "torch"):
+        return None
+    names = getattr(value, "__dict__", None)
+    return names if isinstance(names, dict) else None
 
 
 def _restore(collection: Any, content: Any) -> None:
     if isinstance(collection, list):
         collection[:] = content
+    elif isinstance(collection, set):
+        collection.clear()
+        collection.update(content)
+    elif isinstance(collection, deque):
+        collection.clear()
+        collection.extend(content)
     # by identity: == between tensors has no truth value
     elif [(key, id(value)) for key, value in collection.items()] != [(k, id(value)) for k, value in content.items()]:
         _put_back(collection, content)
         if list(collection) != list(content):
             collection.clear()
             collection.update(content)
+
+
+def _same_objects(now: Any, before: Any) -> bool:
+    if isinstance(now, set):
+        return bool(now == before)
+    if isinstance(now, dict):
+        return now.keys() == before.keys() and all(value is before[name] for name, value in now.items())
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
 
 
 def _put_back(names: dict[Any, Any], before: Mapping[Any, Any]) -> None:

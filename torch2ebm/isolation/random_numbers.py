@@ -8,13 +8,13 @@ way, because a program cannot wind a generator back; it takes the draws as input
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from torch2ebm.isolation.interrupts import Change
 
@@ -113,11 +113,33 @@ class RandomState:
         return Change(self.restore, now.restore)
 
 
+def drawn_from(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation with the generators wound back to its first argument; where kept draws are handed out, not."""
+
+    def drawn(state: RandomState | None, *args: Any, **kwargs: Any) -> Any:
+        if state is not None and not any(isinstance(mode, Repeated) for mode in _get_current_dispatch_mode_stack()):
+            state.restore()
+        return operation(*args, **kwargs)
+
+    drawn.__name__ = drawn.__qualname__ = getattr(operation, "__name__", "drawn")  # as torch.fx writes it
+    return drawn
+
+
 class Generators:
     """The states of all global generators: torch's, Python's and NumPy's."""
 
     def __init__(self, device: torch.device) -> None:
         self.torch, self.python, self.numpy = RandomState(device), random.getstate(), np.random.get_state()
+
+    def moved_beside_torch(self) -> bool:
+        """Whether Python's or NumPy's has drawn since."""
+        kind, keys, *rest = np.random.get_state()
+        before_kind, before_keys, *before = self.numpy
+        return (
+            random.getstate() != self.python
+            or (kind, rest) != (before_kind, before)
+            or not np.array_equal(keys, before_keys)
+        )
 
     def restore(self) -> None:
         self.torch.restore()

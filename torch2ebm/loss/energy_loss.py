@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import LossNotRecordedError
-from torch2ebm.loss.taped_tensor import function_name, plain, put_on_tape
+from torch2ebm.loss.operations import function_name, terms_averaged
+from torch2ebm.loss.tape import Operation
+from torch2ebm.loss.taped_tensor import plain, put_on_tape
 
 
 class EnergyLoss:
@@ -47,5 +50,10 @@ class EnergyLoss:
         given = {**getattr(self.loss_fn, "keywords", {}), **kwargs}  # those of a functools.partial
         # the only signs of a sum that an unrecorded function shows
         summed = getattr(self.loss_fn, "reduction", given.get("reduction")) == "sum"
+        shapes = [tuple(leaf.shape) for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
+        terms = terms_averaged(self.loss_fn, args, kwargs)
         # writes=True: what it does inside is unknown, so a replay hands it copies of the outputs
-        return put_on_tape(self.loss_fn, args, kwargs, loss, summed, writes=True)  # type: ignore[no-any-return]
+        operation = Operation(
+            self.loss_fn, args, kwargs, writes=True, summed=shapes[0] if summed and shapes else (), terms=terms
+        )
+        return put_on_tape(operation, loss)  # type: ignore[no-any-return]

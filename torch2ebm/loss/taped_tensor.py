@@ -1,16 +1,16 @@
 """Tensors that record what you do to the model's output, so that it can be repeated for a prediction that has moved.
 
-``model(x)`` returns tensors of :class:`TapedTensor`. The first tensor of no dimension that is computed from them and
-has a gradient is the loss. You get it as an ordinary tensor, whose hook says with which outer factor it entered the
-backward.
+``model(x)`` returns tensors of :class:`TapedTensor`. What is computed from them is one too, up to the scalar that
+backward is called on, however many numbers it is multiplied by, added to or taken the root of. In everything that is no
+step to a loss (to detach, print, format, pickle or copy it) it is an ordinary tensor.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,33 +20,62 @@ from torch2ebm.common.nested import ResultReference, leaves_of, map_leaves
 from torch2ebm.errors import LossIndependentError
 from torch2ebm.isolation.interrupts import undone_by
 from torch2ebm.isolation.torch_modes import Stacks
-from torch2ebm.loss.tape import Scalar, Tape
+from torch2ebm.loss.operations import (
+    is_draw_of_its_own,
+    out_of_place,
+    summed_sizes,
+    terms_averaged,
+    weighted_entries,
+    writes_in_place,
+)
+from torch2ebm.loss.outside import factor_outside
+from torch2ebm.loss.roots import BACKWARDS, run_backward
+from torch2ebm.loss.tape import Operation, Place, Scalar, Tape
 
 
 class TapedTensor(Tensor):
     """A tensor that knows its tape. It holds no tape alive: autograd's graph of the call does."""
 
     _tape: weakref.ref[Tape]
-    _place: int
+    _place: Place
     _refused: Callable[[], None]  # called before a backward is refused
+    _scalar: Scalar  # of one number that requires a gradient
+    _owns_storage: bool
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         try:
+            compiling = torch.compiler.is_compiling()
+            if not compiling and func in BACKWARDS:
+                args, kwargs = meant((args, kwargs or {}))
+                _check_dependent(func, args[0] if args else None)
+                return run_backward(func, args, kwargs, _Taping())
+            caller = "" if compiling else sys._getframe(1).f_globals.get("__name__", "")
             if "torch._dynamo" in sys.modules:  # it would follow a compiled loss to here, and make no tape of it
                 uncompiled = torch.compiler.disable(_modes_undone)  # type: ignore[no-untyped-call]
-                return uncompiled(func, args, kwargs or {})
-            return _modes_undone(func, args, kwargs or {})
+                return uncompiled(func, args, kwargs or {}, caller)
+            return _modes_undone(func, args, kwargs or {}, caller)
         except KeyboardInterrupt:
             _undo_forwards((args, kwargs or {}))
             raise
 
 
-def _modes_undone(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+# attributes outside of the autograd graph: through them no gradient reaches the loss
+_NOT_TAPED = frozenset(getattr(Tensor, name).__get__ for name in ("grad", "data", "grad_fn", "_base"))
+# torch makes something else of a subclass here
+_OF_ORDINARY_TENSORS = frozenset(
+    [
+        *(Tensor.__format__, Tensor.__repr__, Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.__array__),
+        *(Tensor.detach, torch.detach),
+    ]
+)
+
+
+def _modes_undone(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: str) -> Any:
     stacks = Stacks.now()
-    return undone_by(stacks.restore, lambda: _run_on_tape(func, args, kwargs))
+    return undone_by(stacks.restore, lambda: _run_on_tape(func, args, kwargs, caller))
 
 
 def stand_for(kept: Tensor, taped: Tensor) -> None:
@@ -58,90 +87,141 @@ def stand_for(kept: Tensor, taped: Tensor) -> None:
     kept._instead = taped  # type: ignore[attr-defined]
 
 
-def _meant(leaf: Any) -> Any:
-    return getattr(leaf, "_instead", leaf) if isinstance(leaf, TapedTensor) else leaf
+def meant(structure: Any) -> Any:
+    """The structure with each tensor that stands for another replaced by that."""
+    if any(hasattr(leaf, "_instead") for leaf in leaves_of(structure)):
+        return map_leaves(lambda leaf: getattr(leaf, "_instead", leaf), structure)
+    return structure
 
 
-def _run_on_tape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if torch.is_grad_enabled() and any(hasattr(leaf, "_instead") for leaf in leaves_of((args, kwargs))):
-        args, kwargs = map_leaves(_meant, (args, kwargs))
-    if func is Tensor.backward and isinstance(args[0], TapedTensor) and not args[0].requires_grad:
-        args[0]._refused()
-        raise LossIndependentError(
-            "loss.backward()",
-            "a loss without a gradient in the model's output",
-            "a loss that depends on it",
-            "Look for a detach(), an argmax or a torch.no_grad() between model(x) and the loss.",
-        )
+def _run_on_tape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: str) -> Any:
+    if torch.is_grad_enabled():
+        args, kwargs = meant((args, kwargs))
+    if func in _OF_ORDINARY_TENSORS:
+        return func(*plain(args), **plain(kwargs))
     # else the operation would come back to __torch_function__
     with torch._C.DisableTorchFunctionSubclass():
+        if func in _NOT_TAPED:
+            return map_leaves(_untaped(args), func(*args, **kwargs))
+        if is_draw_of_its_own(func):
+            return map_leaves(_off_tape, func(*args, **kwargs))
+        operation = _operation(func, args, kwargs, caller)
         result = func(*args, **kwargs)
-    if func in _NOT_TAPED:
-        return map_leaves(_untaped(args), result)
-    # a shape or a number: nothing to replay
-    if not _writes_in_place(func, kwargs) and not any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
-        return result
-    return put_on_tape(func, args, kwargs, result)
+        if operation.adopts:
+            return _adopted(operation, args[0], result)
+        # a shape or a number: nothing to replay
+        if not operation.writes and not any(map(_belongs_on_tape, leaves_of(result))):
+            return map_leaves(_plain, result)
+        return _taped(operation, result)
 
 
-# attributes outside of the autograd graph: through them no gradient reaches the loss
-_NOT_TAPED = frozenset(getattr(Tensor, name).__get__ for name in ("grad", "data", "grad_fn", "_base"))
+def _belongs_on_tape(leaf: Any) -> bool:
+    """Whether a loss may depend on it: a number of no dimension that is no float is a count, or an index."""
+    return isinstance(leaf, Tensor) and (leaf.ndim > 0 or leaf.is_floating_point() or leaf.is_complex())
+
+
+def _operation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: str) -> Operation:
+    """What goes on the tape; made before it runs, since it may write on what it reads."""
+    factor = factor_outside(func, args, caller)
+    if factor is not None:
+        return Operation(Tensor.positive, args[:1], {}, factor=factor)
+    if not writes_in_place(func, kwargs):
+        return Operation(
+            func, args, kwargs, summed=summed_sizes(func, args, kwargs), terms=terms_averaged(func, args, kwargs)
+        )
+    written = args[0] if args and "out" not in kwargs else None
+    if isinstance(written, TapedTensor) and getattr(written, "_owns_storage", False):
+        return Operation(out_of_place(func), args, kwargs)  # no view of it shows what is written
+    if type(written) is Tensor:
+        return Operation(out_of_place(func), (written.detach().clone(), *args[1:]), kwargs, adopts=True)
+    return Operation(func, args, kwargs, writes=True)
+
+
+def _adopted(operation: Operation, written: Tensor, result: Any) -> Any:
+    """A tensor of the user's own that losses are written on, one by one, is on the tape from then on."""
+    if written.requires_grad:
+        written.__class__ = TapedTensor
+        _taped(operation, written)
+    return _plain(result) if result is not written else written
+
+
+def _off_tape(leaf: Any) -> Any:
+    """What keeps its numbers when the prediction moves; what was written in place stays the very tensor."""
+    if isinstance(leaf, TapedTensor) and hasattr(leaf, "_tape"):
+        del leaf._tape
+        return leaf
+    return _plain(leaf)
 
 
 def put_on_new_tape(tape: Tape, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs of a call as taped tensors; one of no dimension is a loss already."""
-    return [_marked(output, tape, index, None) for index, output in enumerate(outputs)]
+    """The outputs of a call as taped tensors."""
+    return [_marked(output, tape, place) for output, place in zip(outputs, tape.outputs, strict=True)]
 
 
-def put_on_tape(
-    function: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-    result: Any,
-    summed: bool | None = None,
-    writes: bool | None = None,
-) -> Any:
+def taken_off(structure: Any) -> tuple[Any, list[Tape]]:
+    """The arguments of a call as ordinary tensors, and the tapes that a gradient in them goes back to."""
+    taped = [leaf for leaf in leaves_of(structure) if isinstance(leaf, TapedTensor)]
+    if not taped:
+        return structure, []
+    tapes = [tape for leaf in taped if leaf.requires_grad and (tape := tape_of(leaf)) is not None]
+    return plain(meant(structure)), tapes
+
+
+def put_on_tape(operation: Operation, result: Any) -> Any:
     """Record an operation that has run; returns its result with the tensors marked."""
-    tapes = {id(tape): tape for leaf in leaves_of((args, kwargs)) if (tape := _tape_of(leaf)) is not None}
-    if not tapes:
-        return map_leaves(_untaped((args, kwargs)), result)
-    if len(tapes) > 1:  # one call's replay cannot move the outputs of the other
-        for tape in tapes.values():
-            tape.obstacle = f"{function_name(function)} mixes the outputs of two forward calls"
-        return map_leaves(_plain, result)
-    tape = next(iter(tapes.values()))
-    made_by_sum = _is_sum(function, args, kwargs) if summed is None else summed
-    writing = _writes_in_place(function, kwargs) if writes is None else writes
-    own_args, own_kwargs = map_leaves(lambda leaf: _referred(leaf, tape), (args, kwargs))
-    indices = iter(tape.append(function, own_args, own_kwargs, result, writing))
+    with torch._C.DisableTorchFunctionSubclass():
+        return _taped(operation, result)
+
+
+def _taped(operation: Operation, result: Any) -> Any:
+    arguments = (operation.args, operation.kwargs)
+    tape = _tape_for(list(leaves_of(arguments)))
+    if tape is None:
+        return map_leaves(_untaped(arguments), result)
+    args, kwargs = map_leaves(lambda leaf: _referred(leaf, tape), arguments)
+    recorded = replace(operation, args=args, kwargs=kwargs)
+    places = iter(tape.append(recorded, result))
 
     def mark(leaf: Any) -> Any:
-        index = next(indices)
-        return _marked(leaf, tape, index, made_by_sum) if isinstance(leaf, Tensor) else leaf
+        place = next(places)
+        if place is None or not _belongs_on_tape(leaf):
+            return _plain(leaf)
+        return _marked(leaf, tape, place)
 
     return map_leaves(mark, result)
 
 
-def _marked(tensor: Tensor, tape: Tape, index: int, summed: bool | None) -> Tensor:
-    if tensor.ndim == 0 and tensor.requires_grad:
-        # ordinary from here on: scaling, sums and backward are autograd's
-        loss: Tensor = _plain(tensor)
-        scalar = Scalar(index, bool(summed), weakref.ref(loss), loss.detach())
-        tape.scalars.append(scalar)
+def _tape_for(leaves: Sequence[Any]) -> Tape | None:
+    """The tape of an operation on these. What has no gradient does not join two tapes: it is a constant."""
+    on_tapes = [(leaf, tape) for leaf in leaves if (tape := tape_of(leaf)) is not None]
+    tapes = {id(tape): tape for _, tape in on_tapes}
+    if len(tapes) > 1:
+        tapes = {id(tape): tape for leaf, tape in on_tapes if leaf.requires_grad and torch.is_grad_enabled()}
+    if not tapes:
+        return None
+    tape, *others = tapes.values()
+    for other in others:
+        tape.join(other)
+    return tape
 
-        def seen(gradient: Tensor | None) -> None:
-            # what arrives at the loss is its outer factor: that of accumulation, of a gradient scaler
-            if gradient is not None:  # as for an output that no loss was made of
-                scalar.factors.append(gradient.detach())
 
-        loss.register_hook(seen)  # type: ignore[no-untyped-call]
-        return loss
-    if tensor.ndim == 0 and not tensor.is_floating_point():  # a count, or an index
-        ordinary: Tensor = _plain(tensor)
-        return ordinary
+def _marked(tensor: Tensor, tape: Tape, place: Place) -> Tensor:
+    owns_storage = tensor.ndim == 0 and not hasattr(tensor, "_tape") and not tensor._is_view()
     marked = tensor if isinstance(tensor, TapedTensor) else _as_taped(tensor)
-    marked._tape, marked._place, marked._refused = weakref.ref(tape), index, tape.refused
+    marked._tape, marked._place, marked._refused = weakref.ref(tape), place, tape.refused
+    marked._owns_storage = owns_storage or getattr(marked, "_owns_storage", False)
+    if tensor.requires_grad and tensor.numel() == 1:
+        _watch(marked, tape, place)
     return marked
+
+
+def _watch(marked: TapedTensor, tape: Tape, place: Place) -> None:
+    """A backward that comes through tells the tape, from the node of autograd's graph: no hook is on the tensor."""
+    node, scalar, number = marked.grad_fn, Scalar(place, marked.as_subclass(Tensor).detach()), marked.output_nr
+    marked._scalar = scalar
+    tape.scalars.append(scalar)
+    if node is not None:
+        node.register_prehook(lambda gradients: scalar.arrived(gradients[number]))
 
 
 def _as_taped(tensor: Tensor) -> TapedTensor:
@@ -159,17 +239,20 @@ def _undo_forwards(arguments: Any) -> None:
             leaf._refused()
 
 
-def _tape_of(leaf: Any) -> Tape | None:
-    return leaf._tape() if isinstance(leaf, TapedTensor) and hasattr(leaf, "_tape") else None
+def tape_of(leaf: Any) -> Tape | None:
+    """The tape that a tensor is on; None for all else, and where the call that it came from is over."""
+    tape = leaf._tape() if isinstance(leaf, TapedTensor) and hasattr(leaf, "_tape") else None
+    return None if tape is None else tape.whole()
 
 
 def _referred(leaf: Any, tape: Tape) -> Any:
-    """What stands for an argument on the tape."""
-    if isinstance(leaf, TapedTensor):
+    """What stands for an argument on the tape; a constant without the graph that it came from, which may hold ours."""
+    if isinstance(leaf, TapedTensor) and tape_of(leaf) is tape:
+        return ResultReference(leaf._place)
+    if isinstance(leaf, Tensor):
         # a tensor of another, finished call is a constant like any target
-        return ResultReference(leaf._place) if _tape_of(leaf) is tape else _plain(leaf)
-    if isinstance(leaf, Tensor) and leaf.ndim == 0:
-        return tape.loss_read_again(leaf) or leaf
+        leaf = _plain(leaf)
+        return leaf.detach() if leaf.requires_grad else leaf
     return leaf
 
 
@@ -197,31 +280,31 @@ def plain(structure: Any) -> Any:
         return map_leaves(_plain, structure)
 
 
-def function_name(function: Callable[..., Any]) -> str:
-    return getattr(function, "__name__", repr(function))
+# backward
 
 
-def _writes_in_place(function: Callable[..., Any], kwargs: Any) -> bool:
-    name = function_name(function)
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in _IN_PLACE or kwargs.get("inplace") is True or "out" in kwargs
+class _Taping:
+    def is_taped(self, leaf: Any) -> bool:
+        return isinstance(leaf, TapedTensor)
+
+    def plain(self, structure: Any) -> Any:
+        return plain(structure)
+
+    def weighted(self, losses: Tensor, weights: Tensor) -> Tensor:
+        operation = Operation(weighted_entries, (losses, weights), {})
+        return put_on_tape(operation, weighted_entries(plain(losses), weights))  # type: ignore[no-any-return]
 
 
-# operators that write although their names end in two underscores
-_IN_PLACE = frozenset(
-    ["__setitem__"]
-    + [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")]
-)
-_SUMS = frozenset([torch.sum, Tensor.sum, torch.nansum, Tensor.nansum])
-
-
-def _is_sum(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    if function in _SUMS or kwargs.get("reduction") == "sum":
-        return True
-    # a reduction given by position: only where the word occurs is the signature looked up
-    if not any(isinstance(argument, str) and argument == "sum" for argument in args):
-        return False
-    try:
-        return inspect.signature(function).bind(*args, **kwargs).arguments.get("reduction") == "sum"
-    except (TypeError, ValueError):  # a builtin has no signature
-        return False
+def _check_dependent(func: Callable[..., Any], root: Any) -> None:
+    if func is not Tensor.backward or not isinstance(root, TapedTensor):
+        return
+    with torch._C.DisableTorchFunctionSubclass():
+        dependent = root.requires_grad
+    if not dependent:
+        root._refused()
+        raise LossIndependentError(
+            "loss.backward()",
+            "a loss without a gradient in the model's output",
+            "a loss that depends on it",
+            "Look for a detach(), an argmax or a torch.no_grad() between model(x) and the loss.",
+        )

@@ -122,6 +122,7 @@ def called(run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kw
         if type(error) not in (RuntimeError, ValueError, IndexError, TypeError):
             raise
         check_arguments(module, args, kwargs)
+        check_not_meta(module)
         path, tensors = _refusing(module, error)
         if not path:
             tensors = Arguments.of(module, args, kwargs).tensors
@@ -144,10 +145,25 @@ def _refusing(module: nn.Module, error: Exception) -> tuple[str, Sequence[Tensor
     return "", []
 
 
-def check_inputs(tensors: Sequence[Tensor]) -> None:
+def check_not_meta(module: nn.Module) -> None:
+    """Raise :class:`NodeEvaluationError` for a module that was made on the meta device, and has no numbers yet."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    empty = [name for name, tensor in named if tensor.is_meta]
+    if empty:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        raise NodeEvaluationError(
+            f"{type(module).__name__}.forward",
+            f"'{empty[0]}'{more} on the meta device, where tensors have no numbers",
+            "parameters and buffers with numbers",
+            "Call net.to_empty(device='cpu'), then load or initialise the weights, before you call the model.",
+        )
+
+
+def check_inputs(module: nn.Module, tensors: Sequence[Tensor]) -> None:
     first = next((i for i, tensor in enumerate(tensors) if tensor.ndim), None)
     for i, tensor in enumerate(tensors):
         if tensor.is_meta:
+            check_not_meta(module)
             raise NodeEvaluationError(
                 f"model(...), input {i}",
                 "a tensor on the meta device",

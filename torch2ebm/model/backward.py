@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,12 +35,16 @@ from torch2ebm.isolation.interrupts import Result, undone_by, within
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, hooks_suspended, tensors_in_place
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.isolation.torch_modes import Autocast, Modes
-from torch2ebm.loss.replayed_loss import ReplayedLoss, make_loss
+from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.loss.replayed_loss import ReplayedLoss
 from torch2ebm.loss.tape import Tape
 from torch2ebm.model.arguments import Arguments, check_finite_inputs
+from torch2ebm.model.batch import Batch
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.shards import Shards
+from torch2ebm.model.together import relaxed_together
 from torch2ebm.model.unchanged import Unchanged
+from torch2ebm.model.verification import check_opaque
 
 
 class OpenCall:
@@ -57,6 +64,7 @@ class OpenCall:
         keep: Callable[[InferenceState], None],
         shards: Shards,
         arguments: Arguments,
+        batch: Batch,
         standing: Standing,
         forget: Callable[[], None],
     ) -> None:
@@ -64,9 +72,11 @@ class OpenCall:
         self.kept: Any = None  # what the algorithm's forward returned
         self.algorithm, self.history, self.forwards = algorithm, history, forwards
         self.keep, self.shards, self.arguments, self.standing = keep, shards, arguments, standing
-        self.forget = forget
+        self.batch, self.forget = batch, forget
         self.finite = {**call.parameters, **finite}
         self.tape = Tape(len(call.graph.output_slots), call.device, forwards.undo)
+        self.tape.calls.append(weakref.ref(self))
+        self.relaxed: tuple[int, LocalGradients] | None = None  # by a backward that reached another call first
         self.parameters = {name: p for name, p in call.parameters.items() if p.requires_grad}
         self.device = call.device
         self.autocast = Autocast.now(self.device.type)
@@ -75,14 +85,17 @@ class OpenCall:
         """The forward pass: recordable outputs, in the order of the graph's output slots."""
         assert self.call is not None
         self.kept = self.algorithm.forward(self.call)
+        if self.call.graph.opaque and not self.algorithm.defines_output:
+            check_opaque(self.call)
         with self._blamed_on_inputs():
             self.standing.check(self.finite)  # a clamp can hide it from the prediction
             check_predictions(self.call, of_outputs=False)
-        self.unchanged = Unchanged(self.call, self.algorithm.reevaluates_loss)
+        self.unchanged = Unchanged(self.call, self.algorithm.reevaluates_loss, self.history.buffers)
         self.history.forward_ended()
         self.forwards.opened(self.history)
-        # copies: what the user writes on the output is no value of the call
-        return [self.call.values[slot].detach().clone() for slot in self.call.graph.output_slots]
+        outputs = [self.call.values[slot].detach() for slot in self.call.graph.output_slots]
+        self.tape.values = dict(zip(self.tape.outputs, outputs, strict=True))
+        return [output.clone() for output in outputs]  # what the user writes on them is no value of the call
 
     @contextmanager
     def _blamed_on_inputs(self) -> Iterator[None]:
@@ -107,34 +120,88 @@ class OpenCall:
 
     def gradients(self, delivered: Sequence[Tensor | None], retain_graph: bool) -> LocalGradients:
         """What the algorithm makes of the delivered gradients, checked."""
-        call, kept = self._opened(), self.kept
+        call = self._opened()
         by_slot = {s: g for s, g in zip(call.graph.output_slots, delivered, strict=True) if g is not None}
-        loss = make_loss(call, self.tape, by_slot, self.algorithm.loss_reduction, type(self.algorithm).__name__)
+        loss = self._loss(call, by_slot)
         if not self._delivered_finite(call, loss):
             return self._overflowed(call)
         self.unchanged.check(call)
         if self.algorithm.reevaluates_loss:
+            if loss.is_mean:
+                self.batch.check(loss.target_rows)
             loss.check()
         with self._blamed_on_inputs():
-            gradients = self._as_in_forward(call, lambda: self.algorithm.backward(call, kept, loss, retain_graph))
+            gradients = self._relaxed(call, loss, retain_graph)
             self._check_returned(gradients)
             self._check_inputs(call, gradients)
             self._check_parameters(gradients, loss)
-        self.keep(gradients.state)
+        self._keep(gradients.state, loss)
         self.forwards.closed(self.history)
         if gradients.later is not None:
-            self.forwards.later.append(self._later(call, gradients.later))
+            self.forwards.later.append(self._later(call, gradients.later, loss))
         if not retain_graph:
             self._released()
         return gradients
 
-    def _later(self, call: Call, gradients: Iterator[LocalGradients]) -> Iterator[LocalGradients]:
+    def _loss(self, call: Call, delivered: Mapping[str, Tensor]) -> ReplayedLoss:
+        reduction, name = self.algorithm.loss_reduction, type(self.algorithm).__name__
+        return ReplayedLoss(call, self.tape, delivered, reduction, name, self.forwards.accumulation)
+
+    def _relaxed(self, call: Call, loss: ReplayedLoss, retain_graph: bool) -> LocalGradients:
+        """What the algorithm makes of the loss, together with the other calls that the loss joins to this one."""
+        task = torch._C._current_graph_task_id()
+        before, self.relaxed = self.relaxed, None
+        if before is not None and before[0] == task:
+            return before[1]
+        others = self._beside(loss) if self.algorithm.reevaluates_loss else []
+        if not others:
+            return self._as_in_forward(call, lambda: self._backward(loss, retain_graph))
+        calls = [self, *others]
+        losses = [loss, *(other._loss(other._opened(), other._delivered()) for other in others)]
+        for other in others:
+            other.unchanged.check(other._opened())
+        backwards = [partial(each._backward, retain_graph=retain_graph) for each in calls]
+        together: Callable[[], list[LocalGradients]] = lambda: relaxed_together(losses, backwards, self.device)  # noqa: E731
+        for each in {id(each.forwards): each for each in calls}.values():  # once for each model
+            together = partial(each._as_in_forward, each._opened(), together)
+        own, *found = together()
+        for other, gradients in zip(others, found, strict=True):
+            other.relaxed = task, gradients
+        return own
+
+    def _backward(self, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        return self.algorithm.backward(self._opened(), self.kept, loss, retain_graph)
+
+    def _beside(self, loss: ReplayedLoss) -> list[OpenCall]:
+        """The other calls that the loss joins to this one and whose algorithms evaluate it again."""
+        mixed = loss.mixed_with
+        if not mixed:
+            return []
+        calls = [call for reference in self.tape.whole().calls if (call := reference()) is not None]
+        return [
+            each
+            for each in calls
+            if each is not self
+            and each.call is not None
+            and not each.call.swapped
+            and each.algorithm.reevaluates_loss
+            and not mixed.isdisjoint(each.tape.outputs)
+        ]
+
+    def _delivered(self) -> dict[str, Tensor]:
+        """A place for each output: what autograd has not delivered yet is computed by the replay."""
+        return {slot: self._opened().values[slot] for slot in self._opened().graph.output_slots}
+
+    def _keep(self, state: InferenceState, loss: ReplayedLoss) -> None:
+        self.keep(replace(state, loss_weight=loss.loss_weight, loss_terms=loss.loss_terms))
+
+    def _later(self, call: Call, gradients: Iterator[LocalGradients], loss: ReplayedLoss) -> Iterator[LocalGradients]:
         while True:
             with self.shards.gathered():
                 found = self._as_in_forward(call, lambda: next(gradients, None))
             if found is None:
                 return
-            self.keep(found.state)
+            self._keep(found.state, loss)
             yield found
 
     def _as_in_forward(self, call: Call, function: Callable[[], Result]) -> Result:

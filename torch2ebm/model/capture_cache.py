@@ -20,12 +20,12 @@ from torch2ebm.capture.recording import Place
 from torch2ebm.capture.run import Cuts, Run
 from torch2ebm.capture.running import Subject
 from torch2ebm.engine.finite import all_finite
-from torch2ebm.errors import ChangingForwardWarning, LoneNodeWarning, OpaqueModuleWarning
+from torch2ebm.errors import ChangingForwardWarning, LoneNodeWarning, OpaqueModuleWarning, UncalledNodeWarning
 from torch2ebm.graph.build import build_graph
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.graph.granularity import Granularity, named_leaves
 from torch2ebm.graph.lone_node import ALONE, FINER, lone_node
-from torch2ebm.isolation.module_state import is_lazy, tensors_in_place
+from torch2ebm.isolation.module_state import BufferSnapshot, is_lazy, tensors_in_place
 from torch2ebm.isolation.torch_modes import TRACING
 from torch2ebm.model.arguments import Arguments
 from torch2ebm.model.verification import same_by_cuts, verify
@@ -58,6 +58,19 @@ class _Entry:
         return self.captured
 
 
+class _Holders(dict[str, tuple[nn.Module, str]]):
+    """Name of a buffer to the submodule that holds it, and to its name there."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __missing__(self, name: str) -> tuple[nn.Module, str]:
+        path, _, key = name.rpartition(".")
+        self[name] = self.module.get_submodule(path), key
+        return self[name]
+
+
 class Captures:
     """The graphs of one module as it was when this was made.
 
@@ -76,6 +89,7 @@ class Captures:
         self._told_of: set[str | type[Warning]] = set()  # paths of opaque modules, and warnings that are given once
         self._cut_before: weakref.WeakSet[EnergyGraph] = weakref.WeakSet()
         self._finite_buffers: tuple[str, ...] | None = None
+        self._holders = _Holders(module)
 
     def know_the_module(self) -> bool:
         """Whether its layers and parameters are those that they were."""
@@ -89,9 +103,13 @@ class Captures:
         return self._buffers(tuple(dict.fromkeys(name for graph in known for name in graph.changing_buffers)))
 
     def _buffers(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Those of these names that there are. One walk over the module: ``get_buffer`` takes one a name."""
-        buffers = dict(self.module.named_buffers()) if names else {}
-        return {name: buffers[name] for name in names if name in buffers}
+        """Those of these names that there are. Not by ``named_buffers``, which walks over the whole module."""
+        found = {}
+        for name in names:
+            part, key = self._holders[name]
+            if key in part._buffers and (buffer := part._buffers[key]) is not None:  # a scripted module's has no get
+                found[name] = buffer
+        return found
 
     def standing_buffers(self) -> dict[str, Tensor]:
         """Buffers in which NaN or infinity would be new."""
@@ -104,7 +122,12 @@ class Captures:
         return self._buffers(self._finite_buffers)
 
     def run(
-        self, arguments: Arguments, call: Callable[[], Any], algorithm: Algorithm | None, keep_cuts: bool = True
+        self,
+        arguments: Arguments,
+        call: Callable[[], Any],
+        algorithm: Algorithm | None,
+        keep_cuts: bool = True,
+        contents: BufferSnapshot | None = None,
     ) -> Served:
         """Run the module; the graph for its sequence of operations is a known one, or a new one.
 
@@ -113,6 +136,7 @@ class Captures:
             call: Calls it.
             algorithm: The one whose nodes are wanted.
             keep_cuts: Whether the run may be cut at the nodes that are expected.
+            contents: The buffers that forward may change, as they are now, where somebody has them.
 
         Raises:
             ModuleChangedError: where layers or parameters were replaced.
@@ -126,7 +150,9 @@ class Captures:
         known = self._known(granularity, graded) if keep_cuts and not torch.is_inference_mode_enabled() else {}
         cuts = list(known)
         first = cuts[0] if cuts else None
-        run = self.subject.run(call, paths, arguments.names, arguments.device, first, cuts[1:])
+        if cuts and contents is None:
+            contents = BufferSnapshot(self.changing_buffers())
+        run = self.subject.run(call, paths, arguments.names, arguments.device, first, cuts[1:], contents)
         if run.matched and run.cuts is not None:
             entry, graph = known[run.cuts]
             if self._same_numbers(run, entry, run.cuts):
@@ -165,7 +191,8 @@ class Captures:
         return "layer" if algorithm is None else algorithm.partition
 
     def _same_numbers(self, run: Run, entry: _Entry, cuts: Cuts | None) -> bool:
-        return (cuts is not None and all(map(_equal, run.numbers, cuts.numbers))) or not self._others(run, entry)
+        pairs = zip(run.numbers, () if cuts is None else cuts.numbers, strict=cuts is not None)
+        return (cuts is not None and all(a is b or _equal(a, b) for a, b in pairs)) or not self._others(run, entry)
 
     def _others(self, run: Run, entry: _Entry) -> frozenset[Place]:
         """Numbers that the entry takes for granted, and that this run has otherwise."""
@@ -248,6 +275,24 @@ class Captures:
                     OpaqueModuleWarning,
                     stacklevel=users_level(),
                 )
+
+        self._tell_of_uncalled()
+
+    def _tell_of_uncalled(self) -> None:
+        """Say once which named submodules are no node: data may decide, and another call may have them."""
+        if isinstance(self.granularity, str) or UncalledNodeWarning in self._told_of:
+            return
+        runs = [entry.made.run.records or () for entry in self.entries.values()]
+        found = {path for records in runs for record in records for _, path in record.scopes}
+        if uncalled := sorted(self.leaves - found):
+            self._told_of.add(UncalledNodeWarning)
+            warnings.warn(
+                f"convert({type(self.module).__name__}, nodes=[...]): {uncalled} of these names were called in no run "
+                "so far, or on data alone, and are no nodes. If data decides it, a later call has them; otherwise "
+                "leave them out.",
+                UncalledNodeWarning,
+                stacklevel=users_level(),
+            )
 
     def _tell_of_lone_node(self, graph: EnergyGraph) -> None:
         if (lone := lone_node(graph)) and LoneNodeWarning not in self._told_of:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,24 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.algorithms.base import Algorithm, check_algorithm
 from torch2ebm.algorithms.given import Given
 from torch2ebm.capture.fingerprint import inside_functional_call
+from torch2ebm.capture.problems import users_level
 from torch2ebm.capture.running import Before
-from torch2ebm.common.nested import map_leaves
+from torch2ebm.common.nested import leaves_of, map_leaves
+from torch2ebm.common.plain_loop import PlainLoop
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.node_energies import NodeEnergies, check_names
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.engine.standing import Standing
-from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
+from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError, PlainBackwardWarning
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.inference.curvature import Curvature, measured_curvature
-from torch2ebm.isolation.module_state import BufferHistory, plain_autograd, tensors_in_place, untouched
+from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
-from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for
+from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
 from torch2ebm.model.arguments import Arguments, called, check_inputs, check_scalar
 from torch2ebm.model.backward import EnergyFunction, OpenCall
+from torch2ebm.model.batch import GUESSED, BatchDimension, find_batch_dimension
 from torch2ebm.model.capture_cache import Captures, Served
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.replicas import Replicas
@@ -55,15 +59,23 @@ class Conversion:
 
     check_every_by_default: int | None = None  # what EnergyOptimizer(check_every=) is where nothing is given
 
-    def __init__(self, module: nn.Module, granularity: Granularity, algorithm: Algorithm | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        granularity: Granularity,
+        algorithm: Algorithm | None = None,
+        batch: BatchDimension = GUESSED,
+    ) -> None:
         self.module, self.algorithm = module, algorithm
         self.shards, self.captures = _seen(module, granularity)
         self.forwards, self.replicas = OpenForwards(), Replicas()
         self.standing = Standing()
+        self.batch = batch
         self._runs: Callable[..., Any] = module
         self.check_every: int | None = None
         self._calls = 0
-        self._holder: weakref.ref[object] | None = None
+        self._holders: list[weakref.ref[Any]] = []
+        self._plain = PlainLoop()
         self._latest: EnergyGraph | None = None
         self._state: InferenceState | None = None
 
@@ -80,8 +92,8 @@ class Conversion:
             if self._latest is None and self.shards.modules:
                 self.capture(args, kwargs)  # a run of its own: its graph is of parameters that are released again
             elif self._latest is None:
-                return self._captured_run(args, kwargs).run.output
-            return self.module(*args, **kwargs)
+                return self._watched(self._captured_run(args, kwargs).run.output)
+            return self._watched(self.module(*args, **kwargs))
         if not self.shards.covers(self.captures.parameters):
             self.replicas.forward(type(self.module).__name__)
         return self.run(self.algorithm, args, kwargs, self._keep, self.forwards)
@@ -93,6 +105,15 @@ class Conversion:
             return self.answer(args, kwargs)
         finally:
             self._runs = before
+
+    def _watched(self, output: Any) -> Any:
+        """An output without an algorithm: tell once where a loop trains on such ones, and nobody has attached any."""
+        if torch.is_grad_enabled() and self.algorithm is None:
+            module = self.module
+            if self._plain.trains(module.parameters()):
+                warnings.warn(_nothing_attached(type(module).__name__), stacklevel=users_level())
+            self._plain.watch(leaves_of(output), lambda: list(module.parameters()))
+        return output
 
     def _output_alone(self, algorithm: Algorithm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The output that the algorithm defines, where no backward will follow."""
@@ -133,13 +154,13 @@ class Conversion:
         forwards: OpenForwards,
     ) -> Any:
         history = BufferHistory(self.captures.changing_buffers())
-
+        (args, kwargs), given_from = taken_off((args, kwargs))
         checked = self._is_checked()
 
         def taped_output() -> Any:
             with exhausted_memory_named("model(...)", algorithm):
                 before = Before.now(self.module, Arguments.of(self.module, args, kwargs).device) if checked else None
-                served = self._served(args, kwargs, algorithm)
+                served = self._served(args, kwargs, algorithm, history.before)
                 if before is not None:
                     check_whole_call(served, before, lambda: self.module(*args, **kwargs))
                 call = self._call(served)
@@ -152,9 +173,12 @@ class Conversion:
                     keep,
                     self.shards,
                     served.arguments,
+                    self.batch.of(served.arguments, served.run.output),
                     self.standing,
                     partial(self.captures.forget, served.graph),
                 )
+                for tape in given_from:
+                    tape.fed.append(weakref.ref(open_call.tape))
                 outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
                     open_call, *self.shards.in_place_of(open_call.parameters), *served.run.external.values()
                 )
@@ -199,7 +223,8 @@ class Conversion:
 
     def _call(self, served: Served) -> Call:
         arguments = served.arguments
-        return Call(served.graph, served.run, arguments.device, arguments.batch_size, served.swapped)
+        size = self.batch.of(arguments, served.run.output).size
+        return Call(served.graph, served.run, arguments.device, size, served.swapped)
 
     def _keep(self, state: InferenceState) -> None:
         self._state = state
@@ -212,6 +237,18 @@ class Conversion:
         with self.shards.gathered(), plain_autograd(), untouched(self.module, device):
             self._served(args, kwargs, self.algorithm)
 
+    def find_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Look which dimension counts samples, by runs on fewer of them; the module is left as it was."""
+        arguments = Arguments.of(self.module, args, kwargs)
+        modes = [(part, part.training) for part in self.module.modules()]
+        with self.shards.gathered(), untouched(self.module, arguments.device), torch.no_grad():
+            try:
+                self.module.eval()  # without dropout, and without the statistics of the batch
+                self.batch = find_batch_dimension(self.module, arguments, args, kwargs)
+            finally:
+                for part, training in modes:
+                    part.training = training
+
     def looked_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """A recorded run of the module, which is left as it was."""
         arguments = Arguments.of(self.module, args, kwargs)
@@ -223,12 +260,19 @@ class Conversion:
         with self.shards.gathered():
             return self._served(args, kwargs, self.algorithm)
 
-    def _served(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], algorithm: Algorithm | None) -> Served:
+    def _served(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        algorithm: Algorithm | None,
+        contents: BufferSnapshot | None = None,
+    ) -> Served:
         if self.algorithm is None:
             self._see_again()
         arguments = Arguments.of(self.module, args, kwargs)
-        check_inputs(arguments.tensors)
-        served = self.captures.run(arguments, lambda: called(self._runs, self.module, args, kwargs), algorithm)
+        check_inputs(self.module, arguments.tensors)
+        call = lambda: called(self._runs, self.module, args, kwargs)  # noqa: E731
+        served = self.captures.run(arguments, call, algorithm, contents=contents)
         self._latest = served.graph
         return served
 
@@ -267,8 +311,7 @@ class Conversion:
     @property
     def captured_by(self) -> str:
         """``"run"``: by a run of the module. Raises :class:`NotCapturedError` before any input was seen."""
-        assert self.graph is not None
-        return "run"
+        return "run" if self.graph else ""  # an error where there is no graph yet
 
     @property
     def state(self) -> InferenceState:
@@ -284,7 +327,7 @@ class Conversion:
 
     def summary(self) -> str:
         """A table of the nodes."""
-        return node_table(self.graph, self._state)
+        return f"{node_table(self.graph, self._state)}\n{self.batch}"
 
     def draw(self, path: str) -> None:
         """Draw the graph to a picture file."""
@@ -295,10 +338,16 @@ class Conversion:
     @property
     def attached(self) -> bool:
         """Whether whoever attached the algorithm is still there."""
-        return self._holder is not None and self._holder() is not None
+        return bool(self.holders)
+
+    @property
+    def holders(self) -> list[Any]:
+        """Who attached the algorithm: the optimizers, those that are still there."""
+        return [holder for each in self._holders if (holder := each()) is not None]
 
     def attach(self, algorithm: Algorithm, optimizer: object | None = None) -> None:
         """Raises :class:`AttachmentError` if an algorithm is attached whose optimizer is still there."""
+        check_algorithm("model.attach(algorithm)", algorithm, AttachmentError)
         if self.attached:
             gc.collect()  # a trainer that is gone keeps its optimizer until its cycles are collected
         if self.attached:
@@ -309,14 +358,27 @@ class Conversion:
                 "Call detach() on the optimizer that is attached, or on the model.",
             )
         self._see_again()
-        self._holder = weakref.ref(self if optimizer is None else optimizer)
+        self._holders = [weakref.ref(self if optimizer is None else optimizer)]
+        self._plain.end()
         self.algorithm, self._state, self._latest = algorithm, None, None
         self.forwards, self.replicas = OpenForwards(), Replicas()
         self._calls, self.check_every = 0, type(self).check_every_by_default
 
+    def attach_beside(self, optimizer: object) -> None:
+        """Another optimizer, of other parameters, for the algorithm that is attached."""
+        self._holders.append(weakref.ref(optimizer))
+
+    def detach_from(self, optimizer: object) -> None:
+        """One optimizer goes; the algorithm goes with the last of them. Nothing for one that has gone already."""
+        others = [holder for holder in self.holders if holder is not optimizer]
+        if len(others) < len(self.holders):
+            self._holders = [weakref.ref(each) for each in others]
+            if not others:
+                self.detach()
+
     def detach(self) -> None:
         """End the attachment."""
-        self.algorithm, self._holder, self._state = None, None, None
+        self.algorithm, self._holders, self._state = None, [], None
         self.forwards, self.replicas = OpenForwards(), Replicas()
 
     # what the optimizer asks
@@ -352,3 +414,12 @@ def _filled(output: Any, leaves: Sequence[Any], references: Sequence[OutputRefer
 
 def _ordinary(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+
+def _nothing_attached(module: str) -> PlainBackwardWarning:
+    return PlainBackwardWarning(
+        f"model(...), EnergyModel({module}): got a loop that trains by backpropagation, since nothing is attached to "
+        "the converted model; expected an EnergyOptimizer of this model. Write optimizer = "
+        "torch2ebm.EnergyOptimizer(optimizer, model, torch2ebm.PredictiveCoding()) before the loop; convert the net "
+        "once, and attach to what convert has returned."
+    )

@@ -18,11 +18,14 @@ from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.inference.curvature import Curvature
 from torch2ebm.model.arguments import as_arguments, of_batch
+from torch2ebm.model.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.module_view import ModuleView
 
 
-def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None) -> EnergyModel:
+def convert(
+    module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None, batch_dim: BatchDim = None
+) -> EnergyModel:
     """Make an energy model of ``module``: same parameters, same outputs, value nodes inside.
 
     Args:
@@ -34,14 +37,18 @@ def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any 
             each become one node.
         example_inputs: A tuple is positional, a dict is keywords, a tensor is one positional. Without it the graph
             is cut and verified at the first call.
+        batch_dim: Which dimension counts samples: a number for the first input, or ``{"x": 0}`` for the argument ``x``.
+            Without it, it is found on ``example_inputs`` by a second run with fewer samples; without these, it is
+            dimension 0 of the first input, which is a guess.
 
     Raises:
         UntraceableError: if forward cannot be turned into a graph, with place and remedy.
-        UnknownNodeError: if a name in ``nodes`` is no submodule that forward calls.
+        UnknownNodeError: if a name in ``nodes`` is no submodule's.
         PartitionError: if a name in ``nodes`` computes nothing that depends on a parameter.
         CaptureMismatchError: if the graph does not compute what the module computes.
 
     Warns:
+        UncalledNodeWarning: if a submodule in ``nodes`` was not called, as in a branch that data decides.
         NameCollisionWarning: if the module has attributes of its own that are called as those of
             :class:`EnergyModel`: ``model.state`` is then the module's, ``model.torch2ebm.state`` torch2ebm's.
 
@@ -59,7 +66,7 @@ def convert(module: nn.Module, nodes: Granularity = "auto", example_inputs: Any 
             "a torch.nn.Module that is not converted yet",
             "Pass the network itself.",
         )
-    return EnergyModel(module, nodes, example_inputs)
+    return EnergyModel(module, nodes, example_inputs, batch_dim)
 
 
 class EnergyModel(ModuleView):
@@ -97,10 +104,15 @@ class EnergyModel(ModuleView):
 
     accepts_loss_kwargs = False  # the Hugging Face Trainer then passes no num_items_in_batch
 
-    def __init__(self, module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None) -> None:
-        super().__init__(Conversion(module, nodes))
+    def __init__(
+        self, module: nn.Module, nodes: Granularity = "auto", example_inputs: Any = None, batch_dim: BatchDim = None
+    ) -> None:
+        told = GUESSED if batch_dim is None else BatchDimension.told(batch_dim)
+        super().__init__(Conversion(module, nodes, batch=told))
         if example_inputs is not None:
             self.torch2ebm.capture(*as_arguments(example_inputs))
+            if batch_dim is None:
+                self.torch2ebm.find_batch(*as_arguments(example_inputs))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         answer = self.torch2ebm.answer

@@ -15,6 +15,7 @@ from torch2ebm.capture.problems import users_level
 from torch2ebm.common.own_forward import calls_one_of
 from torch2ebm.errors import ConfigurationError, NameCollisionWarning, UnsupportedError
 from torch2ebm.model.arguments import with_signature_of
+from torch2ebm.model.batch import GUESSED
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.own_methods import is_own_method, with_forward
 
@@ -65,7 +66,7 @@ class ModuleView(nn.Module):
         held = self.torch2ebm
         found = getattr(held.module, name)
         if is_own_method(found, held.module, name):
-            return with_forward(found, held.module, held.answer_by, lambda: held.algorithm is not None)
+            return with_forward(found, held.module, held.answer_by, lambda: held.algorithm is not None, self)
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -95,10 +96,12 @@ class ModuleView(nn.Module):
         """The module, the choices, and what stands around the call; captures and states are made when needed."""
         held, others = self.torch2ebm, (HELD, "_compiled_call_impl")
         around = {name: value for name, value in vars(self).items() if name not in others}
-        return {"module": held.module, "granularity": held.granularity, "algorithm": held.algorithm, "around": around}
+        choices = {"granularity": held.granularity, "algorithm": held.algorithm, "batch": held.batch}
+        return {"module": held.module, **choices, "around": around}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        conversion = Conversion(state["module"], state["granularity"], state["algorithm"])
+        batch = state.get("batch", GUESSED)  # version 0.1 saved none
+        conversion = Conversion(state["module"], state["granularity"], state["algorithm"], batch)
         ModuleView.__init__(self, conversion, told=True)
         self.__dict__.update(state.get("around", {}))  # version 0.1 saved none
 

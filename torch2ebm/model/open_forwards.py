@@ -18,11 +18,17 @@ from torch2ebm.isolation.torch_modes import Modes
 
 
 class OpenForwards:
-    """The forwards of a model that no backward has answered yet, and what they did to its buffers."""
+    """The forwards of a model that no backward has answered yet, and what they did to its buffers.
+
+    Attributes:
+        accumulation: What the user's loop divides the loss by, and which is no part of it.
+    """
 
     def __init__(self) -> None:
+        self.accumulation = 1
         self.histories: deque[BufferHistory] = deque(maxlen=16)  # of forwards that are never answered the latest
         self.opened_since_step = self.answered_since_step = False
+        self.answers = 0  # backwards that have come through, ever
         self.later: deque[Iterator[LocalGradients]] = deque(maxlen=16)  # of algorithms whose weights move with values
         self.overflowed: deque[BufferHistory] = deque(maxlen=16)  # of forwards whose gradients a scaler has to skip
 
@@ -73,6 +79,7 @@ class OpenForwards:
         while history in self.histories:
             self.histories.popleft()
         self.answered_since_step = True
+        self.answers += 1
 
     def withdrawn_on_error(self, history: BufferHistory, function: Callable[[], Result]) -> Result:
         """Call it; an exception before the caller has its output is as if there had been no forward."""

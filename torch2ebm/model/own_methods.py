@@ -7,10 +7,12 @@ plain backpropagation.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import MethodType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -18,16 +20,17 @@ from torch import nn
 from torch2ebm.isolation.interrupts import Change, within
 
 
-def is_own_method(found: object, module: nn.Module, name: str) -> bool:
+def is_own_method(found: object, module: nn.Module, name: str) -> TypeGuard[MethodType]:
     """Whether it is a method that the module's author has written, and no helper of ``nn.Module``."""
     return isinstance(found, MethodType) and found.__self__ is module and not hasattr(nn.Module, name)
 
 
 def with_forward(
-    method: Callable[..., Any],
+    method: MethodType,
     module: nn.Module,
     answer: Callable[[tuple[Any, ...], Mapping[str, Any], Callable[..., Any]], Any],
     wanted: Callable[[], bool],
+    owner: object,
 ) -> Callable[..., Any]:
     """The method, with ``answer`` in the place of the module's forward while it runs.
 
@@ -36,18 +39,22 @@ def with_forward(
         module: The module.
         answer: From the arguments of forward, and what runs the module on them, to the output.
         wanted: Whether an algorithm is attached at all.
+        owner: What the result is a method of.
     """
     if isinstance(vars(module).get("forward"), _Forward):
         return method
 
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(method.__func__)
+    def call(_: object, *args: Any, **kwargs: Any) -> Any:
         if not wanted() or not torch.is_grad_enabled():
             return method(*args, **kwargs)
         change = _Forward(module, answer).in_place()
         return within([change], lambda: method(*args, **kwargs))
 
-    return call
+    vars(call)["__wrapped__"] = method
+    with suppress(ValueError, TypeError):  # compiled code has none
+        vars(call)["__signature__"] = inspect.signature(method.__func__)
+    return MethodType(call, owner)
 
 
 class _Forward:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from torch2ebm.engine.call import Call
+from torch2ebm.engine.standing import versions_of
 from torch2ebm.errors import ChangedSinceForwardError
 
 
@@ -21,32 +22,38 @@ class Unchanged:
     Args:
         call: A call whose forward has ended.
         contents: Whether parameters are known by their norms too.
+        moving: By name the buffers that forwards change, such as running statistics: these may change.
     """
 
-    def __init__(self, call: Call, contents: bool) -> None:
-        module = call.graph.module
-        self.versions = [*_parameters(call)]
-        self.constants = [*_constants(call, module)]
-        self.parameters = [p for p in call.parameters.values() if p.is_floating_point()] if contents else []
-        self.names = [name for name, p in call.parameters.items() if p.is_floating_point()] if contents else []
-        self.norms = _norms(self.parameters)
-        self.modes = {path: _modes(module.get_submodule(path)) for path in call.graph.opaque}
+    def __init__(self, call: Call, contents: bool, moving: Mapping[str, Tensor]) -> None:
+        self.parameters, self.moving = call.parameters, moving
+        self.versions = versions_of(self.parameters.values())
+        self.norms = _norms(self._measured()) if contents else []
+        self.modes = {path: _modes(call.graph.module.get_submodule(path)) for path in call.graph.opaque}
 
     def check(self, call: Call) -> None:
         """Raise :class:`ChangedSinceForwardError` with the name of what is another now."""
-        for name, tensor, version in self.versions:
-            if tensor._version != version:
+        for name, before, now in zip(
+            self.parameters, self.versions, versions_of(self.parameters.values()), strict=True
+        ):
+            if before != now:
                 raise _changed(f"parameter '{name}'")
-        for name, tensor, version in self.constants:
-            if tensor._version != version:
+        moving = {id(self.moving[name]) for name in call.graph.changing_buffers if name in self.moving}
+        for name, (tensor, version) in zip(call.graph.constants, call.run.originals, strict=True):
+            if id(tensor) not in moving and not tensor.is_inference() and tensor._version != version:
                 raise _changed(_called(name, tensor, call))
-        for name, before, now in zip(self.names, self.norms, _norms(self.parameters), strict=True):
-            # to rounding: another number of threads adds in another order
-            if abs(before - now) > 1e-5 * abs(before):
-                raise _changed(f"parameter '{name}'")
+        if self.norms:
+            measured = self._measured()
+            for name, norm, norm_now in zip(measured, self.norms, _norms(measured), strict=True):
+                # to rounding: another number of threads adds in another order
+                if abs(norm - norm_now) > 1e-5 * abs(norm):
+                    raise _changed(f"parameter '{name}'")
         for path, modes in self.modes.items():
             if _modes(call.graph.module.get_submodule(path)) != modes:
                 raise _changed(f"the mode (train or eval) of module '{path}'")
+
+    def _measured(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.parameters.items() if p.is_floating_point()}
 
 
 def _changed(name: str) -> ChangedSinceForwardError:
@@ -55,21 +62,8 @@ def _changed(name: str) -> ChangedSinceForwardError:
         f"{name}, changed since model(...) was called",
         "what the forward saw, which inference reads again",
         "Call backward before optimizer.step() and before the next batch is written into the same tensors, or give the "
-        "model a copy (x.clone()).",
+        "model a copy (x.clone()). A bias counts too, of which autograd alone saves nothing.",
     )
-
-
-def _parameters(call: Call) -> Iterator[tuple[str, Tensor, int]]:
-    return ((name, p, p._version) for name, p in call.parameters.items() if not p.is_inference())
-
-
-def _constants(call: Call, module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """Inputs, and what forward has read besides; not what each forward moves, such as running statistics."""
-    moved = call.graph.changing_buffers
-    moving = {id(b) for name, b in module.named_buffers() if name in moved} if moved else set()
-    for name, (tensor, version) in zip(call.graph.constants, call.run.originals, strict=True):
-        if id(tensor) not in moving and not tensor.is_inference():
-            yield name, tensor, version
 
 
 def _called(name: str, tensor: Tensor, call: Call) -> str:
@@ -81,11 +75,11 @@ def _called(name: str, tensor: Tensor, call: Call) -> str:
     return f"{' and '.join(given) or 'a tensor'}, which forward has read"
 
 
-def _norms(tensors: Sequence[Tensor]) -> list[float]:
+def _norms(tensors: Mapping[str, Tensor]) -> list[float]:
     if not tensors:
         return []
     with torch.no_grad():
-        rows = [tensor.detach()[(0,) * (tensor.ndim - 1)] if tensor.ndim else tensor.detach() for tensor in tensors]
+        rows = [t.detach()[(0,) * (t.ndim - 1)] if t.ndim else t.detach() for t in tensors.values()]
         return torch.stack([norm.float().cpu() for norm in torch._foreach_norm(rows)]).tolist()
 
 

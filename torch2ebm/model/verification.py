@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch2ebm.capture.functions import is_among, written_parameters
 from torch2ebm.capture.observation import is_live
 from torch2ebm.capture.run import Run
 from torch2ebm.common.nested import leaves_of
@@ -29,7 +30,7 @@ def verify(graph: EnergyGraph, run: Run, device: torch.device, swapped: Mapping[
         call = Call(graph, run, device, 1, swapped)
         call.feedforward(keep_graph=True)
         real = _returned(graph, run)
-        _check_outputs(graph, real, call.output())
+        _check_outputs(graph, run, real, call.output())
         _check_gradients(graph, call, run, real)
 
 
@@ -65,12 +66,22 @@ def swept(
     return trainable, {slot: value.detach() for slot, value in call.values.items()}
 
 
+def check_opaque(call: Call) -> None:
+    """Hold the outputs of a call that were computed again against the run's, where some module is evaluated as a whole.
+
+    Raises:
+        CaptureMismatchError: where they differ: what the module reads is no state of it that could be put back.
+    """
+    if not call.run.followed:
+        _check_outputs(call.graph, call.run, _returned(call.graph, call.run), call.output())
+
+
 def _returned(graph: EnergyGraph, run: Run) -> list[Any]:
     """The leaves of the output, and what else may reach the loss; None where this run has none of it."""
     return [*leaves_of(run.output), *(run.kept.get(number) for number in graph.held)]
 
 
-def _check_outputs(graph: EnergyGraph, real: Sequence[Any], ours: Sequence[Any]) -> None:
+def _check_outputs(graph: EnergyGraph, run: Run, real: Sequence[Any], ours: Sequence[Any]) -> None:
     wrong = [
         f"output {i}"
         for i, reference in enumerate(graph.outputs)
@@ -81,8 +92,9 @@ def _check_outputs(graph: EnergyGraph, real: Sequence[Any], ours: Sequence[Any])
             f"torch2ebm cannot capture {type(graph.module).__name__}",
             f"another result in {', '.join(wrong)}",
             "the module's own outputs",
-            "Its forward does something that no recorded operation shows (a view written in place, the order of random "
-            "draws): make that submodule one node with nodes=[...].",
+            _written_between(graph, run)
+            or "Its forward does something that no recorded operation shows (a view written in place, the order of "
+            "random draws): make that submodule one node with nodes=[...].",
         )
 
 
@@ -124,9 +136,29 @@ def _check_gradients(graph: EnergyGraph, call: Call, run: Run, real: Sequence[An
             f"torch2ebm cannot capture {type(graph.module).__name__}",
             f"another gradient of {', '.join(wrong)}, though the outputs agree",
             "the module's own gradients",
-            "Its backward is not that of its forward's operations: make the submodule that holds it one node with "
+            _written_between(graph, run)
+            or "Its backward is not that of its forward's operations: make the submodule that holds it one node with "
             "nodes=[...].",
         )
+
+
+def _written_between(graph: EnergyGraph, run: Run) -> str:
+    """The remedy where forward has changed what it had read; empty where it has not."""
+    read = [tensor for i, (tensor, _) in enumerate(run.originals) if i in run.copied]
+    names = [f"buffer '{name}'" for name, buffer in graph.module.named_buffers() if is_among(buffer, read)]
+    names += [f"parameter '{name}'" for name in written_parameters(run.records or ())]
+    if not names and graph.opaque:
+        whole = ", ".join(repr(path) or "the whole" for path in graph.opaque)
+        return (
+            f"{whole} is evaluated again as a whole, and computes something else then: let it read and count in its "
+            "own attributes and buffers, which are put back, and not in globals."
+        )
+    if not names:
+        return ""
+    return (
+        f"Its forward writes {', '.join(names)} in place after it was read, and autograd is not told: write after the "
+        "last read; of a buffer you may read a copy before (.clone())."
+    )
 
 
 def _through_the_run(

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
+from torch2ebm.common.text import aligned
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.graph.energy_graph import EnergyGraph
-
-
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns padded to their widest entry; the first ``left`` columns aligned left, the others right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
 def node_table(graph: EnergyGraph, state: InferenceState | None = None) -> str:
@@ -34,6 +24,9 @@ def node_table(graph: EnergyGraph, state: InferenceState | None = None) -> str:
 
 
 def _remarks(state: InferenceState) -> Iterator[str]:
+    if state.loss_weight is not None:
+        terms = f", a mean of {state.loss_terms:.4g} terms: each pulls with 1 over their number"
+        yield f"weight of a sample's loss in the energy: {state.loss_weight:.4g}{terms if state.loss_terms > 1 else ''}"
     if state.unreached:
         yield f"no error has reached {', '.join(state.unreached)}: their gradients are exactly zero; take more steps"
     energy = state.relaxation.energy
