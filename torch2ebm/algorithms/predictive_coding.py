@@ -21,7 +21,7 @@ from torch2ebm.inference.nudge_unit import NudgeUnit, carried
 from torch2ebm.inference.relaxation import relax
 from torch2ebm.loss.output_loss import NudgedLoss, OutputLoss
 from torch2ebm.programs.cache import Programs
-from torch2ebm.solvers import GradientDescent, Solver
+from torch2ebm.solvers import ErrorConjugateGradient, GradientDescent, Solver
 
 
 class _Implied:
@@ -37,22 +37,29 @@ class _ImpliedRate(_Implied, float):
 
 
 STEPS, RATE = _ImpliedSteps(20), _ImpliedRate(0.1)
+R = 0.3  # the nudge of PredictiveCoding() in units of the curvature; benchmarks/learning.py shows why
 # An attribute of a solver that was made here: dataclasses.replace(algorithm, lr=...) may then make another one.
 _MADE = "_made_of_steps_and_lr"
+_CALIBRATED = "_made_of_nothing"  # the same of a solver and a nudging that stand for no settings
 
 
 @dataclass(frozen=True, repr=False)
 class PredictiveCoding(Algorithm):
-    """Strict predictive coding (Rosenbaum 2022; Whittington and Bogacz 2017) on any graph and loss.
+    """Predictive coding (Rao and Ballard 1999; Whittington and Bogacz 2017; Rosenbaum 2022) on any graph and loss.
 
-    The values start at the feed-forward pass and descend the energy: that of the prediction errors plus ``beta``
+    The values start at the feed-forward pass and relax on the energy: that of the prediction errors plus ``beta``
     times the loss. The gradient of a parameter is then local to its node, with errors taken at the final values, and
     divided by ``beta``. It tends to backprop's as ``beta`` goes to 0 (Millidge et al. 2022). The loss acts on the
     prediction of the output.
 
+    With neither ``steps`` nor ``lr`` nor ``solver`` it calibrates itself. Errors relax to their equilibrium by
+    :class:`ErrorConjugateGradient`, and ``nudging`` is ``Relative(0.3)``: there is no step size to set, and ``beta``
+    follows the curvature of the loss. With ``steps`` or ``lr`` it is the strict algorithm of the literature (Strict in
+    Torch2PC): so many steps of descent on the values, at ``beta = 1``.
+
     Args:
-        steps: Inference steps, each one vector-Jacobian product a node.
-        lr: Step size of the values.
+        steps: Inference steps, each one vector-Jacobian product a node; 20 where only ``lr`` is given.
+        lr: Step size of the values; 0.1 where only ``steps`` is given.
         solver: How the values relax, instead of ``GradientDescent(steps, lr)``.
         nudging: How strongly the loss enters the energy: ``OneSided(beta)``, ``Symmetric(beta)``, which relaxes
             twice, or ``Relative(r)``, in units of the curvature. The free phase needs no relaxation: it is the
@@ -85,7 +92,7 @@ class PredictiveCoding(Algorithm):
     steps: int = STEPS
     lr: float = RATE
     solver: Solver[Any] = field(default=None, kw_only=True)  # type: ignore[arg-type]  # then made of steps and lr
-    nudging: Nudging = field(default_factory=OneSided, kw_only=True)
+    nudging: Nudging = field(default=None, kw_only=True)  # type: ignore[assignment]  # OneSided(1), or Relative(R)
     precisions: InitVar[Mapping[str, float | Tensor] | None] = field(default=None, kw_only=True)
     energies: Mapping[str, Energy] = field(default_factory=NodeEnergies, kw_only=True)
     loss_reduction: str = field(default="mean", kw_only=True)
@@ -102,21 +109,33 @@ class PredictiveCoding(Algorithm):
         _check_kind("nudging", self.nudging, Nudging, "For example Symmetric(beta=0.1).")
         _check_real(self.nudging)
         given = {name: number for name in ("steps", "lr") if not isinstance(number := getattr(self, name), _Implied)}
-        if self.solver is None or (given and hasattr(self.solver, _MADE)):
-            solver: Solver[Any] = GradientDescent(_plain(self.steps), _plain(self.lr))
-            object.__setattr__(solver, _MADE, True)
-        else:
-            solver = self.solver
-            _check_agreement(given, solver)
+        if given.get("lr", 0) is None and self.solver is not None and not hasattr(self.solver, "lr"):
+            del given["lr"]  # what was read off a solver without a step size
+        solver, nudging = self._chosen(given)
         settings = {
             "solver": solver,
             "steps": _ImpliedSteps(solver.steps),
             "lr": _ImpliedRate(solver.lr) if hasattr(solver, "lr") else None,
-            "nudging": OneSided() if self.nudging is None else self.nudging,
+            "nudging": nudging,
             "energies": node_energies("PredictiveCoding", precisions or {}, self.energies or {}),
         }
         for name, value in settings.items():
             object.__setattr__(self, name, value)  # frozen: no other way in __post_init__
+
+    def _chosen(self, given: Mapping[str, Any]) -> tuple[Solver[Any], Nudging]:
+        """What was given, or stands for no settings: strict where there are steps or lr, calibrated where not."""
+        # by dataclasses.replace, what stood for no settings makes room for some
+        solver = None if given and hasattr(self.solver, _CALIBRATED) else self.solver
+        nudging = None if given and hasattr(self.nudging, _CALIBRATED) else self.nudging
+        if solver is None and not given:
+            return _marked(ErrorConjugateGradient(), _CALIBRATED), nudging or _marked(Relative(R), _CALIBRATED)
+        if solver is None:
+            solver = _marked(GradientDescent(_plain(given.get("steps", STEPS)), _plain(given.get("lr", RATE))), _MADE)
+        elif given and hasattr(solver, _MADE):
+            solver = _marked(GradientDescent(_plain(self.steps), _plain(self.lr)), _MADE)
+        else:
+            _check_agreement(given, solver)
+        return solver, nudging or OneSided()
 
     @property
     def programs(self) -> Programs | None:
@@ -207,6 +226,11 @@ def _mean(parts: list[Tensor | None]) -> Tensor | None:
     # missing in one phase is zero there, hence the length of all
     found = [part for part in parts if part is not None]
     return sum(found[1:], start=found[0]) / len(parts) if found else None
+
+
+def _marked(made: Any, mark: str) -> Any:
+    object.__setattr__(made, mark, True)  # frozen: no other way
+    return made
 
 
 def _plain(number: Any) -> Any:
