@@ -28,6 +28,9 @@ ALGORITHMS: Sequence[torch2ebm.Algorithm] = (
     torch2ebm.PredictiveCoding(steps=20, lr=0.01),
     torch2ebm.PredictiveCoding(steps=20, lr=0.1),
     torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(steps=20, lr=0.1)),
+    torch2ebm.PredictiveCoding(),
+    torch2ebm.PredictiveCoding(nudging=torch2ebm.Relative(0.1)),
+    torch2ebm.PredictiveCoding(nudging=torch2ebm.Relative(1.0)),
 )
 
 

@@ -226,6 +226,10 @@ class CurvatureWarning(UserWarning):
     """A loss that is not convex in the outputs, or without curvature there; the message says what the nudge is then."""
 
 
+class NoSignalWarning(UserWarning):
+    """Errors of some nodes are nothing but the rounding of their values, and so are their gradients."""
+
+
 class CompilationWarning(UserWarning):
     """``compile=True`` could not be followed; the same inference runs without, and the message says why."""
 

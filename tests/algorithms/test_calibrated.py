@@ -13,6 +13,7 @@ from oracles.graphs import backprop
 from torch import Tensor, nn
 
 import torch2ebm
+from torch2ebm.errors import NoSignalWarning
 
 STRICT = torch2ebm.GradientDescent(20, 0.1)
 
@@ -119,6 +120,7 @@ def test_on_a_residual_net_with_batch_norm_a_signal_arrives_in_the_first_layer()
     assert float(strict[first].norm() / exact[first].norm()) < 1e-3  # the negative twin
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # of the strict one
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_with_nothing_set_a_deep_net_learns(dtype: torch.dtype) -> None:
     def make() -> nn.Module:
@@ -152,3 +154,47 @@ def test_the_state_says_what_regime_it_was() -> None:
     assert relaxation.r == pytest.approx(model.algorithm.nudging.r)
     assert relaxation.converged and relaxation.settled == 1.0 and relaxation.residual <= 0.01
     assert relaxation.curvature_cost > 0
+
+
+# ---- no signal
+
+
+def chain_of(depth: int) -> nn.Module:
+    def make() -> nn.Module:
+        layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(depth)]
+        return nn.Sequential(*layers, nn.Linear(8, 3))
+
+    return seeded(make).float()
+
+
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")
+def test_nodes_whose_errors_are_rounding_are_named() -> None:
+    """In float32 an error of 1e-9 is lost beside a value of 1, and the same in float64 is not."""
+    net, x = chain_of(8), normal(6, 8).float()
+    model = attached(net, torch2ebm.PredictiveCoding(12, 0.01))
+    F.cross_entropy(model(x), torch.arange(6) % 3).backward()
+    lost = model.state.without_signal
+    assert lost and all(name in model.summary() for name in lost)
+    exact = attached(copy.deepcopy(net).double(), torch2ebm.PredictiveCoding(12, 0.01))
+    F.cross_entropy(exact(x.double()), torch.arange(6) % 3).backward()
+    for name in list(exact.nodes)[:-1]:
+        size = float(exact.state.error[name].abs().max() / exact.state.value[name].abs().max())
+        if size > 1e-5:
+            assert name not in lost
+        elif 0 < size < 1e-8 and name not in model.state.unreached:
+            assert name in lost or not bool(model.state.error[name].any())
+    assert len(exact.state.without_signal) < len(lost)
+
+
+def test_it_is_told_once_a_graph_and_not_with_nothing_set() -> None:
+    net, x, y = chain_of(8), normal(6, 8).float(), torch.arange(6) % 3
+    model = torch2ebm.convert(net)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.0)
+    optimizer = torch2ebm.EnergyOptimizer(sgd, model, torch2ebm.PredictiveCoding(12, 0.01))
+    with pytest.warns(NoSignalWarning, match="rounding"):
+        F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(model(x), y).backward()  # a second warning would be an error
+    optimizer.detach()
+    torch2ebm.EnergyOptimizer(sgd, model, torch2ebm.PredictiveCoding())
+    F.cross_entropy(model(x), y).backward()
+    assert model.state.without_signal == () and model.state.unreached == ()

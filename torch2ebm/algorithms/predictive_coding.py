@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
@@ -14,8 +15,8 @@ from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
 from torch2ebm.engine.nudging import Nudging, OneSided, Relative
-from torch2ebm.engine.results import LocalGradients
-from torch2ebm.errors import ConfigurationError, DivergenceError
+from torch2ebm.engine.results import InferenceState, LocalGradients
+from torch2ebm.errors import ConfigurationError, DivergenceError, NoSignalWarning
 from torch2ebm.inference.divergence import check_on_divergence, check_phases, no_gradients, of_phase
 from torch2ebm.inference.nudge_unit import NudgeUnit, carried
 from torch2ebm.inference.relaxation import relax
@@ -169,7 +170,9 @@ class PredictiveCoding(Algorithm):
             check_phases([phase.state.relaxation for phase in phases])
         except DivergenceError as error:
             return no_gradients(self.on_divergence, error, call)
-        return mean_of(phases)
+        found = mean_of(phases)
+        call.graph.once(("signal", type(self.solver)), lambda: _told_where_there_is_no_signal(found.state))
+        return found
 
     def with_steps(self, steps: int) -> PredictiveCoding:
         if hasattr(self.solver, _MADE):
@@ -198,6 +201,19 @@ class PredictiveCoding(Algorithm):
         except DivergenceError as error:
             raise of_phase(error, beta) from error
         return found if unit is None else _with_unit(found, unit)
+
+
+def _told_where_there_is_no_signal(state: InferenceState) -> bool:
+    """Once a graph: the look takes as long as a pass over all values."""
+    if lost := state.without_signal:
+        warnings.warn(
+            NoSignalWarning(
+                f"PredictiveCoding: errors are nothing but the rounding of values in {', '.join(lost)}, and so are "
+                "their gradients. Take PredictiveCoding() with nothing set, or a solver of errors."
+            ),
+            stacklevel=2,
+        )
+    return True
 
 
 def _with_unit(found: LocalGradients, unit: NudgeUnit) -> LocalGradients:

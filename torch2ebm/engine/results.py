@@ -19,6 +19,9 @@ from torch2ebm.graph.energy_graph import EnergyGraph
 _HEADER = ("node", "value", "|error|", "energy")
 
 
+ROUNDING = 4.0  # what a value and its prediction may differ by, in units of the dtype's epsilon times their size
+
+
 @dataclass(frozen=True, repr=False)
 class Relaxation:
     """How a relaxation went.
@@ -117,6 +120,7 @@ class InferenceState:
         relaxation: How the relaxation went.
         unreached: Nodes whose error is exactly zero since no error has reached them yet (too few steps):
             the gradients of their parameters are exactly zero.
+        rounds: Whether errors are differences of stored values, which round: then small ones have no digits.
         energies: Energy by node; a missing one is Gaussian of precision 1.
         phases: One relaxation for each nudged phase; the first of them, whose values these are, is ``relaxation``.
         feedforward_distance: |equilibrium - feed-forward| / |feed-forward| of the outputs; None without a free phase.
@@ -149,6 +153,7 @@ class InferenceState:
     feedforward_distance: float | None = None
     loss_weight: float | None = None
     loss_terms: float = 1.0
+    rounds: bool = False
 
     def __repr__(self) -> str:
         names = list(self.graph.nodes)
@@ -171,6 +176,15 @@ class InferenceState:
         except NoStateError:
             return [name, shapes, "?", "?"]  # ran away
         return [name, shapes, f"{error:.4g}", energy]
+
+    @property
+    def without_signal(self) -> tuple[str, ...]:
+        """Nodes whose errors are nothing but the rounding of their values: the gradients of their parameters are noise.
+
+        An optimizer as Adam scales noise to full steps. A solver that stores errors, for example
+        ``ErrorConjugateGradient``, keeps their digits.
+        """
+        return tuple(node.name for node in self.graph.hidden_nodes if self.rounds and self._is_rounding(node.slots))
 
     @property
     def value(self) -> Mapping[str, Any]:
@@ -214,6 +228,14 @@ class InferenceState:
             "relaxation/steps": float(last.steps),
             "relaxation/residual": last.residual,
         }
+
+    def _is_rounding(self, slots: Sequence[str]) -> bool:
+        found = [slot for slot in slots if slot in self.errors and slot in self.predictions]
+        pairs = [(self._error(slot), self._prediction(slot)) for slot in found]
+        largest = [
+            (float(e.abs().max()), float(p.abs().max()) * torch.finfo(e.dtype).eps) for e, p in pairs if e.numel()
+        ]
+        return bool(largest) and all(0 < error <= ROUNDING * rounding for error, rounding in largest)
 
     def _prediction(self, slot: str) -> Tensor:
         if slot not in self.predictions:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,8 @@ class Inference(ABC):
         >>> inference.values[slot].shape, inference.evaluations
         (torch.Size([5, 8]), 1)
     """
+
+    rounds: ClassVar[bool] = False  # whether an error is a difference of stored values
 
     def __init__(
         self,
@@ -339,6 +341,7 @@ class Inference(ABC):
             error_unit=-1 / self.loss.scale if self.loss.scale else 0.0,
             unreached=tuple(result.unreached),
             energies=self.energies,
+            rounds=self.rounds,
         )
         inputs = self.call.input_gradients(result.gradients.clamped)
         return LocalGradients(result.gradients.parameters, inputs, state)

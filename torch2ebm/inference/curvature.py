@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from torch2ebm.common.checks import check_reduction, check_steps, check_tolerance
 from torch2ebm.common.rows import Rows
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy
@@ -64,6 +65,12 @@ class Curvature:
     def radius(self) -> float:
         """The largest absolute eigenvalue: with ``beta = r / radius`` and r below 1 no nudge loses the minimum."""
         return max(self.sigma_squared, -self.lowest)
+
+
+def check_measurement(loss_reduction: str, products: int, tol: float) -> None:
+    check_reduction("model.curvature", loss_reduction)
+    check_steps("model.curvature", products, "products")
+    check_tolerance("model.curvature", tol)
 
 
 def measured_curvature(

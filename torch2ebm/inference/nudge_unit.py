@@ -40,7 +40,7 @@ class Carried:
 
     def unit(self, call: Call, loss: OutputLoss, energies: NodeEnergies, every: int) -> NudgeUnit:
         """Measured on this call, or the last one."""
-        due = self.calls % every == 0
+        due = self.calls % every == 0 or not self.scale  # calls that one loss joins are measured side by side
         self.calls += 1
         if not due:
             return NudgeUnit(self.scale)

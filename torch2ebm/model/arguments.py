@@ -16,7 +16,6 @@ from torch2ebm.common.nested import leaves_of
 from torch2ebm.engine.finite import all_finite, count_bad
 from torch2ebm.errors import (
     ConfigurationError,
-    LossNotRecordedError,
     NodeEvaluationError,
     NonFiniteError,
     Torch2EBMError,
@@ -46,12 +45,6 @@ def of_batch(
     inputs, target = batch
     args, kwargs = as_arguments(inputs)
     return args, kwargs, lambda output: loss_fn(output, target)
-
-
-def check_scalar(where: str, loss: Any) -> None:
-    if not isinstance(loss, Tensor) or loss.ndim:
-        got = f"a loss of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a loss of {type(loss).__name__}"
-        raise LossNotRecordedError(where, got, "a tensor of no dimension", "Reduce the loss to one number.")
 
 
 def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

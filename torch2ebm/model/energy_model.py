@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.common.checks import check_reduction, check_steps, check_tolerance
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.node_energies import node_energies
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.inference.curvature import Curvature
-from torch2ebm.model.arguments import as_arguments, of_batch
+from torch2ebm.model.arguments import as_arguments
 from torch2ebm.model.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.module_view import ModuleView
@@ -211,12 +209,15 @@ class EnergyModel(ModuleView):
             >>> abs(float(curvature) - 2 / 3 * float(largest) ** 2) < 1e-6  # the loss is a mean over 3 features
             True
         """
-        check_reduction("model.curvature", loss_reduction)
-        check_steps("model.curvature", products, "products")
-        check_tolerance("model.curvature", tol)
-        named = node_energies("model.curvature", precisions or {}, energies or {})
-        args, kwargs, loss_of = of_batch("model.curvature", batch, loss_fn)
-        return self.torch2ebm.curvature(loss_of, args, kwargs, named, loss_reduction, products, tol)
+        return self.torch2ebm.curvature(
+            loss_fn,
+            batch,
+            precisions=precisions,
+            energies=energies,
+            loss_reduction=loss_reduction,
+            products=products,
+            tol=tol,
+        )
 
     # attaching
 
