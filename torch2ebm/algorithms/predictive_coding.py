@@ -38,7 +38,7 @@ class _ImpliedRate(_Implied, float):
 
 
 STEPS, RATE = _ImpliedSteps(20), _ImpliedRate(0.1)
-R = 0.3  # the nudge of PredictiveCoding() in units of the curvature; benchmarks/learning.py shows why
+R = 0.1  # the nudge of PredictiveCoding() in units of the curvature; benchmarks/learning.py shows why
 # An attribute of a solver that was made here: dataclasses.replace(algorithm, lr=...) may then make another one.
 _MADE = "_made_of_steps_and_lr"
 _CALIBRATED = "_made_of_nothing"  # the same of a solver and a nudging that stand for no settings
@@ -54,7 +54,7 @@ class PredictiveCoding(Algorithm):
     prediction of the output.
 
     With neither ``steps`` nor ``lr`` nor ``solver`` it calibrates itself. Errors relax to their equilibrium by
-    :class:`ErrorConjugateGradient`, and ``nudging`` is ``Relative(0.3)``: there is no step size to set, and ``beta``
+    :class:`ErrorConjugateGradient`, and ``nudging`` is ``Relative(0.1)``: there is no step size to set, and ``beta``
     follows the curvature of the loss. With ``steps`` or ``lr`` it is the strict algorithm of the literature (Strict in
     Torch2PC): so many steps of descent on the values, at ``beta = 1``.
 
