@@ -1,9 +1,24 @@
-"""How doctests are collected: the example of a method goes on from the example of its class."""
+"""How doctests are collected, and how calls are checked in the tests of capture.
+
+The example of a method goes on from the example of its class.
+"""
 
 import doctest
+from pathlib import Path
 
 import pytest
 from _pytest.doctest import DoctestItem
+
+CHECKED = Path(__file__).parent / "tests" / "capture"
+
+
+@pytest.fixture(autouse=True)
+def _calls_held_against_the_module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second call of an attached model is held against the plain module, as ``check_every=2`` does."""
+    if request.path.parent == CHECKED:
+        from torch2ebm.model.conversion import Conversion
+
+        monkeypatch.setattr(Conversion, "check_every_by_default", 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

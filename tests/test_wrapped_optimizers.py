@@ -285,6 +285,38 @@ def test_a_closure_that_fails_under_lbfgs_leaves_weights_and_state() -> None:
     assert torch.equal(scene.weights(), before) and not torch.equal(calls[-1], before)
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_closure_that_fails_where_the_weights_have_moved_leaves_them_as_before_the_step(steps: int) -> None:
+    scene = trained("SAM by a closure", EXACT, steps)
+    before, seen = scene.weights(), []
+
+    def failing() -> None:
+        seen.append(scene.weights())
+        raise NonFiniteError("here", "this", "that", "Do so.")
+
+    scene.loss().backward()
+    with pytest.raises(NonFiniteError):
+        scene.optimizer.step(failing)
+    assert torch.equal(scene.weights(), before) and not torch.equal(seen[0], before)
+
+
+def test_an_optimizer_that_evaluates_its_closure_first_is_not_copied_in_every_step() -> None:
+    """Seen in the first step: from then on nothing is kept for it, as for torch's own."""
+
+    class Own(torch.optim.SGD):
+        saved = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            self.saved += 1
+            return super().state_dict()
+
+    for make, expected in ((lambda p: Own(p, lr=0.1), 1), (lambda p: torch.optim.SGD(p, lr=0.1), 0)):
+        scene = Scene(make, EXACT)
+        for _ in range(3):
+            by_closure(scene)
+        assert getattr(scene.inner, "saved", 0) == expected
+
+
 def test_a_lookahead_goes_through_a_checkpoint() -> None:
     first, second, other = (trained("Lookahead", EXACT, steps) for steps in (4, 6, 4))
     other.net.load_state_dict(first.net.state_dict())

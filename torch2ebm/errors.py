@@ -109,7 +109,7 @@ class AttachmentError(ConfigurationError):
 
 
 class UnsynchronisedError(ConfigurationError):
-    """A forward that passes by the wrapper which synchronises this model's gradients among processes."""
+    """A forward whose gradients the wrapper of this model cannot synchronise among processes."""
 
 
 class ShardingError(UnsupportedError):

@@ -16,7 +16,7 @@ from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.attaching import attach, check_parts, parameters_of, unwrapped
 from torch2ebm.checkpoints import OWN_KEY, check_identity, identity, load_wholly, no_dictionary
 from torch2ebm.common.checks import check_steps
-from torch2ebm.errors import AttachmentError, LossIndependentError, NoStateError
+from torch2ebm.errors import AttachmentError, CheckpointError, LossIndependentError, NoStateError
 from torch2ebm.isolation.interrupts import InterruptsDeferred
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.model.conversion import Conversion
@@ -217,7 +217,11 @@ class EnergyOptimizer(Optimizer):
             self._conversion.forwards.check_skipped(gradients)
 
     def _checked(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = parameters_of(self)
+        before = versions(parameters)
+
         def checked(*args: Any, **kwargs: Any) -> Any:
+            self._steps.closure_called(versions(parameters) != before)
             result = closure(*args, **kwargs)
             self._check_skipped()
             return result
@@ -245,7 +249,8 @@ class EnergyOptimizer(Optimizer):
     @contextmanager
     def _whole(self, with_closure: bool) -> Iterator[None]:
         """Where weights move more than once in a step: if a later move fails, all is as before the first."""
-        if not self.algorithm.weights_move and not (with_closure and evaluates_again(self.optimizer)):
+        again = with_closure and (evaluates_again(self.optimizer) or self._steps.may_move_before_closure)
+        if not self.algorithm.weights_move and not again:
             yield
             return
         parameters = [*parameters_of(self), *self.model.buffers()]
@@ -257,7 +262,8 @@ class EnergyOptimizer(Optimizer):
             with torch.no_grad():
                 for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
-            self.load_state_dict(state)
+            with suppress(CheckpointError):  # of an optimizer that cannot load what it has saved
+                self.load_state_dict(state)
             self._conversion.forwards.stepped()
             raise
 

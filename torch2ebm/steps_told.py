@@ -25,6 +25,9 @@ class StepsTold:
         self._answers: int | None = None  # of the backwards that the step before was made on
         self._used: tuple[weakref.ref[Tensor], int] | None = None  # a gradient of that step
         self._handle: Any = None
+        # those of torch but L-BFGS evaluate the closure first; of others it is seen in their first step
+        self.may_move_before_closure = not type(wrapper.optimizer).__module__.startswith("torch.optim")
+        self._has_moved_before: bool | None = None  # None until a closure was called
 
     def watch(self, optimizer: Optimizer) -> None:
         """Look at the wrapped optimizer's own steps."""
@@ -42,6 +45,10 @@ class StepsTold:
         """Look no more."""
         if self._handle is not None:
             self._handle.remove()
+
+    def closure_called(self, moved: bool) -> None:
+        """Note whether the weights have moved in this step already, as in sharpness-aware minimisation."""
+        self._has_moved_before = bool(self._has_moved_before) or moved
 
     @contextmanager
     def own(self) -> Iterator[None]:
@@ -62,6 +69,8 @@ class StepsTold:
         if suspected and any(p.grad is not None and bool(p.grad.any()) for p in wrapper.model.parameters()):
             self._told_of_plain = True
             warnings.warn(_plain_backward(wrapper.algorithm), stacklevel=users_level())
+        if self._has_moved_before is not None:
+            self.may_move_before_closure &= self._has_moved_before
         self._answers = forwards.answers
         self._used = None if gradient is None else (weakref.ref(gradient), gradient._version)
 

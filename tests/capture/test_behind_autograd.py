@@ -58,6 +58,10 @@ def test_a_write_by_data_is_followed(source: str, nodes: str) -> None:
 REFUSED = {
     "in NumPy": ("h = h + self.codes; self.codes.numpy()[:] *= 0.5; h = torch.tanh(h) + self.codes", "buffer 'codes'"),
     "what autograd has saved": ("h = h * self.codes; self.codes.data.mul_(0.5); h = torch.tanh(h)", "buffer 'codes'"),
+    "the memory of a parameter": (
+        "w = self.last.weight; old = w.data; w.data = old * 2; h = torch.tanh(h @ w); w.data = old",
+        "'last.weight'",
+    ),
     "a parameter": ("w = self.last.weight; h = h @ w; w.data.mul_(0.5); h = torch.tanh(h) @ w", "'last.weight'"),
 }
 
@@ -85,6 +89,12 @@ OUT = {
 @pytest.mark.parametrize("source", OUT.values(), ids=OUT)
 def test_out_is_followed(source: str, nodes: str) -> None:
     is_followed(source.replace("\n", ";"), nodes)
+
+
+@NODES
+def test_a_hidden_sparse_tensor_is_followed(nodes: str) -> None:
+    source = "m = (self.last.weight * (self.last.weight > 0)).to_sparse(); h = torch.sparse.mm(m, h.t()).t()"
+    is_followed(source, nodes)
 
 
 SWITCHED = {

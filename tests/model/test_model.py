@@ -14,7 +14,7 @@ from types import MethodType
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import attached, local_gradients, relative_error
+from helpers import attached, local_gradients, relative_error, scaled_by
 from oracles.graphs import Gradients, backprop, binomial_tail, strict
 from torch import Tensor, nn
 from zoo import KeywordInput
@@ -766,7 +766,7 @@ def test_the_error_is_value_minus_prediction_and_the_outputs_the_losss_gradient(
 ) -> None:
     """At an output e_o = -dL/dmu_o, L the loss summed over samples; whatever the outer factor of the user's loss."""
     model = attached(plain_net(), algorithm)
-    (7 * classification(model(X))).backward()
+    scaled_by(7.0, classification(model(X))).backward()
     state = model.state
     for name, error in state.error.items():
         assert (state.value[name] - state.prediction[name] - error).abs().max() <= EXACT
@@ -885,7 +885,9 @@ def test_the_summary_has_a_row_a_node() -> None:
     net = plain_net()
     model = attached(net, CODING)
     classification(model(X)).backward()
-    header, rule, *rows = model.summary().splitlines()
+    header, rule, *rows, weight, batch = model.summary().splitlines()
+    assert weight == "weight of a sample's loss in the energy: 1"
+    assert batch == "batch: dimension 0 of the first input (guessed)"
     assert set(rule) <= {"-", " "} and len(rows) == 2
     assert all(word in header for word in ("node", "function", "level", "shape", "parameters"))
     first, last = rows
@@ -1094,7 +1096,7 @@ def test_the_tolerance_is_for_the_worst_sample() -> None:
 def test_the_energy_curve_is_the_energy() -> None:
     net = deep_net(3)
     model = attached(net, torch2ebm.PredictiveCoding(steps=5, lr=0.1))
-    (0.25 * classification(model(X))).backward()
+    scaled_by(0.25, classification(model(X))).backward()
     relaxation = model.state.relaxation
     assert len(relaxation.energy) == 6
     for step, energy in enumerate(relaxation.energy):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import torch2ebm
 from torch2ebm.capture.custom_functions import untold
@@ -43,6 +44,26 @@ def test_a_checked_call_changes_nothing(algorithm: torch2ebm.Algorithm) -> None:
 def test_the_module_runs_once_more_in_one_of_so_many_calls() -> None:
     net = trained(3, torch2ebm.ZeroDivergence())
     assert net.runs == trained(None, torch2ebm.ZeroDivergence()).runs  # attributes are put back, too
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.last, torch.tanh(self.first(x)), use_reentrant=True)
+
+
+def test_a_checkpoint_that_gives_no_gradients_apart_is_no_error() -> None:
+    """Torch lets nobody ask a reentrant one for gradients but by backward: outputs and buffers are compared alone."""
+    net = Checkpointed()
+    model = torch2ebm.convert(net)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    kept = torch2ebm.EnergyOptimizer(sgd, model, torch2ebm.ZeroDivergence(), check_every=1)
+    for _ in range(2):
+        model(torch.randn(5, 4)).square().mean().backward()
+    assert kept.model is model and all(p.grad is not None for p in net.parameters())
 
 
 class Sly(nn.Module):

@@ -382,15 +382,74 @@ def test_draws_that_no_tensor_repeats_are_wound_back() -> None:
     assert_same(ours, expected)
 
 
-def test_an_energy_loss_runs_as_it_is_with_one_warning() -> None:
-    def losses(step: int) -> Callable[[Tensor], Tensor]:
-        return torch2ebm.EnergyLoss(cross_entropy(step))
+def annealed(step: int) -> Callable[[Tensor], Tensor]:
+    """A tensor that is made anew in each call, of a number of Python's, and a closure's target."""
+    target = cross_entropy(step)
+    return lambda output: target(output) + torch.tensor(0.1 * step, dtype=output.dtype) * output.square().mean()
 
-    expected, _ = trained(network(), torch2ebm.PredictiveCoding(6, 0.1), losses=losses)
+
+@by_algorithm
+@pytest.mark.parametrize("inside", [cross_entropy, annealed])
+def test_an_energy_loss_of_torch_operations_is_recorded(
+    recordings: list[int], recorded_only: None, make: Make, inside: Losses
+) -> None:
+    def losses(step: int) -> Callable[[Tensor], Tensor]:
+        return torch2ebm.EnergyLoss(inside(step))
+
+    expected, _ = trained(network(), make(), losses=losses)
+    assert not recordings
+    ours, _ = trained(network(), make(compile=True), losses=losses)
+    assert recordings
+    assert_same(ours, expected)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+CLOSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a branch on a number": lambda o: o.square().mean() if o.square().mean() < 1e9 else o.abs().mean(),
+    "a number": lambda o: o.square().mean() * float(o.detach().abs().mean()),
+    "a detached weight": lambda o: (o.square() * o.detach().sigmoid()).mean(),
+    "a custom function": lambda o: Doubled.apply(o).square().mean(),
+    "a custom function beside torch": lambda o: o.square().mean() + Doubled.apply(o).square().mean(),
+    "a write in place": lambda o: (o * 1).tanh_().square().mean(),
+}
+
+
+@pytest.mark.parametrize("inside", CLOSED.values(), ids=CLOSED)
+def test_an_energy_loss_of_more_runs_as_it_is_with_one_warning(inside: Callable[[Tensor], Tensor]) -> None:
+    def losses(step: int) -> Callable[[Tensor], Tensor]:
+        return torch2ebm.EnergyLoss(inside)
+
+    expected, _ = trained(network(), torch2ebm.PredictiveCoding(6, 0.01), losses=losses)
     with pytest.warns(CompilationWarning, match="the loss") as warned:
-        ours, _ = trained(network(), torch2ebm.PredictiveCoding(6, 0.1, compile=True), losses=losses)
+        ours, _ = trained(network(), torch2ebm.PredictiveCoding(6, 0.01, compile=True), losses=losses)
     assert len(warned) == 1
     assert_same(ours, expected, 0.0)
+
+
+def test_a_loss_that_joins_two_calls_says_once_that_it_is_not_compiled() -> None:
+    def gradients(algorithm: torch2ebm.Algorithm) -> list[Tensor]:
+        net = network()
+        model = torch2ebm.convert(net)
+        torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, algorithm)
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1)).to(next(net.parameters()))
+        for _ in range(2):
+            F.mse_loss(model(x), model(x.flip(0))).backward()
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    expected = gradients(torch2ebm.PredictiveCoding(6, 0.1))
+    with pytest.warns(CompilationWarning, match="joins several calls") as warned:
+        ours = gradients(torch2ebm.PredictiveCoding(6, 0.1, compile=True))
+    assert len(warned) == 1
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_a_compiler_that_fails_leaves_the_recorded_programs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ writes to it as writes to ``b``::
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +45,11 @@ class Behind:
         if self._aliases and (memory := _memory(tensor)) is not None:
             version += sum(alias._version for alias in self._aliases.get(memory, ()) if alias is not tensor)
         return version
+
+
+def replaced_parameters(effects: Iterable[tuple[int, Any]]) -> Iterator[str]:
+    """Paths of the parameters whose memory forward has replaced: ``self.weight.data = ...``."""
+    return (key[1] for _, key in effects if key[0] == _REPLACE and isinstance(key[1], str))
 
 
 def _memory(tensor: Tensor) -> int | None:

@@ -125,6 +125,8 @@ def _is_finite(value: Tensor) -> bool:
     plain = value.layout is torch.strided and not value.is_nested and value.itemsize > 1
     if plain and math.isfinite(value.detach().sum().item()):
         return True
+    if value.layout is not torch.strided and not value.is_nested:
+        value = value.to_dense()  # torch looks for infinities in dense tensors alone
     return bool(torch.isfinite(value).all())
 
 

@@ -53,7 +53,6 @@ class EnergyLoss:
         shapes = [tuple(leaf.shape) for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
         terms = terms_averaged(self.loss_fn, args, kwargs)
         # writes=True: what it does inside is unknown, so a replay hands it copies of the outputs
-        operation = Operation(
-            self.loss_fn, args, kwargs, writes=True, summed=shapes[0] if summed and shapes else (), terms=terms
-        )
+        sizes = shapes[0] if summed and shapes else ()
+        operation = Operation(self.loss_fn, args, kwargs, writes=True, whole=True, summed=sizes, terms=terms)
         return put_on_tape(operation, loss)  # type: ignore[no-any-return]

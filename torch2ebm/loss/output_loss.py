@@ -43,10 +43,10 @@ class OutputLoss(ABC):
     ``loss_reduction="sum"``.
 
     Attributes:
-        delivered: Gradient of the user's scalars with respect to each output slot, as autograd delivered it.
-        scale: Factor from dF/dtheta to ``.grad``: the outer factor over lambda B.
+        delivered: Gradient of the user's loss with respect to each output slot, as autograd delivered it.
+        scale: Factor from dF/dtheta to ``.grad``: ``factor`` over lambda B.
         unit: Factor from ``delivered`` to the gradient of the loss summed over samples: B for a mean, 1 for a sum.
-        factor: The outer factor alone (accumulation's, a gradient scaler's).
+        factor: What stands before the loss and is no part of it: a gradient scaler's, an accumulation's.
 
     Example:
         The examples of the methods go on from this one.

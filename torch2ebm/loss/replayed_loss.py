@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch2ebm.engine.call import Call, pull_back
 from torch2ebm.errors import LossNotRecordedError, LossReductionError, LossReplayError
+from torch2ebm.loss.opened import opened
 from torch2ebm.loss.output_loss import LossExpansion, OutputLoss
 from torch2ebm.loss.reduction import (
     is_sum_over_calls,
@@ -145,6 +146,8 @@ class ReplayedLoss(OutputLoss):
         return value, gradients
 
     def program_inputs(self) -> tuple[Hashable, list[Tensor]] | None:
+        if not self._opened():
+            return None
         on_tape = self.tape.program_inputs(self.own, self.places)
         if on_tape is None:
             return None
@@ -154,6 +157,22 @@ class ReplayedLoss(OutputLoss):
             *(self._weights or []),  # there since the loss was checked
             *self._pulls.values(),
         ]
+
+    def _opened(self) -> bool:
+        """Whether what replays is torch's own, if need be with the inside of an EnergyLoss in its place."""
+        closed, found = self.tape.replay_of(self.own, self.places), opened(self.tape, self.own, self.places)
+        if found is None or found.writes:
+            return False
+        if found is closed:
+            return True
+        self.tape.take(self.own, found)
+        predictions = {slot: self.call.values[slot] for slot in self.call.graph.output_slots}
+        _, gradients = self.gradients(predictions)
+        ours = {slot: gradients.get(slot, torch.zeros_like(each)) for slot, each in self.delivered.items()}
+        if all(_agree(ours[slot] * self.scale, each) for slot, each in self.delivered.items()):
+            return True
+        self.tape.take(self.own, closed)  # it does more than the tape has seen
+        return False
 
     def _total(self, values: Sequence[Tensor]) -> Tensor:
         if not values:  # no loss but what later calls send back

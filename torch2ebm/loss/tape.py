@@ -29,6 +29,7 @@ class Operation:
         summed: The sizes that it sums over, where it is a sum over what may be the batch.
         terms: How many terms it averages; 0 where it is no mean.
         factor: Of a gradient scaler or of an accumulation: it is no part of the loss, and a replay leaves it out.
+        whole: Whether it is a function of the user's own, whose inside is on no tape.
         adopts: Whether it has written on a tensor that was on no tape, and now is.
     """
 
@@ -39,6 +40,7 @@ class Operation:
     summed: tuple[int, ...] = ()
     terms: int = 0
     factor: float | Tensor | None = None
+    whole: bool = False
     adopts: bool = False
 
 
@@ -54,7 +56,7 @@ class TapeEntry:
     reduced: bool  # whether every result has no dimension
 
     def run(self, device: str, found: Mapping[Place, Any]) -> Iterator[tuple[Place, Any]]:
-        args, kwargs = _resolved(self.operation.args, found), _resolved(self.operation.kwargs, found)
+        args, kwargs = resolved(self.operation.args, found), resolved(self.operation.kwargs, found)
         result = self.ambient.run(device, self.operation.function, args, kwargs)
         return ((place, leaf) for place, leaf in zip(self.results, leaves_of(result), strict=True) if place is not None)
 
@@ -119,6 +121,7 @@ class Tape:
         self.values: dict[Place, Tensor] = {}  # of the outputs of every call on it, in the forward pass
         self.calls: list[weakref.ref[Any]] = []  # whose outputs are on it; weak, since they hold the tape
         self.fed: list[weakref.ref[Tape]] = []  # of calls that were given a tensor from this one
+        self.left = False  # by a number that was read, or a detached tensor: what is made of these is on no tape
         self._joined_to: Tape | None = None
         self._replays: dict[tuple[tuple[Place, ...], tuple[Place, ...], int], Replay] = {}
 
@@ -228,6 +231,14 @@ class Tape:
             tensors.extend(leaf for leaf in leaves_of(numbered) if isinstance(leaf, Tensor))
         return (len(own), len(replay.constants), tuple([number[place] for place in wanted]), *steps), tensors
 
+    def replay_of(self, own: Sequence[Place], wanted: Sequence[Place]) -> Replay:
+        """What is run, as it stands."""
+        return self._replay(tuple(own), tuple(wanted))
+
+    def take(self, own: Sequence[Place], replay: Replay) -> None:
+        """Run this from now on for what it leads to."""
+        self._replays[tuple(own), replay.wanted, len(self.entries)] = replay
+
     def _replay(self, own: tuple[Place, ...], wanted: tuple[Place, ...]) -> Replay:
         """Found once for a loss, run at every step."""
         key = (own, wanted, len(self.entries))
@@ -253,7 +264,7 @@ class Tape:
         return replace(replay, entries=kept, constants={place: found[place] for place in found if place in read})
 
 
-def _resolved(structure: Any, found: Mapping[Place, Any]) -> Any:
+def resolved(structure: Any, found: Mapping[Place, Any]) -> Any:
     if not structure:
         return structure
     return map_leaves(lambda leaf: found[leaf.index] if isinstance(leaf, ResultReference) else leaf, structure)

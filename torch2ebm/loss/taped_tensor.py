@@ -64,6 +64,13 @@ class TapedTensor(Tensor):
 
 # attributes outside of the autograd graph: through them no gradient reaches the loss
 _NOT_TAPED = frozenset(getattr(Tensor, name).__get__ for name in ("grad", "data", "grad_fn", "_base"))
+_READS_NUMBERS = frozenset(
+    [
+        *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__float__, Tensor.__int__),
+        *(Tensor.__index__, Tensor.__contains__, torch.is_nonzero, Tensor.is_nonzero, torch.equal, Tensor.equal),
+        *(torch.allclose, Tensor.allclose, Tensor.__complex__),
+    ]
+)
 # torch makes something else of a subclass here
 _OF_ORDINARY_TENSORS = frozenset(
     [
@@ -71,6 +78,7 @@ _OF_ORDINARY_TENSORS = frozenset(
         *(Tensor.detach, torch.detach),
     ]
 )
+_LEAVE = _OF_ORDINARY_TENSORS | _READS_NUMBERS | _NOT_TAPED
 
 
 def _modes_undone(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: str) -> Any:
@@ -97,6 +105,8 @@ def meant(structure: Any) -> Any:
 def _run_on_tape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: str) -> Any:
     if torch.is_grad_enabled():
         args, kwargs = meant((args, kwargs))
+    if func in _LEAVE and args and (tape := tape_of(args[0])) is not None:
+        tape.left = True
     if func in _OF_ORDINARY_TENSORS:
         return func(*plain(args), **plain(kwargs))
     # else the operation would come back to __torch_function__
@@ -111,8 +121,16 @@ def _run_on_tape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
             return _adopted(operation, args[0], result)
         # a shape or a number: nothing to replay
         if not operation.writes and not any(map(_belongs_on_tape, leaves_of(result))):
-            return map_leaves(_plain, result)
+            return map_leaves(_plain, _left(result, args))
         return _taped(operation, result)
+
+
+def _left(result: Any, args: tuple[Any, ...]) -> Any:
+    """A tensor of no dimension that is no float, a comparison for example, is one that Python may decide by."""
+    if any(isinstance(leaf, Tensor) for leaf in leaves_of(result)):
+        for tape in filter(None, map(tape_of, leaves_of(args))):
+            tape.left = True
+    return result
 
 
 def _belongs_on_tape(leaf: Any) -> bool:
@@ -185,6 +203,7 @@ def _taped(operation: Operation, result: Any) -> Any:
     def mark(leaf: Any) -> Any:
         place = next(places)
         if place is None or not _belongs_on_tape(leaf):
+            tape.left = True
             return _plain(leaf)
         return _marked(leaf, tape, place)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.engine.batch import Batch
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.finite import (
     check_delivered,
@@ -38,11 +39,10 @@ from torch2ebm.isolation.torch_modes import Autocast, Modes
 from torch2ebm.loss.output_loss import OutputLoss
 from torch2ebm.loss.replayed_loss import ReplayedLoss
 from torch2ebm.loss.tape import Tape
+from torch2ebm.loss.together import relaxed_together
 from torch2ebm.model.arguments import Arguments, check_finite_inputs
-from torch2ebm.model.batch import Batch
 from torch2ebm.model.open_forwards import OpenForwards
 from torch2ebm.model.shards import Shards
-from torch2ebm.model.together import relaxed_together
 from torch2ebm.model.unchanged import Unchanged
 from torch2ebm.model.verification import check_opaque
 

@@ -16,15 +16,15 @@ from torch2ebm.algorithms.base import Algorithm, check_algorithm
 from torch2ebm.algorithms.given import given_to
 from torch2ebm.capture.fingerprint import inside_functional_call
 from torch2ebm.capture.problems import users_level
-from torch2ebm.capture.running import Before
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.common.plain_loop import PlainLoop
+from torch2ebm.engine.batch import GUESSED, Batch, BatchDimension, candidates, find_batch_dimension
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.node_energies import check_names, node_energies
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.engine.standing import Standing
-from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError, PlainBackwardWarning
+from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.inference.curvature import Curvature, check_measurement, measured_curvature
@@ -33,12 +33,11 @@ from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
 from torch2ebm.model.arguments import Arguments, called, check_inputs, of_batch
 from torch2ebm.model.backward import EnergyFunction, OpenCall
-from torch2ebm.model.batch import GUESSED, BatchDimension, find_batch_dimension
 from torch2ebm.model.capture_cache import Captures, Served
-from torch2ebm.model.open_forwards import OpenForwards
+from torch2ebm.model.open_forwards import OpenForwards, nothing_attached
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.shards import Shards
-from torch2ebm.model.whole_call import check_whole_call
+from torch2ebm.model.whole_call import PlainCall
 from torch2ebm.reports.drawing import draw_graph
 from torch2ebm.reports.tables import node_table
 
@@ -96,7 +95,7 @@ class Conversion:
                 return self._watched(self._captured_run(args, kwargs).run.output)
             return self._watched(self.module(*args, **kwargs))
         if not self.shards.covers(self.captures.parameters):
-            self.replicas.forward(type(self.module).__name__)
+            self.replicas.forward(type(self.module).__name__, self.algorithm)
         return self.run(self.algorithm, args, kwargs, self._keep, self.forwards)
 
     def answer_by(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], run: Callable[..., Any]) -> Any:
@@ -112,7 +111,7 @@ class Conversion:
         if torch.is_grad_enabled() and self.algorithm is None:
             module = self.module
             if self._plain.trains(module.parameters()):
-                warnings.warn(_nothing_attached(type(module).__name__), stacklevel=users_level())
+                warnings.warn(nothing_attached(type(module).__name__), stacklevel=users_level())
             self._plain.watch(leaves_of(output), lambda: list(module.parameters()))
         return output
 
@@ -160,10 +159,10 @@ class Conversion:
 
         def taped_output() -> Any:
             with exhausted_memory_named("model(...)", algorithm):
-                before = Before.now(self.module, Arguments.of(self.module, args, kwargs).device) if checked else None
+                plain = self._plain_call(args, kwargs) if checked else None
                 served = self._served(args, kwargs, algorithm, history.before)
-                if before is not None:
-                    check_whole_call(served, before, lambda: self.module(*args, **kwargs))
+                if plain is not None:
+                    plain.check(served)
                 call = self._call(served)
                 open_call = OpenCall(
                     call,
@@ -174,7 +173,7 @@ class Conversion:
                     keep,
                     self.shards,
                     served.arguments,
-                    self.batch.of(served.arguments, served.run.output),
+                    self._batch(served),
                     self.standing,
                     partial(self.captures.forget, served.graph),
                 )
@@ -217,34 +216,43 @@ class Conversion:
         """A run of the module, as a call that no algorithm has filled."""
         return self._call(self._captured_run(args, kwargs))
 
+    def _plain_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PlainCall | None:
+        return PlainCall.of(self.module, (args, kwargs), lambda: called(self._runs, self.module, args, kwargs))
+
     def _is_checked(self) -> bool:
         self._calls += 1
         return self.check_every is not None and self._calls % self.check_every == 0
 
     def _call(self, served: Served) -> Call:
         arguments = served.arguments
-        size = self.batch.of(arguments, served.run.output).size
-        return Call(served.graph, served.run, arguments.device, size, served.swapped)
+        return Call(served.graph, served.run, arguments.device, self._batch(served).size, served.swapped)
+
+    def _batch(self, served: Served) -> Batch:
+        return self.batch.of(served.arguments.tensors, served.arguments.names, served.run.output)
 
     def _keep(self, state: InferenceState) -> None:
         self._state = state
 
     # captures
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Have a graph for calls as this one, and leave the module as it was."""
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Have a graph for calls as this one, and leave the module as it was; returns what it has computed."""
         device = Arguments.of(self.module, args, kwargs).device
         with self.shards.gathered(), plain_autograd(), untouched(self.module, device):
-            self._served(args, kwargs, self.algorithm)
+            return self._served(args, kwargs, self.algorithm).run.output
 
-    def find_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Look which dimension counts samples, by runs on fewer of them; the module is left as it was."""
+    def find_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Look which dimension counts samples, if need be by runs on fewer; the module is left as it was."""
         arguments = Arguments.of(self.module, args, kwargs)
+        dims = candidates(arguments.tensors, output)
+        if len(dims) < 2:
+            self.batch = BatchDimension(dims[0], known="found") if dims else GUESSED
+            return
         modes = [(part, part.training) for part in self.module.modules()]
         with self.shards.gathered(), untouched(self.module, arguments.device), torch.no_grad():
             try:
                 self.module.eval()  # without dropout, and without the statistics of the batch
-                self.batch = find_batch_dimension(self.module, arguments, args, kwargs)
+                self.batch = find_batch_dimension(self.module, arguments.tensors, args, kwargs, dims)
             finally:
                 for part, training in modes:
                     part.training = training
@@ -414,12 +422,3 @@ def _filled(output: Any, leaves: Sequence[Any], references: Sequence[OutputRefer
 
 def _ordinary(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
-
-
-def _nothing_attached(module: str) -> PlainBackwardWarning:
-    return PlainBackwardWarning(
-        f"model(...), EnergyModel({module}): got a loop that trains by backpropagation, since nothing is attached to "
-        "the converted model; expected an EnergyOptimizer of this model. Write optimizer = "
-        "torch2ebm.EnergyOptimizer(optimizer, model, torch2ebm.PredictiveCoding()) before the loop; convert the net "
-        "once, and attach to what convert has returned."
-    )

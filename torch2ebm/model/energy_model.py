@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.engine.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.errors import ConfigurationError
@@ -16,7 +17,6 @@ from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.inference.curvature import Curvature
 from torch2ebm.model.arguments import as_arguments
-from torch2ebm.model.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.module_view import ModuleView
 
@@ -108,9 +108,10 @@ class EnergyModel(ModuleView):
         told = GUESSED if batch_dim is None else BatchDimension.told(batch_dim)
         super().__init__(Conversion(module, nodes, batch=told))
         if example_inputs is not None:
-            self.torch2ebm.capture(*as_arguments(example_inputs))
+            args, kwargs = as_arguments(example_inputs)
+            output = self.torch2ebm.capture(args, kwargs)
             if batch_dim is None:
-                self.torch2ebm.find_batch(*as_arguments(example_inputs))
+                self.torch2ebm.find_batch(args, kwargs, output)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         answer = self.torch2ebm.answer

@@ -12,6 +12,7 @@ from torch2ebm.engine.finite import (
     check_unskipped,
 )
 from torch2ebm.engine.results import LocalGradients
+from torch2ebm.errors import PlainBackwardWarning
 from torch2ebm.isolation.interrupts import Result, undone_by
 from torch2ebm.isolation.module_state import BufferHistory
 from torch2ebm.isolation.torch_modes import Modes
@@ -112,3 +113,13 @@ class OpenForwards:
         """A step is refused: give the buffers what they held before these forwards."""
         while self.histories:
             self.histories.pop().undo()
+
+
+def nothing_attached(module: str) -> PlainBackwardWarning:
+    """What is said of forwards whose backwards train, and which no algorithm answers."""
+    return PlainBackwardWarning(
+        f"model(...), EnergyModel({module}): got a loop that trains by backpropagation, since nothing is attached to "
+        "the converted model; expected an EnergyOptimizer of this model. Write optimizer = "
+        "torch2ebm.EnergyOptimizer(optimizer, model, torch2ebm.PredictiveCoding()) before the loop; convert the net "
+        "once, and attach to what convert has returned."
+    )

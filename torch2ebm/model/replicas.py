@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.capture.problems import users_level
 from torch2ebm.errors import UnsynchronisedError, UnsynchronisedWarning
 
@@ -34,13 +35,18 @@ class Replicas:
     def wrapper(self) -> DistributedDataParallel | None:
         return None if self._wrapper is None else self._wrapper()
 
-    def forward(self, name: str) -> None:
+    def forward(self, name: str, algorithm: Algorithm) -> None:
         """A forward begins. Raises :class:`UnsynchronisedError` if it passes by a wrapper that was seen before.
+
+        Raises it also inside of ``Join``, for an algorithm that exchanges messages in ``optimizer.step()``: the
+        processes that have run out of batches answer those of the wrapper's backward alone.
 
         Warns :class:`UnsynchronisedWarning`, once, if there are several processes and no wrapper was ever seen.
         """
         active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
         if active is not None:
+            if algorithm.weights_move and getattr(getattr(active, "_join_config", None), "enable", False):
+                raise _joins(type(algorithm).__name__)
             self._wrapper = weakref.ref(active)
         elif self.wrapper is not None and _initialised():
             raise _passed_by(name)
@@ -64,6 +70,16 @@ class Replicas:
             parts = torch.split(message, [gradients[name].numel() for name in names])
             found.update((n, part.view_as(gradients[n])) for n, part in zip(names, parts, strict=True))
         return found
+
+
+def _joins(algorithm: str) -> UnsynchronisedError:
+    return UnsynchronisedError(
+        f"model(...) inside of torch.distributed.algorithms.Join, {algorithm}",
+        "processes that may have different numbers of batches",
+        "as many batches in every process, since each step exchanges messages of its own",
+        "Take a DistributedSampler, which drops or repeats samples, in the place of Join; or take an algorithm without "
+        "further steps, for example torch2ebm.PredictiveCoding().",
+    )
 
 
 def _passed_by(name: str) -> UnsynchronisedError:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch2ebm.capture.behind import replaced_parameters
 from torch2ebm.capture.functions import is_among, written_parameters
 from torch2ebm.capture.observation import is_live
 from torch2ebm.capture.run import Run
@@ -146,7 +147,8 @@ def _written_between(graph: EnergyGraph, run: Run) -> str:
     """The remedy where forward has changed what it had read; empty where it has not."""
     read = [tensor for i, (tensor, _) in enumerate(run.originals) if i in run.copied]
     names = [f"buffer '{name}'" for name, buffer in graph.module.named_buffers() if is_among(buffer, read)]
-    names += [f"parameter '{name}'" for name in written_parameters(run.records or ())]
+    written = [*written_parameters(run.records or ()), *replaced_parameters(run.effects)]
+    names += [f"parameter '{name}'" for name in dict.fromkeys(written)]
     if not names and graph.opaque:
         whole = ", ".join(repr(path) or "the whole" for path in graph.opaque)
         return (

@@ -29,7 +29,10 @@ def fixed_tensors(programs: Programs, call: Call, loss: OutputLoss | None) -> tu
     """What of the loss stays from call to call, and the tensors of call and loss; None, with a warning, for some."""
     on_loss = (None, []) if loss is None else loss.program_inputs()
     if on_loss is None:
-        programs.warn("the loss is no composition of torch functions (an EnergyLoss, a write in place)")
+        programs.warn(
+            "the loss is no composition of torch functions (an EnergyLoss of more than these, a write in place), or "
+            "joins several calls"
+        )
         return None
     if any(isinstance(each, OpaqueState) and each.moves for each in call.environment.values()):
         programs.warn("a module that is evaluated as a whole changes its own state in each call")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.errors import BatchDimensionError, ConfigurationError
-from torch2ebm.model.arguments import Arguments
 
 BatchDim = int | Mapping[str, int] | None
 
@@ -47,26 +46,27 @@ class BatchDimension:
             )
         return BatchDimension(dim, argument, "told")
 
-    def of(self, arguments: Arguments, output: Any) -> Batch:
+    def of(self, tensors: Sequence[Tensor], names: Callable[[], Mapping[int, str]], output: Any) -> Batch:
         """The batch of one call. A guess goes by an input with as many rows as the output, where there is one."""
-        found = self._size(arguments)
-        inputs, outputs = _shapes(arguments.tensors), _shapes(leaves_of(output))
+        found = self._size(tensors, names)
+        inputs, outputs = _shapes(tensors), _shapes(leaves_of(output))
         if self.known == "guessed" and outputs and all(shape[0] != found for shape in outputs):
             rows = {shape[0] for shape in inputs}
             found = next((shape[0] for shape in outputs if shape[0] in rows), found)
         return Batch(found, self.known, inputs, outputs)
 
-    def _size(self, arguments: Arguments) -> int:
-        named = [t for t in arguments.tensors if self.argument in ("", arguments.names().get(id(t)))]
+    def _size(self, tensors: Sequence[Tensor], names: Callable[[], Mapping[int, str]]) -> int:
+        by_id = names() if self.argument else {}
+        named = [tensor for tensor in tensors if not self.argument or by_id.get(id(tensor)) == self.argument]
         tensor = next((t for t in named if t.ndim and -t.ndim <= self.dim < t.ndim), None)
         if tensor is None and self.known == "told":
             raise BatchDimensionError(
-                f"EnergyModel({type(arguments.module).__name__})",
+                "model(...)",
                 f"no input{self.argument and f' {self.argument!r}'} with a dimension {self.dim}",
                 "the batch dimension that convert was told",
                 "Pass another batch_dim to torch2ebm.convert.",
             )
-        return tensor.shape[self.dim] if tensor is not None else arguments.batch_size
+        return tensor.shape[self.dim] if tensor is not None else 1
 
 
 GUESSED = BatchDimension()
@@ -119,20 +119,29 @@ def _shapes(leaves: Any) -> tuple[tuple[int, ...], ...]:
 # a second run
 
 
+def candidates(tensors: Sequence[Tensor], output: Any) -> list[int]:
+    """The dimensions of the first input that an output has, too: where it is one, no second run is needed."""
+    first = next((tensor for tensor in tensors if tensor.ndim), None)
+    kept = {size for leaf in _floating(leaves_of(output)) for size in leaf.shape}
+    return [] if first is None else [dim for dim, size in enumerate(first.shape) if size in kept]
+
+
 def find_batch_dimension(
-    run: Callable[..., Any], arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    run: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dims: Sequence[int],
 ) -> BatchDimension:
     """The dimension without whose first entry the module computes the same for all others.
 
     Where several are such, for example in a net that treats all tokens alike, it is the one that stands first in the
     output. Where none is, dimension 0 remains a guess.
     """
-    first = next((tensor for tensor in arguments.tensors if tensor.ndim), None)
-    if first is None:
-        return BatchDimension()
+    first = next(tensor for tensor in tensors if tensor.ndim)
     outputs = _tensors(run(*args, **kwargs))
     found: list[tuple[int, int]] = []
-    for dim in range(first.ndim):
+    for dim in dims:
         place = _place_of_samples(run, args, kwargs, first, dim, outputs)
         if place == 0:
             return BatchDimension(dim, known="found")
