@@ -268,7 +268,6 @@ def test_a_draw_is_made_once_a_batch(name: str) -> None:
         assert energy_at_zero_displacement(run, naive(run)) > 1e-3
 
 
-@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # so small a step is rounding
 @every_random
 def test_with_random_draws_an_infinitesimal_relaxation_stays_where_it_began(name: str) -> None:
     """Errors are of the order of the step size; a draw made anew would be an error of the order of one."""
@@ -549,6 +548,7 @@ SLOW = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # the first steps are that small
 @pytest.mark.parametrize("algorithm", SLOW.values(), ids=SLOW)
 def test_under_autocast_small_updates_are_not_lost(algorithm: torch2ebm.Algorithm) -> None:
     """bfloat16 has eight bits: what moves a value by less than a five-hundredth of itself is lost."""
@@ -557,6 +557,7 @@ def test_under_autocast_small_updates_are_not_lost(algorithm: torch2ebm.Algorith
     assert (moved - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # the first steps are that small
 def test_naively_small_updates_are_lost_in_bfloat16() -> None:
     _, reference = in_bfloat16_and_in_double(SLOW["predictive coding"])
     value, update = (kept["2"].to(torch.bfloat16) for kept in (reference.state.prediction, reference.state.error))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm
@@ -204,8 +205,9 @@ class PredictiveCoding(Algorithm):
 
 
 def _told_where_there_is_no_signal(state: InferenceState) -> bool:
-    """Once a graph: the look takes as long as a pass over all values."""
-    if lost := state.without_signal:
+    """Once a graph: the look takes as long as a pass over all values. Who computes in double precision knows why."""
+    single = [tensor for tensor in state.predictions.values() if tensor.dtype != torch.float64]
+    if single and (lost := state.without_signal):
         warnings.warn(
             NoSignalWarning(
                 f"PredictiveCoding: errors are nothing but the rounding of values in {', '.join(lost)}, and so are "
