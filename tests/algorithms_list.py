@@ -46,6 +46,7 @@ ROWS = (
             nudging=torch2ebm.Symmetric(0.1),
             precisions={"0": 2.0},
             loss_reduction="sum",
+            batch_statistics="frozen",
             on_divergence="skip",
             compile=True,
         ),

@@ -120,9 +120,28 @@ VALUES_AND_ERRORS = [
            "self.values[slot] = prediction", "solvers"),
 ]  # fmt: skip
 
+CALIBRATED = [
+    Mutant("a curvature without the loss's", "inference/curvature.py",
+           "product = self._through(self.hessian, varied * scale)", "product = varied * scale", "curvature"),
+    Mutant("a curvature without precisions", "inference/local_products.py",
+           "error / _like(self.precisions[owner[slot].name], error)", "error", "curvature"),
+    Mutant("every batch of independent samples", "inference/curvature.py",
+           "local.separate = _independent(call, local, hessian, rows)", "local.separate = True", "curvature"),
+    Mutant("a nudge that is multiplied by the curvature", "algorithms/predictive_coding.py",
+           "beta.real / unit.scale", "beta.real * unit.scale", "relative"),
+    Mutant("a direction that is not conjugate", "solvers/error_conjugate_gradient.py",
+           "direction = steepest + beta * state.direction", "direction = steepest", "error_conjugate_gradient"),
+    Mutant("no metric of the precisions", "solvers/error_conjugate_gradient.py",
+           "steepest = -there / state.weight", "steepest = -there", "error_conjugate_gradient"),
+    Mutant("a step that raises the energy is kept", "solvers/error_conjugate_gradient.py",
+           "after = _chosen(rose & ~quadratic, back, forward)", "after = forward", "error_conjugate_gradient"),
+]  # fmt: skip
+
 STANDING_STILL = [
-    Mutant("batch statistics that follow the values", "engine/call.py",
-           "changes.append(entered(frozen_statistics(self._statistics_of(node))))", "pass", "traps"),
+    Mutant("frozen batch statistics that follow the values", "engine/call.py",
+           "kept = self._statistics_of(node) if self.frozen_statistics else None", "kept = None", "traps"),
+    Mutant("running statistics that move with the values", "isolation/batch_statistics.py",
+           '{"running_mean": None, "running_var": None}', "{}", "traps"),
     Mutant("a new dropout mask for each evaluation", "engine/call.py",
            "changes.append(self._random[node.name].replayed())", "pass", "traps"),
     Mutant("the variance of a sample for the batch's", "isolation/batch_statistics.py", "correction=0",
@@ -205,8 +224,8 @@ SOLVERS = [
            "del state.errors[: -self.memory], state.gradients[: -self.memory]", "anderson"),
     Mutant("a local message in place of the total one", "solvers/error_descent.py", "inference.total_sweep()",
            "inference.local_sweep()", "solvers"),
-    Mutant("tol met the wrong way round", "inference/relaxation.py", "converged = residual <= tol if",
-           "converged = residual >= tol if", "solvers"),
+    Mutant("tol met the wrong way round", "inference/solver.py", "return Rest(residual, residual <= self.tol,",
+           "return Rest(residual, residual >= self.tol,", "solvers"),
     Mutant("one step more than asked for", "inference/relaxation.py", "while steps < solver.steps:",
            "while steps <= solver.steps:", "solvers"),
     Mutant("one term too many in the Neumann series", "equilibrium/linear_solvers.py", "for _ in range(self.terms):",
@@ -360,8 +379,8 @@ AROUND = [
     Mutant("other settings of a checkpoint not told", "checkpoints.py", "saved[name] != now[name]", "False", "resume"),
 ]  # fmt: skip
 
-MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA,
-           *PROGRAMS, *RUNS, *AGREEMENT, *AROUND]  # fmt: skip
+MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *CALIBRATED, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE,
+           *EQUILIBRIA, *PROGRAMS, *RUNS, *AGREEMENT, *AROUND]  # fmt: skip
 
 
 # Running them ---------------------------------------------------------------------------------------------------------

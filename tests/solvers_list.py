@@ -87,6 +87,11 @@ ROWS = (
         torch2ebm.LocalErrorDescent(5_000, 0.3, tol=1e-13),
     ),
     Row(
+        torch2ebm.ErrorConjugateGradient(1e-3, 7),
+        torch2ebm.ErrorConjugateGradient(1e-5, 8),
+        tight=torch2ebm.ErrorConjugateGradient(1e-13, 300),
+    ),
+    Row(
         torch2ebm.AndersonErrorDescent(7, 0.4, 4, 1e-3),
         torch2ebm.AndersonErrorDescent(8),
         tight=torch2ebm.AndersonErrorDescent(500, 0.2, tol=1e-13),

@@ -21,12 +21,13 @@ from torch2ebm.check import CheckReport, Finding, check
 from torch2ebm.common.moved import old_name, serve_old_paths
 from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.engine.energies import Categorical, Energy, Gaussian
-from torch2ebm.engine.nudging import Holomorphic, OneSided, RandomSign, Symmetric
+from torch2ebm.engine.nudging import Holomorphic, OneSided, RandomSign, Relative, Symmetric
 from torch2ebm.engine.results import InferenceState, Relaxation
 from torch2ebm.equilibrium.linear_solvers import ConjugateGradient, FixedPointSolve, Neumann
 from torch2ebm.equilibrium.updates import AndersonMixing, GaussSeidel
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
+from torch2ebm.inference.curvature import Curvature
 from torch2ebm.loss.energy_loss import EnergyLoss
 from torch2ebm.mnist import load_mnist, read_idx
 from torch2ebm.model.energy_model import EnergyModel, convert
@@ -36,6 +37,7 @@ from torch2ebm.reports.agreement import Agreement
 from torch2ebm.solvers import (
     AdamDescent,
     AndersonErrorDescent,
+    ErrorConjugateGradient,
     ErrorDescent,
     GradientDescent,
     LocalErrorDescent,
@@ -57,12 +59,14 @@ __all__ = [
     "ConjugateGradient",
     "ContrastiveHebbian",
     "CoupledLearning",
+    "Curvature",
     "Energy",
     "EnergyGraph",
     "EnergyLoss",
     "EnergyModel",
     "EnergyOptimizer",
     "EquilibriumPropagation",
+    "ErrorConjugateGradient",
     "ErrorDescent",
     "Finding",
     "FixedPointSolve",
@@ -84,6 +88,7 @@ __all__ = [
     "ProximalInferenceLearning",
     "RandomSign",
     "RecurrentBackprop",
+    "Relative",
     "Relaxation",
     "SequentialDescent",
     "Solver",

@@ -222,6 +222,14 @@ class DivergenceWarning(UserWarning):
     """A relaxation ran away and its batch gives no gradient, as ``on_divergence="warn"`` asked for."""
 
 
+class CurvatureWarning(UserWarning):
+    """A loss that is not convex in the outputs, or without curvature there; the message says what the nudge is then."""
+
+
+class NoSignalWarning(UserWarning):
+    """Errors of some nodes are nothing but the rounding of their values, and so are their gradients."""
+
+
 class CompilationWarning(UserWarning):
     """``compile=True`` could not be followed; the same inference runs without, and the message says why."""
 

@@ -10,7 +10,8 @@ an algorithm            :class:`Algorithm`. It is given a :class:`Call` and an :
                         :class:`Swept`.
 ... by relaxation       :func:`relax` with a solver, and :class:`ValueInference` or :class:`ErrorInference`
 ... on another loss     :class:`NudgedLoss` is a multiple of one, :class:`LossExpansion` its second order
-a solver                :class:`ValueSolver` or :class:`ErrorSolver`, the two kinds of :class:`Solver`
+a solver                :class:`ValueSolver` or :class:`ErrorSolver`, the two kinds of :class:`Solver`; one with a
+                        residual of its own returns a :class:`Rest`
 an energy of a node     :class:`Energy`
 a nudging               :class:`Nudging`
 an equilibrium's step   :class:`Update`. It is given an :class:`Equilibrium`, an :class:`Influence` and an
@@ -40,7 +41,7 @@ from torch2ebm.errors import ConfigurationError, DivergenceError, NonFiniteError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.inference.error_inference import ErrorInference
 from torch2ebm.inference.relaxation import relax
-from torch2ebm.inference.solver import ErrorSolver, Solver, ValueSolver
+from torch2ebm.inference.solver import ErrorSolver, Rest, Solver, ValueSolver
 from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.loss.output_loss import LossExpansion, NudgedLoss, OutputLoss
 from torch2ebm.model.trial import call_and_loss
@@ -70,6 +71,7 @@ __all__ = [
     "Nudging",
     "OutputLoss",
     "Relaxation",
+    "Rest",
     "Solution",
     "Solver",
     "Step",

@@ -73,7 +73,7 @@ def test_steps_and_rate_beside_a_solver_that_has_others_are_refused(given: dict[
 def test_steps_and_rate_that_say_the_same_as_the_solver_are_taken() -> None:
     momentum = torch2ebm.Momentum(steps=50, lr=0.01)
     assert torch2ebm.PredictiveCoding(50, 0.01, solver=momentum) == torch2ebm.PredictiveCoding(solver=momentum)
-    assert torch2ebm.PredictiveCoding(20, 0.1) == torch2ebm.PredictiveCoding()
+    assert torch2ebm.PredictiveCoding(20, 0.1) == torch2ebm.PredictiveCoding(20) == torch2ebm.PredictiveCoding(lr=0.1)
     assert torch2ebm.PredictiveCoding(solver=momentum).steps == 50
 
 

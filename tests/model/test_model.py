@@ -8,6 +8,7 @@ import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import MethodType
 
 import pytest
@@ -123,6 +124,15 @@ def coded_with_statistics(net: nn.Sequential, mean: Tensor, variance: Tensor) ->
     return coded(net, layers, [[net[0]], [net[1]], [net[3]]])
 
 
+def coded_with_live_statistics(net: nn.Sequential) -> Gradients:
+    """The same with the statistics of the values that the batch norm reads, differentiated through."""
+
+    def norm(value: Tensor) -> Tensor:
+        return normalised(value, net[1], value.mean(0), value.var(0, correction=0)).tanh()
+
+    return coded(net, [net[0], norm, net[3]], [[net[0]], [net[1]], [net[3]]])
+
+
 # ---- the module that it came from
 
 
@@ -198,9 +208,7 @@ def test_casts_on_either_side_mean_both_and_the_graph_follows(side: str, dtype: 
     net.zero_grad()
     net.double()
     net.load_state_dict(normalised_net().state_dict())
-    statistics = net[0](X).detach()
-    reference = coded_with_statistics(net, statistics.mean(0), statistics.var(0, correction=0))
-    assert_equal(local_gradients(model, (X,), classification), reference)
+    assert_equal(local_gradients(model, (X,), classification), coded_with_live_statistics(net))
 
 
 class Configured(nn.Module):
@@ -921,16 +929,42 @@ def test_running_statistics_move_once_a_step_as_the_modules_own(algorithm: torch
 
 
 @every_algorithm
-def test_batch_statistics_are_frozen_while_values_move_and_differentiated_through_otherwise(
-    algorithm: torch2ebm.Algorithm,
-) -> None:
+def test_batch_statistics_are_those_of_the_values_and_differentiated_through(algorithm: torch2ebm.Algorithm) -> None:
     net = normalised_net()
     model = attached(net, algorithm)
     reference = scaled_by_arrival(algorithm, backprop(net, (X,), classification))
     if isinstance(algorithm, torch2ebm.PredictiveCoding):
-        first = net[0](X).detach()
-        reference = coded_with_statistics(net, first.mean(0), first.var(0, correction=0))
+        reference = coded_with_live_statistics(net)
     assert_equal(local_gradients(model, (X,), classification), reference)
+
+
+def test_frozen_statistics_are_those_of_the_feedforward_pass() -> None:
+    net = normalised_net()
+    first = net[0](X).detach()
+    reference = coded_with_statistics(net, first.mean(0), first.var(0, correction=0))
+    model = attached(net, replace(CODING, batch_statistics="frozen"))
+    frozen = local_gradients(model, (X,), classification)
+    assert_equal(frozen, reference)
+    assert relative_error(frozen, coded_with_live_statistics(net)) > 0.1  # the negative twin
+
+
+@pytest.mark.parametrize(("statistics", "is_backprop"), [("live", True), ("frozen", False)])
+def test_the_limit_of_small_nudges_is_backprop_with_live_statistics_alone(statistics: str, is_backprop: bool) -> None:
+    """Millidge et al. 2022: an error of first order in the nudge, also where batch norms couple the samples."""
+    net = normalised_net()
+    exact = backprop(net, (X,), classification)
+    errors = []
+    for beta in (1e-2, 1e-3):
+        solver = torch2ebm.ErrorDescent(400, 0.5, tol=1e-14)
+        coding = torch2ebm.PredictiveCoding(
+            solver=solver, nudging=torch2ebm.OneSided(beta), batch_statistics=statistics
+        )
+        model = torch2ebm.convert(net)
+        optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, coding)
+        errors.append(relative_error(local_gradients(model, (X,), classification), exact))
+        optimizer.detach()
+    assert (9 < errors[0] / errors[1] < 11) is is_backprop
+    assert (errors[1] < 1e-2) is is_backprop
 
 
 def dropping_net() -> nn.Sequential:

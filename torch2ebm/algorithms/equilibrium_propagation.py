@@ -91,6 +91,11 @@ class EquilibriumPropagation(Algorithm):
     def __post_init__(self) -> None:
         check_reduction("EquilibriumPropagation", self.loss_reduction)
         check_steps("EquilibriumPropagation", self.nudged_steps)
+        if isinstance(self.nudging, Nudging) and self.nudging.is_relative:
+            got, expected = repr(self.nudging), "a nudging in units of the loss: an equilibrium has another curvature"
+            raise ConfigurationError(
+                "EquilibriumPropagation(nudging=...)", got, expected, "For example Symmetric(0.5)."
+            )
         if self.nudging is not None and not isinstance(self.nudging, Nudging):
             got, remedy = repr(self.nudging), "For example Symmetric(beta=0.5)."
             raise ConfigurationError("EquilibriumPropagation(nudging=...)", got, "a nudging object", remedy)

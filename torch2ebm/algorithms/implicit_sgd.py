@@ -90,7 +90,7 @@ class ImplicitSGD(Algorithm):
         call.feedforward(keep_graph=False)  # values move: every node is evaluated anew, twice differentiable
 
     def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        layers = dense_layers(call, freeze_statistics=False)
+        layers = dense_layers(call)
         direct = self._minimum(ProximalObjective(call, loss, layers, self.alpha).start())
         # one that met the tolerance before one that did not, then the lower objective
         minimum = min(

@@ -17,6 +17,7 @@ from torch2ebm.engine.results import InferenceState, LocalGradients
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.inference.relaxation import report
+from torch2ebm.inference.solver import Rest
 from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.loss.output_loss import OutputLoss
 
@@ -156,10 +157,13 @@ class _Step:
         products = self.gradients.add(self.call, evaluated, cotangents, evaluated.inputs)
         self.inference.add_messages(evaluated, products, self.messages)
 
+    def _rest(self) -> Rest:
+        return Rest(float(self.inference.residual()), False, self.inference.residual_of_samples())
+
     def _result(self, step: int) -> LocalGradients:
         # dF/dtheta = -(dmu/dtheta)^T pi e (Salvatori et al. 2022), in the scale of the loss
         scale = -self.inference.loss.scale
-        relaxation = report(self.inference, step, float(self.inference.residual()), tol=0.0)
+        relaxation = report(self.inference, step, self._rest(), tol=0.0)
         state = InferenceState(
             self.graph,
             self.call.batch_size,

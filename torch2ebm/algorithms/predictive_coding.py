@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.common.checks import check_reduction
+from torch2ebm.common.checks import check_choice, check_reduction
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
-from torch2ebm.engine.nudging import Nudging, OneSided
-from torch2ebm.engine.results import LocalGradients
-from torch2ebm.errors import ConfigurationError, DivergenceError
+from torch2ebm.engine.nudging import Nudging, OneSided, Relative
+from torch2ebm.engine.results import InferenceState, LocalGradients
+from torch2ebm.errors import ConfigurationError, DivergenceError, NoSignalWarning
 from torch2ebm.inference.divergence import check_on_divergence, check_phases, no_gradients, of_phase
+from torch2ebm.inference.nudge_unit import NudgeUnit, carried
 from torch2ebm.inference.relaxation import relax
 from torch2ebm.loss.output_loss import NudgedLoss, OutputLoss
 from torch2ebm.programs.cache import Programs
-from torch2ebm.solvers import GradientDescent, Solver
+from torch2ebm.solvers import ErrorConjugateGradient, GradientDescent, Solver
 
 
 class _Implied:
@@ -36,28 +39,38 @@ class _ImpliedRate(_Implied, float):
 
 
 STEPS, RATE = _ImpliedSteps(20), _ImpliedRate(0.1)
+R = 0.1  # the nudge of PredictiveCoding() in units of the curvature; benchmarks/learning.py shows why
 # An attribute of a solver that was made here: dataclasses.replace(algorithm, lr=...) may then make another one.
 _MADE = "_made_of_steps_and_lr"
+_CALIBRATED = "_made_of_nothing"  # the same of a solver and a nudging that stand for no settings
 
 
 @dataclass(frozen=True, repr=False)
 class PredictiveCoding(Algorithm):
-    """Strict predictive coding (Rosenbaum 2022; Whittington and Bogacz 2017) on any graph and loss.
+    """Predictive coding (Rao and Ballard 1999; Whittington and Bogacz 2017; Rosenbaum 2022) on any graph and loss.
 
-    The values start at the feed-forward pass and descend the energy: that of the prediction errors plus ``beta``
+    The values start at the feed-forward pass and relax on the energy: that of the prediction errors plus ``beta``
     times the loss. The gradient of a parameter is then local to its node, with errors taken at the final values, and
     divided by ``beta``. It tends to backprop's as ``beta`` goes to 0 (Millidge et al. 2022). The loss acts on the
     prediction of the output.
 
+    With neither ``steps`` nor ``lr`` nor ``solver`` it calibrates itself. Errors relax to their equilibrium by
+    :class:`ErrorConjugateGradient`, and ``nudging`` is ``Relative(0.1)``: there is no step size to set, and ``beta``
+    follows the curvature of the loss. With ``steps`` or ``lr`` it is the strict algorithm of the literature (Strict in
+    Torch2PC): so many steps of descent on the values, at ``beta = 1``.
+
     Args:
-        steps: Inference steps, each one vector-Jacobian product a node.
-        lr: Step size of the values.
+        steps: Inference steps, each one vector-Jacobian product a node; 20 where only ``lr`` is given.
+        lr: Step size of the values; 0.1 where only ``steps`` is given.
         solver: How the values relax, instead of ``GradientDescent(steps, lr)``.
-        nudging: How strongly the loss enters the energy: ``OneSided(beta)`` or ``Symmetric(beta)``, which relaxes
-            twice. The free phase needs no relaxation: it is the feed-forward pass.
+        nudging: How strongly the loss enters the energy: ``OneSided(beta)``, ``Symmetric(beta)``, which relaxes
+            twice, or ``Relative(r)``, in units of the curvature. The free phase needs no relaxation: it is the
+            feed-forward pass.
         precisions: Node name to precision, a number or a tensor that broadcasts against the node's value; 1 elsewhere.
         energies: Node name to energy, for example :class:`Categorical`; Gaussian elsewhere.
         loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
+        batch_statistics: ``"live"``: a batch norm normalises by the statistics of the values that it reads, as they
+            move; ``"frozen"``: by those of the feed-forward pass, so that samples are independent.
         on_divergence: What a relaxation that runs away does: ``"raise"`` :class:`DivergenceError`, ``"warn"`` with a
             ``DivergenceWarning`` or ``"skip"``; with these two the batch gives no gradient (``.grad`` stays as it is).
         compile: Record a step once as a list of ATen calls and run that from then on; the step that repeats goes to
@@ -81,36 +94,50 @@ class PredictiveCoding(Algorithm):
     steps: int = STEPS
     lr: float = RATE
     solver: Solver[Any] = field(default=None, kw_only=True)  # type: ignore[arg-type]  # then made of steps and lr
-    nudging: Nudging = field(default_factory=OneSided, kw_only=True)
+    nudging: Nudging = field(default=None, kw_only=True)  # type: ignore[assignment]  # OneSided(1), or Relative(R)
     precisions: InitVar[Mapping[str, float | Tensor] | None] = field(default=None, kw_only=True)
     energies: Mapping[str, Energy] = field(default_factory=NodeEnergies, kw_only=True)
     loss_reduction: str = field(default="mean", kw_only=True)
+    batch_statistics: str = field(default="live", kw_only=True)
     on_divergence: str = field(default="raise", kw_only=True)
     compile: bool = field(default=False, kw_only=True)
     _programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
 
     def __post_init__(self, precisions: Mapping[str, float | Tensor] | None) -> None:
         check_reduction("PredictiveCoding", self.loss_reduction)
+        check_choice("PredictiveCoding", "batch_statistics", self.batch_statistics, ("live", "frozen"))
         check_on_divergence("PredictiveCoding", self.on_divergence)
         _check_kind("solver", self.solver, Solver, "For example GradientDescent(steps=50).")
         _check_kind("nudging", self.nudging, Nudging, "For example Symmetric(beta=0.1).")
         _check_real(self.nudging)
         given = {name: number for name in ("steps", "lr") if not isinstance(number := getattr(self, name), _Implied)}
-        if self.solver is None or (given and hasattr(self.solver, _MADE)):
-            solver: Solver[Any] = GradientDescent(_plain(self.steps), _plain(self.lr))
-            object.__setattr__(solver, _MADE, True)
-        else:
-            solver = self.solver
-            _check_agreement(given, solver)
+        if given.get("lr", 0) is None and self.solver is not None and not hasattr(self.solver, "lr"):
+            del given["lr"]  # what was read off a solver without a step size
+        solver, nudging = self._chosen(given)
         settings = {
             "solver": solver,
             "steps": _ImpliedSteps(solver.steps),
             "lr": _ImpliedRate(solver.lr) if hasattr(solver, "lr") else None,
-            "nudging": OneSided() if self.nudging is None else self.nudging,
+            "nudging": nudging,
             "energies": node_energies("PredictiveCoding", precisions or {}, self.energies or {}),
         }
         for name, value in settings.items():
             object.__setattr__(self, name, value)  # frozen: no other way in __post_init__
+
+    def _chosen(self, given: Mapping[str, Any]) -> tuple[Solver[Any], Nudging]:
+        """What was given, or stands for no settings: strict where there are steps or lr, calibrated where not."""
+        # by dataclasses.replace, what stood for no settings makes room for some
+        solver = None if given and hasattr(self.solver, _CALIBRATED) else self.solver
+        nudging = None if given and hasattr(self.nudging, _CALIBRATED) else self.nudging
+        if solver is None and not given:
+            return _marked(ErrorConjugateGradient(), _CALIBRATED), nudging or _marked(Relative(R), _CALIBRATED)
+        if solver is None:
+            solver = _marked(GradientDescent(_plain(given.get("steps", STEPS)), _plain(given.get("lr", RATE))), _MADE)
+        elif given and hasattr(solver, _MADE):
+            solver = _marked(GradientDescent(_plain(self.steps), _plain(self.lr)), _MADE)
+        else:
+            _check_agreement(given, solver)
+        return solver, nudging or OneSided()
 
     @property
     def programs(self) -> Programs | None:
@@ -121,6 +148,7 @@ class PredictiveCoding(Algorithm):
         parts = [f"solver={self.solver!r}", f"loss_reduction={self.loss_reduction!r}"]
         parts += [f"nudging={self.nudging!r}"] * (self.nudging != OneSided())
         parts += [f"energies={dict(self.energies)!r}"] * bool(self.energies)
+        parts += ["batch_statistics='frozen'"] * (self.batch_statistics == "frozen")
         parts += ["compile=True"] * self.compile
         parts += [f"on_divergence={self.on_divergence!r}"] * (self.on_divergence != "raise")
         return f"PredictiveCoding({', '.join(parts)})"
@@ -128,19 +156,24 @@ class PredictiveCoding(Algorithm):
     def forward(self, call: Call) -> None:
         check_names("PredictiveCoding", self.energies, call.graph)
         # a program cannot wind a generator back: dropout masks become its inputs
-        call.feedforward(keep_graph=False, keep_draws=self.compile)
+        frozen = self.batch_statistics == "frozen"
+        call.feedforward(keep_graph=False, keep_draws=self.compile, freeze_statistics=frozen)
 
     def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         try:
-            *others, last = (beta.real for beta in self.nudging.drawn())  # real anyway: complex ones are refused
+            unit = self._unit(call, loss)
+            drawn = self.nudging.drawn()  # once: a random sign is drawn
+            *others, last = (beta.real if unit is None else beta.real / unit.scale for beta in drawn)
             # only the last phase may free the feed-forward values, from which each starts
-            phases = [self._phase(call, loss, beta, retain_call=True) for beta in others]
-            phases.append(self._phase(call, loss, last, retain_call=retain_graph))
+            phases = [self._phase(call, loss, beta, unit, retain_call=True) for beta in others]
+            phases.append(self._phase(call, loss, last, unit, retain_call=retain_graph))
             # before the mean: a phase that has lost its minimum would spoil it silently
             check_phases([phase.state.relaxation for phase in phases])
         except DivergenceError as error:
             return no_gradients(self.on_divergence, error, call)
-        return mean_of(phases)
+        found = mean_of(phases)
+        call.graph.once(("signal", type(self.solver)), lambda: _told_where_there_is_no_signal(found.state))
+        return found
 
     def with_steps(self, steps: int) -> PredictiveCoding:
         if hasattr(self.solver, _MADE):
@@ -151,14 +184,43 @@ class PredictiveCoding(Algorithm):
     def _settings_of_0_1(cls, state: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**state, "compile": state["programs"] is not None}
 
-    def _phase(self, call: Call, loss: OutputLoss, beta: float, retain_call: bool) -> LocalGradients:
+    def _unit(self, call: Call, loss: OutputLoss) -> NudgeUnit | None:
+        """What a relative nudge is divided by; None for another one."""
+        if not isinstance(self.nudging, Relative):
+            return None
+        memory = carried(call, NodeEnergies(self.energies), self.loss_reduction)
+        return memory.unit(call, loss, NodeEnergies(self.energies), self.nudging.every)
+
+    def _phase(
+        self, call: Call, loss: OutputLoss, beta: float, unit: NudgeUnit | None, retain_call: bool
+    ) -> LocalGradients:
         nudged = loss if beta == 1.0 else NudgedLoss(loss, beta)  # no product by one in every step
         try:
-            return relax(
-                self.solver, self.solver.inference(call, nudged, self.energies, retain_call), beta, self.programs
-            )
+            inference = self.solver.inference(call, nudged, self.energies, retain_call)
+            inference.nudge = None if unit is None else beta * unit.scale
+            found = relax(self.solver, inference, beta, self.programs)
         except DivergenceError as error:
             raise of_phase(error, beta) from error
+        return found if unit is None else _with_unit(found, unit)
+
+
+def _told_where_there_is_no_signal(state: InferenceState) -> bool:
+    """Once a graph: the look takes as long as a pass over all values. Who computes in double precision knows why."""
+    single = [tensor for tensor in state.predictions.values() if tensor.dtype != torch.float64]
+    if single and (lost := state.without_signal):
+        warnings.warn(
+            NoSignalWarning(
+                f"PredictiveCoding: errors are nothing but the rounding of values in {', '.join(lost)}, and so are "
+                "their gradients. Take PredictiveCoding() with nothing set, or a solver of errors."
+            ),
+            stacklevel=2,
+        )
+    return True
+
+
+def _with_unit(found: LocalGradients, unit: NudgeUnit) -> LocalGradients:
+    relaxation = replace(found.state.relaxation, sigma_squared=unit.scale, curvature_cost=unit.backprops)
+    return replace(found, state=replace(found.state, relaxation=relaxation, phases=(relaxation,)))
 
 
 def mean_of(phases: list[LocalGradients]) -> LocalGradients:
@@ -182,6 +244,11 @@ def _mean(parts: list[Tensor | None]) -> Tensor | None:
     # missing in one phase is zero there, hence the length of all
     found = [part for part in parts if part is not None]
     return sum(found[1:], start=found[0]) / len(parts) if found else None
+
+
+def _marked(made: Any, mark: str) -> Any:
+    object.__setattr__(made, mark, True)  # frozen: no other way
+    return made
 
 
 def _plain(number: Any) -> Any:

@@ -99,7 +99,7 @@ def by_levels(
             inputs = [values[slot].detach().requires_grad_() for slot in node.reads]  # leaves: no graph crosses a node
             with torch.enable_grad():
                 # through the batch statistics: backprop differentiates them too, so frozen ones would not be exact
-                evaluated = call.evaluate(node, inputs, freeze_statistics=False)
+                evaluated = call.evaluate(node, inputs)
             own = _errors(evaluated, values, delivered)
             if node.level == step:
                 # dL/dtheta = -(dmu/dtheta)^T e (Salvatori et al. 2022)

@@ -24,6 +24,8 @@ class Rows:
 
     def pack(self, by_slot: Mapping[str, Tensor]) -> Tensor:
         """``[batch, entries]``; a missing slot is zero."""
+        if not self.like:
+            return torch.zeros(self.count, 0)
         return torch.cat([self._row(by_slot.get(slot), value) for slot, value in self.like.items()], 1)
 
     def unpack(self, rows: Tensor, into: dict[str, Tensor]) -> None:

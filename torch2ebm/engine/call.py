@@ -14,7 +14,13 @@ from torch.autograd import forward_ad
 
 from torch2ebm.capture.run import Run
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
-from torch2ebm.isolation.batch_statistics import Statistics, frozen_statistics, keeping_statistics, statistics_of
+from torch2ebm.isolation.batch_statistics import (
+    Statistics,
+    frozen_statistics,
+    keeping_statistics,
+    live_statistics,
+    statistics_of,
+)
 from torch2ebm.isolation.interrupts import within
 from torch2ebm.isolation.module_state import BufferSnapshot, nothing_packed
 from torch2ebm.isolation.random_numbers import Draws, RandomState, Repeated
@@ -115,6 +121,7 @@ class Call:
             puts others in their place, which then are ``swapped``).
         environment: Clamped inputs and what else the feed-forward pass fixed, by name.
         passes: With ``keep_graph``, the evaluation of every node.
+        frozen_statistics: Whether later evaluations keep the batch statistics of the feed-forward pass.
 
     Example:
         The examples of the methods go on from this one.
@@ -145,6 +152,7 @@ class Call:
         self.values: dict[str, Tensor] = {}
         self.passes: dict[str, NodePass] = {}
         self.environment: dict[str, Any] = {}
+        self.frozen_statistics = False
         self._random: dict[str, RandomState] = {}
         self._draws: dict[str, list[Tensor]] = {}
         self._statistics: dict[str, Statistics] = {}
@@ -152,13 +160,17 @@ class Call:
 
     # the feed-forward pass
 
-    def feedforward(self, keep_graph: bool, cut: bool = True, keep_draws: bool = False) -> None:
+    def feedforward(
+        self, keep_graph: bool, cut: bool = True, keep_draws: bool = False, freeze_statistics: bool = False
+    ) -> None:
         """Take the feed-forward values of every node from the module's own run, which has just been.
 
         Args:
             keep_graph: Whether ``passes`` keeps the autograd graph of every node, for sweeps at these values.
             cut: Whether the graph ends at each node. Without it, it runs through all nodes; only backprop wants that.
             keep_draws: Whether later evaluations take the random numbers themselves, and not the generator's state.
+            freeze_statistics: Whether batch norms keep the statistics of this pass, as constants, in later evaluations.
+                Samples are then independent, but the limit of small nudges is not backprop.
 
         Example:
             >>> call.feedforward(keep_graph=False)
@@ -166,6 +178,7 @@ class Call:
             True
         """
         drawn = keep_draws and bool(self.graph.draws)
+        self.frozen_statistics = freeze_statistics
         with torch.enable_grad():
             self.environment = self.graph.clamp(self.run)
             if self.run.followed and cut and not drawn:
@@ -197,7 +210,7 @@ class Call:
                 self.values[slot] = leaf if keep_graph else leaf.detach()
             if keep_graph and node.name in self.graph.nodes:
                 self.passes[node.name] = NodePass(node, inputs, predictions)
-            if node.batch_statistics and not keep_graph:
+            if node.batch_statistics and self.frozen_statistics:
                 self._batches[node.name] = run.normalised[node.name]
         run.released()
 
@@ -208,7 +221,7 @@ class Call:
         for node in self.graph.order:
             inputs = tuple(self.values[slot] for slot in node.reads)
             arguments = [*inputs, *[self.environment[name] for name in node.constants]]
-            results = self._first_evaluation(node, arguments, freeze_statistics=not keep_graph)
+            results = self._first_evaluation(node, arguments, self.frozen_statistics)
             predictions = tuple(results[: len(node.slots)])
             self.environment.update(zip(node.exports, _detached(results[len(node.slots) :]), strict=True))
             for slot, prediction in zip(node.slots, predictions, strict=True):
@@ -217,7 +230,7 @@ class Call:
                 self.passes[node.name] = NodePass(node, inputs, predictions)
 
     def _first_evaluation(self, node: Node, arguments: Sequence[Any], freeze_statistics: bool) -> Sequence[Any]:
-        """Evaluate, and keep what later evaluations have to repeat; with the graph kept, values do not move."""
+        """Evaluate, and keep what later evaluations have to repeat."""
         if not node.random and not (node.batch_statistics and freeze_statistics):
             return node.evaluate(arguments)
         changes = []
@@ -249,15 +262,24 @@ class Call:
         """
         return self.graph.output(self.values, self.environment)
 
+    @property
+    def couples_samples(self) -> bool:
+        """Whether a node's prediction for one sample depends on the values of others: live batch statistics.
+
+        Example:
+            >>> call.couples_samples
+            False
+        """
+        return not self.frozen_statistics and any(node.batch_statistics for node in self.graph.nodes.values())
+
     # later evaluations
 
-    def evaluate(self, node: Node, inputs: Sequence[Tensor], freeze_statistics: bool = True) -> NodePass:
-        """The node again at other values: the same dropout masks, and by default the same batch statistics.
+    def evaluate(self, node: Node, inputs: Sequence[Tensor]) -> NodePass:
+        """The node again at other values: the same dropout masks, the batch statistics of these values.
 
         Args:
             node: One of ``graph.nodes``.
             inputs: A value for each of ``node.reads``; leaves that require a gradient, where one is wanted for them.
-            freeze_statistics: Whether batch norm takes the feed-forward pass's statistics for constants.
 
         Returns:
             The pass, with a graph of its own where gradients are enabled.
@@ -281,8 +303,9 @@ class Call:
                 changes.append(entered(Repeated(self._draws[node.name])))
             elif node.random:
                 changes.append(self._random[node.name].replayed())
-            if node.batch_statistics and freeze_statistics:
-                changes.append(entered(frozen_statistics(self._statistics_of(node))))
+            if node.batch_statistics:
+                kept = self._statistics_of(node) if self.frozen_statistics else None
+                changes.append(entered(live_statistics() if kept is None else frozen_statistics(kept)))
             results = within(changes, lambda: node.evaluate(arguments))
         return NodePass(node, tuple(inputs), tuple(results[: len(node.slots)]))
 

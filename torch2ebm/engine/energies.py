@@ -183,6 +183,11 @@ class Categorical(Energy):
         return (probability * ratio).sum(self.dim)
 
 
+def precision_of(energy: Energy | None) -> float | Tensor:
+    """The precision of a Gaussian, and 1 for every other energy, whose curvature is no constant."""
+    return energy.precision if isinstance(energy, Gaussian) else 1.0
+
+
 def check_precision(where: str, precision: object) -> None:
     if isinstance(precision, Tensor):
         legal = bool((torch.isfinite(precision) & (precision > 0)).all())

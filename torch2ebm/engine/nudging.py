@@ -5,11 +5,12 @@ from __future__ import annotations
 import cmath
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
+from torch2ebm.common.checks import check_positive, check_steps
 from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.errors import ConfigurationError
 
@@ -21,11 +22,12 @@ class Nudging(NamedSettings, ABC):
 
     Attributes:
         is_complex: Whether its nudges are complex numbers, for which only an equilibrium algorithm has states.
+        is_relative: Whether its nudges are in units of the inverse curvature, and not of the loss (:class:`Relative`).
 
     Example:
         One phase that pushes away from the target (Scellier et al. 2023). The examples of the methods go on from it.
 
-        >>> from dataclasses import dataclass
+        >>> from dataclasses import dataclass, field
         >>> import torch2ebm
         >>> from torch2ebm.extend import Nudging, check_positive
         >>> @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Nudging(NamedSettings, ABC):
     """
 
     is_complex: ClassVar[bool] = False
+    is_relative: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -204,6 +207,62 @@ class Holomorphic(Nudging):
         last = len(self.angles) - 1
         alone = [k == 0 or (k == last and self.points % 2 == 0) for k in range(last + 1)]
         return tuple((1 if one else 2) / (self.points * b) for one, b in zip(alone, self.betas, strict=True))
+
+
+@dataclass(frozen=True)
+class Relative(Nudging):
+    """A nudge in units of the curvature: ``beta = r / sigma_squared``, measured as training goes on.
+
+    Sigma squared is the largest eigenvalue of the loss's Hessian in the errors (:meth:`EnergyModel.curvature`). It
+    grows by orders of magnitude while a network learns, so no fixed ``beta`` fits. ``r`` means the same everywhere:
+    towards 0 the gradient is backprop's, far above 1 the output is clamped. Gradients are in the scale of your loss.
+
+    A loss with negative curvature has ``r`` divided by the largest absolute eigenvalue. One without any curvature has
+    errors of length ``r`` in its steepest sample. Both are told by a ``CurvatureWarning``.
+
+    Args:
+        r: How strong the nudge is.
+        sides: ``OneSided(1)``, or another nudging whose betas ``r`` multiplies. ``Symmetric(1)`` relaxes twice, at
+            ``r`` and at ``-r``; from ``r = 1`` on the second has no minimum.
+        every: Curvature is measured on every so many calls of a graph, and carried in between; 1 measures on each.
+
+    Raises:
+        ConfigurationError: for an ``r`` that is not positive and finite, or fewer than one call.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> model = torch2ebm.convert(net)
+        >>> coding = torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(5), nudging=torch2ebm.Relative(0.1))
+        >>> optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, coding)
+        >>> torch.nn.functional.cross_entropy(model(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1])).backward()
+        >>> relaxation = model.state.relaxation
+        >>> round(relaxation.beta * relaxation.sigma_squared, 6)
+        0.1
+    """
+
+    is_relative = True
+
+    r: float
+    sides: Nudging = field(default_factory=OneSided)
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool):
+            raise ConfigurationError("Relative(r=...)", repr(self.r), "a finite number above 0", "Choose another.")
+        check_positive("Relative", r=self.r)
+        check_steps("Relative", self.every, "every")
+        if not isinstance(self.sides, Nudging) or self.sides.is_complex or self.sides.is_relative:
+            got, expected = repr(self.sides), "a nudging of real numbers in units of the loss"
+            raise ConfigurationError("Relative(sides=...)", got, expected, "For example Symmetric(1.0).")
+
+    @property
+    def betas(self) -> tuple[float, ...]:
+        """``r`` times those of ``sides``, to be divided by the curvature."""
+        return tuple(self.r * beta.real for beta in self.sides.betas)
+
+    def drawn(self) -> tuple[float, ...]:
+        return tuple(self.r * beta.real for beta in self.sides.drawn())
 
 
 def check_beta(where: str, beta: object) -> None:

@@ -19,6 +19,9 @@ from torch2ebm.graph.energy_graph import EnergyGraph
 _HEADER = ("node", "value", "|error|", "energy")
 
 
+ROUNDING = 4.0  # what a value and its prediction may differ by, in units of the dtype's epsilon times their size
+
+
 @dataclass(frozen=True, repr=False)
 class Relaxation:
     """How a relaxation went.
@@ -32,6 +35,10 @@ class Relaxation:
         tol: What the solver was asked for; 0 for nothing.
         beta: The nudge of this phase.
         angle: Its angle in the complex plane, in radians, where ``beta`` is its size (Holomorphic).
+        settled: Share of the samples whose residual is at most ``tol``, where the solver tells them apart, else None.
+        on_kinks: Share of the samples that rest where the gradient jumps (ReLU, max-pooling).
+        sigma_squared: The curvature that a relative nudge was divided by, or that the relaxation met; None for neither.
+        curvature_cost: What this call has spent on measuring it, in backprops; 0 where it was carried.
         update: How an equilibrium algorithm moved the values: ``"synchronous"``, ``"damped"``, ``"sequential"`` or
             ``"anderson"``.
         energy: F, summed over samples, at the start of every step and at the end, in units of lambda times the loss.
@@ -55,6 +62,15 @@ class Relaxation:
     beta: float = 1.0
     angle: float = 0.0
     update: str = ""
+    settled: float | None = None
+    on_kinks: float | None = None
+    sigma_squared: float | None = None
+    curvature_cost: float = 0.0
+
+    @property
+    def r(self) -> float | None:
+        """The nudge in units of the curvature, ``beta * sigma_squared``; None where that is not known."""
+        return None if self.sigma_squared is None else self.beta * self.sigma_squared
 
     def __repr__(self) -> str:
         parts = [f"steps={self.steps}", f"converged={self.converged}", f"residual={self.residual:.3g}"]
@@ -104,6 +120,7 @@ class InferenceState:
         relaxation: How the relaxation went.
         unreached: Nodes whose error is exactly zero since no error has reached them yet (too few steps):
             the gradients of their parameters are exactly zero.
+        rounds: Whether errors are differences of stored values, which round: then small ones have no digits.
         energies: Energy by node; a missing one is Gaussian of precision 1.
         phases: One relaxation for each nudged phase; the first of them, whose values these are, is ``relaxation``.
         feedforward_distance: |equilibrium - feed-forward| / |feed-forward| of the outputs; None without a free phase.
@@ -136,6 +153,7 @@ class InferenceState:
     feedforward_distance: float | None = None
     loss_weight: float | None = None
     loss_terms: float = 1.0
+    rounds: bool = False
 
     def __repr__(self) -> str:
         names = list(self.graph.nodes)
@@ -158,6 +176,15 @@ class InferenceState:
         except NoStateError:
             return [name, shapes, "?", "?"]  # ran away
         return [name, shapes, f"{error:.4g}", energy]
+
+    @property
+    def without_signal(self) -> tuple[str, ...]:
+        """Nodes whose errors are nothing but the rounding of their values: the gradients of their parameters are noise.
+
+        An optimizer as Adam scales noise to full steps. A solver that stores errors, for example
+        ``ErrorConjugateGradient``, keeps their digits.
+        """
+        return tuple(node.name for node in self.graph.hidden_nodes if self.rounds and self._is_rounding(node.slots))
 
     @property
     def value(self) -> Mapping[str, Any]:
@@ -201,6 +228,14 @@ class InferenceState:
             "relaxation/steps": float(last.steps),
             "relaxation/residual": last.residual,
         }
+
+    def _is_rounding(self, slots: Sequence[str]) -> bool:
+        found = [slot for slot in slots if slot in self.errors and slot in self.predictions]
+        pairs = [(self._error(slot), self._prediction(slot)) for slot in found]
+        largest = [
+            (float(e.abs().max()), float(p.abs().max()) * torch.finfo(e.dtype).eps) for e, p in pairs if e.numel()
+        ]
+        return bool(largest) and all(0 < error <= ROUNDING * rounding for error, rounding in largest)
 
     def _prediction(self, slot: str) -> Tensor:
         if slot not in self.predictions:

@@ -58,9 +58,9 @@ class DenseLayer:
     def has_bias(self) -> bool:
         return self.bias is not None
 
-    def evaluate(self, call: Call, inputs: Sequence[Tensor], freeze_statistics: bool = True) -> DensePass:
+    def evaluate(self, call: Call, inputs: Sequence[Tensor]) -> DensePass:
         """The node at other values of its parents; with leaves as inputs, derivatives in these can be taken."""
-        evaluated, watch = _watched(call, self.node, inputs, freeze_statistics)
+        evaluated, watch = _watched(call, self.node, inputs)
         return DensePass(evaluated, watch.product[0])
 
     def gradients(self, of_weight: Tensor, of_bias: Tensor) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ class DenseLayer:
         return found if self.bias is None else {**found, self.bias: of_bias}
 
 
-def dense_layers(call: Call, freeze_statistics: bool = True) -> dict[str, DenseLayer]:
+def dense_layers(call: Call) -> dict[str, DenseLayer]:
     """Every node with trainable parameters as the dense layer that it is, by name; run after the feed-forward pass.
 
     Nodes without trainable parameters are left out. A layer is recognised by what its node does with its parameters,
@@ -78,7 +78,6 @@ def dense_layers(call: Call, freeze_statistics: bool = True) -> dict[str, DenseL
 
     Args:
         call: A call whose feed-forward pass is done.
-        freeze_statistics: Whether batch norms keep the statistics of the feed-forward pass.
 
     Raises:
         DenseLayerError: naming every node that is not such a layer and why: a convolution, parameters of a norm,
@@ -101,7 +100,7 @@ def dense_layers(call: Call, freeze_statistics: bool = True) -> dict[str, DenseL
         if not _trainable(call, node):
             continue
         try:
-            layers[node.name] = _recognised(call, node, readers, freeze_statistics)
+            layers[node.name] = _recognised(call, node, readers)
         except _NotDense as reason:
             problems.append((node.name, str(reason)))
     if problems:
@@ -124,12 +123,12 @@ def _trainable(call: Call, node: Node) -> dict[str, Tensor]:
     return {name: p for name in node.parameters if (p := call.parameters[name]).requires_grad}
 
 
-def _recognised(call: Call, node: Node, readers: Mapping[str, int], freeze_statistics: bool) -> DenseLayer:
+def _recognised(call: Call, node: Node, readers: Mapping[str, int]) -> DenseLayer:
     shared = [name for name in _trainable(call, node) if readers[name] > 1]
     if shared:
         raise _NotDense(f"'{shared[0]}' is read by {readers[shared[0]]} nodes")
     inputs = [call.values[slot].detach().requires_grad_() for slot in node.reads]
-    evaluated, watch = _watched(call, node, inputs, freeze_statistics)
+    evaluated, watch = _watched(call, node, inputs)
     rows, weight = watch.product
     if rows.ndim != 2 or rows.shape[0] != call.batch_size:
         raise _NotDense(
@@ -168,12 +167,10 @@ _SUMS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
 _VIEWS = frozenset({"t", "T", "mT", "transpose", "permute", "swapaxes", "to", "contiguous", "clone"})
 
 
-def _watched(
-    call: Call, node: Node, inputs: Sequence[Tensor], freeze_statistics: bool = True
-) -> tuple[NodePass, _ParameterWatch]:
+def _watched(call: Call, node: Node, inputs: Sequence[Tensor]) -> tuple[NodePass, _ParameterWatch]:
     watch = _ParameterWatch(_trainable(call, node))
     with torch.enable_grad(), entered(watch):
-        evaluated = call.evaluate(node, inputs, freeze_statistics)
+        evaluated = call.evaluate(node, inputs)
     return evaluated, watch
 
 

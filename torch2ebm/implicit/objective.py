@@ -64,7 +64,7 @@ class ProximalObjective:
         tiny = torch.full_like(value, side * torch.finfo(value.dtype).tiny).requires_grad_()
         inputs = [tiny if read == slot else self.call.values[read].detach() for read in node.reads]
         with torch.enable_grad():
-            predictions = self.call.evaluate(node, inputs, freeze_statistics=False).predictions
+            predictions = self.call.evaluate(node, inputs).predictions
         numbers = [torch.arange(1.0, p.numel() + 1, device=p.device).mul(1.7).sin() for p in predictions]
         directions = [n.to(p.dtype).reshape(p.shape) for n, p in zip(numbers, predictions, strict=True)]
         (found,) = _pulled(predictions, directions, [tiny])
@@ -221,10 +221,10 @@ class LocalTerm:
         self.own = None if own is None else own.detach().requires_grad_()
         if self.own is None:
             with torch.enable_grad():
-                evaluated = objective.call.evaluate(node, inputs, freeze_statistics=False)
+                evaluated = objective.call.evaluate(node, inputs)
                 self.predictions = self.values = tuple(map(_widened, evaluated.predictions))
             return
-        found = objective.layers[node.name].evaluate(objective.call, inputs, freeze_statistics=False)
+        found = objective.layers[node.name].evaluate(objective.call, inputs)
         self.has_bias = objective.layers[node.name].has_bias
         with torch.enable_grad():
             self.predictions = tuple(map(_widened, found.evaluated.predictions))

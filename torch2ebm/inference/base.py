@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Inference(ABC):
         measuring: Whether the next sweep keeps the largest entries of its gradients.
         driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep, a sample or in all.
         evaluations: How many node functions have run.
+        nudge: The nudge in units of the curvature, r of :class:`Relative`; None where that is not known.
         scale: Factor from dF/dtheta to ``.grad``: that of the loss.
 
     Example:
@@ -61,6 +62,8 @@ class Inference(ABC):
         >>> inference.values[slot].shape, inference.evaluations
         (torch.Size([5, 8]), 1)
     """
+
+    rounds: ClassVar[bool] = False  # whether an error is a difference of stored values
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class Inference(ABC):
         self.measuring = False
         self.driving: list[Tensor] = []
         self.evaluations = 0
+        self.nudge: float | None = None
         self.scale: float | Tensor = loss.scale  # a tensor in a recorded program, where a number would be a constant
 
     # what moves, for a solver's step that is recorded and run again
@@ -337,6 +341,7 @@ class Inference(ABC):
             error_unit=-1 / self.loss.scale if self.loss.scale else 0.0,
             unreached=tuple(result.unreached),
             energies=self.energies,
+            rounds=self.rounds,
         )
         inputs = self.call.input_gradients(result.gradients.clamped)
         return LocalGradients(result.gradients.parameters, inputs, state)

@@ -12,7 +12,7 @@ from torch2ebm.errors import DivergenceError, NonFiniteError
 from torch2ebm.inference.base import LOSS, Inference
 from torch2ebm.inference.history import energies
 from torch2ebm.inference.runs import EagerRun, ProgramRun
-from torch2ebm.inference.solver import REMEDY, Form, Solver
+from torch2ebm.inference.solver import REMEDY, Form, Rest, Solver
 from torch2ebm.programs.cache import Programs
 
 RISE = 1e3  # an energy that has risen by so many times its start is no overshoot any more
@@ -45,21 +45,20 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
         (10, 11)
     """
     run = EagerRun(solver, inference) if programs is None else ProgramRun(programs, solver, inference)
-    steps, residual = 0, math.inf
+    steps, rest = 0, Rest(math.inf, False)
     while steps < solver.steps:
         # a maximum over all values costs a pass: without a tolerance only the last step is reported
         inference.measuring = solver.tol > 0 or steps == solver.steps - 1
         steps += run.advance(_steps_unwatched(solver, steps))
         if inference.measuring:
-            # waits for the device
-            residual = float(inference.residual())
-            if residual <= solver.tol:
+            rest = run.rest()
+            if rest.reached:
                 break
         if steps % WATCHED == 0 and _has_run_away(inference):
             break
     # before the report: the last pass adds the final energy to the history
     gradients = run.local_gradients()
-    relaxation = report(inference, steps, residual, solver.tol, beta, solver.remedy)
+    relaxation = report(inference, steps, rest, solver.tol, beta, solver.remedy)
     return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
 
 
@@ -80,7 +79,7 @@ def _ceiling(first: float) -> float:
 
 
 def report(
-    inference: Inference, steps: int, residual: float, tol: float, beta: float = 1.0, remedy: str = REMEDY
+    inference: Inference, steps: int, rest: Rest, tol: float, beta: float = 1.0, remedy: str = REMEDY
 ) -> Relaxation:
     """How the relaxation went. Raises :class:`NonFiniteError` or :class:`DivergenceError` where it went wrong."""
     names = [node.name for node in inference.graph.hidden_nodes]
@@ -88,9 +87,20 @@ def report(
     loss = table.pop(LOSS)
     total = tuple(sum(column) for column in zip(loss, *table.values(), strict=True))
     check_energies(total, {**table, "the loss": loss}, remedy)
-    converged = residual <= tol if tol > 0 else None
     return Relaxation(
-        steps, converged, residual, total, table, loss, inference.residual_of_samples(), tol=tol, beta=beta
+        steps,
+        rest.reached if tol > 0 else None,
+        rest.residual,
+        total,
+        table,
+        loss,
+        rest.of_samples,
+        tol=tol,
+        beta=beta,
+        settled=rest.settled,
+        on_kinks=rest.on_kinks,
+        # 1 + beta sigma^2 is the largest curvature there is; what was met is a lower bound
+        sigma_squared=None if rest.stretch is None else max(rest.stretch - 1, 0.0) / abs(beta),
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch2ebm.common.nested import attributes_of, fill, leaves_of, settings_of, template_of
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.inference.base import Inference
+from torch2ebm.inference.solver import Rest
 from torch2ebm.programs.cache import Chain, Programs
 from torch2ebm.programs.surroundings import fixed_tensors, surroundings
 
@@ -26,6 +27,10 @@ class EagerRun:
         """Take a step, or up to ``limit`` of them; returns how many."""
         self.state = self.solver.step(self.inference, self.state)
         return 1
+
+    def rest(self) -> Rest:
+        rest: Rest = self.solver.rest(self.inference, self.state)
+        return rest
 
     def local_gradients(self) -> LocalGradients:
         return self.inference.local_gradients()
@@ -59,6 +64,10 @@ class ProgramRun:
             history, self.inference.driving = fill(others, [*self._leaves, *rest[start : start + each]])
             self.inference.history.append(history)
         return len(rest) // each
+
+    def rest(self) -> Rest:
+        self._hand_back()
+        return self._eager.rest()
 
     def local_gradients(self) -> LocalGradients:
         # an input: as a constant, the outer factor of the first batch would stay in the program

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor
 
 from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.engine.call import Call
@@ -13,6 +16,33 @@ from torch2ebm.inference.base import Inference
 from torch2ebm.inference.error_inference import ErrorInference
 from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.loss.output_loss import OutputLoss
+
+
+@dataclass(frozen=True)
+class Rest:
+    """How near to rest a relaxation is, as its solver measures it.
+
+    Attributes:
+        residual: What the report shows, over all samples.
+        reached: Whether no further step is needed.
+        of_samples: The residual of each sample, shape ``[batch]``; None where a value has no batch dimension.
+        settled: Share of the samples that are settled; None where the solver does not tell.
+        on_kinks: Share of the samples that rest where the gradient jumps.
+        stretch: Largest curvature met, in units of the precisions; None where the solver does not tell.
+
+    Example:
+        >>> from torch2ebm.extend import Rest
+        >>> Rest(residual=0.02, reached=False).reached
+        False
+    """
+
+    residual: float
+    reached: bool
+    of_samples: Tensor | None = None
+    settled: float | None = None
+    on_kinks: float | None = None
+    stretch: float | None = None
+
 
 REMEDY = "Take a smaller step size (lr), or fewer steps."
 Form = TypeVar("Form", bound=Inference)
@@ -120,6 +150,26 @@ class Solver(NamedSettings, ABC, Generic[Form]):
             >>> torch.equal(inference.values[slot], before[slot])
             False
         """
+
+    def rest(self, inference: Form, state: Any) -> Rest:
+        """How near to rest the relaxation is after a step. Override it for a solver with a measure of its own.
+
+        Args:
+            inference: What moves; ``inference.residual()`` is the largest entry of the last sweep's gradients.
+            state: What the last :meth:`step` returned.
+
+        Returns:
+            The residual, and whether it is at most ``tol``.
+
+        Example:
+            >>> inference = ValueInference(call, loss)
+            >>> inference.measuring = True
+            >>> state = solver.step(inference, solver.start(inference))
+            >>> solver.rest(inference, state).reached
+            False
+        """
+        residual = float(inference.residual())  # waits for the device
+        return Rest(residual, residual <= self.tol, inference.residual_of_samples())
 
 
 class ValueSolver(Solver[ValueInference]):

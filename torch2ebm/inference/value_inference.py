@@ -45,6 +45,8 @@ class ValueInference(Inference):
         torch.Size([5, 8])
     """
 
+    rounds = True
+
     def __init__(
         self,
         call: Call,

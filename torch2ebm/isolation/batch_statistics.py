@@ -1,7 +1,7 @@
-"""The statistics of batch norms: kept in the feed-forward pass, and used again while values move.
+"""The statistics of batch norms while values move: those of the values, or those of the feed-forward pass.
 
-A batch norm in train mode normalises by the mean and variance of the batch that it is given. While an algorithm moves
-values, these would move too, and the running statistics would be updated at every step.
+A batch norm in train mode normalises by the mean and variance of the batch that it is given, so its prediction is a
+function of the whole batch. The running statistics move once a step, in the module's own forward.
 """
 
 from __future__ import annotations
@@ -82,3 +82,10 @@ def frozen_statistics(statistics: Statistics) -> TorchFunctionMode:
         return functional.batch_norm(**{**call, "running_mean": mean, "running_var": variance, "training": False})
 
     return _BatchNormInterceptor(replace)
+
+
+def live_statistics() -> TorchFunctionMode:
+    """Run batch norms with the statistics of what they are given, and leave the running ones alone."""
+    return _BatchNormInterceptor(
+        lambda **call: functional.batch_norm(**call | {"running_mean": None, "running_var": None})
+    )

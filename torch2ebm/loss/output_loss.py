@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -129,25 +130,26 @@ class NudgedLoss(OutputLoss):
     """
 
     def __init__(self, loss: OutputLoss, beta: float) -> None:
-        self._loss, self._beta = loss, beta
+        self._loss = loss
+        self._beta = torch.tensor(beta, dtype=torch.float64)  # an input of programs: it may follow the curvature
         self.delivered, self.factor = loss.delivered, loss.factor
         self.scale, self.unit = loss.scale / beta, loss.unit * beta
 
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         value, gradients = self._loss.gradients(predictions)
-        return value * self._beta, self._nudged(gradients)
+        return (value * self._beta).to(value.dtype), self._nudged(gradients)
 
     def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
         found = self._loss.expanded(predictions)
         return LossExpansion(
-            found.value * self._beta,
+            (found.value * self._beta).to(found.value.dtype),
             self._nudged(found.gradients),
             lambda direction: self._nudged(found.hessian_product(direction)),
         )
 
     def program_inputs(self) -> tuple[Hashable, list[Tensor]] | None:
         found = self._loss.program_inputs()
-        return None if found is None else ((self._beta, found[0]), found[1])
+        return None if found is None else (("nudged", found[0]), [*found[1], self._beta])
 
     def _nudged(self, by_slot: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {slot: tensor * self._beta for slot, tensor in by_slot.items()}
+        return {slot: (tensor * self._beta).to(tensor.dtype) for slot, tensor in by_slot.items()}

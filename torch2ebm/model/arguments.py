@@ -14,13 +14,37 @@ from torch import Tensor, nn
 
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.engine.finite import all_finite, count_bad
-from torch2ebm.errors import ConfigurationError, NodeEvaluationError, NonFiniteError, Torch2EBMError, first_line
+from torch2ebm.errors import (
+    ConfigurationError,
+    NodeEvaluationError,
+    NonFiniteError,
+    Torch2EBMError,
+    first_line,
+)
 
 
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (tuple(example_inputs) if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+
+def of_batch(
+    where: str, batch: Any, loss_fn: Callable[..., Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Tensor]]:
+    """Arguments of the model, and the loss of its output, from ``(inputs, target)`` or a dict of keywords."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch), loss_fn
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ConfigurationError(
+            f"{where}(batch=...)",
+            type(batch).__name__,
+            "(inputs, target), or a dict of keyword arguments",
+            "Put several inputs in a tuple: ((a, b), target).",
+        )
+    inputs, target = batch
+    args, kwargs = as_arguments(inputs)
+    return args, kwargs, lambda output: loss_fn(output, target)
 
 
 def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

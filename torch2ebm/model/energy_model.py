@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.engine.batch import GUESSED, BatchDim, BatchDimension
+from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.graph.granularity import Granularity
+from torch2ebm.inference.curvature import Curvature
 from torch2ebm.model.arguments import as_arguments
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.module_view import ModuleView
@@ -161,6 +163,62 @@ class EnergyModel(ModuleView):
     def draw(self, path: str) -> None:
         """Draw the graph, one row a level, to a picture file. Needs matplotlib (``pip install torch2ebm[plot]``)."""
         self.torch2ebm.draw(path)
+
+    def curvature(
+        self,
+        loss_fn: Callable[..., Tensor],
+        batch: Any,
+        *,
+        precisions: Mapping[str, float | Tensor] | None = None,
+        energies: Mapping[str, Energy] | None = None,
+        loss_reduction: str = "mean",
+        products: int = 100,
+        tol: float = 1e-8,
+    ) -> Curvature:
+        """How curved the loss is in the errors of one batch: the largest eigenvalue, sigma squared.
+
+        Around the feed-forward pass the Hessian of the energy in the errors is Pi + beta J^T H J. Pi holds the
+        precisions, J is the derivative of the outputs in the errors, H the Hessian of the loss, summed over samples, in
+        the outputs. The curvature is the largest eigenvalue of Pi^-1/2 J^T H J Pi^-1/2. It is found by Lanczos on
+        products that end at each node, and nothing is differentiated twice but the loss. Weights, buffers, ``.grad``
+        and generators are left as they were.
+
+        Args:
+            loss_fn: ``loss_fn(output, target)``, or ``loss_fn(output)`` where ``batch`` is a dict.
+            batch: ``(inputs, target)``, inputs being a tensor, a tuple of positional or a dict of keyword arguments;
+                or a dict of keyword arguments.
+            precisions: Node name to precision, a number or a tensor that broadcasts against the value; 1 elsewhere.
+            energies: Node name to energy; one that is not Gaussian counts as precision 1.
+            loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
+            products: Most products with the matrix. Five are within a few percent as a rule.
+            tol: Stop once the eigenvalue is known to so much of itself.
+
+        Returns:
+            The curvature, with the smallest eigenvalue, that of each sample, and what the measurement cost.
+
+        Raises:
+            ConfigurationError: for a batch of another form, a name that no node has, an illegal number.
+            LossNotRecordedError: for a loss that cannot be evaluated again; wrap it in ``EnergyLoss``.
+            NonFiniteError: where a product is not finite.
+
+        Example:
+            >>> import torch, torch2ebm
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)).double()
+            >>> batch = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+            >>> curvature = torch2ebm.convert(net).curvature(torch.nn.functional.mse_loss, batch)
+            >>> largest = torch.linalg.norm(net[1].weight.detach(), 2)  # one error, with the last weights as J
+            >>> abs(float(curvature) - 2 / 3 * float(largest) ** 2) < 1e-6  # the loss is a mean over 3 features
+            True
+        """
+        return self.torch2ebm.curvature(
+            loss_fn,
+            batch,
+            precisions=precisions,
+            energies=energies,
+            loss_reduction=loss_reduction,
+            products=products,
+            tol=tol,
+        )
 
     # attaching
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.algorithms.given import given_to
 from torch2ebm.engine.call import Call
-from torch2ebm.engine.results import InferenceState, LocalGradients
 from torch2ebm.isolation.module_state import untouched
 from torch2ebm.loss.output_loss import OutputLoss
 from torch2ebm.model.arguments import as_arguments
@@ -47,28 +46,9 @@ def call_and_loss(
         (torch.Size([5, 8]), torch.Size([5, 3]))
     """
     model = module if isinstance(module, EnergyModel) else convert(module)
-    given = _Given(loss_reduction)
     args, kwargs = as_arguments(inputs)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with torch.enable_grad(), untouched(model, device):
-        loss = loss_fn(model.torch2ebm.run(given, args, kwargs))
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # retained: this backward is over, and the call is about to be used
-        torch.autograd.grad(loss, trainable, retain_graph=True, allow_unused=True)
-    return given.found[0]
-
-
-class _Given(Algorithm):
-    """Keeps what ``backward`` is given, and gives no gradient."""
-
-    def __init__(self, loss_reduction: str) -> None:
-        self.loss_reduction: str = loss_reduction
-        self.found: list[tuple[Call, OutputLoss]] = []
-
-    def forward(self, call: Call) -> None:
-        call.feedforward(keep_graph=True)
-
-    def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
-        self.found.append((call, loss))
-        state = InferenceState(call.graph, call.batch_size, call.values, {})
-        return LocalGradients({}, [None] * len(call.tensors), state)
+    parameters = list(model.parameters())
+    device = parameters[0].device if parameters else torch.device("cpu")
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    with untouched(model, device):
+        return given_to(lambda given: loss_fn(model.torch2ebm.run(given, args, kwargs)), trained, loss_reduction)

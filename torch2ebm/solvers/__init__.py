@@ -6,6 +6,7 @@ May import all wings up to `inference`.
 from torch2ebm.inference.solver import Solver
 from torch2ebm.solvers.adam_descent import AdamDescent
 from torch2ebm.solvers.anderson_error_descent import AndersonErrorDescent
+from torch2ebm.solvers.error_conjugate_gradient import ErrorConjugateGradient
 from torch2ebm.solvers.error_descent import ErrorDescent
 from torch2ebm.solvers.gradient_descent import GradientDescent
 from torch2ebm.solvers.local_error_descent import LocalErrorDescent
@@ -15,6 +16,7 @@ from torch2ebm.solvers.sequential_descent import SequentialDescent
 __all__ = [
     "AdamDescent",
     "AndersonErrorDescent",
+    "ErrorConjugateGradient",
     "ErrorDescent",
     "GradientDescent",
     "LocalErrorDescent",
