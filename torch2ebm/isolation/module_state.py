@@ -49,8 +49,8 @@ _clone: Callable[[list[Tensor]], Sequence[Tensor]] | None = getattr(torch, "_for
 def _copied(tensors: list[Tensor]) -> Sequence[Tensor]:
     if _clone is None or not tensors:
         return [tensor.detach().clone() for tensor in tensors]
-    with torch.no_grad():  # one call: a network has up to hundreds of small buffers
-        return _clone(tensors)
+    # one call, since a network has hundreds of small buffers; no torch.no_grad, which an interruption could leave on
+    return _clone([tensor.detach() if tensor.requires_grad else tensor for tensor in tensors])
 
 
 class BufferHistory:
