@@ -43,6 +43,7 @@ def test_a_program_that_computes_something_else_is_found():
         contest.checked()
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # 20 steps reach no further
 def test_the_full_sweep_gives_the_very_numbers_of_the_wave_front():
     contest = Contest(residual_mlp_case(30, 4, 2), [STRICT, FULL], False)
     full, waves = (contenders.gradients_of(contest.programs[name]) for name in (FULL.name, STRICT.name))

@@ -287,7 +287,7 @@ class Averaged(nn.Module):
 
 
 def test_a_buffer_that_takes_a_statistic_leaves_the_sequence_of_a_run_as_it_is() -> None:
-    model = attached(Averaged(), torch2ebm.ZeroDivergence())
+    model = attached(Averaged().double(), torch2ebm.ZeroDivergence())
     first, *later = [model.torch2ebm.new_call((normal(3, WIDTH),), {}).run for _ in range(4)]
     assert first.records is not None
     assert [(run.records, run.followed) for run in later] == [(None, True)] * 3

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import UNSETTLED, attached, local_gradients
+from helpers import UNSETTLED, attached, local_gradients, scaled_by
 from oracles.equilibria import (
     Example,
     Loss,
@@ -163,12 +163,12 @@ def test_a_sample_relaxes_the_same_alone_or_in_a_batch() -> None:
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-13)
 
 
-def test_a_mean_loss_and_an_outer_factor_only_scale() -> None:
+def test_a_mean_loss_and_a_gradient_scaler_only_scale() -> None:
     example = skip()
     ours, _ = gradients(example, torch2ebm.Symmetric(0.1))
     target = torch.tensor([0, 2, 1, 0, 1])
     model = attached(example.module, torch2ebm.EquilibriumPropagation(torch2ebm.Symmetric(0.1), 300, 7))
-    found = local_gradients(model, (example.x,), lambda y: 3 * nn.functional.cross_entropy(y, target))
+    found = local_gradients(model, (example.x,), lambda y: scaled_by(3.0, nn.functional.cross_entropy(y, target)))
     assert distance({name: g * 5 / 3 for name, g in found.items()}, ours) <= 1e-12
 
 

@@ -18,7 +18,7 @@ from test_extend import MAY_IMPORT, imports
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.errors import CheckpointError, DivergenceError
+from torch2ebm.errors import CheckpointError, CheckpointWarning, DivergenceError
 from torch2ebm.programs.program import Program
 
 X, LABELS = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(5, 4), torch.tensor([0, 1, 2, 0, 1])
@@ -93,7 +93,8 @@ def test_an_algorithm_is_compared_by_name_and_by_steps() -> None:
 
 def test_a_checkpoint_names_it() -> None:
     saved = Learner(Swept()).optimizer.state_dict()
-    Learner(Swept(gain=2.0)).optimizer.load_state_dict(saved)
+    with pytest.warns(CheckpointWarning, match=r"Swept with gain=1\.0 \(now 2\.0\)"):
+        Learner(Swept(gain=2.0)).optimizer.load_state_dict(saved)
     with pytest.raises(CheckpointError, match=r"Swept.*Backprop"):
         Learner(torch2ebm.Backprop()).optimizer.load_state_dict(saved)
 

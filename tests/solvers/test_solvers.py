@@ -257,6 +257,7 @@ def test_steps_beyond_the_equilibrium_stay_there(solver: torch2ebm.Solver, dtype
 # Precision of the numbers ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # which is what it shows
 def test_in_single_precision_stored_errors_beat_stored_values() -> None:
     """Goemaere et al. 2025: relative gradient error at lambda 1e-5 about 3e-2 with values stored, 3e-5 with errors."""
     net, x = deep(4), inputs()

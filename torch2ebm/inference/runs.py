@@ -66,7 +66,8 @@ class ProgramRun:
         return len(rest) // each
 
     def rest(self) -> Rest:
-        self._hand_back()
+        if self._chain is not None and not self._chain.is_broken:  # else eager steps have gone on from there
+            self._hand_back()
         return self._eager.rest()
 
     def local_gradients(self) -> LocalGradients:
