@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -450,6 +450,19 @@ def test_in_another_thread_a_step_leaves_the_handler_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.getsignal(signal.SIGINT)] and not same(training.snapshot()["net"], before["net"])
+
+
+@every_algorithm
+def test_a_signal_that_is_deferred_leaves_the_numbers_of_a_step_as_they_are(algorithm: torch2ebm.Algorithm) -> None:
+    """To keep its frame would keep what forward has made there, as a hook does that uses it in the loss."""
+    training, twin = Training(algorithm), Training(algorithm)
+    handle = training.net[0].register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+    for each in (twin, training):
+        torch.manual_seed(3)
+        with pytest.raises(KeyboardInterrupt) if each is training else nullcontext(), InterruptsDeferred():
+            each.step()
+    assert same(training.snapshot(), twin.snapshot())
+    handle.remove()
 
 
 # ---- signals from outside

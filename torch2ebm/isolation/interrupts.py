@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -29,7 +30,7 @@ class InterruptsDeferred:
 
     def __init__(self) -> None:
         self._outside: Any = None
-        self._noted: tuple[int, FrameType | None] | None = None
+        self._noted: int | None = None  # the signal's number alone: its frame would hold what runs in it
 
     def __enter__(self) -> InterruptsDeferred:
         self._install()
@@ -48,7 +49,7 @@ class InterruptsDeferred:
             signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = number, frame
+        self._noted = number
 
     def _remove(self) -> None:
         outside, self._outside = self._outside, None
@@ -60,7 +61,7 @@ class InterruptsDeferred:
         # last, as it may raise: by now the old handler stands again
         noted, self._noted = self._noted, None
         if noted is not None:
-            outside(*noted)
+            outside(noted, sys._getframe())
 
     def lifted_in(self, function: Callable[[], Any]) -> Callable[[], Any]:
         """The function, with SIGINT handled at once inside: for what may take long and leaves nothing half done."""
