@@ -89,6 +89,10 @@ class LoneNodeWarning(UserWarning):
     """One node has every parameter of the module, so nothing can relax."""
 
 
+class KeptValueWarning(UserWarning):
+    """A tensor from inside of a node is kept by a hook or an attribute, so the node is cut there."""
+
+
 class UncalledNodeWarning(UserWarning):
     """A submodule that ``nodes`` names was called in no run so far, or on data alone."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torch2ebm
+from torch2ebm.errors import KeptValueWarning
 
 SMALL = torch2ebm.PredictiveCoding(steps=600, lr=0.1, nudging=torch2ebm.Symmetric(1e-4))
 
@@ -52,6 +53,7 @@ def gradients(net: nn.Sequential, model: nn.Module, kept: Callable[[], Tensor], 
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.KeptValueWarning")  # some keep what is inside of a node
 @pytest.mark.parametrize("keep", [by_hook, by_view, in_an_object])
 @pytest.mark.parametrize(
     ("algorithm", "tolerance"),
@@ -111,6 +113,37 @@ def test_a_call_leaves_no_cycle() -> None:
     finally:
         gc.enable()
     assert optimizer.model is model
+
+
+KEEPS: dict[str, Any] = {
+    "the value of a node": (3, lambda output: output),
+    "a detached tensor": (2, lambda output: output.detach()),
+}
+
+
+def coded(hooked: int, kept: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    net, seen = net_of(), {}
+    net[hooked].register_forward_hook(lambda module, args, output: seen.__setitem__("h", kept(output)))
+    model = attached(net, torch2ebm.PredictiveCoding(steps=5, lr=0.1))
+    for _ in range(2):
+        net.zero_grad()
+        torch.manual_seed(0)
+        model(torch.randn(5, 4).double()).square().mean().backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def test_a_tensor_from_inside_of_a_node_that_is_kept_cuts_it_and_is_told_once() -> None:
+    whole = coded(2, torch.detach)
+    with pytest.warns(KeptValueWarning, match=r"nodes '2', '4'.*keep tensor.detach\(\)") as told:
+        cut = coded(2, lambda output: output)
+    assert len([each for each in told if each.category is KeptValueWarning]) == 1
+    assert not torch.allclose(cut["0.weight"], whole["0.weight"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("hooked", "kept"), KEEPS.values(), ids=KEEPS)
+def test_what_cuts_no_node_is_told_nothing_and_changes_nothing(hooked: int, kept: Any) -> None:
+    found, plain = coded(hooked, kept), coded(0, lambda output: None)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
 class Equilibrium(nn.Module):

@@ -20,10 +20,17 @@ from torch2ebm.capture.recording import Place
 from torch2ebm.capture.run import Cuts, Run
 from torch2ebm.capture.running import Subject
 from torch2ebm.engine.finite import all_finite
-from torch2ebm.errors import ChangingForwardWarning, LoneNodeWarning, OpaqueModuleWarning, UncalledNodeWarning
+from torch2ebm.errors import (
+    ChangingForwardWarning,
+    KeptValueWarning,
+    LoneNodeWarning,
+    OpaqueModuleWarning,
+    UncalledNodeWarning,
+)
 from torch2ebm.graph.build import build_graph
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.graph.granularity import Granularity, named_leaves
+from torch2ebm.graph.kept_values import DETACHED, cut_by_what_is_kept
 from torch2ebm.graph.lone_node import ALONE, FINER, lone_node
 from torch2ebm.isolation.module_state import BufferSnapshot, is_lazy, tensors_in_place
 from torch2ebm.isolation.torch_modes import TRACING
@@ -165,6 +172,7 @@ class Captures:
         # an equilibrium of one node is the module's own, and its states are at activations
         if algorithm is not None and algorithm.reevaluates_loss and not algorithm.defines_output:
             self._tell_of_lone_node(graph)
+            self._tell_of_kept(graph, run, graded, granularity, arguments.device)
         self._latest[granularity, graded] = _cuts_of(graph)
         return Served(run, graph, swapped, arguments)
 
@@ -299,6 +307,22 @@ class Captures:
             self._told_of.add(LoneNodeWarning)
             name = type(self.module).__name__
             warnings.warn(f"{name}, node '{lone}': {ALONE} {FINER}", LoneNodeWarning, stacklevel=users_level())
+
+    def _tell_of_kept(
+        self, graph: EnergyGraph, run: Run, graded: bool, granularity: Granularity, device: torch.device
+    ) -> None:
+        if not graph.held or KeptValueWarning in self._told_of:
+            return
+        varying = self.entries[graded, tuple(run.sequence), run.returned].varying
+        whole = build_graph(capture(self.module, run, self.leaves, varying, frozenset(), device), granularity)
+        if cut := cut_by_what_is_kept(graph, whole):
+            self._told_of.add(KeptValueWarning)
+            warnings.warn(
+                f"{type(self.module).__name__}, nodes {', '.join(map(repr, cut))}: a hook or an attribute keeps a "
+                f"tensor from inside of a node, which is cut there, since your loss may use it. {DETACHED}",
+                KeptValueWarning,
+                stacklevel=users_level(),
+            )
 
     def _tell_of_changing(self) -> None:
         if ChangingForwardWarning not in self._told_of:
