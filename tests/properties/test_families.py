@@ -307,10 +307,20 @@ def watched() -> nn.Module:
     return module
 
 
+class Transformed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h - 0.1 * torch.func.grad(lambda z: torch.tanh(self.layer(z)).square().sum())(h)
+
+
 ONE_NODE: dict[str, Callable[[], nn.Module]] = {
     "`torch.jit.script(module)`": lambda: torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Tanh())),
     "a module with `register_full_backward_hook`": watched,
     "a module that calls `torch.autograd.grad`": Gradient,
+    "a module that calls a transform of `torch.func`, for example `grad` or `vmap`, or uses forward mode": Transformed,
 }
 
 
@@ -328,6 +338,25 @@ class WritesTheSecond(torch.autograd.Function):
 class WritesElsewhere(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         return sum(WritesTheSecond.apply(h, h * 3))
+
+
+class WritesUntold(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.linspace(0.5, 2, 6))
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h * self.codes
+        self.codes.numpy()[:] *= 0.5
+        return torch.tanh(h) + self.codes
+
+
+class CountsInGlobal(Transformed):
+    calls = 0
+
+    def forward(self, h: Tensor) -> Tensor:
+        CountsInGlobal.calls += 1
+        return super().forward(h) * (1 + 0.1 * CountsInGlobal.calls)
 
 
 class DrawsInTurns(nn.Module):
@@ -353,8 +382,10 @@ class Refusal:
 REFUSALS = (
     Refusal("a custom autograd function that writes in place what is not its first argument", UntraceableError,
             "put this argument first, or return a new tensor", lambda: net(WritesElsewhere)),
-    Refusal("two nodes that draw random numbers in turns", CaptureMismatchError,
-            "make the submodule around both one node: `nodes=[...]`", lambda: net(DrawsInTurns)),
+    Refusal("a write that autograd is not told of, to what forward has read before", CaptureMismatchError,
+            "write after the last read, or read a copy (`.clone()`)", lambda: net(WritesUntold)),
+    Refusal("a module that is one node and counts in a global", CaptureMismatchError,
+            "count in an attribute or a buffer of the module", lambda: net(CountsInGlobal)),
     Refusal("a module without parameters", PartitionError, "there is nothing to learn",
             lambda: nn.Sequential(nn.Tanh(), nn.Flatten())),
 )  # fmt: skip
@@ -411,17 +442,18 @@ def test_a_module_that_cannot_be_looked_into_is_one_node_and_said_to_be(what: st
     assert sorted(model.nodes["middle"].parameters) == sorted(inside)
 
 
-def test_the_way_round_for_draws_in_turns_works() -> None:
-    """With the masks of the plain module, which one node draws in its own order."""
+@pytest.mark.parametrize("nodes", ["auto", ["middle"]], ids=["nodes that draw in turns", "one node"])
+def test_draws_in_turns_are_those_of_the_plain_module(nodes: Any) -> None:
     module, twin = net(DrawsInTurns), net(DrawsInTurns)
     problem = Problem("in turns", lambda: module, lambda batch: (samples(),), lambda output: output.square().mean())
-    model, _ = attached(module, problem, torch2ebm.ZeroDivergence(), nodes=["middle"])
+    model, _ = attached(module, problem, torch2ebm.ZeroDivergence(), nodes=nodes)
     for _ in range(3):
         module.zero_grad()
         problem.loss(seeded_call(model, problem, BATCH)).backward()
         assert_same_gradients(module, backprop(twin, problem.inputs(BATCH), problem.loss))
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.OpaqueModuleWarning")
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.what)
 def test_what_is_refused_is_a_typed_error_that_names_the_module(refusal: Refusal) -> None:
     module = refusal.make()
@@ -447,6 +479,11 @@ def supported_table() -> str:
         "- Outputs and running statistics equal those of the plain module bit for bit, in training and in evaluation.",
         "- The gradients of `ZeroDivergence` equal those of autograd within 1e-10 in float64.",
         "- The inference of `PredictiveCoding` lowers the energy.",
+        "",
+        "A batch norm in training mode normalises by the statistics of the values that it reads, also while these "
+        "move. Gradients go through the statistics, so small nudges give the gradient of backprop. "
+        '`PredictiveCoding(batch_statistics="frozen")` keeps the statistics of the feed-forward pass instead: samples '
+        "are then independent.",
         "",
         "*Layer nodes* is the number of value nodes, one for each layer with the activations that follow it.",
         "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,15 @@ from torch2ebm.errors import NodeEvaluationError
 from torch2ebm.graph.energy_graph import Node
 
 _WITHOUT = "nodes without forward-mode differentiation"  # a key of EnergyGraph.once
+
+
+@functools.cache
+def _forward_mode_loaded() -> None:
+    """The first dual tensor of a process loads scripts of torch's own, for which torch warns that it will have none."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        make: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
+        make(torch.zeros(1), torch.zeros(1))
 
 
 class LocalProducts:
@@ -107,6 +118,7 @@ class LocalProducts:
     def _by_forward_mode(
         self, node: Node, values: Sequence[Tensor], tangents: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
+        _forward_mode_loaded()
         with torch.no_grad(), forward_ad.dual_level():
             make: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
             duals = [
