@@ -25,6 +25,7 @@ def held_elsewhere(run: Run, numbers: Mapping[int, int], cuts: Cuts | None) -> d
     if run.matched and cuts is not None and cuts.references == found:
         return {}  # as in an earlier run, in which nobody held any
     own = Counter(map(id, (*run.hot, *run.leaves.values(), *run.predictions.values(), *tensors_of(run.output))))
+    own.update(id(tensor) for tensor, _ in run.originals)  # a constant that forward has written hot numbers into
     none = _references([object()])[0] - 1  # what looking itself adds
     more = [
         run.hot[i]

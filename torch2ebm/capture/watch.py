@@ -708,6 +708,7 @@ class Watch(TorchFunctionMode):
         self._originals.clear()
         self._stack.forget()
         self._alive.clear()
+        self._behind = Behind()  # what it keeps would count as kept by somebody
         self._substitutes.clear()
 
     def _changed_constants(self) -> Iterator[int]:
