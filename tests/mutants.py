@@ -332,10 +332,10 @@ PROGRAMS = [
 RUNS = [
     Mutant("a value that forward writes handed on as it is", "capture/watch.py",
            "handed = leaf.clone() if rewritten else leaf", "handed = leaf", WRITE),
-    Mutant("writes of buffers taken for other operations", "capture/watch.py",
+    Mutant("writes of buffers taken for other operations", "capture/recorder.py",
            "self.run.effects.add((index, key))\n            return result", "return result",
            "never_stale::a_buffer_that_takes_a_statistic_leaves_the_sequence_of_a_run_as_it_is"),
-    Mutant("modes of the run forgotten", "capture/watch.py", "there = None if ambient == self.start else ambient",
+    Mutant("modes of the run forgotten", "capture/recorder.py", "there = None if ambient == self.start else ambient",
            "there = None", CONSTRUCT),
     Mutant("a graph for other numbers", "model/capture_cache.py",
            "all(a is b or _equal(a, b) for a, b in pairs)", "True",
@@ -356,14 +356,14 @@ AGREEMENT = [
 ]  # fmt: skip
 
 AROUND = [
-    Mutant("a loop on the module that is told nothing", "steps_told.py", "forwards.answers != (self._answers or 0)",
-           "forwards.answers != -1", "loops_told"),
-    Mutant("a step on the gradients of the one before told", "steps_told.py",
+    Mutant("a loop on the module that is told nothing", "wrapper/steps_told.py",
+           "forwards.answers != (self._answers or 0)", "forwards.answers != -1", "loops_told"),
+    Mutant("a step on the gradients of the one before told", "wrapper/steps_told.py",
            "self._used[0]() is not gradient", "True", "loops_told"),
     Mutant("a backward alone taken for training", "common/plain_loop.py", "== _versions(parameters):", "== []:",
            "loops_told"),
-    Mutant("two optimizers of the same parameters", "attaching.py", "bool(taken) and not own & taken", "bool(taken)",
-           "wrapped_optimizers"),
+    Mutant("two optimizers of the same parameters", "wrapper/attaching.py", "bool(taken) and not own & taken",
+           "bool(taken)", "wrapped_optimizers"),
     Mutant("further steps left out without a word", "optimizer.py", "if self._conversion.forwards.later:",
            "if False:", "wrapped_optimizers"),
     Mutant("labels cut off to whole numbers", "mnist.py", "(exact == exact.floor()) & ", "", "stored_numbers"),
@@ -373,10 +373,11 @@ AROUND = [
            "self.sizes[::-1] if self.column_major else self.sizes", "self.sizes", "stored_numbers"),
     Mutant("names written into text unchecked", "graph/generated.py", "all(key.isidentifier() and _can_be_written(key)",
            "all(True", "generated"),
-    Mutant("half a checkpoint loaded", "checkpoints.py",
+    Mutant("half a checkpoint loaded", "wrapper/checkpoints.py",
            'vars(optimizer).update(before)\n        raise _malformed(optimizer, problem)',
            "raise _malformed(optimizer, problem)", "checkpoints"),
-    Mutant("other settings of a checkpoint not told", "checkpoints.py", "saved[name] != now[name]", "False", "resume"),
+    Mutant("other settings of a checkpoint not told", "wrapper/checkpoints.py", "saved[name] != now[name]",
+           "False", "resume"),
 ]  # fmt: skip
 
 MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *CALIBRATED, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE,

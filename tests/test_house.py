@@ -29,6 +29,7 @@ WINGS = (
     "algorithms",
     "reports",
     "model",
+    "wrapper",
 )
 STRANGERS = ({"solvers", "equilibrium", "implicit"}, {"algorithms", "reports"})  # none of these imports another
 ROOMS = 15  # files in a wing that has become too large

@@ -17,7 +17,7 @@ from torch2ebm.common.checks import check_steps
 from torch2ebm.common.text import aligned, html_table, short_table
 from torch2ebm.errors import ConfigurationError, LossIndependentError, PartitionError, ShardingError
 from torch2ebm.isolation.module_state import untouched
-from torch2ebm.model.arguments import check_not_meta
+from torch2ebm.model.arguments import check_not_meta, of_batch
 from torch2ebm.model.energy_model import EnergyModel, convert
 from torch2ebm.reports.agreement import Agreement, agreement
 from torch2ebm.reports.plots import plot_comparison
@@ -131,7 +131,8 @@ def compare(
     named, counts = _named(algorithms), _counts(steps)
     converted = model if isinstance(model, EnergyModel) else convert(model)
     _check_whole(converted)
-    args, kwargs, loss_of = _unpack(batch, loss_fn)
+    _check_loss(loss_fn, 1 if isinstance(batch, Mapping) else 2)
+    args, kwargs, loss_of = of_batch("torch2ebm.compare", batch, loss_fn)
     check_not_meta(converted.torch2ebm.module)
     trainable = {name: p for name, p in converted.named_parameters() if p.requires_grad}
     if not trainable:
@@ -265,26 +266,6 @@ def _whole_loss(loss: object) -> Tensor:
             "Look for a detach() in the loss function.",
         )
     return loss
-
-
-def _unpack(
-    batch: Any, loss_fn: Callable[..., Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Tensor]]:
-    _check_loss(loss_fn, 1 if isinstance(batch, Mapping) else 2)
-    if isinstance(batch, Mapping):
-        return (), dict(batch), loss_fn
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ConfigurationError(
-            "torch2ebm.compare(batch=...)",
-            type(batch).__name__,
-            "(inputs, target), or a dict of keyword arguments",
-            "Put several inputs in a tuple: ((a, b), target).",
-        )
-    inputs, target = batch
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs), lambda output: loss_fn(output, target)
-    args = inputs if isinstance(inputs, tuple) else (inputs,)
-    return args, {}, lambda output: loss_fn(output, target)
 
 
 def _numbers(agreements: Mapping[str, Agreement]) -> dict[str, dict[str, float]]:

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.attaching import attach, check_parts, parameters_of, unwrapped
-from torch2ebm.checkpoints import OWN_KEY, check_identity, identity, load_wholly, no_dictionary
 from torch2ebm.common.checks import check_steps
 from torch2ebm.errors import AttachmentError, CheckpointError, LossIndependentError, NoStateError
 from torch2ebm.isolation.interrupts import InterruptsDeferred
@@ -22,8 +20,10 @@ from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.energy_model import EnergyModel
 from torch2ebm.monitor import Monitor
-from torch2ebm.steps_told import StepsTold
-from torch2ebm.wrapped import evaluates_again, is_wrappeds, method_of, versions, with_closures
+from torch2ebm.wrapper.attaching import attach, check_parts, parameters_of, unwrapped
+from torch2ebm.wrapper.checkpoints import OWN_KEY, check_identity, identity, load_wholly, no_dictionary
+from torch2ebm.wrapper.steps_told import StepsTold
+from torch2ebm.wrapper.wrapped import evaluates_again, is_wrappeds, method_of, versions, with_closures
 
 _HOOKS = (
     "_optimizer_state_dict_pre_hooks",

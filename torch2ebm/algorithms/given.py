@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.engine.call import Call
+from torch2ebm.engine.energies import Energy
+from torch2ebm.engine.node_energies import check_names, node_energies
 from torch2ebm.engine.results import InferenceState, LocalGradients
 from torch2ebm.errors import LossNotRecordedError
+from torch2ebm.inference.curvature import Curvature, check_measurement, measured_curvature
 from torch2ebm.loss.output_loss import OutputLoss
 
 
@@ -27,6 +30,24 @@ def given_to(
         # retained: this backward is over, and the call is about to be used
         torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
     return given.found[0]
+
+
+def curvature_of(
+    lossy: Callable[[Algorithm], Tensor],
+    trained: Sequence[Tensor],
+    *,
+    precisions: Mapping[str, float | Tensor] | None = None,
+    energies: Mapping[str, Energy] | None = None,
+    loss_reduction: str = "mean",
+    products: int = 100,
+    tol: float = 1e-8,
+) -> Curvature:
+    """How curved such a loss is in the errors; the settings are those of ``model.curvature``."""
+    check_measurement(loss_reduction, products, tol)
+    named = node_energies("model.curvature", precisions or {}, energies or {})
+    call, loss = given_to(lossy, trained, loss_reduction)
+    check_names("model.curvature", named, call.graph)
+    return measured_curvature(call, loss, named, products, tol)
 
 
 class Given(Algorithm):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.common.checks import check_choice, check_reduction
+from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
@@ -213,7 +214,7 @@ def _told_where_there_is_no_signal(state: InferenceState) -> bool:
                 f"PredictiveCoding: errors are nothing but the rounding of values in {', '.join(lost)}, and so are "
                 "their gradients. Take PredictiveCoding() with nothing set, or a solver of errors."
             ),
-            stacklevel=2,
+            stacklevel=users_level(),
         )
     return True
 

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch2ebm.capture.functions import draws_from_its_own
-from torch2ebm.capture.problems import first_place
 from torch2ebm.capture.recording import Place, Trace, traced
 from torch2ebm.capture.run import Run
 from torch2ebm.common.nested import leaves_of
+from torch2ebm.common.users_code import first_place
 from torch2ebm.errors import UntraceableError, first_line
 from torch2ebm.isolation.batch_statistics import Statistics, keeping_statistics
 from torch2ebm.isolation.module_state import (

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from torch2ebm.capture.custom_functions import told_of_calls
 from torch2ebm.capture.functions import hung_on_autograd, moved_by, runs_elsewhere
+from torch2ebm.capture.identities import Settings
 from torch2ebm.capture.run import Cuts, Run
-from torch2ebm.capture.watch import Settings, Watch
+from torch2ebm.capture.watch import Watch
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.errors import UntraceableError
 from torch2ebm.isolation.module_state import AttributeSnapshot, BufferSnapshot, identical, is_lazy

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from types import CodeType, FrameType
 
+import torch
 from torch import nn
+from torch.autograd import forward_ad
 
-from torch2ebm.capture.problems import is_users
+from torch2ebm.common.users_code import is_users
 
 
 class Scopes:
@@ -54,3 +57,24 @@ class Scopes:
     def forget(self) -> None:
         """Let the frames go, and what their variables hold."""
         self._frames.clear()
+
+
+# Transforms of torch.func and forward mode: inside of them tensors stand for others, and autograd is not alone.
+
+_OF_TRANSFORMS = "_functorch"
+
+
+def transforming() -> bool:
+    """Whether a transform is under way, such as ``torch.func.grad``, or a level of forward mode."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def outside_of_transforms(outermost: CodeType) -> FrameType | None:
+    """The frame that has called the outermost transform; of forward mode, which has none, the caller's own."""
+    frame: FrameType | None = sys._getframe(1)
+    found = frame
+    while frame is not None and frame.f_code is not outermost:
+        if _OF_TRANSFORMS in frame.f_code.co_filename:
+            found = frame.f_back
+        frame = frame.f_back
+    return found

@@ -61,7 +61,7 @@ MOVED: Final[dict[str, tuple[str, ...]]] = {
     "output_loss": ("loss.output_loss",),
     "partition": ("graph.partition", "graph.granularity", "graph.roles"),
     "plots": ("reports.plots",),
-    "problems": ("capture.problems",),
+    "problems": ("common.users_code",),
     "proximal_objective": ("implicit.objective",),
     "recorded_loss": ("loss.replayed_loss",),
     "recorded_sweep": ("common.moved", "engine.gradients"),

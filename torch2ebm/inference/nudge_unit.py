@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.node_energies import NodeEnergies
 from torch2ebm.errors import CurvatureWarning
@@ -37,6 +38,7 @@ class Carried:
 
     def __init__(self) -> None:
         self.scale, self.calls = 0.0, 0
+        self._told: set[str] = set()
 
     def unit(self, call: Call, loss: OutputLoss, energies: NodeEnergies, every: int) -> NudgeUnit:
         """Measured on this call, or the last one."""
@@ -45,31 +47,31 @@ class Carried:
         if not due:
             return NudgeUnit(self.scale)
         found = measured_curvature(call, loss, energies, PRODUCTS, exact=False)
-        self.scale = _scale(call, loss, energies, found)
+        self.scale = self._scale(call, loss, energies, found)
         return NudgeUnit(self.scale, found.backprops)
+
+    def _scale(self, call: Call, loss: OutputLoss, energies: NodeEnergies, found: Curvature) -> float:
+        if found.radius == 0.0:
+            said = "has no curvature in the outputs"
+            self._tell_once(said, f"{said}; the nudge makes errors of length r in the steepest sample")
+            return _steepest(call, loss, energies) or 1.0
+        if -found.lowest > NOT_CONVEX * found.sigma_squared:
+            said, between = "is not convex in the outputs", f"from {found.lowest:.3g} to {found.sigma_squared:.3g}"
+            self._tell_once(said, f"{said} (eigenvalues {between}); the nudge is r over the largest absolute one")
+        return found.radius
+
+    def _tell_once(self, kind: str, said: str) -> None:
+        """A measurement comes every few calls, and says the same of each."""
+        if kind not in self._told:
+            self._told.add(kind)
+            message = f"PredictiveCoding(nudging=Relative(r)): the loss {said}."
+            warnings.warn(CurvatureWarning(message), stacklevel=users_level())
 
 
 def carried(call: Call, energies: NodeEnergies, loss_reduction: str) -> Carried:
     """The one of this graph under these settings."""
     settings = ("relative nudge", energies, loss_reduction, call.frozen_statistics)
     return call.graph.once(settings, Carried)
-
-
-def _scale(call: Call, loss: OutputLoss, energies: NodeEnergies, found: Curvature) -> float:
-    if found.radius == 0.0:
-        _warn("has no curvature in the outputs; the nudge makes errors of length r in the steepest sample")
-        return _steepest(call, loss, energies) or 1.0
-    if -found.lowest > NOT_CONVEX * found.sigma_squared:
-        lowest, highest = f"{found.lowest:.3g}", f"{found.sigma_squared:.3g}"
-        _warn(
-            f"is not convex in the outputs (eigenvalues from {lowest} to {highest}); the nudge is r over the largest "
-            "absolute one"
-        )
-    return found.radius
-
-
-def _warn(said: str) -> None:
-    warnings.warn(CurvatureWarning(f"PredictiveCoding(nudging=Relative(r)): the loss {said}."), stacklevel=2)
 
 
 def _steepest(call: Call, loss: OutputLoss, energies: NodeEnergies) -> float:

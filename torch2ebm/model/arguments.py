@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.common.nested import leaves_of
+from torch2ebm.engine.batch import GUESSED, BatchDimension, candidates, find_batch_dimension
 from torch2ebm.engine.finite import all_finite, count_bad
 from torch2ebm.errors import (
     ConfigurationError,
@@ -21,6 +22,7 @@ from torch2ebm.errors import (
     Torch2EBMError,
     first_line,
 )
+from torch2ebm.isolation.module_state import untouched
 
 
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -101,6 +103,24 @@ def _positional(module: nn.Module, count: int) -> list[str]:
     parameters = inspect.signature(module.forward).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return names + [f"input_{i}" for i in range(len(names), count)]  # those that *args takes
+
+
+def batch_dimension_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> BatchDimension:
+    """Which dimension counts samples, if need be by runs on fewer; the module is left as it was."""
+    arguments = Arguments.of(module, args, kwargs)
+    dims = candidates(arguments.tensors, output)
+    if len(dims) < 2:
+        return BatchDimension(dims[0], known="found") if dims else GUESSED
+    modes = [(part, part.training) for part in module.modules()]
+    with untouched(module, arguments.device), torch.no_grad():
+        try:
+            module.eval()  # without dropout, and without the statistics of the batch
+            return find_batch_dimension(module, arguments.tensors, args, kwargs, dims)
+        finally:
+            for part, training in modes:
+                part.training = training
 
 
 def called(run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

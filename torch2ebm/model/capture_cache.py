@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.capture.fingerprint import Fingerprint, swapped_parameters
 from torch2ebm.capture.observation import Capture, capture
-from torch2ebm.capture.problems import users_level
 from torch2ebm.capture.recording import Place
 from torch2ebm.capture.run import Cuts, Run
 from torch2ebm.capture.running import Subject
+from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.finite import all_finite
 from torch2ebm.errors import (
     ChangingForwardWarning,

@@ -13,25 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm, check_algorithm
-from torch2ebm.algorithms.given import given_to
+from torch2ebm.algorithms.given import curvature_of
 from torch2ebm.capture.fingerprint import inside_functional_call
-from torch2ebm.capture.problems import users_level
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.common.plain_loop import PlainLoop
-from torch2ebm.engine.batch import GUESSED, Batch, BatchDimension, candidates, find_batch_dimension
+from torch2ebm.common.users_code import users_level
+from torch2ebm.engine.batch import GUESSED, Batch, BatchDimension
 from torch2ebm.engine.call import Call
-from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.node_energies import check_names, node_energies
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.engine.standing import Standing
 from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
 from torch2ebm.graph.granularity import Granularity
-from torch2ebm.inference.curvature import Curvature, check_measurement, measured_curvature
+from torch2ebm.inference.curvature import Curvature
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
-from torch2ebm.model.arguments import Arguments, called, check_inputs, of_batch
+from torch2ebm.model.arguments import Arguments, batch_dimension_of, called, check_inputs, of_batch
 from torch2ebm.model.backward import EnergyFunction, OpenCall
 from torch2ebm.model.capture_cache import Captures, Served
 from torch2ebm.model.open_forwards import OpenForwards, nothing_attached
@@ -191,26 +189,12 @@ class Conversion:
 
         return forwards.withdrawn_on_error(history, taped_output)
 
-    def curvature(
-        self,
-        loss_fn: Callable[..., Tensor],
-        batch: Any,
-        *,
-        precisions: Mapping[str, float | Tensor] | None = None,
-        energies: Mapping[str, Energy] | None = None,
-        loss_reduction: str = "mean",
-        products: int = 100,
-        tol: float = 1e-8,
-    ) -> Curvature:
-        """How curved the loss is in the errors of one batch."""
-        check_measurement(loss_reduction, products, tol)
-        named = node_energies("model.curvature", precisions or {}, energies or {})
+    def curvature(self, loss_fn: Callable[..., Tensor], batch: Any, **settings: Any) -> Curvature:
+        """How curved the loss is in the errors of one batch; see :meth:`EnergyModel.curvature` for the settings."""
         args, kwargs, loss_of = of_batch("model.curvature", batch, loss_fn)
         with untouched(self.module, Arguments.of(self.module, args, kwargs).device):
             trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-            call, loss = given_to(lambda given: loss_of(self.run(given, args, kwargs)), trained, loss_reduction)
-            check_names("model.curvature", named, call.graph)
-            return measured_curvature(call, loss, named, products, tol)
+            return curvature_of(lambda given: loss_of(self.run(given, args, kwargs)), trained, **settings)
 
     def new_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """A run of the module, as a call that no algorithm has filled."""
@@ -243,19 +227,8 @@ class Conversion:
 
     def find_batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Look which dimension counts samples, if need be by runs on fewer; the module is left as it was."""
-        arguments = Arguments.of(self.module, args, kwargs)
-        dims = candidates(arguments.tensors, output)
-        if len(dims) < 2:
-            self.batch = BatchDimension(dims[0], known="found") if dims else GUESSED
-            return
-        modes = [(part, part.training) for part in self.module.modules()]
-        with self.shards.gathered(), untouched(self.module, arguments.device), torch.no_grad():
-            try:
-                self.module.eval()  # without dropout, and without the statistics of the batch
-                self.batch = find_batch_dimension(self.module, arguments.tensors, args, kwargs, dims)
-            finally:
-                for part, training in modes:
-                    part.training = training
+        with self.shards.gathered():
+            self.batch = batch_dimension_of(self.module, args, kwargs, output)
 
     def looked_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """A recorded run of the module, which is left as it was."""

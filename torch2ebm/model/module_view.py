@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from torch2ebm.capture.problems import users_level
 from torch2ebm.common.own_forward import calls_one_of
+from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.batch import GUESSED
 from torch2ebm.errors import ConfigurationError, NameCollisionWarning, UnsupportedError
 from torch2ebm.model.arguments import with_signature_of

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.capture.problems import users_level
+from torch2ebm.common.users_code import users_level
 from torch2ebm.errors import UnsynchronisedError, UnsynchronisedWarning
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch2ebm.algorithms.base import Algorithm
-from torch2ebm.capture.problems import users_level
+from torch2ebm.common.users_code import users_level
 from torch2ebm.errors import CheckpointError, CheckpointWarning, first_line
 
 OWN_KEY: Final = "torch2ebm"  # in a state_dict; the bare optimizer does not look at it

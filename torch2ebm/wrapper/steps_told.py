@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch2ebm.attaching import parameters_of
-from torch2ebm.capture.problems import users_level
+from torch2ebm.common.users_code import users_level
 from torch2ebm.errors import PlainBackwardWarning, WrappedStepWarning
+from torch2ebm.wrapper.attaching import parameters_of
 
 
 class StepsTold:
