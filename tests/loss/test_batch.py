@@ -80,6 +80,13 @@ def test_a_dimension_that_is_told_is_the_batch(settings: dict[str, Any]) -> None
     assert "(told)" in model.summary()
 
 
+def test_a_dimension_that_is_told_and_that_no_output_has_is_an_error() -> None:
+    net = nn.Sequential(nn.Linear(FEATURES, 7)).double()
+    with pytest.raises(BatchDimensionError, match=rf"a batch of {FEATURES}, told for .*output of shape \(4, 7\)"):
+        learned(net, numbers(4, FEATURES), lambda output: output.square().mean(), batch_dim=1)
+    assert net[0].weight.grad is None
+
+
 def test_a_dimension_is_found_on_the_example() -> None:
     ours, model = learned(Swapped(True), X.transpose(0, 1), squares, example_inputs=X.transpose(0, 1))
     assert relative_error(ours, reference) <= EXACT

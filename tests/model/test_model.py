@@ -903,6 +903,12 @@ def test_the_summary_names_what_no_error_has_reached() -> None:
     assert f"no error has reached {first}, {second}:" in model.summary()
 
 
+def test_the_repr_of_nothing_set_shows_nothing_set() -> None:
+    assert repr(torch2ebm.PredictiveCoding()) == "PredictiveCoding()"
+    assert repr(torch2ebm.PredictiveCoding(loss_reduction="sum")) == "PredictiveCoding(loss_reduction='sum')"
+    assert "GradientDescent(steps=20, lr=0.1" in repr(torch2ebm.PredictiveCoding(steps=20))
+
+
 def test_repr_names_module_and_algorithm() -> None:
     assert "Sequential" in repr(attached(plain_net(), CODING)) and "PredictiveCoding" in repr(
         attached(plain_net(), CODING)

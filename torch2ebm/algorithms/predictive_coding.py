@@ -146,8 +146,10 @@ class PredictiveCoding(Algorithm):
         return self._programs if self.compile else None
 
     def __repr__(self) -> str:
-        parts = [f"solver={self.solver!r}", f"loss_reduction={self.loss_reduction!r}"]
-        parts += [f"nudging={self.nudging!r}"] * (self.nudging != OneSided())
+        calibrated = hasattr(self.solver, _CALIBRATED) and hasattr(self.nudging, _CALIBRATED)
+        parts = [] if calibrated else [f"solver={self.solver!r}"]
+        parts += [f"loss_reduction={self.loss_reduction!r}"] * (not calibrated or self.loss_reduction != "mean")
+        parts += [f"nudging={self.nudging!r}"] * (not calibrated and self.nudging != OneSided())
         parts += [f"energies={dict(self.energies)!r}"] * bool(self.energies)
         parts += ["batch_statistics='frozen'"] * (self.batch_statistics == "frozen")
         parts += ["compile=True"] * self.compile

@@ -48,14 +48,16 @@ class BatchDimension:
 
     def of(self, tensors: Sequence[Tensor], names: Callable[[], Mapping[int, str]], output: Any) -> Batch:
         """The batch of one call. A guess goes by an input with as many rows as the output, where there is one."""
-        found = self._size(tensors, names)
+        counted = self._counted(tensors, names)
+        found = 1 if counted is None else counted.shape[self.dim]
         inputs, outputs = _shapes(tensors), _shapes(leaves_of(output))
         if self.known == "guessed" and outputs and all(shape[0] != found for shape in outputs):
             rows = {shape[0] for shape in inputs}
             found = next((shape[0] for shape in outputs if shape[0] in rows), found)
-        return Batch(found, self.known, inputs, outputs)
+        beside = () if counted is None else tuple(size for size in counted.shape if size != found)
+        return Batch(found, self.known, inputs, outputs, beside)
 
-    def _size(self, tensors: Sequence[Tensor], names: Callable[[], Mapping[int, str]]) -> int:
+    def _counted(self, tensors: Sequence[Tensor], names: Callable[[], Mapping[int, str]]) -> Tensor | None:
         by_id = names() if self.argument else {}
         named = [tensor for tensor in tensors if not self.argument or by_id.get(id(tensor)) == self.argument]
         tensor = next((t for t in named if t.ndim and -t.ndim <= self.dim < t.ndim), None)
@@ -66,7 +68,7 @@ class BatchDimension:
                 "the batch dimension that convert was told",
                 "Pass another batch_dim to torch2ebm.convert.",
             )
-        return tensor.shape[self.dim] if tensor is not None else 1
+        return tensor
 
 
 GUESSED = BatchDimension()
@@ -81,16 +83,22 @@ class Batch:
         known: As for :class:`BatchDimension`.
         inputs: The shapes of the inputs that have one.
         outputs: Those of the outputs.
+        beside: The other sizes of the input whose dimension counts.
     """
 
     size: int
     known: str
     inputs: tuple[tuple[int, ...], ...] = ()
     outputs: tuple[tuple[int, ...], ...] = ()
+    beside: tuple[int, ...] = ()
 
     def check(self, targets: Sequence[int]) -> None:
         """Raise :class:`BatchDimensionError` where outputs, or targets of so many rows, have another size."""
-        if self.known == "told":
+        if self.known == "told":  # it may be any dimension of the output, or a part of one
+            if self.outputs and all(
+                shape[0] in self.beside and all(n % self.size for n in shape) for shape in self.outputs
+            ):
+                raise self._contradicted(f"an output of shape {self.outputs[0]}")
             return
         # rows of another dimension's size: that is the batch. Of a size of their own: forward has chosen them.
         within = {size for shape in self.inputs for size in shape[1:]}
@@ -103,9 +111,10 @@ class Batch:
                 raise self._contradicted(f"a target of {rows} rows")
 
     def _contradicted(self, what: str) -> BatchDimensionError:
+        known = "told for" if self.known == "told" else f"{self.known} from"
         return BatchDimensionError(
             "loss.backward()",
-            f"a batch of {self.size}, {self.known} from inputs of shapes {list(self.inputs)}, and {what}",
+            f"a batch of {self.size}, {known} inputs of shapes {list(self.inputs)}, and {what}",
             "one number of samples in all of them, which decides how strongly the loss pulls",
             "Tell which dimension counts samples: torch2ebm.convert(net, batch_dim=1), or batch_dim={'x': 0} for an "
             "argument.",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.capture.fingerprint import Fingerprint, swapped_parameters
+from torch2ebm.capture.functions import tensors_of
 from torch2ebm.capture.observation import Capture, capture
 from torch2ebm.capture.recording import Place
 from torch2ebm.capture.run import Cuts, Run
@@ -170,7 +171,8 @@ class Captures:
         with TRACING:
             graph = self._graph_for(run, granularity, graded, arguments.device, swapped)
         # an equilibrium of one node is the module's own, and its states are at activations
-        if algorithm is not None and algorithm.reevaluates_loss and not algorithm.defines_output:
+        relaxes = algorithm is not None and algorithm.reevaluates_loss and not algorithm.defines_output
+        if relaxes and all(map(all_finite, tensors_of(run.output))):  # NaN show nothing of what depends on what
             self._tell_of_lone_node(graph)
             self._tell_of_kept(graph, run, graded, granularity, arguments.device)
         self._latest[granularity, graded] = _cuts_of(graph)
