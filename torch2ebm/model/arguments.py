@@ -71,7 +71,6 @@ class Arguments:
         kwargs: Its keyword arguments.
         tensors: The tensors among them, in order.
         device: That of the first tensor; of a module without any, that of its parameters.
-        batch_size: Size of the first dimension of the first tensor that has one.
     """
 
     module: nn.Module
@@ -79,14 +78,12 @@ class Arguments:
     kwargs: Mapping[str, Any]
     tensors: Sequence[Tensor]
     device: torch.device
-    batch_size: int
 
     @staticmethod
     def of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
-        first = next((t for t in tensors if t.ndim), None)
         device = tensors[0].device if tensors else next((p.device for p in module.parameters()), torch.device("cpu"))
-        return Arguments(module, args, kwargs, tensors, device, first.shape[0] if first is not None else 1)
+        return Arguments(module, args, kwargs, tensors, device)
 
     def names(self) -> dict[int, str]:
         """From the id of each tensor to the name of the argument that holds it."""

@@ -170,13 +170,14 @@ class Captures:
                 return Served(run, graph, swapped, arguments)
         with TRACING:
             graph = self._graph_for(run, granularity, graded, arguments.device, swapped)
+        served = Served(run, graph, swapped, arguments)
         # an equilibrium of one node is the module's own, and its states are at activations
         relaxes = algorithm is not None and algorithm.reevaluates_loss and not algorithm.defines_output
         if relaxes and all(map(all_finite, tensors_of(run.output))):  # NaN show nothing of what depends on what
             self._tell_of_lone_node(graph)
-            self._tell_of_kept(graph, run, graded, granularity, arguments.device)
+            self._tell_of_kept(served, graded, granularity)
         self._latest[granularity, graded] = _cuts_of(graph)
-        return Served(run, graph, swapped, arguments)
+        return served
 
     def _known(self, granularity: Granularity, graded: bool) -> dict[Cuts, tuple[_Entry, EnergyGraph]]:
         """The graphs that a run may turn out to have, that of the last call first."""
@@ -310,14 +311,14 @@ class Captures:
             name = type(self.module).__name__
             warnings.warn(f"{name}, node '{lone}': {ALONE} {FINER}", LoneNodeWarning, stacklevel=users_level())
 
-    def _tell_of_kept(
-        self, graph: EnergyGraph, run: Run, graded: bool, granularity: Granularity, device: torch.device
-    ) -> None:
-        if not graph.held or KeptValueWarning in self._told_of:
+    def _tell_of_kept(self, served: Served, graded: bool, granularity: Granularity) -> None:
+        if not served.graph.held or KeptValueWarning in self._told_of:
             return
+        run, device = served.run, served.arguments.device
         varying = self.entries[graded, tuple(run.sequence), run.returned].varying
-        whole = build_graph(capture(self.module, run, self.leaves, varying, frozenset(), device), granularity)
-        if cut := cut_by_what_is_kept(graph, whole):
+        with TRACING, tensors_in_place(self.module, {name: self.parameters[name] for name in served.swapped}):
+            whole = build_graph(capture(self.module, run, self.leaves, varying, frozenset(), device), granularity)
+        if cut := cut_by_what_is_kept(served.graph, whole):
             self._told_of.add(KeptValueWarning)
             warnings.warn(
                 f"{type(self.module).__name__}, nodes {', '.join(map(repr, cut))}: a hook or an attribute keeps a "
