@@ -187,6 +187,19 @@ def _mean(numbers: Sequence[float]) -> float:
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # 97.5 % of Student's t, by the number of seeds
 
 
+COLUMNS = (
+    "network and data",
+    "setting",
+    "score",
+    "to backprop, same seeds",
+    "s",
+    "steps",
+    "settled, on kinks",
+    "sigma² first, middle, last",
+    "degrees to backprop",
+)
+
+
 def stored(path: Path) -> dict[tuple[str, str, int], Run]:
     lines = path.read_text().splitlines() if path.exists() else []
     runs = [Run(**{name: part for name, part in json.loads(line).items() if name != "machine"}) for line in lines]
@@ -206,8 +219,7 @@ def table(runs: Mapping[tuple[str, str, int], Run]) -> list[str]:
     by_cell: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs.values():
         by_cell[run.row, run.setting].append(run)
-    lines = ["| network and data | setting | score | to backprop, same seeds | s | steps | settled, on kinks "
-             "| sigma² first, middle, last | degrees to backprop |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for row in ROWS:
         base = {run.seed: run.score for run in by_cell.get((row.name, "backprop"), [])}
         for setting in SETTINGS:
@@ -252,12 +264,13 @@ def main() -> None:
         for row in rows:
             for setting in settings:
                 if (row.name, setting.name, seed) not in done:
-                    # one batch is not learning, but every part of the program has run
                     run = trained(replace(row, epochs=1) if chosen.quick else row, setting, seed)
                     done[row.name, setting.name, seed] = run
                     with path.open("a") as file:
                         file.write(json.dumps(asdict(run) | {"machine": str(this_machine())}) + "\n")
-                    print(f"{run.score:8.3f} {run.seconds:5.0f} s  seed {seed}  {setting.name:16}  {row.name}", flush=True)
+                    print(
+                        f"{run.score:8.3f} {run.seconds:5.0f} s  seed {seed}  {setting.name:16}  {row.name}", flush=True
+                    )
     print("\n".join(table(done)))
 
 
