@@ -58,7 +58,7 @@ class Run:
 
     Attributes:
         score: Of the test data: percent of right classes, or the mean loss; NaN where the training diverged.
-        seconds: Of the training, on one thread.
+        seconds: Of the processor, for the training; the programs here run on one thread.
         steps: Mean number of inference steps; NaN where the algorithm has none.
         settled: Mean share of samples that came to rest.
         on_kinks: Mean share of samples that rest on a kink.
@@ -154,12 +154,12 @@ def trained(row: Row, setting: Setting, seed: int) -> Run:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         training = Training(row, setting, seed)
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             score = training.run()
         except torch2ebm.errors.DivergenceError:
             score = math.nan
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
     found = training.relaxations
     measured = [r.sigma_squared for r in found if r.sigma_squared is not None]
     return Run(
