@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torch2ebm.algorithms import Algorithm, PredictiveCoding, ZeroDivergence
 from torch2ebm.common.text import aligned
 from torch2ebm.compare import GradientComparison, compare
+from torch2ebm.engine.nudging import OneSided
 from torch2ebm.engine.results import Relaxation
 from torch2ebm.model.energy_model import convert
 from torch2ebm.model.replicas import process_count
@@ -205,9 +206,9 @@ def compare_gradients(net: nn.Module, digits: Digits) -> GradientComparison:
 
 
 def relaxation_of(net: nn.Module, digits: Digits) -> Relaxation:
-    """How predictive coding relaxes on the first test images."""
+    """How predictive coding relaxes on the first test images under a full nudge, which shows more than the default."""
     model = convert(copy.deepcopy(net).train())
-    EnergyOptimizer(Adam(model.parameters()), model, PredictiveCoding())
+    EnergyOptimizer(Adam(model.parameters()), model, PredictiveCoding(nudging=OneSided(1.0)))
     F.cross_entropy(model(digits.test_x[:BATCH]), digits.test_y[:BATCH]).backward()
     return model.state.relaxation
 
