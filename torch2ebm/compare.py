@@ -141,7 +141,9 @@ def compare(
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(untouched(converted, device))
-            found = torch.autograd.grad(whole_loss("torch2ebm.compare", loss_of(call())), list(trainable.values()), allow_unused=True)
+            found = torch.autograd.grad(
+                whole_loss("torch2ebm.compare", loss_of(call())), list(trainable.values()), allow_unused=True
+            )
         return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
 
     def of(algorithm: Algorithm) -> Gradients:

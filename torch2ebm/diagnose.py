@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,11 +15,10 @@ from torch2ebm.compare import check_loss, check_trainable, check_whole, whole_lo
 from torch2ebm.diagnosis.examination import Examination
 from torch2ebm.diagnosis.report import Advice, Diagnosis
 from torch2ebm.diagnosis.subject import WHERE, Subject
-from torch2ebm.engine.batch import BatchDimension
 from torch2ebm.errors import LossIndependentError
+from torch2ebm.graph.granularity import Granularity
 from torch2ebm.model.arguments import check_not_meta, of_batch
 from torch2ebm.model.energy_model import EnergyModel, convert
-from torch2ebm.reports.findings import Finding
 
 __all__ = ["Advice", "Diagnosis", "diagnose"]
 
@@ -70,23 +70,23 @@ def diagnose(
     subject = Subject(_of_its_own(model, judged, batch), batch, loss_fn)
     check_trainable(WHERE, subject.model)
     loss, finite_output, reference = subject.plain()
-    try:
+    with suppress(LossIndependentError):  # that is a finding
         whole_loss(WHERE, loss)
-    except LossIndependentError:
-        pass  # that is a finding
-    return Examination(subject, judged, loss, reference, finite_output).diagnosis(subject.batch_size)
+    known = model.torch2ebm.batch if isinstance(model, EnergyModel) else None
+    return Examination(subject, judged, loss, reference, finite_output, known).diagnosis(subject.batch_size)
 
 
 def _of_its_own(model: nn.Module, algorithm: Algorithm, batch: Any) -> EnergyModel:
     """Another converted model of the same module: what is attached to the user's, and its state, stay as they are."""
-    nodes, known = "auto", None
+    nodes: Granularity = "auto"
+    told = None
     if isinstance(model, EnergyModel):
         check_whole(WHERE, model)
-        nodes, known = model.torch2ebm.granularity, model.torch2ebm.batch
+        nodes = model.torch2ebm.granularity
+        told = model.torch2ebm.batch if model.torch2ebm.batch.known == "told" else None
     module = model.torch2ebm.module if isinstance(model, EnergyModel) else model
     if isinstance(module, nn.Module):
         check_not_meta(module)
-    told = known if known is not None and known.known == "told" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch2ebm.check says what they say
         own = convert(

@@ -24,10 +24,11 @@ from torch2ebm.diagnosis.judging import (
 )
 from torch2ebm.diagnosis.loss_scale import LossScale, half_and_terms, output_curvature, reduction_of
 from torch2ebm.diagnosis.reach import Reach, reach_of, steps_to_reach, without_gradient
-from torch2ebm.diagnosis.report import Diagnosis, regime_of
+from torch2ebm.diagnosis.report import Advice, Diagnosis, regime_of
 from torch2ebm.diagnosis.settings import has_setting, nudge_of, relaxes, went_all_the_way
 from torch2ebm.diagnosis.spectrum import EnergyHessian, Spectrum
 from torch2ebm.diagnosis.subject import Subject, Trial, joined
+from torch2ebm.engine.batch import BatchDimension
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.nudging import OneSided
 from torch2ebm.errors import LossReductionError, Torch2EBMError
@@ -74,6 +75,7 @@ class Examination:
         loss: The loss on the batch, as plain torch computes it.
         reference: Backprop's gradients by name; None where none comes.
         finite_output: Whether the output is finite.
+        known: The batch dimension that the user's model has; None for a module that is not converted.
     """
 
     def __init__(
@@ -83,29 +85,49 @@ class Examination:
         loss: Tensor,
         reference: Mapping[str, Tensor | None],
         finite_output: bool,
+        known: BatchDimension | None,
     ) -> None:
         self.subject, self.algorithm, self.loss = subject, algorithm, float(loss)
         self.reference, self.finite_output = reference, finite_output
+        self.known = known
         self.problems: list[Finding] = []
         self.notes: list[Finding] = []
+        self.advice: list[Advice] = []
 
     def diagnosis(self, batch_size: int) -> Diagnosis:
         """All of it."""
+        graph = self.subject.model.graph
         found = Diagnosis(
             type(self.subject.module).__name__,
             self.algorithm,
             str(self.subject.model.torch2ebm.batch),
             batch_size,
             LossScale(self.loss),
-            levels=self.subject.model.graph.depth,
+            levels=graph.depth,
+            steps_to_reach=steps_to_reach(graph, graph.output_slots),
             batch_norms=self._batch_norms(),
             without_gradient=without_gradient(self.reference),
         )
+        self._tell_of_batch()
         if self._has_numbers() and self._has_errors():
             found = self._measured(replace(found, loss=LossScale(self.loss, self._reduction(batch_size))))
-        return replace(found, problems=tuple(self.problems), notes=tuple(self.notes))
+        advice = (*self.advice, *found.advice)
+        return replace(found, problems=tuple(self.problems), notes=tuple(self.notes), advice=advice)
 
     # before anything relaxes
+
+    def _tell_of_batch(self) -> None:
+        found = self.subject.model.torch2ebm.batch
+        if found.known == "guessed":
+            text, remedy = "which dimension counts samples is a guess.", "Tell it: convert(net, batch_dim=...)."
+            self.notes.append(Finding("batch", "the input", text, remedy))
+        elif found.dim and (self.known is None or self.known.known == "guessed"):
+            text = f"dimension {found.dim} of the first input counts samples, and convert(net) alone guesses 0."
+            remedy = f"Tell it: convert(net, batch_dim={found.dim}), or pass example_inputs."
+            # who has not converted the model yet may still do so
+            (self.notes if self.known is None else self.problems).append(Finding("batch", "the input", text, remedy))
+            why = "the samples are counted there, as a run without one of them shows"
+            self.advice.append(Advice(f"convert(net, batch_dim={found.dim})", why))
 
     def _has_numbers(self) -> bool:
         gradients = [g for g in self.reference.values() if g is not None]
@@ -117,7 +139,10 @@ class Examination:
             text = f"it is {self.loss} though the output is finite."
             remedy = "Look at the target, and at logarithms, roots and divisions in the loss."
         else:
-            text, remedy = "its gradient is not finite.", "Look at roots and divisions by zero, in the loss and the model."
+            text, remedy = (
+                "its gradient is not finite.",
+                "Look at roots and divisions by zero, in the loss and the model.",
+            )
         self.problems.append(Finding("not finite", "the loss", text, remedy))
         return False
 
@@ -170,7 +195,7 @@ class Examination:
         )
         return self._judged(found)
 
-    def _call_and_loss(self, reduction: str) -> tuple[Call, OutputLoss]:
+    def _call_and_loss(self, reduction: str | None) -> tuple[Call, OutputLoss]:
         """As the algorithm weighs it; as the loss is reduced where the algorithm would refuse."""
         told = getattr(self.algorithm, "loss_reduction", None) or "mean"
         return self.subject.call_and_loss("sum" if reduction == "sum" else told)
@@ -221,15 +246,14 @@ class Examination:
             text = f"it is a mean over {scale.terms:g} terms of each sample, each of which pulls with 1 over that."
             remedy = f"Relative(r) does not depend on it; for a pull of 1 a term take OneSided({scale.terms:g})."
             self.notes.append(Finding("loss", "the loss", text, remedy))
-        if self.subject.model.torch2ebm.batch.known == "guessed":
-            text, remedy = "which dimension counts samples is a guess.", "Tell it: convert(net, batch_dim=...)."
-            self.notes.append(Finding("batch", "the input", text, remedy))
 
     def _tell_of_reach(self, measured: Measured, parameters: tuple[str, ...]) -> None:
         reach = measured.reach
         for name in reach.dead:
             text = "it is dead: its derivative is zero in the values that it reads and in its parameters."
-            remedy = "Look at its bias, its initialisation, saturation and dropout; what stands before it gets no error."
+            remedy = (
+                "Look at its bias, its initialisation, saturation and dropout; what stands before it gets no error."
+            )
             self.problems.append(Finding("dead", f"node '{name}'", text, remedy))
         behind = [name for name in reach.unreached if name not in reach.dead]
         if behind:

@@ -11,6 +11,7 @@ from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.common.text import listed
 from torch2ebm.diagnosis.report import Advice
 from torch2ebm.diagnosis.settings import (
+    VALUES,
     calibrated,
     has_lr,
     has_setting,
@@ -61,7 +62,7 @@ class Bounds:
     def stable(self, algorithm: Algorithm) -> float:
         """The step size from which on the descent of an algorithm runs away; infinite for none."""
         step = step_size(algorithm)
-        spectrum = None if step is None else getattr(self, step.of)
+        spectrum = self.values if step is not None and step.of == VALUES else self.errors
         if step is None or spectrum is None or spectrum.largest <= 0:
             return math.inf
         return 2 / spectrum.largest * step.lr / step.effective

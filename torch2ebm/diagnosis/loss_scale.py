@@ -27,14 +27,15 @@ class LossScale:
 
     Attributes:
         value: The loss on the batch.
-        reduction: ``"mean"`` or ``"sum"`` over samples, found by repeating the batch; ``""`` for neither of them.
+        reduction: ``"mean"`` or ``"sum"`` over samples, found by repeating the batch; ``""`` for neither of them, None
+            where it was not looked at.
         terms: How many terms (features, tokens, pixels) it averages for each sample; 1 for none.
         curvature: The largest eigenvalue of its Hessian in the outputs of a sample; None where it could not be had.
         one_half: Whether a quadratic loss has its factor of one half; None where it is not quadratic, or not told.
     """
 
     value: float
-    reduction: str = ""
+    reduction: str | None = None
     terms: float = 1.0
     curvature: float | None = None
     one_half: bool | None = None
@@ -43,7 +44,7 @@ class LossScale:
         if not math.isfinite(self.value):
             return f"{self.value:.4g}, which is no number to learn from"
         over = f"a {self.reduction} over samples" if self.reduction else "neither a mean nor a sum over samples"
-        parts = [f"{self.value:.4g}, {over}"]
+        parts = [f"{self.value:.4g}", *([] if self.reduction is None else [over])]
         if self.curvature is not None:
             parts.append(f"curvature {self.curvature:.3g} in the outputs")
         parts += [f"a mean over {self.terms:g} terms of each"] * (self.terms > 1)

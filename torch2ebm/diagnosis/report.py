@@ -91,7 +91,7 @@ class Diagnosis:
     share: Mapping[str, float] = field(default_factory=dict)
     agreement: Agreement | None = None
     exact: bool | None = None
-    reach: Reach = Reach()
+    reach: Reach = field(default_factory=Reach)
     without_gradient: tuple[str, ...] = ()
     without_signal: tuple[str, ...] = ()
     levels_not_reached: tuple[str, ...] = ()

@@ -133,33 +133,35 @@ def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, most: int) -> Sp
         NonFiniteError: where a product is not finite.
     """
     vector = start / start.norm(dim=1, keepdim=True)
-    basis, diagonal, beside = [vector], [], []
+    basis = start.new_zeros(start.shape[0], most, start.shape[1])
+    diagonal: list[Tensor] = []
+    beside: list[Tensor] = []
     tiny = math.sqrt(torch.finfo(start.dtype).eps)
-    for made in range(1, most + 1):
+    while True:
+        basis[:, len(diagonal)] = vector
         found = product(vector)
-        along = _dot(vector, found)
+        along = (vector.double() * found.double()).sum(1)
         if not bool(torch.isfinite(found).all()):
-            raise _not_finite(made)
+            raise _not_finite(len(diagonal) + 1)
         # a row whose space is exhausted repeats an entry that it has: a number inside of its spectrum
         alive = vector.norm(dim=1) > 0
         diagonal.append(torch.where(alive, along, diagonal[0] if diagonal else along))
+        made = basis[:, : len(diagonal)]
         for _ in range(2):  # once more: what is left after the first time is rounding
-            for each in basis:
-                found = found - _dot(each, found).to(found)[:, None] * each
+            found = found - ((made @ found[:, :, None]).mT @ made)[:, 0]
         length = found.norm(dim=1)
-        scale = torch.stack(diagonal).abs().amax(0).to(length)
-        going = alive & (length > tiny * scale)
+        going = alive & (length > tiny * torch.stack(diagonal).abs().amax(0).to(length))
         beside.append(torch.where(going, length, 0.0).double())
-        spectrum = _ends(torch.stack(diagonal), torch.stack(beside), made)
-        if spectrum is not None or not bool(going.any()):
-            break
+        at_last = len(diagonal) == most or not bool(going.any())
+        spectrum = _ends(torch.stack(diagonal), torch.stack(beside), at_last)
+        if spectrum is not None:
+            return spectrum
         vector = torch.where(going[:, None], found / length.clamp_min(torch.finfo(length.dtype).tiny)[:, None], 0.0)
-        basis.append(vector)
-    return spectrum or _ends(torch.stack(diagonal), torch.stack(beside), len(diagonal), at_last=True)  # type: ignore[return-value]
 
 
-def _ends(diagonal: Tensor, beside: Tensor, made: int, at_last: bool = False) -> Spectrum | None:
+def _ends(diagonal: Tensor, beside: Tensor, at_last: bool) -> Spectrum | None:
     """From the entries ``[made, rows]`` of the tridiagonal matrices; None where an end is not known yet."""
+    made = len(diagonal)
     matrix = torch.diag_embed(diagonal.T.cpu())
     if made > 1:
         off = torch.diag_embed(beside[:-1].T.cpu(), offset=1)
@@ -174,10 +176,6 @@ def _ends(diagonal: Tensor, beside: Tensor, made: int, at_last: bool = False) ->
     if not at_last and (vague or float(bounds[top, -1]) > KNOWN * abs(largest)):
         return None
     return Spectrum(largest, smallest, vague, made)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() * b.double()).sum(1)
 
 
 def _not_finite(product: int) -> NonFiniteError:

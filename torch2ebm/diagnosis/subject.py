@@ -132,7 +132,7 @@ class Subject:
     def tried(self, algorithm: Algorithm) -> Trial:
         """One backward of an algorithm; what torch2ebm has against it is kept, errors of the user's are raised."""
         if is_dataclass(algorithm) and any(field.name == "on_divergence" for field in fields(algorithm)):
-            algorithm = replace(algorithm, on_divergence="raise")  # type: ignore[type-var]
+            algorithm = replace(algorithm, on_divergence="raise")
         args, kwargs, loss_of = of_batch(WHERE, self.batch, self.loss_fn)
         states: list[InferenceState] = []
         with self.left_alone():
