@@ -1,6 +1,7 @@
 """``torch2ebm.diagnose``: its numbers against dense matrices, its findings in known traps, and its advice tried."""
 
 import copy
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -483,7 +484,7 @@ def faults_of(net: nn.Module, loss: Any, batch: Any, algorithm: torch2ebm.Algori
     ):
         found.add("signal")
     energy = state.relaxation.energy
-    if any(after > before + 1e-4 * abs(energy[0]) for before, after in zip(energy, energy[1:], strict=False)):
+    if any(after > before + 1e-4 * abs(energy[0]) for before, after in itertools.pairwise(energy)):
         found.add("step size")
     return found
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch2ebm.common.nested import map_leaves
 from torch2ebm.engine.call import Call
@@ -82,18 +81,6 @@ def repeated(structure: Any, copies: int, dim: int, size: int) -> Any:
         return torch.cat([leaf] * copies, own)
 
     return map_leaves(of, structure)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """In evaluation mode: without dropout, and without the statistics of the batch."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @dataclass(frozen=True)

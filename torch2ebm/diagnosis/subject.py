@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.algorithms.given import given_to
 from torch2ebm.common.nested import leaves_of
-from torch2ebm.diagnosis.loss_scale import evaluating, repeated
+from torch2ebm.diagnosis.loss_scale import repeated
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.errors import Torch2EBMError
@@ -50,7 +51,7 @@ class Trial:
             return 0.0
         worst = 0.0
         for phase in self.state.phases or (self.state.relaxation,):
-            for before, after in zip(phase.energy, phase.energy[1:], strict=False):
+            for before, after in itertools.pairwise(phase.energy):
                 worst = max(worst, (after - before) / (abs(phase.energy[0]) + 1e-300))
         return worst if worst > RISE * torch.finfo(self._dtype).eps else 0.0
 
@@ -114,8 +115,9 @@ class Subject:
             batch: Any = repeated(dict(self.batch), copies, dim, size)
         else:
             batch = (repeated(self.batch[0], copies, dim, size), repeated(self.batch[1], copies, dim, size))
-        with self.left_alone(), evaluating(self.module):
+        with self.left_alone():
             try:
+                self.module.eval()  # without dropout, and without the statistics of the batch
                 args, kwargs, loss_of = of_batch(WHERE, batch, self.loss_fn)
                 loss = loss_of(self.module(*args, **kwargs))
                 found = torch.autograd.grad(loss, list(self.trained.values()), allow_unused=True)
