@@ -118,6 +118,37 @@ def test_the_same_on_a_graph_with_skips() -> None:
     assert found.smallest == pytest.approx(float(expected[0]), rel=1e-2)
 
 
+class Bent(nn.Module):
+    """Its last node is no linear function of the value that it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.b(torch.tanh(self.a(x))))
+
+
+@pytest.mark.parametrize("by_difference", [False, True])
+def test_an_output_that_bends_is_in_the_spectrum(by_difference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_difference:  # as where a node cannot be differentiated twice
+
+        def refused(*_: object) -> None:
+            raise RuntimeError("no formula")
+
+        monkeypatch.setattr("torch2ebm.diagnosis.node_curvature.NodeCurvature._twice", refused)
+    net, (x, y) = Bent().double(), labels(3, dtype=torch.float64)
+
+    def energy(v: Tensor) -> Tensor:
+        errors = 0.5 * (v - torch.tanh(net.a(x))).square().sum()
+        return errors + 9.0 * CE(torch.tanh(net.b(v)), y, reduction="sum")
+
+    expected = dense_spectrum(energy, [torch.tanh(net.a(x)).detach()])
+    found = diagnose(net, CE, (x, y), PredictiveCoding(steps=5, nudging=torch2ebm.OneSided(9.0))).values
+    assert found is not None and found.largest == pytest.approx(float(expected[-1]), rel=1e-3)
+    assert found.smallest == pytest.approx(float(expected[0]), rel=1e-3)
+
+
 def test_a_batch_norm_makes_one_spectrum_of_all_samples() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
@@ -262,6 +293,14 @@ def test_samples_that_depend_on_each_other_are_neither() -> None:
     assert found.loss.reduction == "" and "neither" in str(found)
 
 
+def test_a_target_that_the_loss_knows_of_itself_cannot_be_repeated_and_the_tape_tells() -> None:
+    x, target = labels()[0], TARGET[:, :3]
+    losses = {"sum": lambda o: squared(o, target).sum(), "mean": lambda o: squared(o, target).sum(1).mean()}
+    for reduction, loss in losses.items():
+        found = diagnose(chain(3), loss, {"input": x}, PredictiveCoding(steps=5))
+        assert found.loss.reduction == reduction and ("loss" in kinds(found)) == (reduction == "sum")
+
+
 class Tokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -395,8 +434,41 @@ def test_a_model_that_owns_its_loss_takes_a_dict() -> None:
     x, y = labels()
     found = diagnose(OwnsItsLoss("mean"), lambda output: output["loss"], {"inputs": x, "labels": y})
     assert found.ok and found.loss.reduction == "mean" and found.levels == 3 and found.batch_size == 6
+    assert "is an output of the model" in str(found) and found.loss.curvature is None
+    outside = diagnose(chain(4), CE, (x, y))  # the same net, with its loss outside
+    assert found.sigma_squared == pytest.approx(outside.sigma_squared, rel=1e-2)
     summed = diagnose(OwnsItsLoss("sum"), lambda output: output["loss"], {"inputs": x, "labels": y})
     assert summed.loss.reduction == "sum"
+
+
+def test_a_model_of_one_node_has_nothing_that_relaxes() -> None:
+    found = diagnose(nn.Linear(4, 3), CE, labels())
+    assert found.ok and found.exact and found.of_kind("no values") and found.values is None and not found.regime
+
+
+def test_rounding_of_a_coarse_dtype_is_no_negative_curvature() -> None:
+    net, (x, y) = chain(3).bfloat16(), labels()
+    assert not diagnose(net, CE, (x.bfloat16(), y), PredictiveCoding(steps=5)).of_kind("not convex")
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        torch2ebm.EquilibriumPropagation(),
+        torch2ebm.ProximalInferenceLearning(),
+        torch2ebm.ImplicitSGD(alpha=0.1),
+        torch2ebm.RecurrentBackprop(),
+        PredictiveCoding(nudging=torch2ebm.Symmetric(0.1)),
+        PredictiveCoding(nudging=torch2ebm.Relative(0.1, sides=torch2ebm.Symmetric(1.0))),
+        PredictiveCoding(solver=torch2ebm.SequentialDescent(steps=3)),
+        PredictiveCoding(energies={"0": torch2ebm.Categorical()}),
+        PredictiveCoding(compile=True),
+    ],
+    ids=repr,
+)
+def test_every_kind_of_algorithm_is_judged(algorithm: torch2ebm.Algorithm) -> None:
+    found = diagnose(chain(2), CE, labels(), algorithm)
+    assert found.ok and found.agreement is not None and found.exact is False, str(found)
 
 
 # ---- advice, tried
@@ -496,6 +568,8 @@ def test_what_is_wrong_is_named_and_every_advice_cures_it(name: str) -> None:
     found = diagnose(net, loss, batch, algorithm)
     assert kinds(found) == expected, str(found)
     assert found.advice and str(found.advice[-1]) in str(found)
+    if name == "a ResNet by small steps":  # the first nodes: values have swallowed their errors whole
+        assert {"0", "1", "3.a"} <= set(found.without_signal)
     last = found.advice[-1].algorithm
     assert last is not None and faults_of(net, loss, batch, last) == set()
     assert diagnose(net, loss, batch, last).ok

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,48 +22,22 @@ from torch2ebm.diagnosis.judging import (
     levels_not_reached,
     without_signal,
 )
-from torch2ebm.diagnosis.loss_scale import LossScale, half_and_terms, output_curvature, reduction_of
-from torch2ebm.diagnosis.reach import Reach, reach_of, steps_to_reach, without_gradient
+from torch2ebm.diagnosis.loss_scale import LossScale, reduction_of
+from torch2ebm.diagnosis.measuring import Measured, measured_of
+from torch2ebm.diagnosis.reach import steps_to_reach, without_gradient
 from torch2ebm.diagnosis.report import Advice, Diagnosis, regime_of
-from torch2ebm.diagnosis.settings import has_setting, nudge_of, relaxes, went_all_the_way
-from torch2ebm.diagnosis.spectrum import EnergyHessian, Spectrum
+from torch2ebm.diagnosis.settings import has_setting, relaxes, went_all_the_way
 from torch2ebm.diagnosis.subject import Subject, Trial, joined
 from torch2ebm.engine.batch import BatchDimension
 from torch2ebm.engine.call import Call
-from torch2ebm.engine.nudging import OneSided
+from torch2ebm.engine.nudging import OneSided, Relative
 from torch2ebm.errors import LossReductionError, Torch2EBMError
-from torch2ebm.inference.curvature import Curvature, measured_curvature
 from torch2ebm.loss.output_loss import OutputLoss
 from torch2ebm.reports.agreement import Agreement, agreement
 from torch2ebm.reports.findings import Finding
 from torch2ebm.solvers import ErrorConjugateGradient
 
-PRODUCTS = 60  # for each end of a spectrum
-SURE = 1e-4  # of sigma squared: to how much of itself it is measured
 NOT_CONVEX = 1e-3  # what rounding leaves of an eigenvalue of zero, beside the largest
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """What is measured of the call, whatever the algorithm relaxes.
-
-    Attributes:
-        scale: Of the loss.
-        curvature: Of the loss in the errors.
-        reach: Of errors.
-        levels: Longest path from a value to the output.
-        steps: Longest of the shortest paths.
-        hessian: Of the energy; None without values.
-    """
-
-    scale: LossScale
-    curvature: Curvature
-    reach: Reach
-    levels: int
-    steps: int
-    beta: float | None
-    values: Spectrum | None
-    errors: Spectrum | None
 
 
 class Examination:
@@ -93,6 +67,7 @@ class Examination:
         self.problems: list[Finding] = []
         self.notes: list[Finding] = []
         self.advice: list[Advice] = []
+        self.first = Trial(algorithm, {})
 
     def diagnosis(self, batch_size: int) -> Diagnosis:
         """All of it."""
@@ -110,6 +85,7 @@ class Examination:
         )
         self._tell_of_batch()
         if self._has_numbers() and self._has_errors():
+            self.first = self.subject.tried(self.algorithm)
             found = self._measured(replace(found, loss=LossScale(self.loss, self._reduction(batch_size))))
         advice = (*self.advice, *found.advice)
         return replace(found, problems=tuple(self.problems), notes=tuple(self.notes), advice=advice)
@@ -157,7 +133,7 @@ class Examination:
         self.problems.append(Finding("no error", "the loss", text, remedy))
         return False
 
-    def _reduction(self, batch_size: int) -> str:
+    def _reduction(self, batch_size: int) -> str | None:
         dim = self.subject.model.torch2ebm.batch.dim
         return reduction_of(lambda copies: self.subject.of_copies(copies, dim, batch_size))
 
@@ -171,10 +147,14 @@ class Examination:
     # measurements
 
     def _measured(self, found: Diagnosis) -> Diagnosis:
+        beta = self._nudge()
         try:
             with self.subject.left_alone():
                 call, loss = self._call_and_loss(found.loss.reduction)
-                measured = self._of_call(call, loss, found.loss)
+                scale = found.loss
+                if scale.reduction is None:  # as it was computed, then
+                    scale = replace(scale, reduction="sum" if getattr(loss, "summed", False) else "mean")
+                measured = measured_of(call, loss, self.algorithm, scale, beta)
         except Torch2EBMError as error:
             self.problems.append(found_by(error))
             return found
@@ -185,44 +165,38 @@ class Examination:
             loss=measured.scale,
             levels=measured.levels,
             steps_to_reach=measured.steps,
-            sigma_squared=measured.curvature.sigma_squared,
-            lowest=measured.curvature.lowest,
+            sigma_squared=measured.sigma_squared,
+            lowest=measured.lowest,
             beta=measured.beta,
-            r=None if measured.beta is None else measured.beta * measured.curvature.sigma_squared,
+            r=None if measured.beta is None else measured.beta * measured.sigma_squared,
             values=measured.values,
             errors=measured.errors,
             reach=measured.reach,
         )
         return self._judged(found)
 
+    def _nudge(self) -> float | None:
+        """As the relaxation has had it: a relative nudge has a unit of its own where the loss has no curvature."""
+        state = self.first.state
+        if isinstance(getattr(self.algorithm, "nudging", None), Relative) and state is not None:
+            return abs(state.relaxation.beta)
+        return None
+
     def _call_and_loss(self, reduction: str | None) -> tuple[Call, OutputLoss]:
         """As the algorithm weighs it; as the loss is reduced where the algorithm would refuse."""
         told = getattr(self.algorithm, "loss_reduction", None) or "mean"
-        return self.subject.call_and_loss("sum" if reduction == "sum" else told)
-
-    def _of_call(self, call: Call, loss: OutputLoss, scale: LossScale) -> Measured:
-        energies = getattr(self.algorithm, "energies", {})
-        curvature = measured_curvature(call, loss, energies, PRODUCTS, SURE)
-        beta = nudge_of(self.algorithm, curvature.radius)
-        hessian = EnergyHessian(call, loss, energies, 1.0 if beta is None else beta, curvature.of_samples is not None)
-        values = errors = None
-        if call.graph.hidden_nodes:
-            values, errors = hessian.of_values(PRODUCTS), hessian.of_errors(PRODUCTS)
-        return Measured(
-            _of_terms(scale, call, loss),
-            curvature,
-            reach_of(call, loss),
-            call.graph.depth,
-            steps_to_reach(call.graph, loss.delivered),
-            beta,
-            values,
-            errors,
-        )
+        try:
+            return self.subject.call_and_loss("sum" if reduction == "sum" else told)
+        except LossReductionError:
+            return self.subject.call_and_loss("sum")
 
     def _tell_of_loss(self, measured: Measured) -> None:
-        curvature, scale, beta = measured.curvature, measured.scale, measured.beta
-        lowest, largest = curvature.lowest, curvature.sigma_squared
-        if -lowest > NOT_CONVEX * largest:
+        scale, beta = measured.scale, measured.beta
+        lowest, largest = measured.lowest, measured.sigma_squared
+        if not measured.levels:
+            text, remedy = "it has no value that could move: the gradient is backprop's.", "Convert a deeper model."
+            self.notes.append(Finding("no values", "the model", text, f"{remedy} Or ask for finer nodes."))
+        elif -lowest > max(NOT_CONVEX, self._epsilon()) * largest:
             lost = beta is not None and -lowest * beta >= 1
             text = f"it is not convex in the outputs: curvatures in the errors go from {lowest:.3g} to {largest:.3g}."
             remedy = "Relative(r) with r below 1, the default, keeps a minimum whatever the sign."
@@ -233,7 +207,13 @@ class Examination:
             text = "it has no curvature in the outputs, so that sigma squared is no unit for a nudge."
             remedy = "Relative(r) makes errors of length r in the steepest sample instead."
             self.notes.append(Finding("no curvature", "the loss", text, remedy))
-        if not scale.reduction:
+        if measured.owns_its_loss:
+            text = "it is an output of the model, and has no curvature there; sigma squared is that of the last node."
+            remedy = (
+                "Relative(r) does not see it. Compute the loss outside, from the model's logits, if r shall mean it."
+            )
+            self.notes.append(Finding("loss", "the loss", text, remedy))
+        if scale.reduction == "":
             text = "it is neither a mean nor a sum over samples, as far as repeating the batch tells."
             remedy = "It is taken as loss_reduction says: 'mean' multiplies it by the number of samples."
             self.notes.append(Finding("loss", "the loss", text, remedy))
@@ -283,7 +263,7 @@ class Examination:
             "sum" if found.loss.reduction == "sum" else "",
             (*found.reach.unreached, *found.reach.dead),
         )
-        first = trial = self.subject.tried(self.algorithm)
+        first = trial = self.first
         self.problems += faults(first, bounds)
         if isinstance(first.error, LossReductionError) and has_setting(self.algorithm, "loss_reduction"):
             trial = self.subject.tried(replace(self.algorithm, loss_reduction="sum"))  # type: ignore[type-var]
@@ -294,7 +274,7 @@ class Examination:
         self._tell_of_relaxation(trial)
         return replace(
             found,
-            regime=regime_of(found.r, found.beta, exact),
+            regime=regime_of(found.r, found.beta, exact) if found.levels else "",
             agreement=agreed,
             exact=exact,
             share=share,
@@ -313,8 +293,11 @@ class Examination:
 
     def _rounding(self) -> float:
         """What the relative error of an exact gradient may be."""
-        dtypes = [g.dtype for g in self.reference.values() if g is not None]
-        return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** (2 / 3))
+        return float(self._epsilon() ** (2 / 3))
+
+    def _epsilon(self) -> float:
+        """Of the coarsest dtype that parameters have."""
+        return max(float(torch.finfo(g.dtype).eps) for g in self.reference.values() if g is not None)
 
     def _share(self, trial: Trial) -> dict[str, float]:
         """By node <e, e*> / <e*, e*>, e* the error at equilibrium."""
@@ -351,20 +334,3 @@ def _share_of(error: Any, at_rest: Any) -> float | None:
 
 def _each(error: Any) -> Iterator[Tensor]:
     yield from error if isinstance(error, tuple) else (error,)
-
-
-def _of_terms(scale: LossScale, call: Call, loss: OutputLoss) -> LossScale:
-    """With its curvature in the outputs, its terms and its one half."""
-    terms = float(getattr(loss, "loss_terms", 1.0))
-    try:
-        found = output_curvature(call, loss)
-    except Torch2EBMError:
-        return replace(scale, terms=terms)
-    half = None
-    shapes = [call.values[slot].shape for slot in call.graph.output_slots if slot in loss.delivered]
-    if found.quadratic is not None and len(shapes) == 1:
-        sizes = list(shapes[0])
-        if call.batch_size in sizes:
-            sizes.remove(call.batch_size)
-        half, terms = half_and_terms(found.quadratic, terms, sizes)
-    return replace(scale, terms=terms, curvature=found.largest, one_half=half)

@@ -15,6 +15,7 @@ from torch2ebm.diagnosis.settings import (
     calibrated,
     has_lr,
     has_setting,
+    relaxes,
     step_size,
     with_lr,
 )
@@ -31,6 +32,7 @@ from torch2ebm.reports.findings import Finding
 
 HALVINGS = 12  # of a step size, until the energy falls in every step
 CALIBRATED = "PredictiveCoding() with nothing set"
+SMALLER = "Take a smaller lr, or a solver that needs none."
 _KINDS: tuple[tuple[type[Torch2EBMError], str], ...] = (
     (LossReductionError, "loss"),
     (BatchDimensionError, "batch"),
@@ -94,6 +96,9 @@ def _is_zero(error: Any) -> bool:
 
 def faults(trial: Trial, bounds: Bounds) -> Iterator[Finding]:
     """What is wrong with the settings, by this backward."""
+    if isinstance(trial.error, DivergenceError):
+        yield Finding("step size", "the relaxation", f"{trial.error}{_above(trial, bounds)}", SMALLER)
+        return
     if trial.error is not None:
         yield found_by(trial.error)
         return
@@ -118,16 +123,18 @@ def faults(trial: Trial, bounds: Bounds) -> Iterator[Finding]:
 
 
 def _of_step_size(trial: Trial, bounds: Bounds) -> Iterator[Finding]:
+    above, rise = _above(trial, bounds), trial.rise if relaxes(trial.algorithm) else 0.0
+    rises = f" The energy rises by {100 * rise:.3g}% of its start in one step." if rise else ""
+    if above or rises:
+        yield Finding("step size", "the relaxation", f"{rises}{above}".strip(), SMALLER)
+
+
+def _above(trial: Trial, bounds: Bounds) -> str:
+    """What there is to say of a step size that no relaxation stands for long."""
     step, stable = step_size(trial.algorithm), bounds.stable(trial.algorithm)
-    above = step is not None and step.lr > stable
-    if not above and not trial.rise:
-        return
-    said = [f"the energy rises by {100 * trial.rise:.3g}% of its start in one step"] * bool(trial.rise)
-    if above and step is not None:
-        said.append(f"lr = {step.lr:g} is above {stable:.3g}, from which on descent on {step.of} runs away")
-    yield Finding(
-        "step size", "the relaxation", f"{'; '.join(said)}.", "Take a smaller lr, or a solver that needs none."
-    )
+    if step is None or step.lr <= stable:
+        return ""
+    return f" lr = {step.lr:g} is above {stable:.3g}, from which on descent on {step.of} runs away."
 
 
 def found_by(error: Torch2EBMError) -> Finding:

@@ -51,19 +51,22 @@ class LossScale:
         return ", ".join(parts)
 
 
-def reduction_of(gradient_of: Callable[[int], Tensor | None]) -> str:
+def reduction_of(gradient_of: Callable[[int], Tensor | None]) -> str | None:
     """How the gradient grows with the number of copies of the batch: not at all for a mean, evenly for a sum.
 
     Args:
         gradient_of: From the number of copies to the gradient in all parameters, or None where that fails.
+
+    Returns:
+        ``"mean"``, ``"sum"``, ``""`` for neither; None where repeating the batch fails.
     """
     found = [gradient_of(copies) for copies in (1, 2, 3)]
     once, twice, thrice = found
-    if once is None or twice is None or thrice is None or not float(once.norm()):
-        return ""
+    if once is None or twice is None or thrice is None:
+        return None
     size = float(once.norm())
-    if not math.isfinite(size):
-        return ""
+    if not size or not math.isfinite(size):
+        return None
     first, second = twice - once, thrice - twice
     if float(first.norm()) <= ALIKE * size:
         return "mean"

@@ -3,6 +3,7 @@
 Both are by Lanczos on products that end at each node. In values the Hessian is (I - W)^T Pi (I - W) + beta J_o^T H J_o:
 W holds the derivatives of predictions in values, one edge each, J_o those of the outputs in the values that they read,
 and H is the loss's Hessian in the outputs. In errors it is Pi + beta J^T H J. Errors are zero at the feed-forward pass.
+Where output nodes are not linear in the values that they read, as where the loss is an output, these bend, too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.common.rows import Rows
+from torch2ebm.diagnosis.node_curvature import NodeCurvature, summed
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy
 from torch2ebm.errors import NonFiniteError
@@ -57,20 +59,25 @@ class EnergyHessian:
         call: The call, after its feed-forward pass.
         loss: Its loss, not nudged.
         energies: Energy of each node, by name; one that is not Gaussian counts as precision 1.
-        beta: The nudge.
+        inside: Whether the errors' Hessian has the curvature of the output nodes themselves, as that of the values
+            does: where the loss is an output, its curvature is there.
         separate: Whether samples are independent: then each has a spectrum of its own, which is found sooner.
+
+    Attributes:
+        beta: The nudge.
     """
 
     def __init__(
-        self, call: Call, loss: OutputLoss, energies: Mapping[str, Energy], beta: float, separate: bool
+        self, call: Call, loss: OutputLoss, energies: Mapping[str, Energy], inside: bool, separate: bool
     ) -> None:
-        self.beta, self.separate, self.loss = beta, separate, loss
+        self.beta, self.separate, self.loss, self.inside = 1.0, separate, loss, inside
         self.local = LocalProducts(call, energies, exact=True)
         self.hessian = output_hessian(call, loss)
         self.like = {s: at_least_single(call.values[s]) for node in call.graph.hidden_nodes for s in node.slots}
         self.outputs = {s: at_least_single(call.values[s]) for s in call.graph.output_slots if s in loss.delivered}
         self.precisions = {slot: self.local.precisions[call.graph.owner[slot].name] for slot in self.like}
         self.batch_size = call.batch_size
+        self.nodes = NodeCurvature(call, loss)
 
     def of_values(self, products: int) -> Spectrum:
         """In value coordinates."""
@@ -78,7 +85,8 @@ class EnergyHessian:
         def product(direction: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             moved = self.local.differences(direction)
             hidden = {s: self._weighted(s, moved[s]) for s in self.like if s in moved}
-            return self.local.differences_back({**hidden, **self._pulls(moved)})
+            sent = self.local.differences_back({**hidden, **self._pulls(moved)})
+            return summed(sent, {s: self.beta * part for s, part in self.nodes.product(direction).items()})
 
         return self._spectrum(product, products)
 
@@ -86,16 +94,30 @@ class EnergyHessian:
         """In error coordinates."""
 
         def product(direction: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            found = {s: self._weighted(s, u) for s, u in direction.items()}
-            for slot, pulled in self.local.pulled(self._pulls(self.local.pushed(direction))):
-                found[slot] = found[slot] + pulled if slot in found else pulled
-            return found
+            return summed({s: self._weighted(s, u) for s, u in direction.items()}, self._of_loss(direction))
 
         return self._spectrum(product, products)
 
-    def _weighted(self, slot: str, error: Tensor) -> Tensor:
+    def of_loss(self, products: int) -> Spectrum:
+        """Of the loss alone, in the errors, each in units of its node's variance: its largest is sigma squared."""
+
+        def product(direction: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            found = self._of_loss({s: self._weighted(s, u, -0.5) for s, u in direction.items()})
+            return {s: self._weighted(s, part, -0.5) for s, part in found.items()}
+
+        return self._spectrum(product, products)
+
+    def _of_loss(self, direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """beta J^T H J and, inside of output nodes, what they bend themselves."""
+        moved = self.local.moved(direction)
+        pulls: Mapping[str, Tensor] = self._pulls(moved)
+        if self.inside:
+            pulls = summed(pulls, {s: self.beta * part for s, part in self.nodes.product(moved).items()})
+        return dict(self.local.pulled(pulls))
+
+    def _weighted(self, slot: str, error: Tensor, power: float = 1.0) -> Tensor:
         precision = self.precisions[slot]
-        return error * (precision.to(error) if isinstance(precision, Tensor) else precision)
+        return error * ((precision.to(error) if isinstance(precision, Tensor) else precision) ** power)
 
     def _pulls(self, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """beta H of how the outputs have moved."""

@@ -92,6 +92,11 @@ class LocalProducts:
 
     def pushed(self, errors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``J u`` by output slot: one sweep from the inputs onward."""
+        moved = self.moved(errors)
+        return {slot: moved[slot] for slot in self.graph.output_slots if slot in moved}
+
+    def moved(self, errors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """How all values and predictions follow when errors move, by slot; a missing one stays."""
         moved: dict[str, Tensor] = {}
         for node in self.graph.nodes.values():
             tangents = [moved.get(slot) for slot in node.reads]
@@ -102,7 +107,7 @@ class LocalProducts:
                 if parts:
                     moved[slot] = at_least_single(parts[0] if len(parts) == 1 else parts[0] + parts[1])
         self.work += 2 if self.exact else 1
-        return {slot: moved[slot] for slot in self.graph.output_slots if slot in moved}
+        return moved
 
     def differences(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """How errors and outputs follow when values move: ``(I - W) u`` by hidden slot, ``J_o u`` by output slot.
