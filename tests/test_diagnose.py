@@ -279,6 +279,14 @@ def test_what_a_loss_is_made_of(
     assert ("loss" in kinds(found)) == (reduction == "sum")  # loss_reduction is "mean"
 
 
+def test_what_is_quadratic_near_the_output_alone_has_no_one_half() -> None:
+    net, (x, y) = chain(3), labels()
+    target = net(x).detach() + 0.1
+    huber = diagnose(net, lambda o, t: F.huber_loss(o, t, delta=0.5), (x, target))
+    assert huber.loss.one_half is None
+    assert diagnose(net, lambda o, t: F.huber_loss(o, t, delta=1e3), (x, target)).loss.one_half is True
+
+
 def test_a_penalty_on_weights_hides_neither_a_sum_nor_a_mean() -> None:
     for reduction in ("sum", "mean"):
         net = chain(3)
@@ -584,6 +592,25 @@ def test_the_number_of_steps_that_is_advised_is_the_smallest(name: str) -> None:
     (advice,) = found.advice
     assert advice.take == f"steps={found.steps_to_reach}"
     assert "levels" in kinds(diagnose(net, loss, batch, algorithm.with_steps(found.steps_to_reach - 1)))
+
+
+class Cube(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x**3
+
+
+def test_where_curvature_grows_on_the_way_the_lr_that_is_advised_is_below_that_of_the_start() -> None:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(4, 8), Cube(), nn.Linear(8, 8), Cube(), nn.Linear(8, 3)).double()
+    batch = torch.randn(6, 4).double(), torch.full((6, 3), 30.0).double()
+    loss = lambda o, t: 0.5 * squared(o, t).sum(1).mean()  # noqa: E731
+    found = diagnose(net, loss, batch, PredictiveCoding(steps=40, lr=2.5))
+    assert found.value_step is not None
+    at_start = PredictiveCoding(steps=40, lr=found.value_step)
+    assert kinds(diagnose(net, loss, batch, at_start)) == {"step size"} == faults_of(net, loss, batch, at_start)
+    (advice,) = found.advice
+    assert advice.take.startswith("lr=") and advice.algorithm is not None
+    assert faults_of(net, loss, batch, advice.algorithm) == set()
 
 
 def test_settings_that_do_are_left_alone() -> None:
