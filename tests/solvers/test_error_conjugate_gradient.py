@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import torch2ebm
 from torch2ebm.errors import NonFiniteError
+from torch2ebm.graph.activations import may_have_kinks
 
 TIGHT = torch2ebm.ErrorConjugateGradient(tol=1e-10, steps=400)
 
@@ -288,3 +289,17 @@ def test_errors_far_below_float32_s_rounding_of_the_values_are_kept() -> None:
 def test_a_loss_that_is_no_number_is_named() -> None:
     with pytest.raises(NonFiniteError):
         relaxed(deep(3, nn.Tanh), normal(4, 8), lambda output: (output - 1e3).log().sum())
+
+
+@pytest.mark.parametrize(
+    ("layer", "kinks"),
+    [
+        (nn.ReLU(), True), (nn.MaxPool1d(1), True), (nn.LeakyReLU(), True), (nn.Hardtanh(), True), (Rectified(), True),
+        (nn.Tanh(), False), (nn.GELU(), False), (nn.LayerNorm(16), False), (nn.Softplus(), False), (nn.ELU(), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)  # fmt: skip
+def test_only_what_can_jump_is_said_to_rest_on_a_kink(layer: nn.Module, kinks: bool) -> None:
+    net = nn.Sequential(nn.Linear(16, 16), layer, nn.Linear(16, 4))
+    graph = torch2ebm.convert(net, example_inputs=torch.randn(3, 16)).graph
+    assert may_have_kinks(graph) is kinks

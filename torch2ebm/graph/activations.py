@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from torch2ebm.graph.energy_graph import Node
+from torch2ebm.graph.energy_graph import EnergyGraph, Node
 
 
 def is_activation(node: Node) -> bool:
@@ -30,6 +31,43 @@ _FUNCTIONS = frozenset(
     ]
 )
 HOLOMORPHIC = frozenset(["tanh", "sigmoid", "softplus", "silu", "identity"])
+
+# operations whose derivative jumps, by name without underscores and dimensions
+_KINKED = frozenset(
+    [
+        *("relu", "relu6", "leakyrelu", "prelu", "rrelu", "hardtanh", "hardsigmoid", "hardswish", "hardshrink"),
+        *("softshrink", "threshold", "clamp", "clampmin", "clampmax", "clip", "abs", "absolute", "maximum", "minimum"),
+        *("max", "min", "amax", "amin", "fmax", "fmin", "median", "nanmedian", "mode", "kthvalue", "topk", "sort"),
+        *("argsort", "quantile", "nanquantile", "cummax", "cummin", "aminmax", "where", "maskedfill", "sign", "round"),
+        *("floor", "ceil", "trunc", "frac", "fmod", "remainder", "heaviside", "maxpool", "adaptivemaxpool"),
+        *(
+            "fractionalmaxpool",
+            "maxunpool",
+            "rnnrelu",
+            "rnnrelucell",
+            "norm",
+            "vectornorm",
+            "cdist",
+            "celu",
+            "copysign",
+        ),
+    ]
+)
+
+
+def may_have_kinks(graph: EnergyGraph) -> bool:
+    """Whether some operation's derivative jumps, as a ReLU's does; what cannot be looked into may have such a one."""
+    return any(_is_kinked(each.target) for node in graph.nodes.values() for each in node.operations)
+
+
+def _is_kinked(target: Any) -> bool:
+    name = re.sub(r"\dd$", "", operation_name(target)).replace("_", "")  # max_pool2d: maxpool
+    return name in _KINKED or not (isinstance(target, str) or _is_of_torch(target))
+
+
+def _is_of_torch(target: Any) -> bool:
+    package = str(getattr(target, "__module__", "")).partition(".")[0]
+    return package in ("torch", "_operator", "math") and not isinstance(target, nn.Module)
 
 
 def activation_kind(target: Any) -> str | None:

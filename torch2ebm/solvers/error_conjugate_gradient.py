@@ -13,6 +13,7 @@ from torch import Tensor
 from torch2ebm.common.checks import check_steps, check_tolerance
 from torch2ebm.common.rows import Rows
 from torch2ebm.engine.energies import precision_of
+from torch2ebm.graph.activations import may_have_kinks
 from torch2ebm.inference.error_inference import ErrorInference
 from torch2ebm.inference.solver import ErrorSolver, Rest
 
@@ -78,7 +79,8 @@ class ErrorConjugateGradient(ErrorSolver):
     ``model.state.relaxation`` has the shares ``settled`` and ``on_kinks``, and the curvature that was met.
 
     Args:
-        tol: Stop once all samples are settled, or rest on kinks; 0 does all steps.
+        tol: Stop once all samples are settled, or rest on kinks. It also stops where most do, and a step takes no more
+            than ``tol**2`` of the energy's whole fall: that is what a residual of ``tol`` leaves. 0 does all steps.
         steps: Most sweeps to do.
 
     Raises:
@@ -179,7 +181,8 @@ class ErrorConjugateGradient(ErrorSolver):
         # on a quadratic the smallest point of the line is known, wherever the line was looked at
         after = _chosen(rose & ~quadratic, back, forward, inference.recorded)
         lowest = _chosen(rose, lambda: _with_lowest(state, after), lambda: after, inference.recorded)
-        after = self._at_rest(state, lowest, energy, ~rose)
+        jumps = inference.graph.once("whether it has kinks", lambda: may_have_kinks(inference.graph))
+        after = self._at_rest(state, lowest, energy, ~rose, jumps)
         inference.history[-1] = after.curve
         done = (after.settled | after.on_kink).all() | after.stands | (after.left <= 0)
 
@@ -195,7 +198,7 @@ class ErrorConjugateGradient(ErrorSolver):
         rows.unpack(after.here, inference.errors)
         return after
 
-    def _at_rest(self, before: Line, after: Line, energy: Tensor, fell: Tensor) -> Line:
+    def _at_rest(self, before: Line, after: Line, energy: Tensor, fell: Tensor, jumps: bool) -> Line:
         """Where the energy stands still, who still moves rests on a kink, if the gradient has jumped there."""
         start = torch.where(torch.isnan(before.start), energy, before.start)
         gone = start - after.best_energy
@@ -203,7 +206,7 @@ class ErrorConjugateGradient(ErrorSolver):
         # a residual of tol is a fall of tol^2 that is left, as long as an energy has digits to show it
         shows = self.tol**2 > torch.finfo(after.base.dtype).eps
         at_its_end = fell & (before.best_energy - after.best_energy <= self.tol**2 * gone) & shows
-        jumped = after.stretch > JUMP * after.usual
+        jumped = (after.stretch > JUMP * after.usual) & jumps
         stands = at_its_end | (before.past[0] - after.best_energy <= self.tol * gone)
         on_kink = after.on_kink | (stands & jumped & ~after.settled)
         most = (after.settled | on_kink).double().mean() >= 0.5
