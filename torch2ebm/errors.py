@@ -222,6 +222,10 @@ class NotSettledWarning(UserWarning):
     """The values still move, or cycle, where an equilibrium was expected."""
 
 
+class NotAMinimumWarning(UserWarning):
+    """An equilibrium is a saddle of the energy: the plain dynamics would leave it."""
+
+
 class DivergenceWarning(UserWarning):
     """A relaxation ran away and its batch gives no gradient, as ``on_divergence="warn"`` asked for."""
 

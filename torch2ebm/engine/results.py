@@ -41,6 +41,8 @@ class Relaxation:
         curvature_cost: What this call has spent on measuring it, in backprops; 0 where it was carried.
         update: How an equilibrium algorithm moved the values: ``"synchronous"``, ``"damped"``, ``"sequential"`` or
             ``"anderson"``.
+        at_minimum: Which samples rest in a minimum of the energy and in no saddle, shape ``[batch]``; None where nobody
+            has looked. One free phase of 16 is looked at, of ``AndersonMixing`` and of updates of your own.
         energy: F, summed over samples, at the start of every step and at the end, in units of lambda times the loss.
         node_energy: The share of each node with a value; ``loss`` is the rest.
         loss: lambda times the loss summed over samples.
@@ -66,6 +68,7 @@ class Relaxation:
     on_kinks: float | None = None
     sigma_squared: float | None = None
     curvature_cost: float = 0.0
+    at_minimum: Tensor | None = field(default=None, compare=False)
 
     @property
     def r(self) -> float | None:
