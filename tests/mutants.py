@@ -239,6 +239,8 @@ WEIGHTS_MOVE = [
            "scale = -self.inference.loss.scale", "scale = self.inference.loss.scale", "incremental"),
     Mutant("incremental: values uphill", "algorithms/incremental_predictive_coding.py",
            "self.inference.move(slot, gradient, -lr)", "self.inference.move(slot, gradient, lr)", "incremental"),
+    Mutant("incremental: the end's energy twice in the history", "algorithms/incremental_predictive_coding.py",
+           "self.inference.history.pop()", "pass", "incremental"),
     Mutant("incremental: nodes before their children", "algorithms/incremental_predictive_coding.py",
            "for node in reversed(self.graph.hidden_nodes):", "for node in self.graph.hidden_nodes:", "incremental"),
     Mutant("incremental: weights that momentum has moved taken as unmoved",

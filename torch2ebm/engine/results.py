@@ -123,6 +123,8 @@ class InferenceState:
         relaxation: How the relaxation went.
         unreached: Nodes whose error is exactly zero since no error has reached them yet (too few steps):
             the gradients of their parameters are exactly zero.
+        moment: Which entry of the relaxation's energies these values belong to: the last, and the one before it under
+            ``IncrementalPredictiveCoding``, whose values move once more.
         rounds: Whether errors are differences of stored values, which round: then small ones have no digits.
         energies: Energy by node; a missing one is Gaussian of precision 1.
         phases: One relaxation for each nudged phase; the first of them, whose values these are, is ``relaxation``.
@@ -157,6 +159,7 @@ class InferenceState:
     loss_weight: float | None = None
     loss_terms: float = 1.0
     rounds: bool = False
+    moment: int = -1
 
     def __repr__(self) -> str:
         names = list(self.graph.nodes)
@@ -225,9 +228,9 @@ class InferenceState:
         if not last.node_energy:
             return {f"energy/{name}": float(_sum_of(energy)) for name, energy in self.energy.items()}
         return {
-            **{f"energy/{name}": column[-1] for name, column in last.node_energy.items()},
-            "energy": last.energy[-1],
-            "loss": last.loss[-1],
+            **{f"energy/{name}": column[self.moment] for name, column in last.node_energy.items()},
+            "energy": last.energy[self.moment],
+            "loss": last.loss[self.moment],
             "relaxation/steps": float(last.steps),
             "relaxation/residual": last.residual,
         }
