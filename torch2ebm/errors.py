@@ -112,6 +112,10 @@ class AttachmentError(ConfigurationError):
     """An optimizer and a model that do not belong together, or a second attachment beside the first."""
 
 
+class EnergyGradientError(ConfigurationError):
+    """The gradients that an energy of your own returns are not those of its value."""
+
+
 class UnsynchronisedError(ConfigurationError):
     """A forward whose gradients the wrapper of this model cannot synchronise among processes."""
 
