@@ -239,7 +239,7 @@ class CurvatureWarning(UserWarning):
 
 
 class NoSignalWarning(UserWarning):
-    """Errors of some nodes are nothing but the rounding of their values, and so are their gradients."""
+    """Some nodes learn nothing: no error has reached them, or only rounding, or their gradients are exactly zero."""
 
 
 class CompilationWarning(UserWarning):

@@ -134,9 +134,9 @@ def _shapes(energy: Energy) -> Iterator[tuple[int, ...]]:
     own = [tuple(leaf.shape) for leaf in leaves_of(attributes_of(energy)) if isinstance(leaf, Tensor) and leaf.ndim]
     if own:
         try:
-            shape = torch.broadcast_tensors(*(torch.empty(each) for each in own))[0].shape
+            shape = torch.Size(torch.broadcast_shapes(*own))  # type: ignore[no-untyped-call]
         except RuntimeError:  # tensors that belong to no one shape
-            shape = torch.Size(max(own, key=len))
+            shape = torch.Size(sorted(own, key=len)[-1])
         if 0 < shape.numel() <= 4096:  # entry by entry: more would take seconds
             yield (2, *shape)
             yield shape

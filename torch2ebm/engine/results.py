@@ -193,6 +193,21 @@ class InferenceState:
         return tuple(node.name for node in self.graph.hidden_nodes if self.rounds and self._is_rounding(node.slots))
 
     @property
+    def signal(self) -> Mapping[str, str]:
+        """What each node learns from: ``"error"``, or nothing, and why.
+
+        ``"not reached"``: no error has come that far. ``"rounding"``: see :attr:`without_signal`. ``"zero"``: every
+        error is exactly zero. :meth:`EnergyModel.summary` has it as a column.
+        """
+        lost = self.without_signal
+        found = {name: "rounding" if name in lost else self._has_error(name) for name in self.graph.nodes}
+        return {**found, **dict.fromkeys(self.unreached, "not reached")}
+
+    def _has_error(self, name: str) -> str:
+        errors = (self.errors[slot] for slot in self.graph.nodes[name].slots if slot in self.errors)
+        return "error" if any(bool(error.any()) for error in errors) else "zero"
+
+    @property
     def value(self) -> Mapping[str, Any]:
         """Value of each node, shape of its prediction; for an output the prediction plus its error."""
         return PerNode(self.graph, lambda slot: self._prediction(slot) + self._error(slot))

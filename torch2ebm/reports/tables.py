@@ -12,13 +12,15 @@ from torch2ebm.graph.energy_graph import EnergyGraph
 def node_table(graph: EnergyGraph, state: InferenceState | None = None) -> str:
     """One row a node, then what there is to know of the last relaxation."""
     rows = []
+    signal = {} if state is None else state.signal
     for node in graph.nodes.values():
         size = sum(parameter.numel() for parameter in node.parameters.values())
         reads = ", ".join(node.parents) or "(input)"
         kind = "output" if node.is_output else ""
         shape = " ".join(str(graph.shapes.get(slot, "?")) for slot in node.slots)
-        rows.append([node.name, node.description, reads, kind, str(node.level), shape, f"{size:,}"])
-    header = ["node", "function", "reads", "", "level", "shape", "parameters"]
+        learns = [signal.get(node.name, "?")] if signal else []
+        rows.append([node.name, node.description, reads, kind, str(node.level), shape, f"{size:,}", *learns])
+    header = ["node", "function", "reads", "", "level", "shape", "parameters", *(["signal"] if signal else [])]
     opaque = [f"module '{path}' is one node: it {reason}" for path, reason in graph.opaque.items()]
     return "\n".join([aligned(header, rows, left=4), *opaque, *(_remarks(state) if state is not None else ())])
 
