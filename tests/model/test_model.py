@@ -896,7 +896,6 @@ def test_the_summary_has_a_row_a_node() -> None:
     assert max(map(len, rows)) < 120
 
 
-@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # which says the same
 def test_the_summary_names_what_no_error_has_reached() -> None:
     model = attached(deep_net(5), torch2ebm.PredictiveCoding(steps=2, lr=0.2))
     classification(model(X)).backward()
@@ -1058,7 +1057,6 @@ def residual_before(net: nn.Sequential, step: int, lr: float) -> float:
     return max(float((after - before).abs().max()) / lr for after, before in moved)
 
 
-@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # few steps are meant
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_the_residual_is_the_last_driving_term(steps: int) -> None:
     net = deep_net(3)
@@ -1117,7 +1115,6 @@ def test_the_energy_curve_is_the_energy() -> None:
     assert list(relaxation.energy) == sorted(relaxation.energy, reverse=True)
 
 
-@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # few steps are meant
 @pytest.mark.parametrize("steps", [1, 2, 4, 5])
 @pytest.mark.parametrize("name", ["fixed_prediction", "predictive_coding"])
 def test_an_error_travels_one_level_a_step(name: str, steps: int) -> None:
