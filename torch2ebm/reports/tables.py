@@ -33,6 +33,23 @@ def _remarks(state: InferenceState) -> Iterator[str]:
         yield f"no error has reached {', '.join(state.unreached)}: their gradients are exactly zero; take more steps"
     if lost := state.without_signal:
         yield f"errors are nothing but rounding in {', '.join(lost)}: take a solver of errors, or nothing set"
+    if regime := ", ".join(_regime(state)):
+        yield f"regime: {regime}"
     energy = state.relaxation.energy
     if energy and energy[-1] > energy[0]:
         yield f"the energy rose from {energy[0]:.4g} to {energy[-1]:.4g}; take a smaller step size"
+
+
+def _regime(state: InferenceState) -> Iterator[str]:
+    """What kind of gradient the last relaxation has given, and how near to rest it came."""
+    last = state.relaxation
+    if last.regime:
+        yield last.regime
+    if last.sigma_squared is not None:
+        yield f"r = beta sigma^2 = {last.beta:.3g} * {last.sigma_squared:.3g} = {last.r:.3g}"
+    residuals = state.relative_residual
+    if residuals is not None and len(residuals):
+        median, worst = float(residuals.median()), float(residuals.max())
+        yield f"residual over |e|: {median:.1e} (median), {worst:.1e} (worst sample)"
+    if last.settled is not None:
+        yield f"{last.settled:.0%} of the samples settled"
