@@ -130,11 +130,12 @@ CALIBRATED = [
     Mutant("a nudge that is multiplied by the curvature", "algorithms/predictive_coding.py",
            "beta.real / unit.scale", "beta.real * unit.scale", "relative"),
     Mutant("a direction that is not conjugate", "solvers/error_conjugate_gradient.py",
-           "direction = steepest + beta * state.direction", "direction = steepest", "error_conjugate_gradient"),
+           "keep, turn = torch.where(rests, 0.0, beta)", "keep, turn = torch.where(rests, 0.0, 0 * beta)",
+           "error_conjugate_gradient"),
     Mutant("no metric of the precisions", "solvers/error_conjugate_gradient.py",
-           "steepest = -there / state.weight", "steepest = -there", "error_conjugate_gradient"),
+           "steepest = there if inverse is None else there * inverse", "steepest = there", "error_conjugate_gradient"),
     Mutant("a step that raises the energy is kept", "solvers/error_conjugate_gradient.py",
-           "after = _chosen(rose & ~quadratic, back, forward)", "after = forward", "error_conjugate_gradient"),
+           "_chosen(rose & ~quadratic, back, forward, inference.recorded)", "forward()", "error_conjugate_gradient"),
 ]  # fmt: skip
 
 STANDING_STILL = [
@@ -379,6 +380,41 @@ AGREEMENT = [
            "agreement"),
 ]  # fmt: skip
 
+DIAGNOSIS = [
+    Mutant("values without the messages of children", "inference/local_products.py",
+           "sign = 1 if node.is_output else -1", "sign = 1",
+           "diagnose::the_ends_of_the_spectrum_in_values_are_those_of_the_dense_hessian"),
+    Mutant("a Hessian without the nudge", "diagnosis/spectrum.py", "{s: self.beta * pull for", "{s: pull for",
+           "diagnose::sigma_squared_is_that_of_the_model_and_the_spectrum_in_errors_is_made_of_it"),
+    Mutant("a spectrum without precisions", "diagnosis/spectrum.py",
+           "return error * ((precision.to(error) if isinstance(precision, Tensor) else precision) ** power)",
+           "return error",
+           "diagnose::the_ends_of_the_spectrum_in_values_are_those_of_the_dense_hessian"),
+    Mutant("a bound that is no bound", "diagnosis/spectrum.py", "vague = smallest - lowest > KNOWN * abs(smallest)",
+           "vague = False", "diagnose::a_condition_number_that_a_few_products_cannot_tell_is_said_to_be_a_bound"),
+    Mutant("steps along the longest path", "diagnosis/reach.py", "distance[node.name] = min(below)",
+           "distance[node.name] = max(below)", "diagnose::so_many_steps_reach_every_node_and_one_less_does_not"),
+    Mutant("a penalty that makes a sum neither", "diagnosis/loss_scale.py",
+           "first, second = twice - once, thrice - twice", "first, second = twice - once, once",
+           "diagnose::a_penalty_on_weights_hides_neither_a_sum_nor_a_mean"),
+    Mutant("a loss that is quadratic here alone", "diagnosis/loss_scale.py",
+           "if factor and identity and _stays(call, loss, here, noise, factor):", "if factor and identity:",
+           "diagnose::what_is_quadratic_near_the_output_alone_has_no_one_half"),
+    Mutant("a module that is not put back", "diagnosis/subject.py",
+           "stack.enter_context(untouched(self.module, device))", "pass",
+           "diagnose::everything_is_as_before_also_where_the_loss_raises"),
+    Mutant("a loss of the user's own that has counted", "diagnosis/subject.py",
+           "stack.enter_context(untouched(self.loss_fn, device))", "pass",
+           "diagnose::everything_is_as_before_also_where_the_loss_raises"),
+    Mutant("errors that values have swallowed", "diagnosis/judging.py", "in lost | swallowed)", "in lost)",
+           "diagnose::what_is_wrong_is_named_and_every_advice_cures_it"),
+    Mutant("an lr that is advised untried", "diagnosis/judging.py",
+           "if again.error is None and not any(_of_step_size(again, bounds)):", "if True:",
+           "diagnose::where_curvature_grows_on_the_way_the_lr_that_is_advised_is_below_that_of_the_start"),
+    Mutant("output nodes that do not bend", "diagnosis/spectrum.py", "return summed(sent, {s: self.beta",
+           "return summed(sent, {s: 0.0", "diagnose::an_output_that_bends_is_in_the_spectrum"),
+]  # fmt: skip
+
 AROUND = [
     Mutant("a loop on the module that is told nothing", "wrapper/steps_told.py",
            "forwards.answers != (self._answers or 0)", "forwards.answers != -1", "loops_told"),
@@ -405,7 +441,7 @@ AROUND = [
 ]  # fmt: skip
 
 MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *CALIBRATED, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE,
-           *EQUILIBRIA, *PROGRAMS, *RUNS, *AGREEMENT, *AROUND]  # fmt: skip
+           *EQUILIBRIA, *PROGRAMS, *RUNS, *AGREEMENT, *DIAGNOSIS, *AROUND]  # fmt: skip
 
 
 # Running them ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from processes import needs_processes
 
 from torch2ebm.cli import main
+from torch2ebm.demo import DigitNet
 
 pytest.importorskip("matplotlib")
 from matplotlib import image
@@ -76,7 +77,7 @@ def test_demo_prints_accuracies_and_exact_gradients_and_writes_three_pictures(
     assert accuracies.keys() == {"backpropagation", "ZeroDivergence", "PredictiveCoding"}
     assert min(accuracies.values()) > 30  # one epoch; by chance 10
     exact = [angle for (_, algorithm), angle in angles(printed).items() if algorithm == "ZeroDivergence"]
-    assert exact == ["0.00"] * 9  # eight parameters, and all of them
+    assert exact == ["0.00"] * (len(dict(DigitNet().named_parameters())) + 1)  # each of them, and all
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -182,6 +183,9 @@ MISTAKES = {
     "unknown node": (["graph", "users_models:net", "--input-shape", "4,6", "--nodes", "nix"], "nix"),
     "too many classes": (["compare", "users_models:net", "--input-shape", "4,6", "--classes", "9"], "--classes"),
     "step size": (["compare", "users_models:net", "--input-shape", "4,6", "--lr", "0"], "lr"),
+    "step size to diagnose": (["diagnose", "users_models:net", "--input-shape", "4,6", "--lr", "-1"], "lr"),
+    "wrong shape to diagnose": (["diagnose", "users_models:net", "--input-shape", "4,7"], "(4, 7)"),
+    "nothing to diagnose": (["diagnose", "users_models:Fixed", "--input-shape", "4,6"], "Fixed"),
     "no folder": (["graph", "users_models:net", "--input-shape", "4,6", "--output", "no/such.png"], "no/such.png"),
     "no format": (["graph", "users_models:net", "--input-shape", "4,6", "--output", "graph.nix"], "graph.nix"),
     "no epochs": (["demo", "--epochs", "0"], "'0'"),

@@ -177,14 +177,15 @@ def test_logits_in_a_dictionary_are_compared(capsys: pytest.CaptureFixture[str])
     assert "0.weight" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["demo", "compare", "graph"])
+@pytest.mark.parametrize("command", ["demo", "compare", "graph", "diagnose"])
 def test_help_shows_the_defaults_and_what_every_option_is(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     expected = {
-        "demo": ["(default: 30)", "(default: demo_output)", "(default: 0)"],
+        "demo": ["(default: 12)", "(default: demo_output)", "(default: 0)"],
         "compare": ["(default: 20)", "(default: 0.1)", "(default: float32)"],
         "graph": ["(default: auto)", "(default: graph.png)", "(default: float32)"],
+        "diagnose": ["(default: cross_entropy)", "(default: float32)"],
     }
     assert all(each in shown for each in expected[command]) and "(default: None)" not in shown
     assert "(default: False)" not in shown

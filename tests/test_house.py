@@ -29,6 +29,7 @@ WINGS = (
     "algorithms",
     "reports",
     "model",
+    "diagnosis",
     "wrapper",
 )
 STRANGERS = ({"solvers", "equilibrium", "implicit"}, {"algorithms", "reports"})  # none of these imports another

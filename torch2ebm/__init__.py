@@ -17,9 +17,10 @@ from torch2ebm.algorithms import (
     RecurrentBackprop,
     ZeroDivergence,
 )
-from torch2ebm.check import CheckReport, Finding, check
+from torch2ebm.check import CheckReport, check
 from torch2ebm.common.moved import old_name, serve_old_paths
 from torch2ebm.compare import GradientComparison, compare
+from torch2ebm.diagnose import Diagnosis, diagnose
 from torch2ebm.engine.energies import Categorical, Energy, Gaussian
 from torch2ebm.engine.nudging import Holomorphic, OneSided, RandomSign, Relative, Symmetric
 from torch2ebm.engine.results import InferenceState, Relaxation
@@ -34,6 +35,7 @@ from torch2ebm.model.energy_model import EnergyModel, convert
 from torch2ebm.mq import MQ
 from torch2ebm.optimizer import EnergyOptimizer
 from torch2ebm.reports.agreement import Agreement
+from torch2ebm.reports.findings import Finding
 from torch2ebm.solvers import (
     AdamDescent,
     AndersonErrorDescent,
@@ -60,6 +62,7 @@ __all__ = [
     "ContrastiveHebbian",
     "CoupledLearning",
     "Curvature",
+    "Diagnosis",
     "Energy",
     "EnergyGraph",
     "EnergyLoss",
@@ -98,6 +101,7 @@ __all__ = [
     "check",
     "compare",
     "convert",
+    "diagnose",
     "errors",
     "extend",
     "load_mnist",

@@ -18,27 +18,7 @@ from torch2ebm.graph.granularity import Granularity
 from torch2ebm.graph.lone_node import ALONE, FINER, lone_node
 from torch2ebm.model.arguments import as_arguments
 from torch2ebm.model.energy_model import EnergyModel, convert
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing to know of a module.
-
-    Attributes:
-        kind: ``"opaque"``, ``"no gradient"``, ``"random"``, ``"batch statistics"``, ``"value"``, ``"branches"``,
-            ``"one node"``, ``"held"``, ``"batch"`` or ``"warning"``.
-        place: The submodule, parameter, node or line of code that it is about.
-        text: What was found.
-        remedy: What you can do, and what follows if you do nothing.
-    """
-
-    kind: str
-    place: str
-    text: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"[{self.kind}] {self.place}: {self.text} {self.remedy}"
+from torch2ebm.reports.findings import Finding
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,4 +1,4 @@
-"""``python -m torch2ebm``: a demo, gradients compared, and a graph shown, without writing code."""
+"""``python -m torch2ebm``: a demo, gradients compared, a graph shown, and a model diagnosed, without writing code."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ from torch2ebm.algorithms import FixedPrediction, PredictiveCoding, ZeroDivergen
 from torch2ebm.check import check
 from torch2ebm.common.version import version
 from torch2ebm.compare import compare
+from torch2ebm.diagnose import diagnose
 from torch2ebm.errors import ConfigurationError, Torch2EBMError
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.model.energy_model import convert
 
 DTYPES: Final = {"float32": torch.float32, "int64": torch.int64}
+LOSSES: Final = ("cross_entropy", "mse")
 TRACEBACK: Final = "where something goes wrong, show the whole traceback"
 GRANULARITIES: Final = ("auto", "layer", "preactivation", "module", "op", "children")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it did what it should, 2 after a message on stderr."""
+    """Run one command; 0 when it did what it should, 1 where it found something wrong, 2 after a message on stderr."""
     try:
         arguments = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said why, or has shown the help
@@ -41,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(arguments.seed)
-            arguments.command(arguments)
+            code: int = arguments.command(arguments)
         sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
     except KeyboardInterrupt:
         print("torch2ebm: interrupted", file=sys.stderr)
         return 130  # as a shell reports SIGINT
     except BaseException as error:  # the user's code may raise anything, and exit
         return _failed(error, arguments.traceback)
-    return 0
+    return code
 
 
 def _failed(error: BaseException, whole: bool) -> int:
@@ -88,11 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"torch2ebm {version()}")
     parser.add_argument("--traceback", action="store_true", help=TRACEBACK)
     parser.set_defaults(seed=0)
-    commands = parser.add_subparsers(required=True, metavar="demo | compare | graph")
+    commands = parser.add_subparsers(required=True, metavar="demo | compare | graph | diagnose")
     for name, arguments, does in (
         ("demo", _demo_arguments, "train a small network three ways; takes less than a minute"),
         ("compare", _compare_arguments, "the gradients of a model against backpropagation's"),
         ("graph", _graph_arguments, "the nodes of a model, as a table and a picture"),
+        ("diagnose", _diagnose_arguments, "what a model needs, and what is wrong with settings; ends with 1 if so"),
     ):
         command = commands.add_parser(name, help=does, description=does, formatter_class=_Defaults)
         arguments(command)
@@ -103,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_demo)
-    parser.add_argument("--epochs", type=_count, default=30, help="passes over the digits")
+    parser.add_argument("--epochs", type=_count, default=12, help="passes over the digits")
     parser.add_argument("--output", type=_path, default="demo_output", help="folder of the pictures")
     parser.add_argument("--seed", type=_seed, default=0, help="of the weights and of the order of the digits")
 
@@ -125,6 +128,16 @@ def _graph_arguments(parser: argparse.ArgumentParser) -> None:
         "--nodes", type=_nodes, default="auto", help=f"one of {', '.join(GRANULARITIES)}, or submodule names: a,b"
     )
     parser.add_argument("--output", type=_path, default="graph.png", help="picture file")
+
+
+def _diagnose_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_diagnose)
+    _model_arguments(parser)
+    parser.add_argument("--classes", type=_count, help="of the random targets; default: last dimension of the output")
+    parser.add_argument("--steps", type=_count, help="inference steps; default: PredictiveCoding() with nothing set")
+    parser.add_argument("--lr", type=float, help="step size of the inference")
+    parser.add_argument("--loss", choices=LOSSES, default="cross_entropy", help="mse: against random numbers")
+    parser.add_argument("--double", action="store_true", help="in float64")
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,22 +175,17 @@ def _nodes(text: str) -> Granularity:
 # commands
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _demo(arguments: argparse.Namespace) -> int:
     from torch2ebm.demo import run  # the other commands need none of it
 
     run(arguments.epochs, arguments.output, arguments.seed)
+    return 0
 
 
-def _compare(arguments: argparse.Namespace) -> None:
+def _compare(arguments: argparse.Namespace) -> int:
     picture = os.path.abspath(arguments.output) if arguments.output else None  # the factory may change the folder
     model, x = _model_and_input(arguments)
-    output = _logits(_output(model, x))
-    classes = arguments.classes or output.shape[-1]
-    if classes > output.shape[-1]:
-        raise ConfigurationError(
-            "--classes", str(classes), f"at most {output.shape[-1]}, the last dimension of the output", "Leave it out."
-        )
-    target = torch.randint(classes, output.shape[:-1])
+    target = _classes(arguments, _logits(_output(model, x)))
     algorithms = [
         ZeroDivergence(),
         FixedPrediction(arguments.steps, arguments.lr),
@@ -189,9 +197,10 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(comparison.table())
     if arguments.output:
         print(f"\nPicture: {arguments.output}")
+    return 0
 
 
-def _graph(arguments: argparse.Namespace) -> None:
+def _graph(arguments: argparse.Namespace) -> int:
     picture = os.path.abspath(arguments.output) if arguments.output else ""
     model, x = _model_and_input(arguments)
     _output(model, x)
@@ -199,6 +208,35 @@ def _graph(arguments: argparse.Namespace) -> None:
     converted.torch2ebm.draw(picture)
     print(_run(lambda: check(model, x, arguments.nodes)))
     print(f"\nPicture: {arguments.output}")
+    return 0
+
+
+def _diagnose(arguments: argparse.Namespace) -> int:
+    given = {name: getattr(arguments, name) for name in ("steps", "lr")}
+    algorithm = PredictiveCoding(**{name: number for name, number in given.items() if number is not None})
+    model, x = _model_and_input(arguments)
+    output = _logits(_output(model, x))
+    if arguments.loss == "mse":
+        target, loss = torch.randn_like(output), _squared_error
+    else:
+        target, loss = _classes(arguments, output), _cross_entropy
+    diagnosis = _run(lambda: diagnose(model, loss, (x, target), algorithm))
+    print(diagnosis)
+    return 0 if diagnosis.ok else 1
+
+
+def _classes(arguments: argparse.Namespace, output: Tensor) -> Tensor:
+    """Random targets, as many classes as were asked for."""
+    classes = arguments.classes or output.shape[-1]
+    if classes > output.shape[-1]:
+        raise ConfigurationError(
+            "--classes", str(classes), f"at most {output.shape[-1]}, the last dimension of the output", "Leave it out."
+        )
+    return torch.randint(classes, output.shape[:-1])
+
+
+def _squared_error(output: Any, target: Tensor) -> Tensor:
+    return F.mse_loss(_logits(output), target)
 
 
 def _cross_entropy(output: Any, target: Tensor) -> Tensor:

@@ -131,25 +131,20 @@ def compare(
     """
     named, counts = _named(algorithms), _counts(steps)
     converted = model if isinstance(model, EnergyModel) else convert(model)
-    _check_whole(converted)
-    _check_loss(loss_fn, 1 if isinstance(batch, Mapping) else 2)
+    check_whole("torch2ebm.compare", converted)
+    check_loss("torch2ebm.compare", loss_fn, 1 if isinstance(batch, Mapping) else 2)
     args, kwargs, loss_of = of_batch("torch2ebm.compare", batch, loss_fn)
     check_not_meta(converted.torch2ebm.module)
-    trainable = {name: p for name, p in converted.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise PartitionError(
-            f"torch2ebm.compare({type(model).__name__})",
-            "a model without trainable parameters",
-            "at least one trainable parameter",
-            "It has nothing to learn; unfreeze some of it.",
-        )
+    trainable = check_trainable("torch2ebm.compare", converted)
     device = next(iter(trainable.values())).device
 
     def gradients(call: Callable[[], Any]) -> Gradients:
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(untouched(converted, device))
-            found = torch.autograd.grad(_whole_loss(loss_of(call())), list(trainable.values()), allow_unused=True)
+            found = torch.autograd.grad(
+                whole_loss("torch2ebm.compare", loss_of(call())), list(trainable.values()), allow_unused=True
+            )
         return {name: g for name, g in zip(trainable, found, strict=True) if g is not None}
 
     def of(algorithm: Algorithm) -> Gradients:
@@ -177,13 +172,26 @@ def compare(
     )
 
 
-def _check_whole(model: EnergyModel) -> None:
+def check_trainable(where: str, model: EnergyModel) -> dict[str, nn.Parameter]:
+    """The parameters that learn. Raises :class:`PartitionError` for a model without any."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise PartitionError(
+            f"{where}({type(model.torch2ebm.module).__name__})",
+            "a model without trainable parameters",
+            "at least one trainable parameter",
+            "It has nothing to learn; unfreeze some of it.",
+        )
+    return trainable
+
+
+def check_whole(where: str, model: EnergyModel) -> None:
     if model.torch2ebm.shards.modules:
         raise ShardingError(
-            f"torch2ebm.compare({type(model.torch2ebm.module).__name__})",
+            f"{where}({type(model.torch2ebm.module).__name__})",
             "a module sharded by fully_shard, in which torch.autograd.grad finds no gradients",
             "a module with whole parameters",
-            "Compare before fully_shard, or on a copy that is not sharded.",
+            f"{where.rpartition('.')[2].capitalize()} before fully_shard, or on a copy that is not sharded.",
         )
 
 
@@ -232,7 +240,7 @@ def _counts(steps: Sequence[int] | None) -> tuple[int, ...]:
     return counts
 
 
-def _check_loss(loss_fn: object, arguments: int) -> None:
+def check_loss(where: str, loss_fn: object, arguments: int) -> None:
     """Refuse a loss that has been computed already, a class of losses, and what takes other arguments."""
     form = "loss_fn(output, target)" if arguments == 2 else "loss_fn(output)"
     if isinstance(loss_fn, Tensor) or not callable(loss_fn):
@@ -246,7 +254,7 @@ def _check_loss(loss_fn: object, arguments: int) -> None:
         remedy = "It gets the output and the target; with a dict of keyword arguments as the batch, the output alone."
     else:
         return
-    raise ConfigurationError("torch2ebm.compare(loss_fn=...)", got, form, remedy)
+    raise ConfigurationError(f"{where}(loss_fn=...)", got, form, remedy)
 
 
 def _takes(function: Callable[..., Any], arguments: int) -> bool:
@@ -259,15 +267,15 @@ def _takes(function: Callable[..., Any], arguments: int) -> bool:
     return True
 
 
-def _whole_loss(loss: object) -> Tensor:
+def whole_loss(where: str, loss: object) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"a loss of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ConfigurationError(
-            "torch2ebm.compare(loss_fn=...)", got, "one number, as a tensor", "Reduce the loss: reduction='mean'."
+            f"{where}(loss_fn=...)", got, "one number, as a tensor", "Reduce the loss: reduction='mean'."
         )
     if not loss.requires_grad:
         raise LossIndependentError(
-            "torch2ebm.compare(loss_fn=...)",
+            f"{where}(loss_fn=...)",
             "a loss that depends on no parameter",
             "a loss computed from the model's output",
             "Look for a detach() in the loss function.",

@@ -16,6 +16,7 @@ from torch2ebm.engine.energies import Energy, precision_of
 from torch2ebm.errors import NodeEvaluationError
 from torch2ebm.graph.energy_graph import Node
 
+VANISHED = 1e-15  # far below what a bias would add, and its square far above the smallest number of single precision
 _WITHOUT = "nodes without forward-mode differentiation"  # a key of EnergyGraph.once
 
 
@@ -92,6 +93,11 @@ class LocalProducts:
 
     def pushed(self, errors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``J u`` by output slot: one sweep from the inputs onward."""
+        moved = self.moved(errors)
+        return {slot: moved[slot] for slot in self.graph.output_slots if slot in moved}
+
+    def moved(self, errors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """How all values and predictions follow when errors move, by slot; a missing one stays."""
         moved: dict[str, Tensor] = {}
         for node in self.graph.nodes.values():
             tangents = [moved.get(slot) for slot in node.reads]
@@ -102,7 +108,44 @@ class LocalProducts:
                 if parts:
                     moved[slot] = at_least_single(parts[0] if len(parts) == 1 else parts[0] + parts[1])
         self.work += 2 if self.exact else 1
-        return {slot: moved[slot] for slot in self.graph.output_slots if slot in moved}
+        return moved
+
+    def differences(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """How errors and outputs follow when values move: ``(I - W) u`` by hidden slot, ``J_o u`` by output slot.
+
+        ``W`` holds the derivatives of predictions in the values that they are made of, one edge each.
+        """
+        found: dict[str, Tensor] = {}
+        for node in self.graph.nodes.values():
+            tangents = [values.get(slot) for slot in node.reads]
+            idle = all(tangent is None for tangent in tangents)
+            predictions = [None] * len(node.slots) if idle else self._pushed(node, tangents)
+            for slot, prediction in zip(node.slots, predictions, strict=True):
+                own = None if node.is_output else values.get(slot)
+                if prediction is not None:
+                    prediction = at_least_single(prediction)
+                    found[slot] = prediction if node.is_output else -prediction
+                if own is not None:
+                    found[slot] = found[slot] + own if slot in found else own
+        self.work += 2 if self.exact else 1
+        return found
+
+    def differences_back(self, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The transpose of :meth:`differences`, by hidden slot: each node sends to its own parents alone."""
+        found = {s: c for node in self.graph.hidden_nodes for s in node.slots if (c := cotangents.get(s)) is not None}
+        for node in self.graph.nodes.values():
+            sent = [cotangents.get(slot) for slot in node.slots]
+            if not node.reads or all(each is None for each in sent):
+                continue
+            evaluated = self._passes[node.name]
+            products = evaluated.pullback(sent, evaluated.inputs, retain_graph=True)
+            sign = 1 if node.is_output else -1
+            for slot, product in zip(node.reads, products, strict=True):
+                if product is not None:
+                    product = sign * at_least_single(product, detach=False)
+                    found[slot] = found[slot] + product if slot in found else product
+        self.work += 1
+        return found
 
     def _pushed(self, node: Node, tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         values = self._passes[node.name].inputs
@@ -152,8 +195,9 @@ class LocalProducts:
         accuracy = torch.finfo(pairs[0][0].dtype).eps ** (1 / 3 if self.exact else 1 / 2)
         of_values = torch.stack([_largest(value, separate) for value, _ in pairs]).amax(0)
         of_tangents = torch.stack([_largest(tangent, separate) for _, tangent in pairs]).amax(0)
-        of_values = torch.where(of_values > 0, of_values, 1.0)
-        width: Tensor = accuracy * of_values / torch.where(of_tangents > 0, of_tangents, 1.0)
+        # what has all but vanished is no measure: a width would round to zero, or be infinite
+        of_values = torch.where(of_values > VANISHED, of_values, 1.0)
+        width: Tensor = accuracy * of_values / torch.where(of_tangents > VANISHED**2, of_tangents, 1.0)
         return width
 
 
