@@ -112,6 +112,10 @@ class AttachmentError(ConfigurationError):
     """An optimizer and a model that do not belong together, or a second attachment beside the first."""
 
 
+class EnergyGradientError(ConfigurationError):
+    """The gradients that an energy of your own returns are not those of its value."""
+
+
 class UnsynchronisedError(ConfigurationError):
     """A forward whose gradients the wrapper of this model cannot synchronise among processes."""
 
@@ -222,6 +226,10 @@ class NotSettledWarning(UserWarning):
     """The values still move, or cycle, where an equilibrium was expected."""
 
 
+class NotAMinimumWarning(UserWarning):
+    """An equilibrium is a saddle of the energy: the plain dynamics would leave it."""
+
+
 class DivergenceWarning(UserWarning):
     """A relaxation ran away and its batch gives no gradient, as ``on_divergence="warn"`` asked for."""
 
@@ -231,7 +239,7 @@ class CurvatureWarning(UserWarning):
 
 
 class NoSignalWarning(UserWarning):
-    """Errors of some nodes are nothing but the rounding of their values, and so are their gradients."""
+    """Some nodes learn nothing: no error has reached them, or only rounding, or their gradients are exactly zero."""
 
 
 class CompilationWarning(UserWarning):

@@ -24,7 +24,14 @@ from oracles.implicit_steps import (
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.errors import ConfigurationError, DenseLayerError, InputGradientError, NonFiniteError, UnsupportedError
+from torch2ebm.errors import (
+    ConfigurationError,
+    DenseLayerError,
+    InputGradientError,
+    NonFiniteError,
+    NotSettledWarning,
+    UnsupportedError,
+)
 
 Gradients = dict[str, Tensor]
 FEATURES, CLASSES = 5, 3
@@ -243,7 +250,8 @@ def test_some_of_these_minima_lie_on_kinks() -> None:
 
 def test_without_holding_values_on_the_kink_the_relaxation_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch2ebm.implicit.objective.ProximalObjective._has_kink", lambda self, slot: False)
-    _, model = step_of(Case("relu", True, 1, squared), 0.1)
+    with pytest.warns(NotSettledWarning, match=r"not at rest.*kink.*tol=1e-10"):
+        _, model = step_of(Case("relu", True, 1, squared), 0.1)
     relaxation = model.state.relaxation
     assert relaxation.converged is False and relaxation.residual > 1e-4
     assert relaxation.energy[-1] < relaxation.energy[0]

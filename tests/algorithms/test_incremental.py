@@ -68,6 +68,41 @@ def test_weights_are_those_of_the_formula(steps: int, make) -> None:
         torch.testing.assert_close(ours[name].detach(), expected, rtol=1e-10, atol=1e-13)
 
 
+def energies_by_formula(steps: int, lr: float, rate: float) -> list[float]:
+    """F at the start of every step, at the weights of then, and where the last move of the values leads."""
+    dag = skip_dag()
+    parameters = _detached(dag.parameters)
+    values = EnergyProblem(dag, cross_entropy).feedforward()
+    found = []
+    for step in range(steps + 1):
+        now = EnergyProblem(Dag(dag.vertices, parameters, dag.inputs), cross_entropy)
+        found.append(float(now.of_values(values)))
+        slope = gradient(now.of_values, values)
+        learned = now.parameter_gradients(values)
+        if step < steps - 1:  # the report of a step comes before its weights move
+            parameters = {n: p - rate * learned[n] / len(dag.inputs["x"]) for n, p in parameters.items()}
+        values = {name: value - lr * slope[name] for name, value in values.items()}
+    return found
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_the_report_has_the_energy_of_every_step_and_of_the_end(steps: int) -> None:
+    model = torch2ebm.convert(SkipDag(), nodes=NAMES)
+    algorithm = torch2ebm.IncrementalPredictiveCoding(steps, 0.2)
+    optimizer = torch2ebm.EnergyOptimizer(torch.optim.SGD(model.parameters(), lr=0.02), model, algorithm)
+    mean_loss(model(skip_dag().inputs["x"])).backward()
+    first = model.state.relaxation
+    assert first.steps == 1 and first.energy == pytest.approx(energies_by_formula(1, 0.2, 0.02), rel=1e-12)
+    assert first.residual > 0 and bool((first.sample_residual > 0).all())
+    optimizer.step()
+    last = model.state.relaxation
+    assert last.steps == steps and last.energy == pytest.approx(energies_by_formula(steps, 0.2, 0.02), rel=1e-12)
+    for nodes, loss, energy in zip(zip(*last.node_energy.values(), strict=True), last.loss, last.energy, strict=True):
+        assert sum(nodes) + loss == pytest.approx(energy, rel=1e-12)
+    scalars = model.state.scalars()  # of the values that are shown: those of the last gradient
+    assert scalars["energy"] == last.energy[-2] and scalars["loss"] == last.loss[-2]
+
+
 def test_one_step_teaches_the_output_alone() -> None:
     model = trained(1, 0.2, lambda p: torch.optim.SGD(p, lr=0.1))
     before = dict(SkipDag().named_parameters())

@@ -12,7 +12,7 @@ from oracles.graphs import SkipDag, backprop, cross_entropy, half_squared_error,
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.errors import ConfigurationError, CurvatureWarning, NonFiniteError
+from torch2ebm.errors import ConfigurationError, CurvatureWarning, NonFiniteError, NoSignalWarning
 from torch2ebm.extend import Nudging
 
 NAMES = [vertex.name for vertex in skip_dag().vertices]
@@ -160,7 +160,7 @@ def test_a_loss_without_curvature_is_told_once() -> None:
 
 
 def test_a_loss_of_nothing_gives_gradients_of_zero() -> None:
-    with pytest.warns(CurvatureWarning):
+    with pytest.warns(CurvatureWarning), pytest.warns(NoSignalWarning, match="every error is exactly zero"):
         ours, _ = estimate(torch2ebm.Relative(0.1), lambda output: 0.0 * output.sum())
     assert not any(bool(gradient.any()) for gradient in ours.values())
 

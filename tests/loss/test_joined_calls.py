@@ -204,6 +204,7 @@ def test_a_call_that_was_given_an_output_sends_back_a_pull_that_stands_still() -
     assert relative_error(ours, twin.gradients(STEPS, RATE)) <= 1e-11
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # all units of the judge are one
 def test_a_gradient_scaler_reaches_the_call_before() -> None:
     grads = []
     for factor in (1.0, 1024.0):

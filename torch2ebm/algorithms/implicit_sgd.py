@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.common.checks import check_positive, check_tolerance
+from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState, LocalGradients, Relaxation
-from torch2ebm.errors import ConfigurationError, NonFiniteError
+from torch2ebm.errors import ConfigurationError, NonFiniteError, NotSettledWarning
 from torch2ebm.implicit.dense_layers import DenseLayer, dense_layers
+from torch2ebm.implicit.local_terms import LocalTerm
 from torch2ebm.implicit.newton import Minimum, minimise
-from torch2ebm.implicit.objective import LocalTerm, ProximalObjective, ProximalPoint
+from torch2ebm.implicit.objective import ProximalObjective, ProximalPoint
+from torch2ebm.implicit.parameter_steps import ParameterPoint
 from torch2ebm.inference.base import LOSS
 from torch2ebm.loss.output_loss import OutputLoss
 
@@ -24,6 +28,8 @@ TOLERANCES = {torch.float64: 1e-10}  # by the precision that values are kept in
 COARSE = 1e-5  # in single precision rounding leaves about a tenth of this of a gradient of order one
 SEVERAL_MINIMA = 1.0  # an alpha above it is also reached from smaller ones,
 CONTINUATION = 4.0  # each so many times the one before
+MAX_STEPS = 100
+PATIENCE = 20  # Newton steps in values; most batches take 4 to 15
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,9 @@ class ImplicitSGD(Algorithm):
     rest on a kink at 0 (ReLU and its like); the residual is then that of the best subgradient. Where ``alpha`` is
     large the objective has several minima: above 1 the lower one is taken of that to which descent from the
     feed-forward pass leads, and that on the branch which leaves it as ``alpha`` grows.
-    Rounding, a kink elsewhere, or kinks in a batch larger than a layer's fan-in can stop it before:
-    ``state.relaxation`` says which residual is left.
+    Where no value has such a kink and 20 Newton steps on the values do not reach ``tol``, it goes on from there in the
+    changes of the parameters, on the same objective. Rounding, a kink elsewhere, or kinks in a batch larger than a
+    layer's fan-in can stop it before: a ``NotSettledWarning`` says so once, ``state.relaxation`` of every batch.
 
     Args:
         alpha: Step size of implicit SGD.
@@ -76,7 +83,7 @@ class ImplicitSGD(Algorithm):
 
     alpha: float = 0.1
     tol: float | None = None
-    max_steps: int = field(default=100, kw_only=True)
+    max_steps: int = field(default=MAX_STEPS, kw_only=True)
 
     def __post_init__(self) -> None:
         check_positive("ImplicitSGD", alpha=self.alpha)
@@ -97,27 +104,53 @@ class ImplicitSGD(Algorithm):
             [direct, *self._followed(call, loss, layers)], key=lambda found: (not found.converged, found.point.value)
         )
         tol = self._tolerance(minimum.point.values.values())
-        assert isinstance(minimum.point, ProximalPoint)
-        return _local_gradients(call, loss.scale, layers, minimum.point.terms, _report(minimum, tol))
+        assert isinstance(minimum.point, (ProximalPoint, ParameterPoint))
+        relaxation = _report(minimum, tol)
+        if relaxation.converged is False:
+            call.graph.once("ImplicitSGD at rest", lambda: self._told_that_it_moves(relaxation))
+        return _local_gradients(call, loss.scale, layers, minimum.point.terms, relaxation)
 
-    def _minimum(self, start: ProximalPoint, tol: float | None = None) -> Minimum:
-        return minimise(start, self._tolerance(start.values.values()) if tol is None else tol, self.max_steps)
+    def _minimum(self, start: ProximalPoint | ParameterPoint, tol: float | None = None) -> Minimum:
+        tol = self._tolerance(start.values.values()) if tol is None else tol
+        if isinstance(start, ParameterPoint):
+            return minimise(start, tol, self.max_steps)
+        found = minimise(start, tol, min(self.max_steps, PATIENCE) if start.is_smooth else self.max_steps)
+        if found.converged or not start.is_smooth or found.steps == self.max_steps:
+            return found
+        # the same place in coordinates that do not turn with the layers before
+        assert isinstance(found.point, ProximalPoint)
+        return found.then(minimise(ParameterPoint.at(found.point), tol, self.max_steps - found.steps))
 
     def _followed(self, call: Call, loss: OutputLoss, layers: Mapping[str, DenseLayer]) -> Iterator[Minimum]:
         """Where there may be several minima: the one on the branch that leaves the feed-forward pass as alpha grows."""
         alphas = [self.alpha]  # largest first
         while alphas[-1] > SEVERAL_MINIMA:
             alphas.append(alphas[-1] / CONTINUATION)
-        point = ProximalObjective(call, loss, layers, alphas[-1]).start()
-        # smallest first, each with the next larger one
-        for alpha, following in zip(alphas[:0:-1], alphas[-2::-1], strict=True):
+        point: ProximalPoint | ParameterPoint = ProximalObjective(call, loss, layers, alphas[-1]).start()
+        for following in alphas[-2::-1]:
             # coarse on the way: it is only the next alpha's start
             found = self._minimum(point, COARSE).point
-            assert isinstance(found, ProximalPoint)
-            # the same errors e = alpha K s at the next alpha: s shrinks by the ratio
-            point = ProximalObjective(call, loss, layers, following).start_from(found, alpha / following)
+            assert isinstance(found, (ProximalPoint, ParameterPoint))
+            point = found.under(ProximalObjective(call, loss, layers, following))
         if len(alphas) > 1:
             yield self._minimum(point)
+
+    def _told_that_it_moves(self, relaxation: Relaxation) -> bool:
+        """Once a graph: later batches say it in their report. Who asks for few steps gets what those lead to."""
+        ran_out = relaxation.steps >= self.max_steps
+        if ran_out and self.max_steps < MAX_STEPS:
+            return False
+        why = f"all {self.max_steps} steps are done" if ran_out else "rounding or a kink lets no step lead down"
+        remedy = f"Take max_steps={4 * self.max_steps}" if ran_out else f"Take a tol above {relaxation.residual:.0e}"
+        warnings.warn(
+            NotSettledWarning(
+                f"ImplicitSGD(alpha={self.alpha:g}) is not at rest, so .grad is not the implicit step: {why}, and the "
+                f"proximal objective's gradient is {relaxation.residual:.1e}, above tol={relaxation.tol:.0e}. "
+                f"{remedy}, or a smaller alpha. state.relaxation.converged says it of every batch."
+            ),
+            stacklevel=users_level(),
+        )
+        return True
 
     def with_steps(self, steps: int) -> ImplicitSGD:
         return replace(self, max_steps=steps)
@@ -171,4 +204,5 @@ def _report(minimum: Minimum, tol: float) -> Relaxation:
         energy,
         {name: tuple(parts[name] for parts in minimum.history) for name in names},
         tuple(parts[LOSS] for parts in minimum.history),
+        tol=tol,
     )

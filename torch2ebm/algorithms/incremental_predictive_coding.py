@@ -34,7 +34,9 @@ class IncrementalPredictiveCoding(Algorithm):
     backward and step, clipping say, is done to the first step's only.
 
     The first gradient is taken where values still are the feed-forward pass, so ``steps=1`` teaches the output alone;
-    an error reaches one level more at each step. Divide a learning rate that suits backprop by about ``steps``.
+    an error reaches one level more at each step. ``state.relaxation.energy`` has the energy at the start of each step,
+    at the weights of then, and where the values' last move has led; ``state.value`` and ``state.error`` are those that
+    the last gradient was taken at. Divide a learning rate that suits backprop by about ``steps``.
 
     Args:
         steps: Inference steps, and steps of the optimizer, a batch.
@@ -98,8 +100,10 @@ class IncrementalPredictiveCoding(Algorithm):
     # lazy: the optimizer moves the weights between two steps
     def _steps(self, inference: ValueInference) -> Iterator[LocalGradients]:
         for step in range(1, self.steps + 1):
-            inference.measuring = step == self.steps  # model.state ends as the last step's
-            yield _Step(inference).taken(self.lr, step)
+            # what model.state shows: the first step's after backward, the last one's after optimizer.step()
+            shown = step in (1, self.steps)
+            inference.measuring = shown
+            yield _Step(inference).taken(self.lr, step, shown)
 
 
 class _Step:
@@ -113,7 +117,7 @@ class _Step:
         self.messages: dict[str, Tensor] = {}
         self.unreached: list[str] = []
 
-    def taken(self, lr: float, step: int) -> LocalGradients:
+    def taken(self, lr: float, step: int, shown: bool) -> LocalGradients:
         self.inference.begin_sweep()
         self._outputs()
         for node in reversed(self.graph.hidden_nodes):
@@ -123,7 +127,7 @@ class _Step:
             # moved only now: its children and itself have been evaluated at the old value
             for slot, gradient in self.inference.completed(node, own, self.messages):
                 self.inference.move(slot, gradient, -lr)
-        return self._result(step)
+        return self._result(step, shown)
 
     def _hidden(self, node: Node) -> Sequence[Tensor | None]:
         evaluated = self.inference.evaluate(node, requires_grad=True)
@@ -160,10 +164,24 @@ class _Step:
     def _rest(self) -> Rest:
         return Rest(float(self.inference.residual()), False, self.inference.residual_of_samples())
 
-    def _result(self, step: int) -> LocalGradients:
+    def _end(self) -> None:
+        """The energy where the values have come to, as a line of the history."""
+        self.inference.begin_sweep()
+        self.inference.output_errors([self.inference.evaluate(n, requires_grad=False) for n in self.graph.output_nodes])
+        for node in self.graph.hidden_nodes:
+            if self.inference.is_active(node):
+                predictions = self.inference.evaluate(node, requires_grad=False).predictions
+                self.inference.pulls_into_history(node, self.inference.subtract(node, predictions), predictions)
+
+    def _result(self, step: int, shown: bool) -> LocalGradients:
         # dF/dtheta = -(dmu/dtheta)^T pi e (Salvatori et al. 2022), in the scale of the loss
         scale = -self.inference.loss.scale
-        relaxation = report(self.inference, step, self._rest(), tol=0.0)
+        rest = self._rest()
+        if shown:
+            self._end()
+        relaxation = report(self.inference, step, rest, tol=0.0)
+        if shown:
+            self.inference.history.pop()  # the next step begins with this line, at the weights of then
         state = InferenceState(
             self.graph,
             self.call.batch_size,
@@ -173,6 +191,7 @@ class _Step:
             unreached=tuple(self.unreached),
             energies=self.inference.energies,
             phases=(relaxation,),
+            moment=-2 if shown else -1,
         )
         clamped = {name: gradient * scale for name, gradient in self.gradients.clamped.items()}
         parameters = {name: gradient * scale for name, gradient in self.gradients.parameters.items()}

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.common.checks import check_choice, check_reduction
-from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
 from torch2ebm.engine.nudging import Nudging, OneSided, Relative
-from torch2ebm.engine.results import InferenceState, LocalGradients
-from torch2ebm.errors import ConfigurationError, DivergenceError, NoSignalWarning
+from torch2ebm.engine.results import LocalGradients
+from torch2ebm.engine.signal import tell_where_there_is_no_signal
+from torch2ebm.errors import ConfigurationError, DivergenceError
 from torch2ebm.inference.divergence import check_on_divergence, check_phases, no_gradients, of_phase
 from torch2ebm.inference.nudge_unit import NudgeUnit, carried
 from torch2ebm.inference.relaxation import relax
@@ -175,7 +173,10 @@ class PredictiveCoding(Algorithm):
         except DivergenceError as error:
             return no_gradients(self.on_divergence, error, call)
         found = mean_of(phases)
-        call.graph.once(("signal", type(self.solver)), lambda: _told_where_there_is_no_signal(found.state))
+        call.graph.once(
+            ("signal", type(self.solver), self.solver.steps),
+            lambda: tell_where_there_is_no_signal("PredictiveCoding", found.state, found.parameters),
+        )
         return found
 
     def with_steps(self, steps: int) -> PredictiveCoding:
@@ -205,20 +206,6 @@ class PredictiveCoding(Algorithm):
         except DivergenceError as error:
             raise of_phase(error, beta) from error
         return found if unit is None else _with_unit(found, unit)
-
-
-def _told_where_there_is_no_signal(state: InferenceState) -> bool:
-    """Once a graph: the look takes as long as a pass over all values. Who computes in double precision knows why."""
-    single = [tensor for tensor in state.predictions.values() if tensor.dtype != torch.float64]
-    if single and (lost := state.without_signal):
-        warnings.warn(
-            NoSignalWarning(
-                f"PredictiveCoding: errors are nothing but the rounding of values in {', '.join(lost)}, and so are "
-                "their gradients. Take PredictiveCoding() with nothing set, or a solver of errors."
-            ),
-            stacklevel=users_level(),
-        )
-    return True
 
 
 def _with_unit(found: LocalGradients, unit: NudgeUnit) -> LocalGradients:

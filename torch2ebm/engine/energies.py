@@ -84,8 +84,9 @@ class Energy(NamedSettings, ABC):
     def gradients(self, error: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
         """dphi/dvalue and -dphi/dprediction, of the energy summed over samples: what moves the values.
 
-        Nothing checks them against :meth:`of_batch` while training. A test by ``torch.autograd.grad`` does: with the
-        prediction at hand, ``error`` is ``value - prediction``.
+        ``EnergyOptimizer`` checks them against :meth:`of_batch` once, by differences at random values, and raises
+        :class:`EnergyGradientError` where they do not agree. Nothing checks them while training. A test by
+        ``torch.autograd.grad`` does: with the prediction at hand, ``error`` is ``value - prediction``.
 
         Args:
             error: Value minus prediction, of any shape.

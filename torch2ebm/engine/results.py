@@ -41,6 +41,11 @@ class Relaxation:
         curvature_cost: What this call has spent on measuring it, in backprops; 0 where it was carried.
         update: How an equilibrium algorithm moved the values: ``"synchronous"``, ``"damped"``, ``"sequential"`` or
             ``"anderson"``.
+        is_backprop: Whether it was one step along the gradient from errors of zero: each hidden error is then a step
+            size times backprop's, and the output's is backprop's own. No inference has taken place.
+        is_relative: Whether the residual is that over |e| already.
+        at_minimum: Which samples rest in a minimum of the energy and in no saddle, shape ``[batch]``; None where nobody
+            has looked. One free phase of 16 is looked at, of ``AndersonMixing`` and of updates of your own.
         energy: F, summed over samples, at the start of every step and at the end, in units of lambda times the loss.
         node_energy: The share of each node with a value; ``loss`` is the rest.
         loss: lambda times the loss summed over samples.
@@ -66,6 +71,30 @@ class Relaxation:
     on_kinks: float | None = None
     sigma_squared: float | None = None
     curvature_cost: float = 0.0
+    is_backprop: bool = False
+    is_relative: bool = False
+    at_minimum: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def regime(self) -> str:
+        """What kind of gradient this is, in words; empty where neither the steps nor the curvature say it.
+
+        The nudge in units of the curvature, r, tells: backprop's gradient for r -> 0, a clamped output for r ->
+        infinity (Millidge et al. 2022). One step of error descent is no inference, whatever r is.
+        """
+        if self.is_backprop:
+            return "backprop with hidden step sizes"
+        if self.r is None:
+            return ""
+        size = abs(self.r)
+        return (
+            "near backprop" if size <= 0.3 else "near a clamped output" if size > 3 else "between backprop and clamped"
+        )
+
+    @property
+    def median_residual(self) -> float | None:
+        """That of the samples; None where a value has no batch dimension. The worst one is ``residual``."""
+        return None if self.sample_residual is None else float(self.sample_residual.double().median())
 
     @property
     def r(self) -> float | None:
@@ -76,6 +105,9 @@ class Relaxation:
         parts = [f"steps={self.steps}", f"converged={self.converged}", f"residual={self.residual:.3g}"]
         parts += [f"energy={self.energy[0]:.4g} -> {self.energy[-1]:.4g}"] if self.energy else []
         parts += [f"beta={self.beta:.4g}"] * (self.beta != 1.0) + [f"update={self.update!r}"] * bool(self.update)
+        parts += [] if self.sigma_squared is None else [f"sigma_squared={self.sigma_squared:.4g}", f"r={self.r:.4g}"]
+        parts += [] if self.settled is None else [f"settled={self.settled:.0%}"]
+        parts += [f"regime={self.regime!r}"] * bool(self.regime)
         return f"Relaxation({', '.join(parts)})"
 
     @property
@@ -120,6 +152,8 @@ class InferenceState:
         relaxation: How the relaxation went.
         unreached: Nodes whose error is exactly zero since no error has reached them yet (too few steps):
             the gradients of their parameters are exactly zero.
+        moment: Which entry of the relaxation's energies these values belong to: the last, and the one before it under
+            ``IncrementalPredictiveCoding``, whose values move once more.
         rounds: Whether errors are differences of stored values, which round: then small ones have no digits.
         energies: Energy by node; a missing one is Gaussian of precision 1.
         phases: One relaxation for each nudged phase; the first of them, whose values these are, is ``relaxation``.
@@ -154,6 +188,7 @@ class InferenceState:
     loss_weight: float | None = None
     loss_terms: float = 1.0
     rounds: bool = False
+    moment: int = -1
 
     def __repr__(self) -> str:
         names = list(self.graph.nodes)
@@ -185,6 +220,39 @@ class InferenceState:
         ``ErrorConjugateGradient``, keeps their digits.
         """
         return tuple(node.name for node in self.graph.hidden_nodes if self.rounds and self._is_rounding(node.slots))
+
+    @property
+    def relative_residual(self) -> Tensor | None:
+        """The residual of each sample over the largest entry of its hidden errors, shape ``[batch]``.
+
+        About 1 where relaxation has hardly begun, 0 at rest. None where no step was measured, or a value has no batch
+        dimension. A solver whose own residual is relative already, for example ``ErrorConjugateGradient``, is shown as
+        it is.
+        """
+        residual = self.relaxation.sample_residual
+        if residual is None or self.relaxation.is_relative:
+            return residual
+        slots = [slot for node in self.graph.hidden_nodes for slot in node.slots if slot in self.errors]
+        errors = [self._error(slot).reshape(self.batch_size, -1).abs().amax(1) for slot in slots]
+        if not errors:
+            return None
+        largest = torch.stack([error.double() for error in errors]).amax(0)
+        return torch.where(largest > 0, residual.to(largest) / largest, 0.0)
+
+    @property
+    def signal(self) -> Mapping[str, str]:
+        """What each node learns from: ``"error"``, or nothing, and why.
+
+        ``"not reached"``: no error has come that far. ``"rounding"``: see :attr:`without_signal`. ``"zero"``: every
+        error is exactly zero. :meth:`EnergyModel.summary` has it as a column.
+        """
+        lost = self.without_signal
+        found = {name: "rounding" if name in lost else self._has_error(name) for name in self.graph.nodes}
+        return {**found, **dict.fromkeys(self.unreached, "not reached")}
+
+    def _has_error(self, name: str) -> str:
+        errors = (self.errors[slot] for slot in self.graph.nodes[name].slots if slot in self.errors)
+        return "error" if any(bool(error.any()) for error in errors) else "zero"
 
     @property
     def value(self) -> Mapping[str, Any]:
@@ -222,9 +290,9 @@ class InferenceState:
         if not last.node_energy:
             return {f"energy/{name}": float(_sum_of(energy)) for name, energy in self.energy.items()}
         return {
-            **{f"energy/{name}": column[-1] for name, column in last.node_energy.items()},
-            "energy": last.energy[-1],
-            "loss": last.loss[-1],
+            **{f"energy/{name}": column[self.moment] for name, column in last.node_energy.items()},
+            "energy": last.energy[self.moment],
+            "loss": last.loss[self.moment],
             "relaxation/steps": float(last.steps),
             "relaxation/residual": last.residual,
         }

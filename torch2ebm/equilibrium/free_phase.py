@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import Relaxation
 from torch2ebm.equilibrium.dynamics import Equilibrium, Influence, States
 from torch2ebm.equilibrium.hopfield import HopfieldGraph
+from torch2ebm.equilibrium.minimum import MinimumCheck
 from torch2ebm.equilibrium.settling import Free, Settled, settle
 from torch2ebm.equilibrium.settling_checks import are_finite, warn_if_unsettled
 from torch2ebm.equilibrium.updates import Damped, GaussSeidel, Synchronous, Update
@@ -105,6 +106,9 @@ class FreePhase:
         # before the relaxation: call.values will be those of the equilibrium
         feedforward = {slot: call.values[slot].detach() for slot in call.graph.output_slots}
         update, settled = self._settled(equilibrium)
+        if not settled.unsettled:  # NaN is unsettled
+            minima = MinimumCheck.of(call).look(equilibrium, settled.states, update)
+            settled = replace(settled, relaxation=replace(settled.relaxation, at_minimum=minima))
         outputs = equilibrium.outputs(settled.states)
         for slot, value in outputs.items():
             outputs[slot] = value.to(call.values[slot].dtype)  # model(x) has the dtype that the module gives

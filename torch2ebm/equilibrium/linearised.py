@@ -64,6 +64,20 @@ class LinearisedStep:
         found = _gradients([value], [leaf], [torch.ones_like(value)])[0]
         return torch.zeros_like(leaf) if found is None else found
 
+    @property
+    def has_energy(self) -> bool:
+        """Whether no activation falls: then J is similar to a symmetric matrix."""
+        return all(slope is None or bool((slope >= 0).all()) for slope in self._slopes.values())
+
+    def symmetric(self, v: Vector) -> Vector:
+        """(D C^-1)^1/2 H (D C^-1)^1/2 v, which has the eigenvalues of J; where :attr:`has_energy`."""
+        return self._by_root(self._hessian(self._by_root(v)))
+
+    def _by_root(self, vector: Mapping[str, Tensor]) -> Vector:
+        roots = {s: None if slope is None else slope.sqrt() for s, slope in self._slopes.items()}
+        scaled = {s: v / self.equilibrium.weight[s] ** 0.5 for s, v in vector.items()}
+        return {s: v if (root := roots[s]) is None else v * root for s, v in scaled.items()}
+
     def at_drives(self, vector: Mapping[str, Tensor]) -> Vector:
         """D v."""
         return {s: v if (slope := self._slopes[s]) is None else v * slope for s, v in vector.items()}

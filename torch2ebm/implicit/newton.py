@@ -76,6 +76,11 @@ class Minimum:
     converged: bool
     history: tuple[Mapping[str, float], ...]
 
+    def then(self, other: Minimum) -> Minimum:
+        """This one, gone on with by ``other`` from where it ended."""
+        history = (*self.history, *other.history[1:])
+        return Minimum(other.point, self.steps + other.steps, self.products + other.products, other.converged, history)
+
 
 def minimise(start: Point, tol: float, steps: int, products: int = 200) -> Minimum:
     """A stationary point reached by descent from ``start`` (Nocedal and Wright, algorithm 7.1: line-search Newton-CG).

@@ -58,7 +58,11 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
             break
     # before the report: the last pass adds the final energy to the history
     gradients = run.local_gradients()
-    relaxation = report(inference, steps, rest, solver.tol, beta, solver.remedy)
+    relaxation = replace(
+        report(inference, steps, rest, solver.tol, beta, solver.remedy),
+        is_backprop=solver.one_step_is_backprop and steps == 1,
+        is_relative=solver.relative_residual,
+    )
     return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
 
 

@@ -75,6 +75,9 @@ class Solver(NamedSettings, ABC, Generic[Form]):
     steps: int
     tol: float
     remedy: ClassVar[str] = REMEDY
+    # whether one step is along the whole gradient in the errors, which from errors of zero is backprop's
+    one_step_is_backprop: ClassVar[bool] = False
+    relative_residual: ClassVar[bool] = False  # whether its measure is that over |e|
 
     @abstractmethod
     def inference(self, call: Call, loss: OutputLoss, energies: Mapping[str, Energy], retain_call: bool) -> Form:

@@ -48,6 +48,8 @@ class AndersonErrorDescent(ErrorSolver):
     memory: int = 5
     tol: float = 0.0
 
+    one_step_is_backprop = True
+
     def __post_init__(self) -> None:
         check_steps("AndersonErrorDescent", self.steps)
         check_positive("AndersonErrorDescent", lr=self.lr, memory=self.memory)

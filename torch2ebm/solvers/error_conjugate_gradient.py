@@ -102,6 +102,7 @@ class ErrorConjugateGradient(ErrorSolver):
     steps: int = 50
 
     remedy: ClassVar[str] = "Take a smaller nudge, for example nudging=Relative(0.1)."
+    relative_residual: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_tolerance("ErrorConjugateGradient", self.tol)

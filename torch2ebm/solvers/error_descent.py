@@ -35,6 +35,8 @@ class ErrorDescent(ErrorSolver):
     lr: float = 0.3
     tol: float = 0.0
 
+    one_step_is_backprop = True
+
     def __post_init__(self) -> None:
         check_steps("ErrorDescent", self.steps)
         check_positive("ErrorDescent", lr=self.lr)

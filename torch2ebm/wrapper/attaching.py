@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch2ebm.algorithms.base import Algorithm, check_algorithm
+from torch2ebm.engine.energy_check import check_energies
 from torch2ebm.errors import AttachmentError
 from torch2ebm.model.energy_model import EnergyModel
 
@@ -17,7 +18,10 @@ WHERE: Final = "EnergyOptimizer(optimizer, model, algorithm)"
 
 
 def check_parts(optimizer: object, model: object, algorithm: object, monitor: object, wrapper: type[Optimizer]) -> None:
-    """Raises :class:`AttachmentError` for what is no optimizer, no algorithm or no monitor, and for another order."""
+    """Raises :class:`AttachmentError` for what is no optimizer, no algorithm or no monitor, and for another order.
+
+    Energies of the user's own are held against their gradients: :class:`EnergyGradientError`.
+    """
     kinds = [_kind(part) for part in (optimizer, model, algorithm)]
     if kinds != ["optimizer", "model", "algorithm"] and sorted(kinds) == ["algorithm", "model", "optimizer"]:
         raise AttachmentError(
@@ -35,6 +39,7 @@ def check_parts(optimizer: object, model: object, algorithm: object, monitor: ob
             "Pass the optimizer itself, for example torch.optim.Adam(net.parameters()).",
         )
     check_algorithm(WHERE, algorithm, AttachmentError)
+    check_energies(getattr(algorithm, "energies", {}))
     if monitor is not None and not callable(monitor):
         raise AttachmentError(
             WHERE,

@@ -1,0 +1,127 @@
+"""Where nothing is learned: told in one warning, once a graph, with what it would take."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import attached
+from torch import Tensor, nn
+
+import torch2ebm
+from torch2ebm.errors import NoSignalWarning
+
+X, Y = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+
+
+def chain(depth: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        layers = [layer for _ in range(depth) for layer in (nn.Linear(8, 8), activation())]
+        return nn.Sequential(*layers, nn.Linear(8, 3)).double()
+
+
+def batch(model: nn.Module, loss: Any = F.cross_entropy) -> list[str]:
+    """What one batch is told."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss(model(X.double()), Y).backward()
+    assert all(each.category is NoSignalWarning and each.filename == __file__ for each in caught)
+    return [str(each.message) for each in caught]
+
+
+class Skip(nn.Module):
+    """The first layer is one edge from the output, and four by the long way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.tanh(self.first(x))
+        return self.out(torch.tanh(self.third(torch.tanh(self.second(first)))) + first)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_levels_that_are_not_reached_are_named_with_the_steps_it_takes(steps: int) -> None:
+    model = attached(chain(5), torch2ebm.PredictiveCoding(steps, 0.2))
+    (message,) = batch(model)
+    names = list(model.nodes)[: 5 - steps]
+    assert f"no error has reached {', '.join(names)}, whose gradients are exactly zero" in message
+    assert "take 5 steps or more" in message and "torch2ebm.diagnose(model, loss_fn, batch)" in message
+    assert [name for name, signal in model.state.signal.items() if signal == "not reached"] == names
+    assert batch(model) == []  # once a graph
+    assert batch(attached(chain(5), torch2ebm.PredictiveCoding(5, 0.2))) == []  # as many as it said are enough
+
+
+def test_a_short_way_counts() -> None:
+    module = Skip().double()
+    assert batch(attached(module, torch2ebm.PredictiveCoding(1, 0.2)))[0].count("take 2 steps or more") == 1
+    assert batch(attached(Skip().double(), torch2ebm.PredictiveCoding(2, 0.2))) == []
+
+
+def test_an_error_of_exactly_zero_everywhere_is_told() -> None:
+    model = attached(chain(2), torch2ebm.PredictiveCoding(5, 0.2))
+    (message,) = batch(model, lambda output, _: (output * 0.0).mean())
+    assert "every error is exactly zero" in message and "diagnose" in message
+    assert set(model.state.signal.values()) <= {"zero", "not reached"}
+
+
+@pytest.mark.parametrize("algorithm", [torch2ebm.PredictiveCoding(6, 0.2), torch2ebm.PredictiveCoding()], ids=repr)
+def test_parameters_of_units_that_are_all_off_are_named(algorithm: torch2ebm.Algorithm) -> None:
+    net = chain(3, nn.ReLU)
+    with torch.no_grad():
+        net[2].bias.fill_(-100.0)
+    (message,) = batch(attached(net, algorithm))
+    assert "the gradients of 0.weight, 0.bias, 2.weight, 2.bias" in message and "exactly zero" in message
+    assert "no error has reached" not in message
+
+
+def test_one_warning_has_all_of_it() -> None:
+    """In float32: nodes not reached, and rounding in those that are."""
+    net = chain(8).float()
+    model = attached(net, torch2ebm.PredictiveCoding(6, 0.01))
+    with pytest.warns(NoSignalWarning) as caught:
+        F.cross_entropy(model(X), Y).backward()
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert "no error has reached" in message and "rounding" in message and message.endswith("what to take and why.")
+    assert {"not reached", "rounding", "error"} <= set(model.state.signal.values())
+
+
+@pytest.mark.parametrize("algorithm", [torch2ebm.PredictiveCoding(20, 0.2), torch2ebm.PredictiveCoding()], ids=repr)
+def test_where_all_is_learned_nothing_is_said(algorithm: torch2ebm.Algorithm) -> None:
+    model = attached(chain(4), algorithm)
+    assert batch(model) == [] and set(model.state.signal.values()) == {"error"}
+
+
+def test_what_the_loss_does_not_read_is_no_fault() -> None:
+    """A second output that the loss leaves out, and a frozen layer."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = torch.tanh(self.body(x))
+            return self.one(hidden), self.other(hidden)
+
+    module = Two().double()
+    module.body.bias.requires_grad_(False)
+    model = attached(module, torch2ebm.PredictiveCoding(5, 0.2))
+    assert batch(model, lambda outputs, y: F.cross_entropy(outputs[0], y)) == []
+
+
+def test_the_summary_has_a_column_after_a_step_and_none_before() -> None:
+    model = attached(chain(3), torch2ebm.PredictiveCoding(1, 0.2))
+    model(X.double())
+    assert "signal" not in model.summary()
+    batch(model)
+    rows = {line.split()[0]: line for line in model.summary().splitlines() if line}
+    assert rows["node"].endswith("signal")
+    assert all(rows[name].endswith(signal) for name, signal in model.state.signal.items())

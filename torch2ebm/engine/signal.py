@@ -1,0 +1,102 @@
+"""Where nothing is learned, told once: no error has come, or rounding is all that is left, or a gradient is zero.
+
+Said of the first batch of a graph. A later one costs nothing, and ``state.signal`` says it when it is asked.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from torch2ebm.common.text import listed
+from torch2ebm.common.users_code import users_level
+from torch2ebm.engine.results import ROUNDING, InferenceState
+from torch2ebm.errors import NoSignalWarning
+from torch2ebm.graph.energy_graph import EnergyGraph
+
+DOCTOR = "torch2ebm.diagnose(model, loss_fn, batch) prints what to take and why."
+
+
+def tell_where_there_is_no_signal(
+    where: str, state: InferenceState, gradients: Mapping[str, Tensor], graph: EnergyGraph | None = None
+) -> bool:
+    """One warning with all that there is to say; nothing where every parameter of the loss learns.
+
+    Args:
+        where: The algorithm's name.
+        state: The state of the batch.
+        gradients: What its parameters got, by name.
+        graph: The graph whose nodes these are; that of the state if None.
+
+    Returns:
+        True, to be kept by :meth:`EnergyGraph.once`.
+    """
+    found = list(_findings(state, gradients, state.graph if graph is None else graph))
+    if found:
+        warnings.warn(NoSignalWarning(f"{where}: {' '.join([*found, DOCTOR])}"), stacklevel=users_level())
+    return True
+
+
+def _findings(state: InferenceState, gradients: Mapping[str, Tensor], graph: EnergyGraph) -> Iterator[str]:
+    steps = steps_to_reach(graph, state.errors)
+    if steps and not any(bool(error.any()) for error in state.errors.values()):
+        yield "every error is exactly zero, and so are all gradients: the loss has no slope at this output."
+        return
+    if all(_is_rounding(state, slot) for node in graph.output_nodes for slot in node.slots):
+        return  # a loss at its minimum, a divergence from a copy for example: nothing is to be learned
+    late = [name for name in state.unreached if name in steps]
+    if late:
+        needed = max(steps[name] for name in late)
+        yield (
+            f"no error has reached {listed(late)}, whose gradients are exactly zero. Errors travel one level a step: "
+            f"take {needed} steps or more, or PredictiveCoding() with nothing set."
+        )
+    # who computes in double precision knows why
+    single = any(tensor.dtype != torch.float64 for tensor in state.predictions.values())
+    if lost := [name for name in (state.without_signal if single else ()) if name not in late]:
+        yield (
+            f"errors are nothing but the rounding of values in {listed(lost)}, and so are their gradients. Take "
+            "PredictiveCoding() with nothing set, or a solver of errors."
+        )
+    if still := _without_gradient(graph, gradients, steps.keys() - {*late}):
+        yield (
+            f"the gradients of {listed(still)} are exactly zero, though the loss depends on their nodes: units that "
+            "are all off, for example, weights after them that are all zero, or errors below the smallest digit."
+        )
+
+
+def _is_rounding(state: InferenceState, slot: str) -> bool:
+    error, prediction = state.errors.get(slot), state.predictions.get(slot)
+    if error is None or prediction is None or not error.numel():
+        return True
+    size = float(prediction.abs().max()) + 1.0
+    return float(error.abs().max()) * abs(state.error_unit) <= ROUNDING * torch.finfo(error.dtype).eps * size
+
+
+def _without_gradient(graph: EnergyGraph, gradients: Mapping[str, Tensor], nodes: Collection[str]) -> list[str]:
+    read = dict.fromkeys(name for node in graph.nodes.values() if node.name in nodes for name in node.parameters)
+    return [name for name in read if name in gradients and not bool(gradients[name].any())]
+
+
+def steps_to_reach(graph: EnergyGraph, errors: Collection[str]) -> dict[str, int]:
+    """After how many steps an error that travels one edge a step has reached each node; those it never reaches miss.
+
+    Args:
+        graph: The graph.
+        errors: Slots that have an error; of the outputs, those that the loss depends on.
+    """
+    found = {node.name: 0 for node in graph.output_nodes if any(slot in errors for slot in node.slots)}
+    front = list(found)
+    while front:
+        following = []
+        for name in front:
+            for slot in graph.nodes[name].reads:
+                parent = graph.owner[slot].name
+                if parent not in found:
+                    found[parent] = found[name] + 1
+                    following.append(parent)
+        front = following
+    return found
