@@ -6,7 +6,7 @@ Each node is evaluated on leaves, so an autograd graph covers one node and never
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from torch2ebm.engine.call import Call, NodePass, at_least_single
-from torch2ebm.engine.energies import Energy, gaussian_energy_of_batch
-from torch2ebm.engine.results import InferenceState, LocalGradients
+from torch2ebm.engine.energies import Energy, gaussian_energy_of_batch, precision_of
+from torch2ebm.engine.results import InferenceState, LocalGradients, StepSize
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.inference.collected import Collected
+from torch2ebm.inference.history import largest_entry, relative_length
 from torch2ebm.loss.output_loss import OutputLoss
 
 LOSS = "loss"
@@ -43,8 +44,12 @@ class Inference(ABC):
         energies: Energy of each node, by name; a node without one has a Gaussian of precision 1.
         history: For every sweep the energy of each active node, and of the loss, as tensors of no dimension.
         measuring: Whether the next sweep keeps the largest entries of its gradients.
-        driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep, a sample or in all.
+        driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep, a sample or in all;
+            or its length over that of ``pi e``, where ``still_below`` is set.
+        still_below: Of a value, in epsilons: a gradient that small is rounding, and counts as zero. None: see there.
         evaluations: How many node functions have run.
+        step_size: What :meth:`Solver.start` has measured, where it is to.
+        carried_under: Settings under which measurements may be carried from call to call; None for none.
         nudge: The nudge in units of the curvature, r of :class:`Relative`; None where that is not known.
         scale: Factor from dF/dtheta to ``.grad``: that of the loss.
 
@@ -85,6 +90,9 @@ class Inference(ABC):
         self.driving: list[Tensor] = []
         self.evaluations = 0
         self.nudge: float | None = None
+        self.step_size: StepSize | None = None
+        self.carried_under: Hashable = None
+        self.still_below: float | None = None
         self.scale: float | Tensor = loss.scale  # a tensor in a recorded program, where a number would be a constant
 
     # what moves, for a solver's step that is recorded and run again
@@ -110,13 +118,18 @@ class Inference(ABC):
         self.history.append({})
         self.driving = []
 
-    def _measure(self, gradient: Tensor) -> None:
-        if not self.measuring:
-            return
-        if gradient.ndim and gradient.shape[0] == self.call.batch_size:
-            self.driving.append(gradient.reshape(len(gradient), -1).abs().amax(1))  # [batch]
-        else:
-            self.driving.append(gradient.abs().max())
+    def _measure(self, slot: str, gradient: Tensor, own: Tensor | None) -> None:
+        if self.measuring and self.still_below is None:
+            self.driving.append(largest_entry(gradient, self.call.batch_size))
+        elif self.measuring:
+            self.driving.append(relative_length(gradient, own, self._rounding(slot), self.call.batch_size))
+
+    def _rounding(self, slot: str) -> Tensor | None:
+        """What rounding leaves of the gradient where an error is a difference of stored values."""
+        if not (self.rounds and self.still_below):
+            return None
+        size = self.still_below * torch.finfo(self._read_as[slot]).eps
+        return self.values[slot] * (size * precision_of(self.energies.get(self.graph.owner[slot].name)))
 
     def residual(self) -> Tensor:
         """Largest absolute entry of the gradient in the last measured sweep.

@@ -98,9 +98,9 @@ def measured_curvature(
     if not outputs:
         return Curvature(0.0)
     local = LocalProducts(call, energies, exact)
-    hessian = _hessian(call, loss)
+    hessian = loss_hessian(call, loss)
     rows = Rows(outputs, tuple(outputs), call.batch_size)
-    local.separate = _independent(call, local, hessian, rows)
+    local.separate = independent(call, local, hessian, rows)
     if not local.separate:
         rows.count = 1
     lanczos = _Lanczos(local, hessian, rows)
@@ -111,7 +111,7 @@ def measured_curvature(
 class _Lanczos:
     """Full reorthogonalisation, every sample in a row of its own; sums are in double precision."""
 
-    def __init__(self, local: LocalProducts, hessian: _Product, rows: Rows) -> None:
+    def __init__(self, local: LocalProducts, hessian: Product, rows: Rows) -> None:
         self.local, self.hessian, self.rows = local, hessian, rows
         self.basis: list[tuple[Tensor, Tensor]] = []  # c and K c, each [rows, outputs], K-orthonormal
         self.matrix = torch.zeros(rows.count, 0, 0, dtype=torch.float64)
@@ -175,13 +175,13 @@ class _Lanczos:
             highest if self.rows.count == batch_size else None,
         )
 
-    def _through(self, product: _Product, rows: Tensor) -> Tensor:
+    def _through(self, product: Product, rows: Tensor) -> Tensor:
         by_slot: dict[str, Tensor] = {}
         self.rows.unpack(rows, by_slot)
         return self.rows.pack(product(by_slot))
 
 
-_Product = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+Product = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -194,12 +194,12 @@ def _noise(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {slot: torch.randn(value.shape, generator=generator).to(value) for slot, value in like.items()}
 
 
-def _independent(call: Call, local: LocalProducts, hessian: _Product, rows: Rows) -> bool:
+def independent(call: Call, local: LocalProducts, hessian: Product, rows: Rows) -> bool:
     """Whether no sample's product depends on another sample: signs of samples then pass through every product."""
     if rows.count == 1:
         return call.batch_size == 1
 
-    def commutes(product: _Product) -> bool:
+    def commutes(product: Product) -> bool:
         noise = rows.pack(_noise(rows.like))
         signs = torch.ones(rows.count, 1).to(noise)
         signs[1::2] = -1
@@ -221,11 +221,11 @@ def _independent(call: Call, local: LocalProducts, hessian: _Product, rows: Rows
     return commutes(hessian) and call.graph.once((_SEPARATE, call.batch_size, call.frozen_statistics), of_graph)
 
 
-def _hessian(call: Call, loss: OutputLoss) -> _Product:
+def loss_hessian(call: Call, loss: OutputLoss) -> Product:
     """Products with the loss's Hessian in the outputs: by differentiating twice, or by differences."""
     predictions = {slot: call.values[slot].detach() for slot in call.graph.output_slots}
     try:
-        twice: _Product | None = loss.expanded(predictions).hessian_product
+        twice: Product | None = loss.expanded(predictions).hessian_product
     except RuntimeError:  # a loss that cannot be differentiated twice
         twice = None
 

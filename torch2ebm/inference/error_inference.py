@@ -138,7 +138,7 @@ class ErrorInference(Inference):
             for slot, gradient, message in zip(node.slots, own, received, strict=True):
                 difference = _difference(gradient, message)
                 if difference is not None:
-                    self._measure(difference)
+                    self._measure(slot, difference, gradient)
                     yield slot, difference
 
     def _own(self, node: Node) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch2ebm.engine.results import LocalGradients, Relaxation
-from torch2ebm.errors import DivergenceError, NonFiniteError
+from torch2ebm.common.checks import AUTO
+from torch2ebm.common.users_code import users_level
+from torch2ebm.engine.results import ROUNDING, LocalGradients, Relaxation, StepSize
+from torch2ebm.errors import DivergenceError, NonFiniteError, NotSettledWarning
 from torch2ebm.inference.base import LOSS, Inference
 from torch2ebm.inference.history import energies
 from torch2ebm.inference.runs import EagerRun, ProgramRun
-from torch2ebm.inference.solver import REMEDY, Form, Rest, Solver
+from torch2ebm.inference.solver import REMEDY, Form, Rest, Solver, tolerance
+from torch2ebm.inference.step_size import look_at_rises
 from torch2ebm.programs.cache import Programs
 
+CEILING = 2000  # steps, of steps="auto"
+SOONEST = 16  # steps before which no energy stands still
 RISE = 1e3  # an energy that has risen by so many times its start is no overshoot any more
 WATCHED = 100  # steps between two looks at the energy; each waits for the device
 
@@ -45,27 +51,74 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
         (10, 11)
     """
     run = EagerRun(solver, inference) if programs is None else ProgramRun(programs, solver, inference)
+    lr = inference.step_size.used if inference.step_size else getattr(solver, "lr", None)
+    tol = tolerance(solver)
+    if solver.steps == AUTO:
+        inference.still_below = ROUNDING + 1 / lr if lr else ROUNDING  # smaller steps than half an epsilon are lost
+    most = CEILING if solver.steps == AUTO else int(solver.steps)
     steps, rest = 0, Rest(math.inf, False)
-    while steps < solver.steps:
+    while steps < most:
         # a maximum over all values costs a pass: without a tolerance only the last step is reported
-        inference.measuring = solver.tol > 0 or steps == solver.steps - 1
-        steps += run.advance(_steps_unwatched(solver, steps))
+        inference.measuring = tol > 0 or steps == most - 1
+        steps += run.advance(_steps_unwatched(tol, most, steps))
         if inference.measuring:
             rest = run.rest()
+            if solver.steps == AUTO:
+                rest = _with_kinks(rest, tol, inference, steps)
             if rest.reached:
                 break
         if steps % WATCHED == 0 and _has_run_away(inference):
             break
     # before the report: the last pass adds the final energy to the history
     gradients = run.local_gradients()
-    relaxation = report(inference, steps, rest, solver.tol, beta, solver.remedy)
+    relaxation = report(inference, steps, rest, tol, beta, solver.remedy)
+    relaxation = _with_step_size(relaxation, inference.step_size, lr)
+    look_at_rises(solver, inference, relaxation)
+    if solver.steps == AUTO and not rest.reached:
+        _tell_ceiling(solver, inference, rest)
     return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
 
 
-def _steps_unwatched(solver: Solver[Any], steps: int) -> int:
+def _steps_unwatched(tol: float, most: int, steps: int) -> int:
     """How many steps may be taken before the residual or the energy is read."""
     # the last step is measured and hence a step, or program, of its own
-    return 1 if solver.tol > 0 else max(1, min(solver.steps - 1 - steps, WATCHED - steps % WATCHED))
+    return 1 if tol > 0 else max(1, min(most - 1 - steps, WATCHED - steps % WATCHED))
+
+
+def _with_kinks(rest: Rest, tol: float, inference: Inference, steps: int) -> Rest:
+    """Shares of the samples; those that are not settled rest on kinks once the energy stands still beside the others.
+
+    It stands where the last quarter of the steps has brought no more than ``tol ** 2`` of all before.
+    """
+    if rest.of_samples is None:
+        return rest
+    settled = float((rest.of_samples <= tol).double().mean())
+    stands = False
+    if not rest.reached and settled >= 0.5 and steps >= SOONEST and steps % (SOONEST // 2) == 0:
+        first, before, now = (float(sum(inference.history[i].values())) for i in (0, -1 - steps // 4, -1))
+        stands = before - now <= tol**2 * (first - now)
+    return replace(rest, settled=settled, on_kinks=1 - settled if stands else 0.0, reached=rest.reached or stands)
+
+
+def _with_step_size(relaxation: Relaxation, measured: StepSize | None, lr: float | None) -> Relaxation:
+    if measured is None:
+        return replace(relaxation, lr=lr)
+    largest = None if math.isnan(measured.largest) else measured.largest
+    return replace(relaxation, lr=lr, largest_lr=largest, lr_cost=measured.backprops)
+
+
+def _tell_ceiling(solver: Solver[Any], inference: Inference, rest: Rest) -> None:
+    """Once a graph."""
+    name = type(solver).__name__
+    share = "" if rest.settled is None else f", and {1 - rest.settled:.0%} of the samples still move"
+    said = (
+        f'{name}(steps="auto"): {CEILING} steps have left a residual of {rest.residual:.2g} of the error{share}. '
+        "Take ErrorConjugateGradient() or ErrorDescent, a smaller nudge, a larger tol, or a number of steps."
+    )
+    inference.graph.once(
+        ("ceiling", type(solver)),
+        lambda: warnings.warn(NotSettledWarning(said), stacklevel=users_level()) or True,
+    )
 
 
 def _has_run_away(inference: Inference) -> bool:

@@ -142,16 +142,15 @@ class ValueInference(Inference):
             >>> gradient.abs().max()
             tensor(0.)
         """
-        for slot, gradient in zip(node.slots, own, strict=True):
-            message = messages.pop(slot, None)
-            if gradient is not None and message is not None:
-                gradient = gradient - message  # not in place: a sum passes e on as it is
+        for slot, pull in zip(node.slots, own, strict=True):
+            message, gradient = messages.pop(slot, None), pull
+            if pull is not None and message is not None:
+                gradient = pull - message  # not in place: a sum passes e on as it is
             elif message is not None:
                 gradient = message.neg()
-            elif gradient is None:
-                continue
-            self._measure(gradient)
-            yield slot, gradient
+            if gradient is not None:
+                self._measure(slot, gradient, pull)
+                yield slot, gradient
 
     # one node
 
