@@ -1,8 +1,8 @@
 """How curved F is in what a solver moves: the largest eigenvalue of its Hessian, by Lanczos on node-local products.
 
-At the feed-forward pass all errors are zero, so the second derivatives of the nodes do not count. With W the local
-derivatives among values, V those of the outputs, C the curvature of the nodes' energies (Pi for Gaussians), H that of
-the loss in the outputs, and J = V (I - W)^-1, the Hessians are exactly
+At the feed-forward pass all errors are zero, so the second derivatives of hidden nodes do not count; those of outputs
+are left out (Gauss and Newton). With W the local derivatives among values, V those of the outputs, C the curvature of
+the nodes' energies (Pi for Gaussians), H that of the loss in the outputs, and J = V (I - W)^-1, the Hessians are
 
     in the errors   C + J^T H J
     in the values   (I - W)^T C (I - W) + V^T H V
@@ -181,7 +181,8 @@ def _tridiagonal(diagonal: list[Tensor], beside: list[Tensor]) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() * b.double()).sum(1).cpu()
+    products: Tensor = (a.double() * b.double()).sum(1)
+    return products.cpu()
 
 
 def _not_finite(product: int) -> NonFiniteError:
