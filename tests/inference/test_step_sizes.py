@@ -1,11 +1,10 @@
 """Step sizes that are measured, and fixed ones that raise the energy, against matrices written out."""
 
 import math
-import warnings
 
 import pytest
 import torch
-from helpers import attached, local_gradients
+from helpers import attached
 from oracles.dense_hessian import of_chain, of_dag, values_of_chain, values_of_dag
 from oracles.energy import EnergyProblem
 from oracles.graphs import SkipDag, cross_entropy, half_squared_error, skip_dag
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 import torch2ebm
 from torch2ebm.algorithms.given import Given
 from torch2ebm.engine.node_energies import node_energies
-from torch2ebm.errors import NonFiniteError, StepSizeWarning
+from torch2ebm.errors import NonFiniteError
 from torch2ebm.inference.steepness import measured_stability
 from torch2ebm.loss.output_loss import NudgedLoss
 
@@ -187,7 +186,9 @@ def test_what_is_not_finite_is_named() -> None:
 def momentum_matrix(hessian: Tensor, lr: float, momentum: float) -> Tensor:
     """Of (v, m): m' = momentum m - lr H v, v' = v + m'."""
     one = torch.eye(len(hessian), dtype=hessian.dtype)
-    return torch.cat([torch.cat([one - lr * hessian, momentum * one], 1), torch.cat([-lr * hessian, momentum * one], 1)])
+    return torch.cat(
+        [torch.cat([one - lr * hessian, momentum * one], 1), torch.cat([-lr * hessian, momentum * one], 1)]
+    )
 
 
 def radius(matrix: Tensor) -> float:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from torch2ebm.common.checks import AUTO
 from torch2ebm.common.users_code import users_level
@@ -20,7 +23,8 @@ from torch2ebm.inference.step_size import look_at_rises
 from torch2ebm.programs.cache import Programs
 
 CEILING = 2000  # steps, of steps="auto"
-SOONEST = 16  # steps before which no energy stands still
+SOONEST = 32  # steps before which no energy stands still
+STALLED = 0.9  # of the residual before: who falls less comes no nearer
 RISE = 1e3  # an energy that has risen by so many times its start is no overshoot any more
 WATCHED = 100  # steps between two looks at the energy; each waits for the device
 
@@ -56,7 +60,7 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
     if solver.steps == AUTO:
         inference.still_below = ROUNDING + 1 / lr if lr else ROUNDING  # smaller steps than half an epsilon are lost
     most = CEILING if solver.steps == AUTO else int(solver.steps)
-    steps, rest = 0, Rest(math.inf, False)
+    steps, rest, kinks = 0, Rest(math.inf, False), _Kinks(tol)
     while steps < most:
         # a maximum over all values costs a pass: without a tolerance only the last step is reported
         inference.measuring = tol > 0 or steps == most - 1
@@ -64,7 +68,7 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
         if inference.measuring:
             rest = run.rest()
             if solver.steps == AUTO:
-                rest = _with_kinks(rest, tol, inference, steps)
+                rest = kinks.among(rest, inference.history)
             if rest.reached:
                 break
         if steps % WATCHED == 0 and _has_run_away(inference):
@@ -85,19 +89,36 @@ def _steps_unwatched(tol: float, most: int, steps: int) -> int:
     return 1 if tol > 0 else max(1, min(most - 1 - steps, WATCHED - steps % WATCHED))
 
 
-def _with_kinks(rest: Rest, tol: float, inference: Inference, steps: int) -> Rest:
-    """Shares of the samples; those that are not settled rest on kinks once the energy stands still beside the others.
+class _Kinks:
+    """Samples that are not settled and come no nearer, while the energy stands still: they rest where it has kinks.
 
-    It stands where the last quarter of the steps has brought no more than ``tol ** 2`` of all before.
+    A quarter of the steps decides. The energy stands still where they bring no more than ``tol ** 2`` of its fall.
     """
-    if rest.of_samples is None:
-        return rest
-    settled = float((rest.of_samples <= tol).double().mean())
-    stands = False
-    if not rest.reached and settled >= 0.5 and steps >= SOONEST and steps % (SOONEST // 2) == 0:
-        first, before, now = (float(sum(inference.history[i].values())) for i in (0, -1 - steps // 4, -1))
-        stands = before - now <= tol**2 * (first - now)
-    return replace(rest, settled=settled, on_kinks=1 - settled if stands else 0.0, reached=rest.reached or stands)
+
+    def __init__(self, tol: float) -> None:
+        self.tol = tol
+        self.residuals: list[Tensor] = []
+
+    def among(self, rest: Rest, history: Sequence[Mapping[str, Tensor]]) -> Rest:
+        if rest.of_samples is None:
+            return rest
+        self.residuals.append(rest.of_samples)
+        settled = rest.of_samples <= self.tol
+        shares = replace(rest, settled=float(settled.double().mean()), on_kinks=0.0)
+        steps = len(history)
+        if rest.reached or steps < SOONEST or steps % (SOONEST // 4) or not self._stands_still(history):
+            return shares
+        before, now = (
+            torch.stack(part).amin(0) for part in (self.residuals[: -steps // 4], self.residuals[-steps // 4 :])
+        )
+        # infinite: an error of zero that a message has just reached
+        on_kinks = ~settled & (now >= STALLED * before) & torch.isfinite(now)
+        share = float(on_kinks.double().mean())
+        return replace(shares, on_kinks=share, reached=bool((settled | on_kinks).all()))
+
+    def _stands_still(self, history: Sequence[Mapping[str, Tensor]]) -> bool:
+        first, before, now = (float(sum(history[i].values())) for i in (0, -1 - len(history) // 4, -1))
+        return before - now <= self.tol**2 * (first - now)
 
 
 def _with_step_size(relaxation: Relaxation, measured: StepSize | None, lr: float | None) -> Relaxation:

@@ -181,8 +181,8 @@ def _tridiagonal(diagonal: list[Tensor], beside: list[Tensor]) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    products: Tensor = (a.double() * b.double()).sum(1)
-    return products.cpu()
+    products: Tensor = (a.double() * b.double()).sum(1).cpu()
+    return products
 
 
 def _not_finite(product: int) -> NonFiniteError:

@@ -25,6 +25,8 @@ from torch2ebm.inference.value_inference import ValueInference
 EVERY = 10  # calls that one measurement serves: a step of 1 / lambda is stable until lambda has doubled
 PRODUCTS = 3  # lambda to a fifth or better on chains and residual nets of 20 to 200 layers
 ACCURATE = 30, 1e-2  # most products, and the bound, of a figure that is told
+RISE = 1e-2  # of the fall: steps across kinks of ReLU leave less
+BACK = 1.05  # how much longer a shortened step becomes after a call without a rise
 ROUNDING = 100.0  # of a sum over all samples, in units of the dtype's epsilon
 
 
@@ -34,8 +36,18 @@ class _Memory:
     def __init__(self) -> None:
         self.stability: Stability | None = None
         self.calls = 0  # since it was measured
-        self.rises = 0  # calls whose energy rose
+        self.share = 1.0  # of the step that it gives, where the curvature grows on the way
+        self.rises, self.next_look = 0, 1  # calls whose energy rose, and which of them to measure
         self.told = False
+
+    def corrected(self, rose: bool) -> None:
+        """Shorter after a call that raised the energy although the step was measured on it; back little by little."""
+        if not rose:
+            self.share = min(1.0, BACK * self.share)
+        elif self.calls > 1:
+            self.calls = EVERY  # the measurement is old
+        else:
+            self.share /= 2
 
 
 def auto_rate(solver: Solver[Any], inference: Inference) -> Tensor | None:
@@ -52,7 +64,8 @@ def auto_rate(solver: Solver[Any], inference: Inference) -> Tensor | None:
         cost = memory.stability.backprops
         _tell_unsafe(solver, memory)
     memory.calls += 1
-    inference.step_size = StepSize(solver.good_step(memory.stability), solver.largest_step(memory.stability), cost)
+    used, largest = memory.share * solver.good_step(memory.stability), solver.largest_step(memory.stability)
+    inference.step_size = StepSize(used, largest, cost)
     return torch.tensor(inference.step_size.used, dtype=torch.float64)
 
 
@@ -67,21 +80,18 @@ def descend(
 
 
 def look_at_rises(solver: Solver[Any], inference: Inference, relaxation: Relaxation) -> None:
-    """Tell once of a graph that a fixed step size raises the energy; measure an automatic one anew where it does."""
+    """Tell once of a graph that a fixed step size raises the energy; shorten an automatic one where it does."""
     if not solver.coordinates:
         return
-    step = _first_rise(relaxation.energy, inference)
-    if step is None or (not solver.descends and relaxation.energy[-1] <= relaxation.energy[0]):
-        return
+    rise = _largest_rise(relaxation.energy)
+    fall = relaxation.energy[0] - min(relaxation.energy)
+    if not solver.descends and relaxation.energy[-1] <= relaxation.energy[0]:
+        rise = 0.0  # it goes up and down on its way
     memory = _memory(solver, inference)
     if solver.lr == AUTO:
-        memory.calls = EVERY
-        return
-    if not memory.told and memory.rises % EVERY == 0:  # a rise that lr does not explain is measured now and then
-        products, tol = ACCURATE
-        found = _measured(solver, inference, products, tol, exact=True)
-        memory.told = _told(solver, relaxation, step, found)
-    memory.rises += 1
+        memory.corrected(rise > RISE * fall)
+    elif not memory.told and rise > _rounding(inference, relaxation):
+        _tell_rise(solver, inference, relaxation, memory, rise > RISE * fall)
 
 
 def _memory(solver: Solver[Any], inference: Inference) -> _Memory:
@@ -98,32 +108,41 @@ def _measured(solver: Solver[Any], inference: Inference, products: int, tol: flo
     )
 
 
-def _first_rise(energy: Sequence[float], inference: Inference) -> int | None:
-    """The first step that left a higher energy than rounding does."""
+def _largest_rise(energy: Sequence[float]) -> float:
+    """The most that any energy lies above an earlier one."""
+    return max(after - before for before, after in zip(itertools.accumulate(energy, min), energy, strict=True))
+
+
+def _rounding(inference: Inference, relaxation: Relaxation) -> float:
     dtype = next(iter(inference.history[0].values())).dtype
-    slack = ROUNDING * torch.finfo(dtype).eps * max(abs(each) for each in energy)
-    pairs = itertools.pairwise(energy)
-    return next((step for step, (before, after) in enumerate(pairs, 1) if after > before + slack), None)
+    return ROUNDING * torch.finfo(dtype).eps * max(abs(each) for each in relaxation.energy)
 
 
-def _told(solver: Solver[Any], relaxation: Relaxation, step: int, found: Stability) -> bool:
-    largest, good = solver.largest_step(found), solver.good_step(found)
-    name, lr = type(solver).__name__, float(solver.lr)
-    rise = f"{name}(lr={lr:g}): the energy rises, from {relaxation.energy[step - 1]:.4g} to "
-    rise += f"{relaxation.energy[step]:.4g} in step {step}."
+def _tell_rise(solver: Solver[Any], inference: Inference, relaxation: Relaxation, memory: _Memory, much: bool) -> None:
+    """Only here is measured. A small rise that the step size does not explain is looked at more and more seldom."""
+    memory.rises += 1
+    if not much and memory.rises < memory.next_look:
+        return
+    memory.next_look *= EVERY
+    products, tol = ACCURATE
+    found = _measured(solver, inference, products, tol, exact=True)
+    largest, good, lr = solver.largest_step(found), solver.good_step(found), float(solver.lr)
+    if not much and lr < largest:
+        return  # a step across a kink of ReLU, for example
+    memory.told = True
+    steps = list(itertools.pairwise(relaxation.energy))
+    step = max(range(len(steps)), key=lambda each: steps[each][1] - steps[each][0])
+    rise = f"the energy rises, from {steps[step][0]:.4g} to {steps[step][1]:.4g} in step {step + 1}"
     if math.isnan(largest):
         said = _unsafe(found)
     elif lr >= largest:
         said = f'The largest step that does not raise it is {largest:.3g}; lr="auto" measures it and takes {good:.3g}.'
-    elif lr > good or relaxation.energy[-1] > relaxation.energy[0]:
+    else:
         said = (
             f"Steps up to {largest:.3g} are stable at the feed-forward pass, and the curvature grows on the way; "
-            f'lr="auto" takes {good:.3g}, and a smaller nudge keeps the values nearer.'
+            f'lr="auto" begins with {good:.3g} and takes less where the energy rises.'
         )
-    else:
-        return False
-    warnings.warn(StepSizeWarning(f"{rise} {said}"), stacklevel=users_level())
-    return True
+    warnings.warn(StepSizeWarning(f"{type(solver).__name__}(lr={lr:g}): {rise}. {said}"), stacklevel=users_level())
 
 
 def _tell_unsafe(solver: Solver[Any], memory: _Memory) -> None:
