@@ -279,3 +279,23 @@ def test_a_loss_that_cannot_be_evaluated_again() -> None:
     net, x, _ = chain("tanh")
     with pytest.raises(LossNotRecordedError):
         torch2ebm.convert(net, nodes="children").curvature(lambda output, _: output.square().mean(1), (x, None))
+
+
+# ---- values that have all but vanished
+
+
+def test_a_net_whose_values_round_to_nothing_has_a_curvature_all_the_same() -> None:
+    """200 tanh layers with torch's own initialisation: values shrink by .58 a layer, to 1e-44 and to zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [layer for _ in range(199) for layer in (nn.Linear(16, 16), nn.Tanh())]
+        net = nn.Sequential(*layers, nn.Linear(16, 4))
+    for layer in net[::2]:
+        nn.init.zeros_(layer.bias)
+    model = attached(net, torch2ebm.PredictiveCoding(), nodes="layer")
+    x, classes = normal(8, 16).float(), torch.arange(8) % 4
+    F.cross_entropy(model(x), classes).backward()
+    coarse = model.state.relaxation.sigma_squared
+    net.double()
+    exact = torch2ebm.convert(net).curvature(F.cross_entropy, (x.double(), classes))
+    assert coarse == pytest.approx(float(exact), rel=0.05)

@@ -233,6 +233,29 @@ def test_without_the_kink_it_is_settled() -> None:
     assert state.relaxation.residual <= 1e-4
 
 
+class Rectified(nn.Module):
+    """A residual block with a kink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+def test_rest_is_where_the_energy_is_at_its_end_though_some_samples_still_move_on_kinks() -> None:
+    net = seeded(lambda: nn.Sequential(*[Rectified() for _ in range(20)], nn.Linear(16, 4)))
+    nudging = torch2ebm.Relative(0.1)
+    _, state = relaxed(net, normal(32, 16), classes, solver=torch2ebm.ErrorConjugateGradient(), nudging=nudging)
+    _, end = relaxed(net, normal(32, 16), classes, solver=torch2ebm.ErrorConjugateGradient(1e-6, 200), nudging=nudging)
+    found = state.relaxation
+    assert found.converged and 0.5 <= found.settled + found.on_kinks <= 1.0
+    lowest = end.relaxation.energy[-1]
+    assert found.energy[-1] - lowest <= 0.02 * (found.energy[0] - lowest)
+    assert found.steps < end.relaxation.steps
+
+
 def test_a_relaxation_cut_short_is_neither() -> None:
     _, state = relaxed(
         deep(4, nn.Tanh), normal(6, 8), classes, solver=torch2ebm.ErrorConjugateGradient(tol=1e-12, steps=2),

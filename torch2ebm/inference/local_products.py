@@ -16,6 +16,7 @@ from torch2ebm.engine.energies import Energy, precision_of
 from torch2ebm.errors import NodeEvaluationError
 from torch2ebm.graph.energy_graph import Node
 
+VANISHED = 1e-15  # far below what a bias would add, and its square far above the smallest number of single precision
 _WITHOUT = "nodes without forward-mode differentiation"  # a key of EnergyGraph.once
 
 
@@ -181,8 +182,9 @@ class LocalProducts:
         accuracy = torch.finfo(pairs[0][0].dtype).eps ** (1 / 3 if self.exact else 1 / 2)
         of_values = torch.stack([_largest(value, separate) for value, _ in pairs]).amax(0)
         of_tangents = torch.stack([_largest(tangent, separate) for _, tangent in pairs]).amax(0)
-        of_values = torch.where(of_values > 0, of_values, 1.0)
-        width: Tensor = accuracy * of_values / torch.where(of_tangents > 0, of_tangents, 1.0)
+        # what has all but vanished is no measure: a width would round to zero, or be infinite
+        of_values = torch.where(of_values > VANISHED, of_values, 1.0)
+        width: Tensor = accuracy * of_values / torch.where(of_tangents > VANISHED**2, of_tangents, 1.0)
         return width
 
 

@@ -52,6 +52,7 @@ class Line:
     settled: Tensor
     on_kink: Tensor
     still: Tensor  # steps without a move, [rows, 1]
+    stands: Tensor  # whether the energy is at its end, []
     left: Tensor  # steps that are left, []
 
 
@@ -129,6 +130,7 @@ class ErrorConjugateGradient(ErrorSolver):
             settled=none,
             on_kink=none,
             still=column,
+            stands=zero.new_zeros((), dtype=torch.bool),
             left=zero.new_tensor(self.steps),
         )
 
@@ -136,7 +138,7 @@ class ErrorConjugateGradient(ErrorSolver):
         count = inference.call.batch_size
         return Rest(
             float(state.residual.max()),
-            bool((state.settled | state.on_kink).all()),
+            bool((state.settled | state.on_kink).all() | state.stands),
             state.residual[:, 0] if len(state.residual) == count else None,
             float(state.settled.double().mean()),
             float(state.on_kink.double().mean()),
@@ -159,22 +161,27 @@ class ErrorConjugateGradient(ErrorSolver):
         rose = ~(energy <= state.best_energy + rounding) | ~torch.isfinite(gradient).all()
         # on a quadratic the smallest point of the line is known, wherever the line was looked at
         after = _chosen(rose & ~quadratic, back, forward)
-        after = self._at_rest(state, _with_lowest(rose, state, after), energy)
+        after = self._at_rest(state, _with_lowest(rose, state, after), energy, ~rose)
         inference.history[-1] = after.curve
-        done = (after.settled | after.on_kink).all() | (after.left <= 0)
+        done = (after.settled | after.on_kink).all() | after.stands | (after.left <= 0)
         # where nothing follows, rest where the energy has been looked at, or is known without
         ended = torch.where(after.known, after.base, after.best)
         rows.unpack(torch.where(done, ended, after.base + after.length * after.direction), inference.errors)
         return after
 
-    def _at_rest(self, before: Line, after: Line, energy: Tensor) -> Line:
+    def _at_rest(self, before: Line, after: Line, energy: Tensor, fell: Tensor) -> Line:
         """Where the energy stands still, who still moves rests on a kink, if the gradient has jumped there."""
         start = torch.where(torch.isnan(before.start), energy, before.start)
         gone = start - after.best_energy
-        stands = before.past[0] - after.best_energy <= self.tol * gone
         past = torch.cat([before.past[1:], after.best_energy[None]])
+        # a residual of tol is a fall of tol^2 that is left, as long as an energy has digits to show it
+        shows = self.tol**2 > torch.finfo(after.base.dtype).eps
+        at_its_end = fell & (before.best_energy - after.best_energy <= self.tol**2 * gone) & shows
         jumped = after.stretch > JUMP * after.usual
-        return replace(after, start=start, past=past, on_kink=after.on_kink | (stands & jumped & ~after.settled))
+        stands = at_its_end | (before.past[0] - after.best_energy <= self.tol * gone)
+        on_kink = after.on_kink | (stands & jumped & ~after.settled)
+        most = (after.settled | on_kink).double().mean() >= 0.5
+        return replace(after, start=start, past=past, on_kink=on_kink, stands=at_its_end & most)
 
     def _accepted(self, state: Line, here: Tensor, gradient: Tensor, quadratic: Tensor) -> Line:
         """On from the smallest point of the line, along a direction that is conjugate to it."""
