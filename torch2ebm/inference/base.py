@@ -17,8 +17,7 @@ from torch2ebm.engine.call import Call, NodePass, at_least_single
 from torch2ebm.engine.energies import Energy, gaussian_energy_of_batch, precision_of
 from torch2ebm.engine.results import InferenceState, LocalGradients, StepSize
 from torch2ebm.graph.energy_graph import Node
-from torch2ebm.inference.collected import Collected
-from torch2ebm.inference.history import largest_entry, relative_length
+from torch2ebm.inference.history import Collected, largest_entry, relative_length
 from torch2ebm.loss.output_loss import OutputLoss
 
 LOSS = "loss"
@@ -45,11 +44,10 @@ class Inference(ABC):
         history: For every sweep the energy of each active node, and of the loss, as tensors of no dimension.
         measuring: Whether the next sweep keeps the largest entries of its gradients.
         driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep, a sample or in all;
-            or its length over that of ``pi e``, where ``still_below`` is set.
-        still_below: Of a value, in epsilons: a gradient that small is rounding, and counts as zero. None: see there.
+            with ``still_below`` its length over that of ``pi e``.
+        still_below: A gradient below so many epsilons of its value is rounding, and counts as zero.
         evaluations: How many node functions have run.
-        step_size: What :meth:`Solver.start` has measured, where it is to.
-        carried_under: Settings under which measurements may be carried from call to call; None for none.
+        step_size: What :meth:`Solver.start` has measured; ``carried_under`` these settings from call to call.
         nudge: The nudge in units of the curvature, r of :class:`Relative`; None where that is not known.
         scale: Factor from dF/dtheta to ``.grad``: that of the loss.
 
@@ -122,14 +120,14 @@ class Inference(ABC):
         if self.measuring and self.still_below is None:
             self.driving.append(largest_entry(gradient, self.call.batch_size))
         elif self.measuring:
-            self.driving.append(relative_length(gradient, own, self._rounding(slot), self.call.batch_size))
+            self.driving.append(relative_length(gradient, own, self.rounding(slot), self.call.batch_size))
 
-    def _rounding(self, slot: str) -> Tensor | None:
+    def rounding(self, slot: str) -> Tensor | None:
         """What rounding leaves of the gradient where an error is a difference of stored values."""
         if not (self.rounds and self.still_below):
             return None
-        size = self.still_below * torch.finfo(self._read_as[slot]).eps
-        return self.values[slot] * (size * precision_of(self.energies.get(self.graph.owner[slot].name)))
+        precision = precision_of(self.energies.get(self.graph.owner[slot].name))
+        return self.values[slot] * (self.still_below * torch.finfo(self._read_as[slot]).eps * precision)
 
     def residual(self) -> Tensor:
         """Largest absolute entry of the gradient in the last measured sweep.
@@ -212,7 +210,7 @@ class Inference(ABC):
             parts = [gaussian_energy_of_batch(error) for error in errors]
         else:
             parts = [energy.of_batch(*pair) for pair in _pairs(errors, predictions)]
-        self.history[-1][node.name] = _total(parts)
+        self.history[-1][node.name] = sum(parts[1:], start=parts[0])
         return self.pulls(node, errors, predictions)
 
     def pulls(
@@ -400,10 +398,3 @@ class Inference(ABC):
 
 def _pairs(errors: Sequence[Tensor], predictions: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(error, mu.detach().to(error.dtype)) for error, mu in zip(errors, predictions, strict=True)]
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

@@ -1,11 +1,14 @@
-"""What a relaxation leaves, step by step: energies, as numbers, and how large the terms are that drive it."""
+"""What a relaxation leaves: energies of every step, how large the terms are that drive it, and the last pass."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from torch2ebm.engine.gradients import GradientSum
 
 
 def energies(history: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:
@@ -13,6 +16,16 @@ def energies(history: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> d
     rows = [[sweep[name] for name in names if name in sweep] for sweep in history]
     numbers = iter(_on_host([entry for row in rows for entry in row]))
     return _columns([{name: next(numbers) for name in names if name in sweep} for sweep in history], names)
+
+
+@dataclass
+class Collected:
+    """What the last pass over the nodes collects, by slot."""
+
+    gradients: GradientSum = field(default_factory=GradientSum)
+    predictions: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, Tensor] = field(default_factory=dict)  # times minus the loss's scale
+    unreached: list[str] = field(default_factory=list)
 
 
 def largest_entry(gradient: Tensor, batch_size: int) -> Tensor:

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from torch2ebm.common.checks import AUTO
-from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.results import ROUNDING, LocalGradients, Relaxation, StepSize
-from torch2ebm.errors import DivergenceError, NonFiniteError, NotSettledWarning
+from torch2ebm.errors import DivergenceError, NonFiniteError
 from torch2ebm.inference.base import LOSS, Inference
 from torch2ebm.inference.history import energies
 from torch2ebm.inference.runs import EagerRun, ProgramRun
+from torch2ebm.inference.settling import CEILING, Settling, tell_ceiling
 from torch2ebm.inference.solver import REMEDY, Form, Rest, Solver, tolerance
 from torch2ebm.inference.step_size import look_at_rises
 from torch2ebm.programs.cache import Programs
 
-CEILING = 2000  # steps, of steps="auto"
-SOONEST = 32  # steps before which no energy stands still
-STALLED = 0.9  # of the residual before: who falls less comes no nearer
 RISE = 1e3  # an energy that has risen by so many times its start is no overshoot any more
 WATCHED = 100  # steps between two looks at the energy; each waits for the device
 
@@ -60,7 +52,7 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
     if solver.steps == AUTO:
         inference.still_below = ROUNDING + 1 / lr if lr else ROUNDING  # smaller steps than half an epsilon are lost
     most = CEILING if solver.steps == AUTO else int(solver.steps)
-    steps, rest, kinks = 0, Rest(math.inf, False), _Kinks(tol)
+    steps, rest, settling = 0, Rest(math.inf, False), Settling(inference, tol)
     while steps < most:
         # a maximum over all values costs a pass: without a tolerance only the last step is reported
         inference.measuring = tol > 0 or steps == most - 1
@@ -68,7 +60,7 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
         if inference.measuring:
             rest = run.rest()
             if solver.steps == AUTO:
-                rest = kinks.among(rest, inference.history)
+                rest = settling.seen(rest)
             if rest.reached:
                 break
         if steps % WATCHED == 0 and _has_run_away(inference):
@@ -79,7 +71,7 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
     relaxation = _with_step_size(relaxation, inference.step_size, lr)
     look_at_rises(solver, inference, relaxation)
     if solver.steps == AUTO and not rest.reached:
-        _tell_ceiling(solver, inference, rest)
+        tell_ceiling(solver, inference, rest)
     return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
 
 
@@ -89,57 +81,11 @@ def _steps_unwatched(tol: float, most: int, steps: int) -> int:
     return 1 if tol > 0 else max(1, min(most - 1 - steps, WATCHED - steps % WATCHED))
 
 
-class _Kinks:
-    """Samples that are not settled and come no nearer, while the energy stands still: they rest where it has kinks.
-
-    A quarter of the steps decides. The energy stands still where they bring no more than ``tol ** 2`` of its fall.
-    """
-
-    def __init__(self, tol: float) -> None:
-        self.tol = tol
-        self.residuals: list[Tensor] = []
-
-    def among(self, rest: Rest, history: Sequence[Mapping[str, Tensor]]) -> Rest:
-        if rest.of_samples is None:
-            return rest
-        self.residuals.append(rest.of_samples)
-        settled = rest.of_samples <= self.tol
-        shares = replace(rest, settled=float(settled.double().mean()), on_kinks=0.0)
-        steps = len(history)
-        if rest.reached or steps < SOONEST or steps % (SOONEST // 4) or not self._stands_still(history):
-            return shares
-        before, now = (
-            torch.stack(part).amin(0) for part in (self.residuals[: -steps // 4], self.residuals[-steps // 4 :])
-        )
-        # infinite: an error of zero that a message has just reached
-        on_kinks = ~settled & (now >= STALLED * before) & torch.isfinite(now)
-        share = float(on_kinks.double().mean())
-        return replace(shares, on_kinks=share, reached=bool((settled | on_kinks).all()))
-
-    def _stands_still(self, history: Sequence[Mapping[str, Tensor]]) -> bool:
-        first, before, now = (float(sum(history[i].values())) for i in (0, -1 - len(history) // 4, -1))
-        return before - now <= self.tol**2 * (first - now)
-
-
 def _with_step_size(relaxation: Relaxation, measured: StepSize | None, lr: float | None) -> Relaxation:
     if measured is None:
         return replace(relaxation, lr=lr)
     largest = None if math.isnan(measured.largest) else measured.largest
     return replace(relaxation, lr=lr, largest_lr=largest, lr_cost=measured.backprops)
-
-
-def _tell_ceiling(solver: Solver[Any], inference: Inference, rest: Rest) -> None:
-    """Once a graph."""
-    name = type(solver).__name__
-    share = "" if rest.settled is None else f", and {1 - rest.settled:.0%} of the samples still move"
-    said = (
-        f'{name}(steps="auto"): {CEILING} steps have left a residual of {rest.residual:.2g} of the error{share}. '
-        "Take ErrorConjugateGradient() or ErrorDescent, a smaller nudge, a larger tol, or a number of steps."
-    )
-    inference.graph.once(
-        ("ceiling", type(solver)),
-        lambda: warnings.warn(NotSettledWarning(said), stacklevel=users_level()) or True,
-    )
 
 
 def _has_run_away(inference: Inference) -> bool:

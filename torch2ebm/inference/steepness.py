@@ -136,7 +136,8 @@ def _curved(energy: Energy | None, error: Tensor, prediction: Tensor) -> Tensor:
         return error
     width = torch.finfo(error.dtype).eps ** (1 / 3) / size
     above, below = (energy.gradients(sign * width * error, prediction)[0] for sign in (1, -1))
-    return (above - below) / (2 * width)
+    product: Tensor = (above - below) / (2 * width)
+    return product
 
 
 def largest_eigenvalue(
