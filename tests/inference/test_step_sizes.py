@@ -1,10 +1,13 @@
 """Step sizes that are measured, and fixed ones that raise the energy, against matrices written out."""
 
+import dataclasses
 import math
+import pickle
+import warnings
 
 import pytest
 import torch
-from helpers import attached
+from helpers import attached, local_gradients
 from oracles.dense_hessian import of_chain, of_dag, values_of_chain, values_of_dag
 from oracles.energy import EnergyProblem
 from oracles.graphs import SkipDag, cross_entropy, half_squared_error, skip_dag
@@ -14,8 +17,8 @@ from torch.nn import functional as F
 import torch2ebm
 from torch2ebm.algorithms.given import Given
 from torch2ebm.engine.node_energies import node_energies
-from torch2ebm.errors import NonFiniteError
-from torch2ebm.inference.steepness import measured_stability
+from torch2ebm.errors import ConfigurationError, NonFiniteError, NotSettledWarning, StepSizeWarning
+from torch2ebm.inference.steepness import Stability, measured_stability
 from torch2ebm.loss.output_loss import NudgedLoss
 
 NAMES = [vertex.name for vertex in skip_dag().vertices]
@@ -240,7 +243,7 @@ def test_local_error_descent_is_stable_up_to_its_largest_step(depth: int, gain: 
     errors, values = levelled(depth, gain)
     solver, sigma_squared = torch2ebm.LocalErrorDescent(), errors.sigma_squared()
     for r in (0.1, 0.5, 0.99):
-        found = torch2ebm.inference.steepness.Stability(steepest=float(values.precisions.max()), r=r)
+        found = Stability(steepest=float(values.precisions.max()), r=r)
         update = values.local_update(r / sigma_squared)
         one = torch.eye(len(update), dtype=update.dtype)
         for step in (solver.largest_step(found), solver.good_step(found), 0.1 * solver.good_step(found)):
@@ -248,9 +251,241 @@ def test_local_error_descent_is_stable_up_to_its_largest_step(depth: int, gain: 
 
 
 def test_beyond_r_of_one_local_error_descent_can_be_unstable_for_every_step() -> None:
-    errors, values = levelled(12, 2.5)
-    update = values.local_update(20 / errors.sigma_squared())
-    one = torch.eye(len(update), dtype=update.dtype)
-    assert all(radius(one - step * update) > 1 for step in (0.5, 0.1, 0.01, 0.001))
-    unsafe = torch2ebm.inference.steepness.Stability(steepest=2.0, r=20.0)
-    assert math.isnan(torch2ebm.LocalErrorDescent().largest_step(unsafe))
+    layers = [nn.Linear(3, 3, bias=False).double() for _ in range(8)]
+    for seed, layer in enumerate(layers):
+        layer.weight.data = 1.5 * torch.linalg.qr(normal(3, 3, seed=seed))[0]
+    layers.append(seeded(lambda: nn.Linear(3, 2)))
+    values, errors = (make(layers, normal(1, 3), half_squared_error) for make in (values_of_chain, of_chain))
+    one = torch.eye(len(values.start), dtype=torch.float64)
+    for r, stable in ((0.9, True), (20.0, False)):
+        update = values.local_update(r / errors.sigma_squared())
+        assert all((radius(one - step * update) < 1) == stable for step in (1.0, 0.5, 0.1, 0.01))
+    assert math.isnan(torch2ebm.LocalErrorDescent().largest_step(Stability(steepest=1.0, r=20.0)))
+
+
+# ---- what a backward does with it
+
+
+def tanh_net(width: int = 16, depth: int = 3, dtype=torch.float64) -> nn.Sequential:
+    layers = [part for _ in range(depth) for part in (nn.Linear(width, width), nn.Tanh())]
+    return seeded(lambda: nn.Sequential(*layers, nn.Linear(width, 3))).to(dtype)
+
+
+def told(run) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(each.message) for each in caught if issubclass(each.category, StepSizeWarning)]
+
+
+VALUE = (torch2ebm.GradientDescent, torch2ebm.Momentum)
+SOLVERS = [torch2ebm.GradientDescent, torch2ebm.Momentum, torch2ebm.ErrorDescent]
+LARGEST = {"GradientDescent": 2.0, "Momentum": 3.8, "ErrorDescent": 2.0}  # over the largest eigenvalue
+
+
+def steepest_of(kind, net: nn.Module, x: Tensor) -> float:
+    problem = values_of_chain if kind in VALUE else of_chain
+    layers = [nn.Sequential(*net[i : i + 2]) for i in range(0, len(net), 2)]  # a layer with its activation is a node
+    return largest(problem(layers, x, half_squared_error).hessian(1.0))
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_an_automatic_step_is_reported_with_the_largest_one_and_the_cost(kind) -> None:
+    net, x = tanh_net(), normal(5, 16)
+    steepest = steepest_of(kind, net, x)
+    model = attached(net, torch2ebm.PredictiveCoding(solver=kind(20, "auto")))
+    costs = []
+    for _ in range(11):
+        by_mean(half_squared_error)(model(x)).backward()
+        relaxation = model.state.relaxation
+        costs.append(relaxation.lr_cost)
+        assert relaxation.largest_lr == pytest.approx(LARGEST[kind.__name__] * relaxation.lr, rel=1e-12)
+        assert 1 / steepest <= relaxation.lr * (1 + 1e-6) < 1.3 / steepest  # Lanczos comes from below
+        assert relaxation.energy[-1] < relaxation.energy[0]
+    assert costs[0] > 0 and costs[1:10] == [0.0] * 9 and 0 < costs[10] <= 3
+
+
+def test_a_fixed_step_is_reported_and_measures_nothing() -> None:
+    net, x = tanh_net(), normal(5, 16)
+    model = attached(net, torch2ebm.PredictiveCoding(steps=3, lr=0.1))
+    by_mean(half_squared_error)(model(x)).backward()
+    relaxation = model.state.relaxation
+    assert (relaxation.lr, relaxation.largest_lr, relaxation.lr_cost) == (0.1, None, 0.0)
+
+
+def test_a_step_follows_the_nudge_and_the_precisions() -> None:
+    net, x = tanh_net(), normal(5, 16)
+    found = []
+    for settings in ({}, {"precisions": {"0": 8.0}}, {"nudging": torch2ebm.OneSided(50.0)}):
+        model = attached(net, torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(3, "auto"), **settings))
+        by_mean(half_squared_error)(model(x)).backward()
+        found.append(model.state.relaxation.lr)
+        net = tanh_net()
+    assert found[1] <= 1 / 8 and found[2] < found[0] / 3
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_a_step_that_raises_the_energy_is_told_once_and_the_remedy_helps(kind) -> None:
+    net, x = tanh_net(), normal(5, 16)
+    limit = LARGEST[kind.__name__] / steepest_of(kind, net, x)
+
+    def backward(solver) -> None:
+        model = attached(tanh_net(), torch2ebm.PredictiveCoding(solver=solver))
+
+        def run() -> None:
+            for _ in range(3):
+                by_mean(half_squared_error)(model(x)).backward()
+
+        said = told(run)
+        return said, model.state.relaxation.energy
+
+    said, energy = backward(kind(20, 1.3 * limit))
+    assert len(said) == 1 and kind.__name__ in said[0] and 'lr="auto"' in said[0]
+    named = float(said[0].split("does not raise it is ")[1].split(";")[0])
+    assert named == pytest.approx(limit, rel=0.02)  # three digits of a measurement to a hundredth
+    assert energy[-1] > min(energy)
+    for stable in (kind(20, "auto"), kind(20, 0.2 * limit)):
+        said, energy = backward(stable)
+        assert said == [] and energy[-1] < energy[0]
+
+
+def test_nothing_is_measured_where_the_energy_falls(monkeypatch) -> None:
+    def measured(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("torch2ebm.inference.step_size.measured_stability", measured)
+    model = attached(tanh_net(), torch2ebm.PredictiveCoding(steps=20, lr=0.05))
+    by_mean(half_squared_error)(model(normal(5, 16))).backward()
+
+
+def test_local_errors_say_where_no_step_is_known_to_be_stable() -> None:
+    x = normal(5, 16)
+
+    def backward(beta: float) -> list[str]:
+        coding = torch2ebm.PredictiveCoding(
+            solver=torch2ebm.LocalErrorDescent(20, "auto"), nudging=torch2ebm.OneSided(beta), on_divergence="skip"
+        )
+        model = attached(tanh_net(), coding)
+        return told(lambda: [by_mean(half_squared_error)(model(x)).backward() for _ in range(2)])
+
+    sigma_squared = steepest_of(torch2ebm.ErrorDescent, tanh_net(), x) - 1
+    assert backward(0.5 / sigma_squared) == []
+    (said,) = backward(5 / sigma_squared)
+    assert "LocalErrorDescent" in said and "ErrorDescent" in said
+
+
+def test_a_step_becomes_shorter_where_the_curvature_grows_on_the_way() -> None:
+    """The loss is a parabola around the start and a quartic outside, which steps of 1 / lambda overshoot."""
+    net, x = tanh_net(depth=1), normal(5, 16)
+    loss = torch2ebm.EnergyLoss(lambda o: ((o - 1).square().sum(1) + 100 * (o - net(x).detach()).pow(4).sum(1)).mean())
+    model = attached(net, torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(20, "auto"), on_divergence="skip"))
+    found = []
+    for _ in range(40):
+        loss(model(x)).backward()
+        found.append(model.state.relaxation)
+    first, last = found[0], found[-1]
+    assert first.energy[-1] > min(first.energy)
+    assert min(each.lr for each in found if each.lr) < 0.6 * first.lr
+    assert last.energy == tuple(sorted(last.energy, reverse=True))
+
+
+# ---- steps
+
+
+def equilibrium(net, x, beta: float) -> dict[str, Tensor]:
+    coding = torch2ebm.PredictiveCoding(
+        solver=torch2ebm.ErrorConjugateGradient(1e-13, 500), nudging=torch2ebm.OneSided(beta)
+    )
+    return local_gradients(attached(net, coding), (x,), by_mean(half_squared_error))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("kind", [*SOLVERS, torch2ebm.LocalErrorDescent])
+def test_as_many_steps_as_a_deep_chain_needs(kind, compile: bool) -> None:
+    """Messages that become weaker from level to level: no level may be left behind although it weighs nothing."""
+    x = normal(4, 6)
+
+    def net() -> nn.Sequential:
+        made = tanh_net(6, 20)
+        with torch.no_grad():
+            for layer in made[::2]:
+                layer.weight.copy_(0.6 * torch.linalg.qr(layer.weight)[0] if layer.out_features == 6 else layer.weight)
+        return made
+
+    expected = equilibrium(net(), x, 0.2)
+    coding = torch2ebm.PredictiveCoding(
+        solver=kind("auto", "auto", tol=1e-4), nudging=torch2ebm.OneSided(0.2), compile=compile
+    )
+    model = attached(net(), coding)
+    found = local_gradients(model, (x,), by_mean(half_squared_error))
+    relaxation = model.state.relaxation
+    assert relaxation.converged and relaxation.settled == 1.0 and relaxation.residual <= 1e-4
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm()) < 1e-3 * float(gradient.norm())
+
+
+def test_a_criterion_for_the_whole_sample_would_leave_the_first_levels_behind() -> None:
+    """The negative twin: after 12 of 20 levels the gradient is small beside the error, and the first ones have none."""
+    x = normal(4, 6)
+    made = tanh_net(6, 20)
+    with torch.no_grad():
+        for layer in made[:-1:2]:
+            layer.weight.copy_(0.3 * torch.linalg.qr(layer.weight)[0])
+    model = attached(made, torch2ebm.PredictiveCoding(solver=torch2ebm.GradientDescent(12, "auto")))
+    by_mean(half_squared_error)(model(x)).backward()
+    state = model.state
+    assert state.relaxation.residual < 0.01 * float(state.error["38"].norm())
+    assert state.unreached
+
+
+def test_a_ceiling_that_is_met_is_told_once(monkeypatch) -> None:
+    monkeypatch.setattr("torch2ebm.inference.relaxation.CEILING", 5)
+    model = attached(tanh_net(), torch2ebm.PredictiveCoding(steps="auto", lr=0.01))
+    with pytest.warns(NotSettledWarning, match=r'GradientDescent\(steps="auto"\)'):
+        by_mean(half_squared_error)(model(normal(5, 16))).backward()
+    by_mean(half_squared_error)(model(normal(5, 16))).backward()  # which would be an error if it warned
+    assert model.state.relaxation.converged is False and model.state.relaxation.steps == 5
+
+
+def test_samples_on_kinks_end_it_too() -> None:
+    net = seeded(lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)))
+    model = attached(net, torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent("auto", "auto")))
+    by_mean(lambda o: 5 * half_squared_error(o - 1))(model(normal(64, 8))).backward()
+    relaxation = model.state.relaxation
+    assert relaxation.converged and relaxation.settled + relaxation.on_kinks == pytest.approx(1.0)
+    assert 0 < relaxation.on_kinks < 1 and relaxation.steps < 300
+    assert relaxation.energy[-1] == pytest.approx(min(relaxation.energy), rel=1e-3)
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize("setting", ["steps", "lr"])
+@pytest.mark.parametrize("kind", [*SOLVERS, torch2ebm.LocalErrorDescent, torch2ebm.PredictiveCoding])
+def test_what_is_no_number_and_not_auto_is_refused_and_auto_is_named(kind, setting: str) -> None:
+    for bad in ("Auto", "AUTO", "", -1, True if setting == "steps" else math.nan, None):
+        with pytest.raises(ConfigurationError, match='or "auto"') as caught:
+            kind(**{setting: bad})
+        assert repr(bad) in str(caught.value)
+
+
+@pytest.mark.parametrize("solver", [torch2ebm.AdamDescent, torch2ebm.SequentialDescent, torch2ebm.AndersonErrorDescent])
+def test_solvers_without_such_a_step_refuse_it(solver) -> None:
+    with pytest.raises(ConfigurationError, match="lr"):
+        solver(lr="auto")
+    with pytest.raises(ConfigurationError, match="steps"):
+        solver(steps="auto")
+
+
+def test_settings_are_shown_kept_copied_and_compared() -> None:
+    coding = torch2ebm.PredictiveCoding(steps="auto", lr="auto")
+    assert coding.solver == torch2ebm.GradientDescent("auto", "auto") and (coding.steps, coding.lr) == ("auto", "auto")
+    assert "GradientDescent(steps='auto', lr='auto', tol=0.0)" in repr(coding)
+    again = pickle.loads(pickle.dumps(coding))
+    assert again == coding and again.solver == coding.solver
+    assert coding.with_steps(3).solver == torch2ebm.GradientDescent(3, "auto")
+    assert dataclasses.replace(coding, lr=0.2).solver == torch2ebm.GradientDescent("auto", 0.2)
+    assert torch2ebm.PredictiveCoding(lr="auto").solver == torch2ebm.GradientDescent(20, "auto")
+    assert torch2ebm.PredictiveCoding(steps="auto", solver=torch2ebm.Momentum("auto")).steps == "auto"
+    with pytest.raises(ConfigurationError, match="steps='auto' beside solver="):
+        torch2ebm.PredictiveCoding(steps="auto", solver=torch2ebm.Momentum(3))
