@@ -14,7 +14,7 @@ from torch2ebm.inference.history import energies
 from torch2ebm.inference.runs import EagerRun, ProgramRun
 from torch2ebm.inference.settling import CEILING, Settling, tell_ceiling
 from torch2ebm.inference.solver import REMEDY, Form, Rest, Solver, tolerance
-from torch2ebm.inference.step_size import look_at_rises
+from torch2ebm.inference.step_size import correct, look_at_rises
 from torch2ebm.programs.cache import Programs
 
 RISE = 1e3  # an energy that has risen by so many times its start is no overshoot any more
@@ -67,7 +67,11 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
             break
     # before the report: the last pass adds the final energy to the history
     gradients = run.local_gradients()
-    relaxation = report(inference, steps, rest, tol, beta, solver.remedy)
+    try:
+        relaxation = report(inference, steps, rest, tol, beta, solver.remedy)
+    except DivergenceError:
+        correct(solver, inference, rose=True)
+        raise
     relaxation = _with_step_size(relaxation, inference.step_size, lr)
     look_at_rises(solver, inference, relaxation)
     if solver.steps == AUTO and not rest.reached:

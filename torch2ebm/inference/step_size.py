@@ -89,7 +89,7 @@ def look_at_rises(solver: Solver[Any], inference: Inference, relaxation: Relaxat
         rise = 0.0  # it goes up and down on its way
     memory = _memory(solver, inference)
     if solver.lr == AUTO:
-        memory.corrected(rise > RISE * fall)
+        correct(solver, inference, rise > RISE * fall)
     elif not memory.told and rise > _rounding(inference, relaxation):
         _tell_rise(solver, inference, relaxation, memory, rise > RISE * fall)
 
@@ -106,6 +106,12 @@ def _measured(solver: Solver[Any], inference: Inference, products: int, tol: flo
     return measured_stability(
         inference.call, inference.loss, inference.energies, solver.coordinates, products, tol, exact
     )
+
+
+def correct(solver: Solver[Any], inference: Inference, rose: bool) -> None:
+    """Let an automatic step size learn from the call: whether it has raised the energy."""
+    if solver.coordinates and solver.lr == AUTO:
+        _memory(solver, inference).corrected(rose)
 
 
 def _largest_rise(energy: Sequence[float]) -> float:

@@ -40,6 +40,7 @@ class ErrorDescent(ErrorSolver):
     lr: float | str = 0.3
     tol: float = 0.0
 
+    remedy: ClassVar[str] = 'Take a smaller step size, lr="auto", or fewer steps.'
     coordinates: ClassVar[str] = "errors"
 
     def __post_init__(self) -> None:

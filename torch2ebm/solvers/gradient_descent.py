@@ -36,6 +36,7 @@ class GradientDescent(ValueSolver):
     lr: float | str = 0.1
     tol: float = 0.0
 
+    remedy: ClassVar[str] = 'Take a smaller step size, lr="auto", or fewer steps.'
     coordinates: ClassVar[str] = "values"
 
     def __post_init__(self) -> None:

@@ -48,6 +48,7 @@ class Momentum(ValueSolver):
     momentum: float = 0.9
     tol: float = 0.0
 
+    remedy: ClassVar[str] = 'Take a smaller step size, lr="auto", or fewer steps.'
     coordinates: ClassVar[str] = "values"
     descends: ClassVar[bool] = False
 
