@@ -378,16 +378,16 @@ def test_local_errors_say_where_no_step_is_known_to_be_stable() -> None:
 def test_a_step_becomes_shorter_where_the_curvature_grows_on_the_way() -> None:
     """The loss is a parabola around the start and a quartic outside, which steps of 1 / lambda overshoot."""
     net, x = tanh_net(depth=1), normal(5, 16)
-    loss = torch2ebm.EnergyLoss(lambda o: ((o - 1).square().sum(1) + 100 * (o - net(x).detach()).pow(4).sum(1)).mean())
-    model = attached(net, torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(20, "auto"), on_divergence="skip"))
+    start = net(x).detach()
+    loss = torch2ebm.EnergyLoss(lambda o: ((o - 1).square().sum(1) + 3 * (o - start).pow(4).sum(1)).mean())
+    model = attached(net, torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(20, "auto")))
     found = []
-    for _ in range(40):
+    for _ in range(30):
         loss(model(x)).backward()
         found.append(model.state.relaxation)
-    first, last = found[0], found[-1]
-    assert first.energy[-1] > min(first.energy)
-    assert min(each.lr for each in found if each.lr) < 0.6 * first.lr
-    assert last.energy == tuple(sorted(last.energy, reverse=True))
+    rose = [each.energy[-1] > min(each.energy) + 1e-3 for each in found]
+    assert rose[0] and sum(rose) <= 3
+    assert found[1].lr == pytest.approx(found[0].lr / 2, rel=0.1) and found[1].lr < found[2].lr < found[0].lr
 
 
 # ---- steps
@@ -423,6 +423,25 @@ def test_as_many_steps_as_a_deep_chain_needs(kind, compile: bool) -> None:
     assert relaxation.converged and relaxation.settled == 1.0 and relaxation.residual <= 1e-4
     for name, gradient in expected.items():
         assert float((found[name] - gradient).norm()) < 1e-3 * float(gradient.norm())
+
+
+def test_an_error_that_many_levels_share_is_waited_for() -> None:
+    """Each level's own gradient is a thousandth of its error long before the sum over 20 levels is."""
+    x = normal(4, 6)
+
+    def net() -> nn.Sequential:
+        made = tanh_net(6, 20)
+        with torch.no_grad():
+            for layer in made[:-1:2]:
+                layer.weight.copy_(torch.linalg.qr(layer.weight)[0])
+        return made
+
+    expected = equilibrium(net(), x, 1.0)
+    model = attached(net(), torch2ebm.PredictiveCoding(solver=torch2ebm.Momentum("auto", "auto", tol=1e-3)))
+    found = local_gradients(model, (x,), by_mean(half_squared_error))
+    assert model.state.relaxation.converged
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm()) < 2e-3 * float(gradient.norm())
 
 
 def test_a_criterion_for_the_whole_sample_would_leave_the_first_levels_behind() -> None:
