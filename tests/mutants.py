@@ -159,7 +159,8 @@ STEP_SIZES = [
     Mutant("rest without the sum over levels", "inference/settling.py", "settled & (summed <= self.tol)", "settled",
            "step_sizes"),
     Mutant("an error of zero at rest", "inference/history.py",
-           "torch.where(length <= still, 0.0, length / size)", "torch.where(size == 0, 0.0, length / size)", "step_sizes"),
+           "torch.where(length <= still, 0.0, length / size)", "torch.where(size == 0, 0.0, length / size)",
+           "step_sizes"),
 ]  # fmt: skip
 
 STANDING_STILL = [

@@ -31,11 +31,13 @@ class StepSize:
         used: What the steps were made with.
         largest: The largest stable one, where it was measured on this call or carried from those before; else NaN.
         backprops: What this call has spent on measuring it.
+        measured: What it was made of.
     """
 
     used: float
     largest: float = math.nan
     backprops: float = 0.0
+    measured: object = None
 
 
 @dataclass(frozen=True, repr=False)

@@ -82,13 +82,23 @@ def measured_stability(
         rows.unpack(packed, by_slot)
         return rows.pack(product(by_slot))
 
-    generator = torch.Generator().manual_seed(0)  # the same in every run, and nothing that the user draws
-    noise = rows.pack({s: torch.randn(v.shape, generator=generator).to(v) for s, v in hessian.like.items()})
-    largest, bound, made = largest_eigenvalue(through, noise, products, tol)
+    largest, bound, made = largest_eigenvalue(through, rows.pack(_start(hessian.like, call.batch_size)), products, tol)
     if coordinates != "local errors":
         return Stability(largest, 0.0, bound, made, local.work / BACKPROP)
     curvature = measured_curvature(call, loss, energies, products, tol, exact)  # of the nudged loss: beta is in it
     return Stability(largest, curvature.radius, curvature.bound, curvature.products, curvature.backprops)
+
+
+def _start(like: Mapping[str, Tensor], batch_size: int) -> dict[str, Tensor]:
+    """The same for every sample but for its values, so that the order of the batch changes nothing."""
+    generator = torch.Generator().manual_seed(0)  # the same in every run, and nothing that the user draws
+    found: dict[str, Tensor] = {}
+    for slot, value in like.items():
+        batched = value.ndim > 0 and len(value) == batch_size
+        noise = torch.randn(value.shape[1:] if batched else value.shape, generator=generator).to(value)
+        size = value.abs().mean()
+        found[slot] = noise * (1 + value / torch.where(size > 0, size, 1.0))
+    return found
 
 
 class _Hessian:

@@ -58,15 +58,14 @@ def auto_rate(solver: Solver[Any], inference: Inference) -> Tensor | None:
     if solver.lr != AUTO:
         return None
     memory = _memory(solver, inference)
-    cost = 0.0
-    if memory.stability is None or memory.calls >= EVERY:
-        memory.stability, memory.calls = _measured(solver, inference, PRODUCTS, tol=0.0, exact=False), 0
-        cost = memory.stability.backprops
-        _tell_unsafe(solver, memory)
-    memory.calls += 1
-    used, largest = memory.share * solver.good_step(memory.stability), solver.largest_step(memory.stability)
-    inference.step_size = StepSize(used, largest, cost)
-    return torch.tensor(inference.step_size.used, dtype=torch.float64)
+    found, cost = memory.stability, 0.0
+    if found is None or memory.calls >= EVERY:
+        found = _measured(solver, inference, PRODUCTS, tol=0.0, exact=False)
+        cost = found.backprops
+    used = memory.share * solver.good_step(found)
+    # carried on once the call has gone well: one that is refused leaves all as before
+    inference.step_size = StepSize(used, solver.largest_step(found), cost, found)
+    return torch.tensor(used, dtype=torch.float64)
 
 
 def descend(
@@ -110,8 +109,15 @@ def _measured(solver: Solver[Any], inference: Inference, products: int, tol: flo
 
 def correct(solver: Solver[Any], inference: Inference, rose: bool) -> None:
     """Let an automatic step size learn from the call: whether it has raised the energy."""
-    if solver.coordinates and solver.lr == AUTO:
-        _memory(solver, inference).corrected(rose)
+    found = None if inference.step_size is None else inference.step_size.measured
+    if not isinstance(found, Stability):
+        return
+    memory = _memory(solver, inference)
+    if found is not memory.stability:
+        memory.stability, memory.calls = found, 0
+        _tell_unsafe(solver, memory)
+    memory.calls += 1
+    memory.corrected(rose)
 
 
 def _largest_rise(energy: Sequence[float]) -> float:
