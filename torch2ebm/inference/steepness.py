@@ -68,6 +68,8 @@ def measured_stability(
     Raises:
         NonFiniteError: where a product is not finite.
     """
+    if not all(bool(torch.isfinite(call.values[slot]).all()) for slot in call.graph.output_slots):
+        return Stability(math.nan)  # the energy of the first step says where; nothing is learnt of this graph here
     local = LocalProducts(call, energies, exact)
     hessian = _Hessian(local, loss, energies)
     rows = Rows(hessian.like, tuple(hessian.like), call.batch_size)
