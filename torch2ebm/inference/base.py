@@ -120,9 +120,9 @@ class Inference(ABC):
         if self.measuring and self.still_below is None:
             self.driving.append(largest_entry(gradient, self.call.batch_size))
         elif self.measuring:
-            self.driving.append(relative_length(gradient, own, self.rounding(slot), self.call.batch_size))
+            self.driving.append(relative_length(gradient, own, self._rounding(slot), self.call.batch_size))
 
-    def rounding(self, slot: str) -> Tensor | None:
+    def _rounding(self, slot: str) -> Tensor | None:
         """What rounding leaves of the gradient where an error is a difference of stored values."""
         if not (self.rounds and self.still_below):
             return None

@@ -99,14 +99,14 @@ def summed_residual(inference: ValueInference) -> Tensor:
     found: list[Tensor] = []
     for node in reversed(inference.graph.hidden_nodes):
         received = [messages.pop(slot, None) for slot in node.slots]
-        own, cotangents, looked_at = inference.at(node)
+        own, cotangents, looked_at = inference._at(node)
         sent = [passed_on(*each) for each in zip(own, cotangents, received, strict=True)]
         if looked_at is not None and any(each is not None for each in sent):
             inference.send(looked_at, sent, messages)
         for slot, pull, message in zip(node.slots, own, received, strict=True):
             if message is not None:
                 gradient = message.neg() if pull is None else pull - message
-                found.append(relative_length(gradient, pull, inference.rounding(slot), inference.call.batch_size))
+                found.append(relative_length(gradient, pull, inference._rounding(slot), inference.call.batch_size))
     size = max((each.numel() for each in found), default=1)
     return torch.stack([each.expand(size) for each in found]).amax(0) if found else torch.zeros(size)
 

@@ -89,7 +89,7 @@ def look_at_rises(solver: Solver[Any], inference: Inference, relaxation: Relaxat
     memory = _memory(solver, inference)
     if solver.lr == AUTO:
         correct(solver, inference, rise > RISE * fall)
-    elif not memory.told and rise > _rounding(inference, relaxation):
+    elif relaxation.beta > 0 and not memory.told and rise > _rounding(inference, relaxation):
         _tell_rise(solver, inference, relaxation, memory, rise > RISE * fall)
 
 

@@ -183,7 +183,7 @@ class ValueInference(Inference):
         self.send(evaluated, cotangents, messages)
         return own
 
-    def at(self, node: Node) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None], NodePass | None]:
+    def _at(self, node: Node) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None], NodePass | None]:
         """dphi/dv and -dphi/dprediction of a node at the values as they are, and its pass; None is exactly zero."""
         if not node.reads:
             predictions: Sequence[Tensor] = [self._fixed[slot] for slot in node.slots]
