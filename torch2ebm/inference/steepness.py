@@ -10,6 +10,7 @@ the nodes' energies (Pi for Gaussians), H that of the loss in the outputs, and J
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
