@@ -81,6 +81,15 @@ ROWS = (
     Row("Backprop", torch2ebm.Backprop(), settings=torch2ebm.Backprop()),
     Row("LevelSchedule", torch2ebm.ZeroDivergence("levels")),
     Row("Anderson", torch2ebm.PredictiveCoding(solver=torch2ebm.AndersonErrorDescent(steps=4))),
+    # after a refused call the graph is captured anew, and its step measured anew: none is in test_bad_input
+    Row("MeasuredStep", torch2ebm.PredictiveCoding(steps=4, lr="auto"), ("test_faults", "test_steady")),
+    Row(
+        "UntilRest",
+        torch2ebm.PredictiveCoding(
+            solver=torch2ebm.ErrorDescent("auto", "auto", 0.1), nudging=torch2ebm.OneSided(0.01)
+        ),
+        ("test_steady",),
+    ),
     Row("Recorded", torch2ebm.PredictiveCoding(steps=4, compile=True), ("test_steady",)),
     Row("Sequential", torch2ebm.PredictiveCoding(solver=torch2ebm.SequentialDescent(steps=3))),
     Row(

@@ -87,8 +87,8 @@ ENERGIES = [
 ]  # fmt: skip
 
 VALUES_AND_ERRORS = [
-    Mutant("a message with the wrong sign", "inference/value_inference.py", "gradient = gradient - message",
-           "gradient = gradient + message", STRICT),
+    Mutant("a message with the wrong sign", "inference/value_inference.py", "gradient = pull - message",
+           "gradient = pull + message", STRICT),
     Mutant("a first message with the wrong sign", "inference/value_inference.py", "gradient = message.neg()",
            "gradient = message", STRICT),
     Mutant("prediction minus value", "inference/value_inference.py", "self.values[s] - prediction.detach()",
@@ -126,7 +126,7 @@ CALIBRATED = [
     Mutant("a curvature without precisions", "inference/local_products.py",
            "error / _like(self.precisions[owner[slot].name], error)", "error", "curvature"),
     Mutant("every batch of independent samples", "inference/curvature.py",
-           "local.separate = _independent(call, local, hessian, rows)", "local.separate = True", "curvature"),
+           "local.separate = independent(call, local, hessian, rows)", "local.separate = True", "curvature"),
     Mutant("a nudge that is multiplied by the curvature", "algorithms/predictive_coding.py",
            "beta.real / unit.scale", "beta.real * unit.scale", "relative"),
     Mutant("a direction that is not conjugate", "solvers/error_conjugate_gradient.py",
@@ -136,6 +136,32 @@ CALIBRATED = [
            "steepest = there if inverse is None else there * inverse", "steepest = there", "error_conjugate_gradient"),
     Mutant("a step that raises the energy is kept", "solvers/error_conjugate_gradient.py",
            "_chosen(rose & ~quadratic, back, forward, inference.recorded)", "forward()", "error_conjugate_gradient"),
+]  # fmt: skip
+
+STEP_SIZES = [
+    Mutant("a message with the wrong sign in the Hessian in values", "inference/steepness.py", "{slot: -weighted for",
+           "{slot: weighted for", "step_sizes"),
+    Mutant("no curvature of the nodes' own in the Hessian in errors", "inference/steepness.py",
+           "{s: own + back[s] if s in back else own for", "{s: back[s] if s in back else own for", "step_sizes"),
+    Mutant("an energy of one's own of precision 1", "inference/steepness.py",
+           "if energy is None or isinstance(energy, Gaussian):\n        return error if energy is None else",
+           "if True:\n        return error if not isinstance(energy, Gaussian) else", "step_sizes"),
+    Mutant("twice the largest step of descent", "inference/solver.py", "return 2 / stability.steepest",
+           "return 4 / stability.steepest", "step_sizes"),
+    Mutant("momentum that takes from the largest step", "solvers/momentum.py", "2 * (1 + self.momentum)",
+           "2 * (1 - self.momentum)", "step_sizes"),
+    Mutant("local errors with the largest step of descent", "solvers/local_error_descent.py",
+           "return 1 / stability.steepest if", "return 2 / stability.steepest if", "step_sizes"),
+    Mutant("a step that is measured on every call", "inference/step_size.py", "memory.calls >= EVERY:", "True:",
+           "step_sizes"),
+    Mutant("a step that no rise makes shorter", "inference/step_size.py", "self.share /= 2", "pass", "step_sizes"),
+    Mutant("a rise that is told again", "inference/step_size.py", "    memory.told = True\n    steps", "    steps",
+           "step_sizes"),
+    Mutant("rest without the sum over levels", "inference/settling.py", "settled & (summed <= self.tol)", "settled",
+           "step_sizes"),
+    Mutant("an error of zero at rest", "inference/history.py",
+           "torch.where(length <= still, 0.0, length / size)", "torch.where(size == 0, 0.0, length / size)",
+           "step_sizes"),
 ]  # fmt: skip
 
 STANDING_STILL = [
@@ -212,8 +238,8 @@ SOLVERS = [
            "first / (1 - first_decay**state.steps) / root", "first / root", "solvers"),
     Mutant("Adam's second mean not corrected", "solvers/adam_descent.py",
            "(second / (1 - second_decay**state.steps))", "second.clone()", "solvers"),
-    Mutant("a heavy ball uphill", "solvers/momentum.py", ".sub_(gradient, alpha=self.lr)",
-           ".add_(gradient, alpha=self.lr)", "solvers"),
+    Mutant("a heavy ball uphill", "solvers/momentum.py", ".sub_(gradient, alpha=float(self.lr))",
+           ".add_(gradient, alpha=float(self.lr))", "solvers"),
     Mutant("sequential steps that do not shrink", "solvers/sequential_descent.py", "-self.lr / (1 + state)",
            "-self.lr", "solvers"),
     Mutant("a stale message in sequential descent", "solvers/sequential_descent.py",
@@ -225,10 +251,10 @@ SOLVERS = [
            "del state.errors[: -self.memory], state.gradients[: -self.memory]", "anderson"),
     Mutant("a local message in place of the total one", "solvers/error_descent.py", "inference.total_sweep()",
            "inference.local_sweep()", "solvers"),
-    Mutant("tol met the wrong way round", "inference/solver.py", "return Rest(residual, residual <= self.tol,",
-           "return Rest(residual, residual >= self.tol,", "solvers"),
-    Mutant("one step more than asked for", "inference/relaxation.py", "while steps < solver.steps:",
-           "while steps <= solver.steps:", "solvers"),
+    Mutant("tol met the wrong way round", "inference/solver.py", "return Rest(residual, residual <= tolerance(self),",
+           "return Rest(residual, residual >= tolerance(self),", "solvers"),
+    Mutant("one step more than asked for", "inference/relaxation.py", "while steps < most:",
+           "while steps <= most:", "solvers"),
     Mutant("one term too many in the Neumann series", "equilibrium/linear_solvers.py", "for _ in range(self.terms):",
            "for _ in range(self.terms + 1):", "equilibrium_variants"),
     Mutant("conjugate gradients with another rate", "equilibrium/linear_solvers.py", "_ratio(size, dot(image, image))",
@@ -440,8 +466,8 @@ AROUND = [
            "False", "resume"),
 ]  # fmt: skip
 
-MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *CALIBRATED, *LOSS, *EXACT, *SOLVERS, *WEIGHTS_MOVE,
-           *EQUILIBRIA, *PROGRAMS, *RUNS, *AGREEMENT, *DIAGNOSIS, *AROUND]  # fmt: skip
+MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *CALIBRATED, *STEP_SIZES, *LOSS, *EXACT, *SOLVERS,
+           *WEIGHTS_MOVE, *EQUILIBRIA, *PROGRAMS, *RUNS, *AGREEMENT, *DIAGNOSIS, *AROUND]  # fmt: skip
 
 
 # Running them ---------------------------------------------------------------------------------------------------------

@@ -86,6 +86,20 @@ ROWS = (
         lambda problem, steps: by_local_errors(problem, steps, 0.2),
         torch2ebm.LocalErrorDescent(5_000, 0.3, tol=1e-13),
     ),
+    *(
+        Row(
+            kind(steps=7, lr="auto", tol=1e-3, **more),
+            kind(8, "auto"),
+            tight=kind(20_000, "auto", tol=1e-13),
+        )
+        for kind, more in (
+            (torch2ebm.GradientDescent, {}),
+            (torch2ebm.Momentum, {"momentum": 0.8}),
+            (torch2ebm.ErrorDescent, {}),
+            (torch2ebm.LocalErrorDescent, {}),
+        )
+    ),
+    Row(torch2ebm.ErrorDescent(7, "auto", 1e-3), torch2ebm.ErrorDescent("auto", "auto")),
     Row(
         torch2ebm.ErrorConjugateGradient(1e-3, 7),
         torch2ebm.ErrorConjugateGradient(1e-5, 8),

@@ -238,6 +238,10 @@ class CurvatureWarning(UserWarning):
     """A loss that is not convex in the outputs, or without curvature there; the message says what the nudge is then."""
 
 
+class StepSizeWarning(UserWarning):
+    """A step size with which the energy rises; the message says the largest one that does not raise it."""
+
+
 class NoSignalWarning(UserWarning):
     """Some nodes learn nothing: no error has reached them, or only rounding, or their gradients are exactly zero."""
 

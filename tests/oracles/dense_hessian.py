@@ -1,4 +1,4 @@
-"""The Hessian of F in the errors, written out as a matrix by autograd over the whole model at once.
+"""The Hessian of F in errors and in values, written out as a matrix by autograd over the whole model at once.
 
 Nothing of the package under test. Errors are one long vector; a value is its prediction plus its error.
 """
@@ -38,8 +38,91 @@ class ErrorProblem:
     def sigma_squared(self, **without: bool) -> float:
         return float(torch.linalg.eigvalsh(self.gauss_newton(**without))[-1])
 
+    def hessian(self, beta: float) -> Tensor:
+        """Pi + beta J^T H J."""
+        root = self.precisions.sqrt()
+        return torch.diag(self.precisions) + beta * root[:, None] * self.gauss_newton() * root
+
     def energy(self, errors: Tensor, beta: float) -> Tensor:
         return 0.5 * (self.precisions * errors.square()).sum() + beta * self.loss(self.output(errors))
+
+
+@dataclass(frozen=True)
+class ValueProblem:
+    """From a vector of all values to the errors and the output; ``start`` has the feed-forward values."""
+
+    errors: Callable[[Tensor], Tensor]
+    output: Callable[[Tensor], Tensor]
+    start: Tensor
+    precisions: Tensor
+    loss: Loss
+
+    def local_derivatives(self) -> Tensor:
+        """I - W."""
+        return torch.autograd.functional.jacobian(self.errors, self.start)
+
+    def hessian(self, beta: float, curvature: Tensor | None = None) -> Tensor:
+        """(I - W)^T C (I - W) + beta V^T H V, C the precisions or what is given."""
+        local = self.local_derivatives()
+        weight = torch.diag(self.precisions) if curvature is None else curvature
+        return local.T @ weight @ local + beta * self.of_loss()
+
+    def of_loss(self) -> Tensor:
+        predicted = self.output(self.start).detach()
+        size = predicted.numel()
+        of_output = torch.autograd.functional.jacobian(self.output, self.start).reshape(size, -1)
+        hessian = torch.autograd.functional.hessian(self.loss, predicted).reshape(size, size)
+        return of_output.T @ hessian @ of_output
+
+    def local_update(self, beta: float) -> Tensor:
+        """d(e_n - sum_c J_c^T e_c)/de where values follow the errors: the matrix of local error descent."""
+        return self.hessian(beta) @ torch.linalg.inv(self.local_derivatives())
+
+    def energy(self, values: Tensor, beta: float) -> Tensor:
+        return 0.5 * (self.precisions * self.errors(values).square()).sum() + beta * self.loss(self.output(values))
+
+
+def values_of_chain(layers: Sequence[Layer], x: Tensor, loss: Loss, precisions: Sequence[float] = ()) -> ValueProblem:
+    start, value = [], x
+    for layer in layers[:-1]:
+        value = layer(value).detach()
+        start.append(value)
+
+    def split(values: Tensor) -> list[Tensor]:
+        parts = values.split([each.numel() for each in start])
+        return [part.reshape(each.shape) for part, each in zip(parts, start, strict=True)]
+
+    def errors(values: Tensor) -> Tensor:
+        parts = split(values)
+        read = [x, *parts[:-1]]
+        return torch.cat([(v - f(u)).flatten() for f, u, v in zip(layers, read, parts, strict=False)])
+
+    given = precisions or [1.0] * len(start)
+    weights = [torch.full((each.numel(),), float(p), dtype=x.dtype) for each, p in zip(start, given, strict=True)]
+    together = torch.cat([each.flatten() for each in start])
+    return ValueProblem(errors, lambda values: layers[-1](split(values)[-1]), together, torch.cat(weights), loss)
+
+
+def values_of_dag(problem: EnergyProblem) -> ValueProblem:
+    start = problem.feedforward()
+    sizes = [value.numel() for value in start.values()]
+
+    def predictions(values: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        parts = zip(start, values.split(sizes), strict=True)
+        by_name = {name: part.reshape(start[name].shape) for name, part in parts}
+        return by_name, problem.predictions(by_name)
+
+    def errors(values: Tensor) -> Tensor:
+        by_name, predicted = predictions(values)
+        return torch.cat([(value - predicted[name]).flatten() for name, value in by_name.items()])
+
+    return ValueProblem(
+        errors,
+        lambda values: predictions(values)[1][problem.dag.output],
+        torch.cat([value.flatten() for value in start.values()]),
+        torch.cat(_of_entries(problem.precisions, start)),
+        problem.loss,
+    )
 
 
 def of_chain(layers: Sequence[Layer], x: Tensor, loss: Loss, precisions: Sequence[float] = ()) -> ErrorProblem:

@@ -115,6 +115,7 @@ def assert_same(ours: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]
 # ---- the same numbers
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.StepSizeWarning")  # some steps are too long here
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
 @pytest.mark.usefixtures("recorded_only")
 def test_every_solver_keeps_its_numbers_and_its_report(solver: torch2ebm.Solver) -> None:

@@ -37,6 +37,10 @@ class _ImpliedRate(_Implied, float):
     pass
 
 
+class _ImpliedWord(_Implied, str):
+    __slots__ = ()
+
+
 STEPS, RATE = _ImpliedSteps(20), _ImpliedRate(0.1)
 R = 0.1  # the nudge of PredictiveCoding() in units of the curvature; benchmarks/learning.py shows why
 # An attribute of a solver that was made here: dataclasses.replace(algorithm, lr=...) may then make another one.
@@ -60,7 +64,8 @@ class PredictiveCoding(Algorithm):
 
     Args:
         steps: Inference steps, each one vector-Jacobian product a node; 20 where only ``lr`` is given.
-        lr: Step size of the values; 0.1 where only ``steps`` is given.
+            ``"auto"``: until all rest.
+        lr: Step size of the values; 0.1 where only ``steps`` is given. ``"auto"``: from the curvature.
         solver: How the values relax, instead of ``GradientDescent(steps, lr)``.
         nudging: How strongly the loss enters the energy: ``OneSided(beta)``, ``Symmetric(beta)``, which relaxes
             twice, or ``Relative(r)``, in units of the curvature. The free phase needs no relaxation: it is the
@@ -90,8 +95,8 @@ class PredictiveCoding(Algorithm):
         torch.Size([5, 8])
     """
 
-    steps: int = STEPS
-    lr: float = RATE
+    steps: int | str = STEPS
+    lr: float | str = RATE
     solver: Solver[Any] = field(default=None, kw_only=True)  # type: ignore[arg-type]  # then made of steps and lr
     nudging: Nudging = field(default=None, kw_only=True)  # type: ignore[assignment]  # OneSided(1), or Relative(R)
     precisions: InitVar[Mapping[str, float | Tensor] | None] = field(default=None, kw_only=True)
@@ -115,8 +120,8 @@ class PredictiveCoding(Algorithm):
         solver, nudging = self._chosen(given)
         settings = {
             "solver": solver,
-            "steps": _ImpliedSteps(solver.steps),
-            "lr": _ImpliedRate(solver.lr) if hasattr(solver, "lr") else None,
+            "steps": _implied(solver.steps, _ImpliedSteps),
+            "lr": _implied(solver.lr, _ImpliedRate) if hasattr(solver, "lr") else None,
             "nudging": nudging,
             "energies": node_energies("PredictiveCoding", precisions or {}, self.energies or {}),
         }
@@ -202,6 +207,8 @@ class PredictiveCoding(Algorithm):
         try:
             inference = self.solver.inference(call, nudged, self.energies, retain_call)
             inference.nudge = None if unit is None else beta * unit.scale
+            # what a relative nudge keeps from call to call is r, up to rounding
+            inference.carried_under = (unit is None, self.loss_reduction, float(f"{inference.nudge or beta:.6g}"))
             found = relax(self.solver, inference, beta, self.programs)
         except DivergenceError as error:
             raise of_phase(error, beta) from error
@@ -241,9 +248,13 @@ def _marked(made: Any, mark: str) -> Any:
     return made
 
 
+def _implied(setting: Any, kind: Callable[[Any], Any]) -> Any:
+    return _ImpliedWord(setting) if isinstance(setting, str) else kind(setting)
+
+
 def _plain(number: Any) -> Any:
     """The number alone, for the solver to show and to check."""
-    kinds: Mapping[type, Callable[[Any], Any]] = {_ImpliedSteps: int, _ImpliedRate: float}
+    kinds: Mapping[type, Callable[[Any], Any]] = {_ImpliedSteps: int, _ImpliedRate: float, _ImpliedWord: str}
     return kinds[type(number)](number) if type(number) in kinds else number
 
 

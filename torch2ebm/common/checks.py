@@ -26,8 +26,39 @@ def check_positive(where: str, **numbers: float) -> None:
         torch2ebm.errors.ConfigurationError: Mine(lr=...): got -1.0; expected a finite number above 0. Choose another.
     """
     for name, number in numbers.items():
-        if not (isinstance(number, (int, float)) and math.isfinite(number) and number > 0):
-            raise ConfigurationError(f"{where}({name}=...)", repr(number), "a finite number above 0", "Choose another.")
+        _check_number(where, name, number, "a finite number above 0", _is_positive(number))
+
+
+AUTO = "auto"  # what a step size or a number of steps may be beside a number
+
+
+def check_step_size(where: str, lr: float | str) -> None:
+    """Refuse a step size that is neither ``"auto"`` nor positive and finite."""
+    if not _is_word(lr):
+        _check_number(where, "lr", lr, f'a finite number above 0, or "{AUTO}"', _is_positive(lr))
+
+
+def check_steps_or_auto(where: str, steps: int | str) -> None:
+    """Refuse a number of steps that is neither ``"auto"`` nor a whole number, 1 or more."""
+    if not _is_word(steps):
+        _check_number(where, "steps", steps, f'a whole number, 1 or more, or "{AUTO}"', _is_count(steps))
+
+
+def _is_word(setting: object) -> bool:
+    return isinstance(setting, str) and setting == AUTO
+
+
+def _check_number(where: str, name: str, number: object, expected: str, legal: bool) -> None:
+    if not legal:
+        raise ConfigurationError(f"{where}({name}=...)", repr(number), expected, "Choose another.")
+
+
+def _is_positive(number: object) -> bool:
+    return isinstance(number, (int, float)) and math.isfinite(number) and number > 0
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 
 def check_steps(where: str, steps: int, name: str = "steps") -> None:
@@ -45,8 +76,7 @@ def check_steps(where: str, steps: int, name: str = "steps") -> None:
         >>> from torch2ebm.extend import check_steps
         >>> check_steps("MySolver", 20)
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ConfigurationError(f"{where}({name}=...)", repr(steps), "a whole number, 1 or more", "Choose another.")
+    _check_number(where, name, steps, "a whole number, 1 or more", _is_count(steps))
 
 
 def check_tolerance(where: str, tol: float) -> None:

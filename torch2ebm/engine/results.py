@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,23 @@ _HEADER = ("node", "value", "|error|", "energy")
 ROUNDING = 4.0  # what a value and its prediction may differ by, in units of the dtype's epsilon times their size
 
 
+@dataclass(frozen=True)
+class StepSize:
+    """The step size of a relaxation.
+
+    Attributes:
+        used: What the steps were made with.
+        largest: The largest stable one, where it was measured on this call or carried from those before; else NaN.
+        backprops: What this call has spent on measuring it.
+        measured: What it was made of.
+    """
+
+    used: float
+    largest: float = math.nan
+    backprops: float = 0.0
+    measured: object = None
+
+
 @dataclass(frozen=True, repr=False)
 class Relaxation:
     """How a relaxation went.
@@ -39,6 +57,9 @@ class Relaxation:
         on_kinks: Share of the samples that rest where the gradient jumps (ReLU, max-pooling).
         sigma_squared: The curvature that a relative nudge was divided by, or that the relaxation met; None for neither.
         curvature_cost: What this call has spent on measuring it, in backprops; 0 where it was carried.
+        lr: The step size that was used, measured where the solver has ``lr="auto"``; None for a solver without one.
+        largest_lr: The largest stable step size, where ``lr="auto"`` has measured it; else None.
+        lr_cost: What this call has spent on measuring it, in backprops; 0 where it was carried.
         update: How an equilibrium algorithm moved the values: ``"synchronous"``, ``"damped"``, ``"sequential"`` or
             ``"anderson"``.
         is_backprop: Whether it was one step along the gradient from errors of zero: each hidden error is then a step
@@ -71,6 +92,9 @@ class Relaxation:
     on_kinks: float | None = None
     sigma_squared: float | None = None
     curvature_cost: float = 0.0
+    lr: float | None = None
+    largest_lr: float | None = None
+    lr_cost: float = 0.0
     is_backprop: bool = False
     is_relative: bool = False
     at_minimum: Tensor | None = field(default=None, compare=False)

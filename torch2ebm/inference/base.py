@@ -6,7 +6,7 @@ Each node is evaluated on leaves, so an autograd graph covers one node and never
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from torch2ebm.engine.call import Call, NodePass, at_least_single
-from torch2ebm.engine.energies import Energy, gaussian_energy_of_batch
-from torch2ebm.engine.results import InferenceState, LocalGradients
+from torch2ebm.engine.energies import Energy, gaussian_energy_of_batch, precision_of
+from torch2ebm.engine.results import InferenceState, LocalGradients, StepSize
 from torch2ebm.graph.energy_graph import Node
-from torch2ebm.inference.collected import Collected
+from torch2ebm.inference.history import Collected, largest_entry, relative_length
 from torch2ebm.loss.output_loss import OutputLoss
 
 LOSS = "loss"
@@ -43,8 +43,11 @@ class Inference(ABC):
         energies: Energy of each node, by name; a node without one has a Gaussian of precision 1.
         history: For every sweep the energy of each active node, and of the loss, as tensors of no dimension.
         measuring: Whether the next sweep keeps the largest entries of its gradients.
-        driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep, a sample or in all.
+        driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep, a sample or in all;
+            with ``still_below`` its length over that of ``pi e``.
+        still_below: A gradient below so many epsilons of its value is rounding, and counts as zero.
         evaluations: How many node functions have run.
+        step_size: What :meth:`Solver.start` has measured; ``carried_under`` these settings from call to call.
         nudge: The nudge in units of the curvature, r of :class:`Relative`; None where that is not known.
         scale: Factor from dF/dtheta to ``.grad``: that of the loss.
 
@@ -86,6 +89,9 @@ class Inference(ABC):
         self.driving: list[Tensor] = []
         self.evaluations = 0
         self.nudge: float | None = None
+        self.step_size: StepSize | None = None
+        self.carried_under: Hashable = None
+        self.still_below: float | None = None
         self.scale: float | Tensor = loss.scale  # a tensor in a recorded program, where a number would be a constant
 
     # what moves, for a solver's step that is recorded and run again
@@ -111,13 +117,18 @@ class Inference(ABC):
         self.history.append({})
         self.driving = []
 
-    def _measure(self, gradient: Tensor) -> None:
-        if not self.measuring:
-            return
-        if gradient.ndim and gradient.shape[0] == self.call.batch_size:
-            self.driving.append(gradient.reshape(len(gradient), -1).abs().amax(1))  # [batch]
-        else:
-            self.driving.append(gradient.abs().max())
+    def _measure(self, slot: str, gradient: Tensor, own: Tensor | None) -> None:
+        if self.measuring and self.still_below is None:
+            self.driving.append(largest_entry(gradient, self.call.batch_size))
+        elif self.measuring:
+            self.driving.append(relative_length(gradient, own, self._rounding(slot), self.call.batch_size))
+
+    def _rounding(self, slot: str) -> Tensor | None:
+        """What rounding leaves of the gradient where an error is a difference of stored values."""
+        if not (self.rounds and self.still_below):
+            return None
+        precision = precision_of(self.energies.get(self.graph.owner[slot].name))
+        return self.values[slot] * (self.still_below * torch.finfo(self._read_as[slot]).eps * precision)
 
     def residual(self) -> Tensor:
         """Largest absolute entry of the gradient in the last measured sweep.
@@ -200,7 +211,7 @@ class Inference(ABC):
             parts = [gaussian_energy_of_batch(error) for error in errors]
         else:
             parts = [energy.of_batch(*pair) for pair in _pairs(errors, predictions)]
-        self.history[-1][node.name] = _total(parts)
+        self.history[-1][node.name] = sum(parts[1:], start=parts[0])
         return self.pulls(node, errors, predictions)
 
     def pulls(
@@ -388,10 +399,3 @@ class Inference(ABC):
 
 def _pairs(errors: Sequence[Tensor], predictions: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(error, mu.detach().to(error.dtype)) for error, mu in zip(errors, predictions, strict=True)]
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

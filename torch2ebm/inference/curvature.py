@@ -100,7 +100,7 @@ def measured_curvature(
     local = LocalProducts(call, energies, exact)
     hessian = output_hessian(call, loss)
     rows = Rows(outputs, tuple(outputs), call.batch_size)
-    local.separate = _independent(call, local, hessian, rows)
+    local.separate = independent(call, local, hessian, rows)
     if not local.separate:
         rows.count = 1
     lanczos = _Lanczos(local, hessian, rows)
@@ -194,7 +194,7 @@ def _noise(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {slot: torch.randn(value.shape, generator=generator).to(value) for slot, value in like.items()}
 
 
-def _independent(call: Call, local: LocalProducts, hessian: Product, rows: Rows) -> bool:
+def independent(call: Call, local: LocalProducts, hessian: Product, rows: Rows) -> bool:
     """Whether no sample's product depends on another sample: signs of samples then pass through every product."""
     if rows.count == 1:
         return call.batch_size == 1

@@ -16,7 +16,7 @@ from torch2ebm.engine.call import Call, NodePass, at_least_single
 from torch2ebm.engine.energies import Energy
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.inference.base import UNIT_GAUSSIAN, Inference
-from torch2ebm.inference.collected import Collected
+from torch2ebm.inference.history import Collected
 from torch2ebm.loss.output_loss import OutputLoss
 
 
@@ -131,14 +131,14 @@ class ErrorInference(Inference):
         for node in reversed(self.graph.hidden_nodes):
             received = [messages.pop(slot, None) for slot in node.slots]
             own, cotangents = self._own(node)
-            sent = [_passed_on(*each) for each in zip(own, cotangents, received, strict=True)] if total else cotangents
+            sent = [passed_on(*each) for each in zip(own, cotangents, received, strict=True)] if total else cotangents
             if node.reads and any(each is not None for each in sent):
                 evaluated = passes.pop(node.name, None) or self.evaluate(node, requires_grad=True)
                 self.send(evaluated, sent, messages)
             for slot, gradient, message in zip(node.slots, own, received, strict=True):
                 difference = _difference(gradient, message)
                 if difference is not None:
-                    self._measure(difference)
+                    self._measure(slot, difference, gradient)
                     yield slot, difference
 
     def _own(self, node: Node) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
@@ -206,7 +206,7 @@ def _difference(own: Tensor | None, message: Tensor | None) -> Tensor | None:
     return message.neg() if own is None else own - message
 
 
-def _passed_on(own: Tensor | None, cotangent: Tensor | None, message: Tensor | None) -> Tensor | None:
+def passed_on(own: Tensor | None, cotangent: Tensor | None, message: Tensor | None) -> Tensor | None:
     """-dF/dprediction with the error held fixed: the message, and where phi is no function of the error alone more."""
     if own is cotangent:
         return message

@@ -42,21 +42,30 @@ class LocalProducts:
             values: a relative error of the square root of the dtype's epsilon, for a fifth of the time.
 
     Attributes:
+        values: Feed-forward value of every slot; those that the call has given away are computed again.
         separate: Whether samples are independent: differences are then as wide as suits each.
         work: Evaluations and products of all nodes so far; a backprop is 3 (forward, and back to inputs and weights).
     """
 
     def __init__(self, call: Call, energies: Mapping[str, Energy], exact: bool) -> None:
         self.call, self.graph, self.exact = call, call.graph, exact
+        self.values = dict(call.values)
         self.precisions = {node.name: precision_of(energies.get(node.name)) for node in self.graph.hidden_nodes}
         self.separate = False
         self._without: set[str] = self.graph.once(_WITHOUT, set)
-        self._passes = {node.name: self._evaluated(node) for node in self.graph.nodes.values() if node.reads}
+        self._passes: dict[str, NodePass] = {}
+        for node in self.graph.nodes.values():
+            missing = any(slot not in self.values for slot in node.slots)  # a relaxation has taken them
+            if node.reads or missing:
+                self._passes[node.name] = self._evaluated(node)
+            if missing:
+                predictions = self._passes[node.name].predictions
+                self.values.update({s: p.detach() for s, p in zip(node.slots, predictions, strict=True)})
         self.work = 1.0
 
     def _evaluated(self, node: Node) -> NodePass:
         with torch.enable_grad():
-            return self.call.evaluate(node, [self.call.values[s].detach().requires_grad_() for s in node.reads])
+            return self.call.evaluate(node, [self.values[s].detach().requires_grad_() for s in node.reads])
 
     def covariance(self, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``J Pi^-1 J^T c``: how the outputs vary together where each error has the variance of its node.
@@ -82,12 +91,7 @@ class LocalProducts:
             sent = [messages.get(slot) for slot in node.slots]
             if not node.reads or all(each is None for each in sent):
                 continue
-            evaluated = self._passes[node.name]
-            products = evaluated.pullback(sent, evaluated.inputs, retain_graph=True)
-            for slot, product in zip(node.reads, products, strict=True):
-                if product is not None:
-                    product = at_least_single(product, detach=False)
-                    messages[slot] = messages[slot] + product if slot in messages else product
+            _add(messages, node, self._pulled(node, sent))
         self.work += 1
         return [(s, messages[s]) for node in self.graph.hidden_nodes for s in node.slots if s in messages]
 
@@ -147,6 +151,31 @@ class LocalProducts:
         self.work += 1
         return found
 
+    def one_level_on(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What each node's prediction makes of a change of its parents' values alone, by slot; missing is zero."""
+        found: dict[str, Tensor] = {}
+        for node in self.graph.nodes.values():
+            tangents = [values.get(slot) for slot in node.reads]
+            if any(tangent is not None for tangent in tangents):
+                moved = zip(node.slots, self._pushed(node, tangents), strict=True)
+                found.update({slot: at_least_single(tangent) for slot, tangent in moved if tangent is not None})
+        self.work += 2 if self.exact else 1
+        return found
+
+    def one_level_back(self, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its transpose: what each node sends to its parents and no farther, by slot; missing is zero."""
+        messages: dict[str, Tensor] = {}
+        for node in self.graph.nodes.values():
+            sent = [cotangents.get(slot) for slot in node.slots]
+            if node.reads and any(each is not None for each in sent):
+                _add(messages, node, self._pulled(node, sent))
+        self.work += 1
+        return messages
+
+    def _pulled(self, node: Node, sent: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        evaluated = self._passes[node.name]
+        return evaluated.pullback(sent, evaluated.inputs, retain_graph=True)
+
     def _pushed(self, node: Node, tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         values = self._passes[node.name].inputs
         # halves have too few digits for a difference
@@ -199,6 +228,13 @@ class LocalProducts:
         of_values = torch.where(of_values > VANISHED, of_values, 1.0)
         width: Tensor = accuracy * of_values / torch.where(of_tangents > VANISHED**2, of_tangents, 1.0)
         return width
+
+
+def _add(messages: dict[str, Tensor], node: Node, products: Sequence[Tensor | None]) -> None:
+    for slot, product in zip(node.reads, products, strict=True):
+        if product is not None:
+            product = at_least_single(product, detach=False)
+            messages[slot] = messages[slot] + product if slot in messages else product
 
 
 def _largest(tensor: Tensor, separate: bool) -> Tensor:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from torch2ebm.engine.results import LocalGradients, Relaxation
+from torch2ebm.common.checks import AUTO
+from torch2ebm.engine.results import ROUNDING, LocalGradients, Relaxation, StepSize
 from torch2ebm.errors import DivergenceError, NonFiniteError
 from torch2ebm.inference.base import LOSS, Inference
 from torch2ebm.inference.history import energies
 from torch2ebm.inference.runs import EagerRun, ProgramRun
-from torch2ebm.inference.solver import REMEDY, Form, Rest, Solver
+from torch2ebm.inference.settling import CEILING, Settling, tell_ceiling
+from torch2ebm.inference.solver import REMEDY, Form, Rest, Solver, tolerance
+from torch2ebm.inference.step_size import correct, look_at_rises
 from torch2ebm.programs.cache import Programs
 
 RISE = 1e3  # an energy that has risen by so many times its start is no overshoot any more
@@ -45,31 +47,53 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
         (10, 11)
     """
     run = EagerRun(solver, inference) if programs is None else ProgramRun(programs, solver, inference)
-    steps, rest = 0, Rest(math.inf, False)
-    while steps < solver.steps:
+    lr = inference.step_size.used if inference.step_size else getattr(solver, "lr", None)
+    tol = tolerance(solver)
+    if solver.steps == AUTO:
+        inference.still_below = ROUNDING + 1 / lr if lr else ROUNDING  # smaller steps than half an epsilon are lost
+    most = CEILING if solver.steps == AUTO else int(solver.steps)
+    steps, rest, settling = 0, Rest(math.inf, False), Settling(inference, tol)
+    while steps < most:
         # a maximum over all values costs a pass: without a tolerance only the last step is reported
-        inference.measuring = solver.tol > 0 or steps == solver.steps - 1
-        steps += run.advance(_steps_unwatched(solver, steps))
+        inference.measuring = tol > 0 or steps == most - 1
+        steps += run.advance(_steps_unwatched(tol, most, steps))
         if inference.measuring:
             rest = run.rest()
+            if solver.steps == AUTO:
+                rest = settling.seen(rest)
             if rest.reached:
                 break
         if steps % WATCHED == 0 and _has_run_away(inference):
             break
     # before the report: the last pass adds the final energy to the history
     gradients = run.local_gradients()
+    try:
+        relaxation = report(inference, steps, rest, tol, beta, solver.remedy)
+    except DivergenceError:
+        correct(solver, inference, rose=True)
+        raise
     relaxation = replace(
-        report(inference, steps, rest, solver.tol, beta, solver.remedy),
+        _with_step_size(relaxation, inference.step_size, lr),
         is_backprop=solver.one_step_is_backprop and steps == 1,
         is_relative=solver.relative_residual,
     )
+    look_at_rises(solver, inference, relaxation)
+    if solver.steps == AUTO and not rest.reached:
+        tell_ceiling(solver, inference, rest)
     return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
 
 
-def _steps_unwatched(solver: Solver[Any], steps: int) -> int:
+def _steps_unwatched(tol: float, most: int, steps: int) -> int:
     """How many steps may be taken before the residual or the energy is read."""
     # the last step is measured and hence a step, or program, of its own
-    return 1 if solver.tol > 0 else max(1, min(solver.steps - 1 - steps, WATCHED - steps % WATCHED))
+    return 1 if tol > 0 else max(1, min(most - 1 - steps, WATCHED - steps % WATCHED))
+
+
+def _with_step_size(relaxation: Relaxation, measured: StepSize | None, lr: float | None) -> Relaxation:
+    if measured is None:
+        return replace(relaxation, lr=lr)
+    largest = None if math.isnan(measured.largest) else measured.largest
+    return replace(relaxation, lr=lr, largest_lr=largest, lr_cost=measured.backprops)
 
 
 def _has_run_away(inference: Inference) -> bool:

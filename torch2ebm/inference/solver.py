@@ -9,11 +9,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
+from torch2ebm.common.checks import AUTO
 from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.inference.base import Inference
 from torch2ebm.inference.error_inference import ErrorInference
+from torch2ebm.inference.steepness import Stability
 from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.loss.output_loss import OutputLoss
 
@@ -44,6 +46,7 @@ class Rest:
     stretch: float | None = None
 
 
+TOLERANCE = 0.01  # of steps="auto", where the solver has none: ErrorConjugateGradient's
 REMEDY = "Take a smaller step size (lr), or fewer steps."
 Form = TypeVar("Form", bound=Inference)
 
@@ -56,8 +59,12 @@ class Solver(NamedSettings, ABC, Generic[Form]):
     relaxation, so one object serves many models. Energy curve, convergence report and divergence check are the loop's.
 
     Attributes:
-        steps: Most inference steps to do.
+        steps: Most inference steps to do; ``"auto"``: as many as it takes.
         tol: Stop once no entry of the driving term (dF/dv, dF/de) exceeds it in any node or sample; 0 never stops.
+        lr: Step size, of a solver that has one; ``"auto"`` where it can be measured.
+        coordinates: In which the step size is measured: ``"values"``, ``"errors"``, ``"local errors"``; empty where it
+            is not.
+        descends: Whether a stable step never raises the energy.
         remedy: What to try where it diverges, for the error that says so.
 
     Example:
@@ -72,12 +79,15 @@ class Solver(NamedSettings, ABC, Generic[Form]):
         (True, 20, 0.0)
     """
 
-    steps: int
+    steps: int | str
     tol: float
+    lr: float | str
     remedy: ClassVar[str] = REMEDY
     # whether one step is along the whole gradient in the errors, which from errors of zero is backprop's
     one_step_is_backprop: ClassVar[bool] = False
     relative_residual: ClassVar[bool] = False  # whether its measure is that over |e|
+    coordinates: ClassVar[str] = ""
+    descends: ClassVar[bool] = True
 
     @abstractmethod
     def inference(self, call: Call, loss: OutputLoss, energies: Mapping[str, Energy], retain_call: bool) -> Form:
@@ -114,6 +124,38 @@ class Solver(NamedSettings, ABC, Generic[Form]):
             >>> solver.with_steps(3)
             GradientDescent(steps=3, lr=0.1, tol=0.0)
         """
+
+    def largest_step(self, stability: Stability) -> float:
+        """The largest stable step size at the feed-forward pass.
+
+        Args:
+            stability: What was measured in this solver's ``coordinates``.
+
+        Returns:
+            That of gradient descent, 2 over the largest eigenvalue; NaN where no step is known to be stable.
+
+        Example:
+            >>> from torch2ebm.inference.steepness import Stability
+            >>> solver.largest_step(Stability(steepest=4.0))
+            0.5
+        """
+        return 2 / stability.steepest
+
+    def good_step(self, stability: Stability) -> float:
+        """The step size that ``lr="auto"`` takes.
+
+        Args:
+            stability: What was measured in this solver's ``coordinates``.
+
+        Returns:
+            That of gradient descent, 1 over the largest eigenvalue.
+
+        Example:
+            >>> from torch2ebm.inference.steepness import Stability
+            >>> solver.good_step(Stability(steepest=4.0))
+            0.25
+        """
+        return 1 / stability.steepest
 
     @abstractmethod
     def start(self, inference: Form) -> Any:
@@ -172,7 +214,12 @@ class Solver(NamedSettings, ABC, Generic[Form]):
             False
         """
         residual = float(inference.residual())  # waits for the device
-        return Rest(residual, residual <= self.tol, inference.residual_of_samples())
+        return Rest(residual, residual <= tolerance(self), inference.residual_of_samples())
+
+
+def tolerance(solver: Solver[Any]) -> float:
+    """What :meth:`Solver.rest` compares with: with ``steps="auto"`` of ``|pi e|``, and then never zero."""
+    return solver.tol if solver.steps != AUTO else solver.tol or TOLERANCE
 
 
 class ValueSolver(Solver[ValueInference]):

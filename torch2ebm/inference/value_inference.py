@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2ebm.engine.call import Call
+from torch2ebm.engine.call import Call, NodePass
 from torch2ebm.engine.energies import Energy
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.inference.base import UNIT_GAUSSIAN, Inference
-from torch2ebm.inference.collected import Collected
+from torch2ebm.inference.history import Collected
 from torch2ebm.loss.output_loss import OutputLoss
 
 
@@ -142,16 +142,15 @@ class ValueInference(Inference):
             >>> gradient.abs().max()
             tensor(0.)
         """
-        for slot, gradient in zip(node.slots, own, strict=True):
-            message = messages.pop(slot, None)
-            if gradient is not None and message is not None:
-                gradient = gradient - message  # not in place: a sum passes e on as it is
+        for slot, pull in zip(node.slots, own, strict=True):
+            message, gradient = messages.pop(slot, None), pull
+            if pull is not None and message is not None:
+                gradient = pull - message  # not in place: a sum passes e on as it is
             elif message is not None:
                 gradient = message.neg()
-            elif gradient is None:
-                continue
-            self._measure(gradient)
-            yield slot, gradient
+            if gradient is not None:
+                self._measure(slot, gradient, pull)
+                yield slot, gradient
 
     # one node
 
@@ -183,6 +182,16 @@ class ValueInference(Inference):
         )
         self.send(evaluated, cotangents, messages)
         return own
+
+    def _at(self, node: Node) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None], NodePass | None]:
+        """dphi/dv and -dphi/dprediction of a node at the values as they are, and its pass; None is exactly zero."""
+        if not node.reads:
+            predictions: Sequence[Tensor] = [self._fixed[slot] for slot in node.slots]
+            return (*self.pulls(node, self.subtract(node, predictions), predictions), None)
+        evaluated = self.evaluate(node, requires_grad=True)
+        if not self.is_active(node):
+            return [None] * len(node.slots), [None] * len(node.slots), evaluated
+        return (*self.pulls(node, self.subtract(node, evaluated.predictions), evaluated.predictions), evaluated)
 
     def subtract(self, node: Node, predictions: Sequence[Tensor]) -> list[Tensor]:
         """The errors of a node: value minus prediction.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from torch2ebm.common.checks import check_positive, check_steps, check_tolerance
+from torch import Tensor
+
+from torch2ebm.common.checks import check_step_size, check_steps_or_auto, check_tolerance
 from torch2ebm.inference.error_inference import ErrorInference
 from torch2ebm.inference.solver import ErrorSolver
+from torch2ebm.inference.step_size import auto_rate, descend
 
 
 @dataclass(frozen=True)
@@ -18,12 +22,13 @@ class ErrorDescent(ErrorSolver):
     them where the nudge is small.
 
     Args:
-        steps: Most inference steps.
-        lr: Step size.
-        tol: Stop when no entry of dF/de exceeds it in any node or sample; 0 does all steps.
+        steps: Most inference steps; ``"auto"``: until dF/de is at most ``tol`` of ``pi e`` in every node and sample.
+        lr: Step size; ``"auto"``: from the curvature, measured as training goes on.
+        tol: Stop when no entry of dF/de exceeds it in any node or sample; 0 does all steps. With
+            ``steps="auto"`` it is relative, and 0 stands for 0.01.
 
     Raises:
-        ConfigurationError: for a step size that is not positive and finite, fewer than one step, a negative ``tol``.
+        ConfigurationError: for an illegal step size, fewer than one step, a negative ``tol``.
 
     Example:
         >>> import torch2ebm
@@ -31,24 +36,27 @@ class ErrorDescent(ErrorSolver):
         ErrorDescent(steps=5, lr=0.5, tol=0.0)
     """
 
-    steps: int = 10
-    lr: float = 0.3
+    steps: int | str = 10
+    lr: float | str = 0.3
     tol: float = 0.0
 
     one_step_is_backprop = True
+    remedy: ClassVar[str] = 'Take a smaller step size, lr="auto", or fewer steps.'
+    coordinates: ClassVar[str] = "errors"
 
     def __post_init__(self) -> None:
-        check_steps("ErrorDescent", self.steps)
-        check_positive("ErrorDescent", lr=self.lr)
+        check_steps_or_auto("ErrorDescent", self.steps)
+        check_step_size("ErrorDescent", self.lr)
         check_tolerance("ErrorDescent", self.tol)
 
     def with_steps(self, steps: int) -> ErrorDescent:
         return replace(self, steps=steps)
 
-    def start(self, inference: ErrorInference) -> None:
-        return None  # descent remembers nothing
+    def start(self, inference: ErrorInference) -> Tensor | None:
+        return auto_rate(self, inference)  # descent remembers nothing else
 
-    def step(self, inference: ErrorInference, state: None) -> None:
+    def step(self, inference: ErrorInference, state: Tensor | None) -> Tensor | None:
         # dF/de_n = pi_n e_n - d_n, d_n = sum_c J_c^T d_c (Goemaere et al. 2025); safe to move while the sweep goes on
         for slot, gradient in inference.total_sweep():
-            inference.move(slot, gradient, -self.lr)
+            descend(inference, slot, gradient, self.lr, state)
+        return state

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch2ebm.common.checks import check_positive, check_steps, check_tolerance
+from torch import Tensor
+
+from torch2ebm.common.checks import check_step_size, check_steps_or_auto, check_tolerance
 from torch2ebm.inference.error_inference import ErrorInference
 from torch2ebm.inference.solver import ErrorSolver
+from torch2ebm.inference.steepness import Stability
+from torch2ebm.inference.step_size import auto_rate, descend
 
 
 @dataclass(frozen=True)
@@ -19,12 +24,13 @@ class LocalErrorDescent(ErrorSolver):
     elsewhere :class:`ErrorDescent` is the same idea with the exact gradient.
 
     Args:
-        steps: Most inference steps.
-        lr: Step size.
-        tol: Stop when no entry of the update's bracket exceeds it in any node or sample; 0 does all steps.
+        steps: Most inference steps; ``"auto"``: until dF/de is at most ``tol`` of ``pi e`` in every node and sample.
+        lr: Step size; ``"auto"``: from the curvature, measured as training goes on.
+        tol: Stop when no entry of the update's bracket exceeds it in any node or sample; 0 does all steps. With
+            ``steps="auto"`` it is relative, and 0 stands for 0.01.
 
     Raises:
-        ConfigurationError: for a step size that is not positive and finite, fewer than one step, a negative ``tol``.
+        ConfigurationError: for an illegal step size, fewer than one step, a negative ``tol``.
 
     Example:
         >>> import torch2ebm
@@ -33,24 +39,35 @@ class LocalErrorDescent(ErrorSolver):
         OneSided(beta=0.0001)
     """
 
-    steps: int = 20
-    lr: float = 0.5
+    steps: int | str = 20
+    lr: float | str = 0.5
     tol: float = 0.0
 
+    coordinates: ClassVar[str] = "local errors"
+    descends: ClassVar[bool] = False
     remedy: ClassVar[str] = "This update is no descent and can diverge for every lr: use ErrorDescent."
 
     def __post_init__(self) -> None:
-        check_steps("LocalErrorDescent", self.steps)
-        check_positive("LocalErrorDescent", lr=self.lr)
+        check_steps_or_auto("LocalErrorDescent", self.steps)
+        check_step_size("LocalErrorDescent", self.lr)
         check_tolerance("LocalErrorDescent", self.tol)
 
     def with_steps(self, steps: int) -> LocalErrorDescent:
         return replace(self, steps=steps)
 
-    def start(self, inference: ErrorInference) -> None:
-        return None
+    def largest_step(self, stability: Stability) -> float:
+        # A change of an error comes back through the loss, over k levels filtered k + 1 times by
+        # lr / (z - 1 + lr pi). Where lr pi <= 1 a filter never amplifies, |z| >= 1, so a loop gain r < 1 is stable.
+        return 1 / stability.steepest if stability.r < 1 else math.nan
 
-    def step(self, inference: ErrorInference, state: None) -> None:
+    def good_step(self, stability: Stability) -> float:
+        return 1 / (stability.steepest * (1 + stability.r))
+
+    def start(self, inference: ErrorInference) -> Tensor | None:
+        return auto_rate(self, inference)  # descent remembers nothing else
+
+    def step(self, inference: ErrorInference, state: Tensor | None) -> Tensor | None:
         # e += lr (sum_c J_c^T pi_c e_c - pi_n e_n): J^T of the errors, where the exact gradient has J^T of the d_c
         for slot, gradient in inference.local_sweep():
-            inference.move(slot, gradient, -self.lr)
+            descend(inference, slot, gradient, self.lr, state)
+        return state
