@@ -426,22 +426,22 @@ def test_as_many_steps_as_a_deep_chain_needs(kind, compile: bool) -> None:
 
 
 def test_an_error_that_many_levels_share_is_waited_for() -> None:
-    """Each level's own gradient is a thousandth of its error long before the sum over 20 levels is."""
+    """Each level's own gradient is a hundredth of its error long before the sum over 20 levels is."""
     x = normal(4, 6)
 
     def net() -> nn.Sequential:
         made = tanh_net(6, 20)
         with torch.no_grad():
             for layer in made[:-1:2]:
-                layer.weight.copy_(torch.linalg.qr(layer.weight)[0])
+                layer.weight.copy_(0.7 * torch.linalg.qr(layer.weight)[0])
         return made
 
     expected = equilibrium(net(), x, 1.0)
-    model = attached(net(), torch2ebm.PredictiveCoding(solver=torch2ebm.Momentum("auto", "auto", tol=1e-3)))
+    model = attached(net(), torch2ebm.PredictiveCoding(solver=torch2ebm.GradientDescent("auto", "auto")))
     found = local_gradients(model, (x,), by_mean(half_squared_error))
     assert model.state.relaxation.converged
     for name, gradient in expected.items():
-        assert float((found[name] - gradient).norm()) < 2e-3 * float(gradient.norm())
+        assert float((found[name] - gradient).norm()) < 1e-2 * float(gradient.norm())
 
 
 def test_a_criterion_for_the_whole_sample_would_leave_the_first_levels_behind() -> None:
