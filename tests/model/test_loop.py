@@ -353,6 +353,7 @@ def test_operations_after_the_model_are_part_of_the_loss(algorithm: torch2ebm.Al
     assert_equal(local_gradients(attached(net, algorithm), (x,), loss), expected(algorithm, net, x, loss))
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # a loss of nothing
 @every_net
 @every_algorithm
 def test_writing_on_the_output_alters_no_value_of_the_call(

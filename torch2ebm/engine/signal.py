@@ -61,10 +61,10 @@ def _findings(state: InferenceState, gradients: Mapping[str, Tensor], graph: Ene
             f"errors are nothing but the rounding of values in {listed(lost)}, and so are their gradients. Take "
             "PredictiveCoding() with nothing set, or a solver of errors."
         )
-    if still := _without_gradient(graph, gradients, steps.keys() - {*late}):
+    if still := _without_gradient(graph, gradients, _with_error(state, graph, steps)):
         yield (
-            f"the gradients of {listed(still)} are exactly zero, though the loss depends on their nodes: units that "
-            "are all off, for example, weights after them that are all zero, or errors below the smallest digit."
+            f"the gradients of {listed(still)} are exactly zero, though errors have reached their nodes: units that "
+            "are all off, for example. Nodes before them learn nothing either."
         )
 
 
@@ -74,6 +74,12 @@ def _is_rounding(state: InferenceState, slot: str) -> bool:
         return True
     size = float(prediction.abs().max()) + 1.0
     return float(error.abs().max()) * abs(state.error_unit) <= ROUNDING * torch.finfo(error.dtype).eps * size
+
+
+def _with_error(state: InferenceState, graph: EnergyGraph, names: Collection[str]) -> set[str]:
+    """Nodes that an error has reached: where none has, the cause is further on, or it has been rounded away."""
+    slots = {name: [slot for slot in graph.nodes[name].slots if slot in state.errors] for name in names}
+    return {name for name in names if any(bool(state.errors[slot].any()) for slot in slots[name])}
 
 
 def _without_gradient(graph: EnergyGraph, gradients: Mapping[str, Tensor], nodes: Collection[str]) -> list[str]:
