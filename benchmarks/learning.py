@@ -58,7 +58,7 @@ class Run:
 
     Attributes:
         score: Of the test data: percent of right classes, or the mean loss; NaN where the training diverged.
-        seconds: Of the training, on one thread.
+        seconds: Of the processor, for the training; the programs here run on one thread.
         steps: Mean number of inference steps; NaN where the algorithm has none.
         settled: Mean share of samples that came to rest.
         on_kinks: Mean share of samples that rest on a kink.
@@ -154,12 +154,12 @@ def trained(row: Row, setting: Setting, seed: int) -> Run:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         training = Training(row, setting, seed)
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             score = training.run()
         except torch2ebm.errors.DivergenceError:
             score = math.nan
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
     found = training.relaxations
     measured = [r.sigma_squared for r in found if r.sigma_squared is not None]
     return Run(
@@ -187,6 +187,19 @@ def _mean(numbers: Sequence[float]) -> float:
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # 97.5 % of Student's t, by the number of seeds
 
 
+COLUMNS = (
+    "network and data",
+    "setting",
+    "score",
+    "to backprop, same seeds",
+    "s",
+    "steps",
+    "settled, on kinks",
+    "sigma² first, middle, last",
+    "degrees to backprop",
+)
+
+
 def stored(path: Path) -> dict[tuple[str, str, int], Run]:
     lines = path.read_text().splitlines() if path.exists() else []
     runs = [Run(**{name: part for name, part in json.loads(line).items() if name != "machine"}) for line in lines]
@@ -206,8 +219,7 @@ def table(runs: Mapping[tuple[str, str, int], Run]) -> list[str]:
     by_cell: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs.values():
         by_cell[run.row, run.setting].append(run)
-    lines = ["| network and data | setting | score | to backprop, same seeds | s | steps | settled, on kinks "
-             "| sigma² first, middle, last | degrees to backprop |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for row in ROWS:
         base = {run.seed: run.score for run in by_cell.get((row.name, "backprop"), [])}
         for setting in SETTINGS:
@@ -252,12 +264,13 @@ def main() -> None:
         for row in rows:
             for setting in settings:
                 if (row.name, setting.name, seed) not in done:
-                    # one batch is not learning, but every part of the program has run
                     run = trained(replace(row, epochs=1) if chosen.quick else row, setting, seed)
                     done[row.name, setting.name, seed] = run
                     with path.open("a") as file:
                         file.write(json.dumps(asdict(run) | {"machine": str(this_machine())}) + "\n")
-                    print(f"{run.score:8.3f} {run.seconds:5.0f} s  seed {seed}  {setting.name:16}  {row.name}", flush=True)
+                    print(
+                        f"{run.score:8.3f} {run.seconds:5.0f} s  seed {seed}  {setting.name:16}  {row.name}", flush=True
+                    )
     print("\n".join(table(done)))
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +46,6 @@ class Row:
         head: Names of the parameters of the last block begin with one of these.
         output: The logits of a model for inputs; classes are along the last dimension.
         score: ``"accuracy"`` in percent, or ``"loss"`` of the test data.
-        least: So many samples can be asked for by ``--quick``.
     """
 
     name: str
@@ -281,7 +278,7 @@ class Lstm(nn.Module):
 
 
 def _few() -> Split:
-    return fashion(6_000, 2_000)
+    return fashion(12_000)
 
 
 ROWS: Sequence[Row] = (
@@ -289,12 +286,11 @@ ROWS: Sequence[Row] = (
     Row("20 plain ReLU layers, digits", plain, digits, 12, 32, 1e-3, ("39.",)),
     Row("50 residual blocks, digits", lambda: residual(50), digits, 3, 32, 1e-3, ("52.",)),
     Row("100 residual blocks, digits", lambda: residual(100), digits, 2, 32, 1e-3, ("102.",)),
-    Row("VGG-5, Fashion-MNIST", vgg5, _few, 3, 64, 2e-3, ("13.",)),
+    Row("VGG-5, Fashion-MNIST", vgg5, _few, 2, 64, 2e-3, ("13.",)),
     Row("ResNet of 3 blocks with batch norm, digits", resnet, digits, 4, 32, 1e-3, ("8.",)),
-    Row("ResNet-18 of width 8, Fashion-MNIST", lambda: resnet(8, (2, 2, 2, 2)), _few, 2, 64, 2e-3, ("13.",)),
+    Row("ResNet-18 of width 8, Fashion-MNIST", lambda: resnet(8, (2, 2, 2, 2)), _few, 1, 64, 2e-3, ("13.",)),
     Row("vision transformer of 2 blocks, digits", VisionTransformer, digits, 10, 32, 2e-3, ("head.",)),
     Row("GPT of 2 blocks, characters", Gpt, characters, 2, 32, 2e-3, ("head.",), score="loss"),
     Row("BERT of 2 layers, comparisons", bert, comparisons, 8, 32, 2e-3, ("classifier.",), _logits),
     Row("LSTM cell over 8 rows, digits", Lstm, digits, 8, 32, 5e-3, ("head.",)),
 )
-CHANCE = math.log(128)  # of a character, in nats

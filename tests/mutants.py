@@ -130,11 +130,12 @@ CALIBRATED = [
     Mutant("a nudge that is multiplied by the curvature", "algorithms/predictive_coding.py",
            "beta.real / unit.scale", "beta.real * unit.scale", "relative"),
     Mutant("a direction that is not conjugate", "solvers/error_conjugate_gradient.py",
-           "direction = steepest + beta * state.direction", "direction = steepest", "error_conjugate_gradient"),
+           "keep, turn = torch.where(rests, 0.0, beta)", "keep, turn = torch.where(rests, 0.0, 0 * beta)",
+           "error_conjugate_gradient"),
     Mutant("no metric of the precisions", "solvers/error_conjugate_gradient.py",
-           "steepest = -there / state.weight", "steepest = -there", "error_conjugate_gradient"),
+           "steepest = there if inverse is None else there * inverse", "steepest = there", "error_conjugate_gradient"),
     Mutant("a step that raises the energy is kept", "solvers/error_conjugate_gradient.py",
-           "after = _chosen(rose & ~quadratic, back, forward)", "after = forward", "error_conjugate_gradient"),
+           "_chosen(rose & ~quadratic, back, forward, inference.recorded)", "forward()", "error_conjugate_gradient"),
 ]  # fmt: skip
 
 STANDING_STILL = [

@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import contenders  # noqa: E402
 import growth  # noqa: E402
+import learning  # noqa: E402
+import learning_rows  # noqa: E402
 import memory  # noqa: E402
 import peers  # noqa: E402
 import speed  # noqa: E402
@@ -25,6 +27,7 @@ from measure import flops  # noqa: E402
 
 WIDTHS, BATCH = (6, 7, 5, 4, 10), 3
 TINY = Case("a", "tiny", lambda: mlp(WIDTHS, nn.Tanh), (BATCH, WIDTHS[0]))
+CALIBRATED = next(setting for setting in learning.SETTINGS if setting.name == "default")
 DOUBLE = Setting(dtype=torch.float64)
 PART = speed.Part(TINY, (EXACT, FIXED, STRICT, ERRORS), peers=True, targets={EXACT.name: 1.5})
 
@@ -169,3 +172,58 @@ def test_backprop_here_is_autograds():
     contest = Contest(TINY, [], False)
     expected = torch.autograd.grad(F.cross_entropy(contest.net(contest.x), contest.y), list(contest.net.parameters()))
     assert all(map(torch.equal, contenders.gradients_of(contest.programs[REFERENCE]), expected))
+
+
+def tiny(build) -> learning_rows.Row:
+    def data() -> learning_rows.Split:
+        train, targets, test, test_targets = learning_rows.digits()
+        return train[:96], targets[:96], test[:50], test_targets[:50]
+
+    return learning_rows.Row("tiny", build, data, epochs=6, batch=32, lr=1e-2, head=("3.",))
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+
+
+def test_the_loop_of_learning_is_adam_s_own_with_backprop():
+    row = tiny(small_net)
+    train, targets, test, test_targets = row.data()
+    torch.manual_seed(3)
+    net, generator = small_net(), torch.Generator().manual_seed(3)
+    adam = torch.optim.Adam(net.parameters(), lr=1e-2)
+    steps = 0
+    for _ in range(6):
+        for batch in torch.randperm(96, generator=generator).split(32):
+            adam.param_groups[0]["lr"] = 1e-2 * (1 - steps / 18)
+            adam.zero_grad()
+            F.cross_entropy(net(train[batch]), targets[batch]).backward()
+            adam.step()
+            steps += 1
+    expected = 100 * float((net(test).argmax(1) == test_targets).double().mean())
+    backprop, head, default = (learning.trained(row, setting, 3) for setting in (*learning.SETTINGS[:2], CALIBRATED))
+    assert backprop.score == pytest.approx(expected)
+    assert backprop.angles == pytest.approx([0.0] * 3, abs=1e-2) and not backprop.sigma_squared
+    assert head.score < backprop.score
+    assert default.score > 30 and len(default.sigma_squared) == 3 and all(0 < a < 90 for a in default.angles)
+
+
+def test_what_is_stored_is_not_trained_again(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(learning, "ROWS", [tiny(small_net)])
+    monkeypatch.setattr(sys, "argv", ["learning.py", "--seeds", "2", "--out", str(tmp_path), "--settings", "backprop"])
+    learning.main()
+    assert len((tmp_path / "learning.jsonl").read_text().splitlines()) == 2
+    capsys.readouterr()
+    monkeypatch.setattr(learning, "trained", None)  # would be called
+    learning.main()
+    assert "| tiny | backprop |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", learning_rows.ROWS, ids=lambda row: row.name)
+def test_each_row_s_last_block_is_there_and_small(row: learning_rows.Row):
+    if row.name.startswith("BERT"):
+        pytest.importorskip("transformers")
+    net = row.build()
+    sizes = {name: p.numel() for name, p in net.named_parameters()}
+    head = [name for name in sizes if name.startswith(tuple(row.head))]
+    assert len(head) == 2 and sum(sizes[name] for name in head) < sum(sizes.values()) / 2

@@ -182,7 +182,7 @@ def test_help_shows_the_defaults_and_what_every_option_is(command: str, capsys: 
     assert main([command, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     expected = {
-        "demo": ["(default: 30)", "(default: demo_output)", "(default: 0)"],
+        "demo": ["(default: 12)", "(default: demo_output)", "(default: 0)"],
         "compare": ["(default: 20)", "(default: 0.1)", "(default: float32)"],
         "graph": ["(default: auto)", "(default: graph.png)", "(default: float32)"],
         "diagnose": ["(default: cross_entropy)", "(default: float32)"],

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_demo)
-    parser.add_argument("--epochs", type=_count, default=30, help="passes over the digits")
+    parser.add_argument("--epochs", type=_count, default=12, help="passes over the digits")
     parser.add_argument("--output", type=_path, default="demo_output", help="folder of the pictures")
     parser.add_argument("--seed", type=_seed, default=0, help="of the weights and of the order of the digits")
 

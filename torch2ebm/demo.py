@@ -1,4 +1,4 @@
-"""The demo: a convolutional net on the digits of scikit-learn, trained by backpropagation and by predictive coding."""
+"""The demo: a small ResNet on the digits of scikit-learn, trained by backpropagation and by predictive coding."""
 
 # mypy: disable-error-code="no-untyped-call"
 # (Tensor.backward is untyped, and the training loop is to be copied as it is)
@@ -21,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from torch2ebm.algorithms import Algorithm, FixedPrediction, PredictiveCoding, ZeroDivergence
+from torch2ebm.algorithms import Algorithm, PredictiveCoding, ZeroDivergence
 from torch2ebm.common.text import aligned
 from torch2ebm.compare import GradientComparison, compare
+from torch2ebm.engine.nudging import OneSided
 from torch2ebm.engine.results import Relaxation
 from torch2ebm.model.energy_model import convert
 from torch2ebm.model.replicas import process_count
@@ -34,20 +35,30 @@ from torch2ebm.reports.plots import plot_energy, plot_error_map
 BATCH = 64
 
 
+class Block(nn.Module):
+    """Two convolutions with batch norm, and a residual connection."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.norm2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
+        self.shortcut = nn.Conv2d(channels, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(hidden)) + self.shortcut(x))
+
+
 class DigitNet(nn.Module):
-    """Plain PyTorch: images ``[batch, 1, 8, 8]`` to logits ``[batch, 10]``."""
+    """A ResNet in plain PyTorch: images ``[batch, 1, 8, 8]`` to logits ``[batch, 10]``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
-        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
-        self.hidden = nn.Linear(32 * 2 * 2, 64)
-        self.output = nn.Linear(64, 10)
+        self.blocks = nn.Sequential(Block(1, 8, 1), Block(8, 16, 2), Block(16, 32, 2))
+        self.output = nn.Linear(32, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(torch.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(torch.relu(self.conv2(x)), 2)
-        logits: Tensor = self.output(torch.tanh(self.hidden(x.flatten(1))))
+        logits: Tensor = self.output(self.blocks(x).mean((2, 3)))
         return logits
 
 
@@ -129,7 +140,7 @@ def algorithms() -> dict[str, Algorithm | None]:
     return {
         "backpropagation": None,
         "ZeroDivergence": ZeroDivergence(),
-        "PredictiveCoding": PredictiveCoding(steps=20, lr=0.1),
+        "PredictiveCoding": PredictiveCoding(),
     }
 
 
@@ -183,6 +194,7 @@ def reshuffled(share: DistributedSampler[Any], epochs: Iterable[int]) -> Iterato
 
 
 def accuracy(model: nn.Module, digits: Digits) -> float:
+    model.eval()  # batch norm by its running statistics
     with torch.no_grad():
         correct = model(digits.test_x).argmax(1) == digits.test_y
     return float(correct.double().mean())
@@ -190,14 +202,13 @@ def accuracy(model: nn.Module, digits: Digits) -> float:
 
 def compare_gradients(net: nn.Module, digits: Digits) -> GradientComparison:
     batch = digits.test_x[:BATCH].double(), digits.test_y[:BATCH]
-    listed = [ZeroDivergence(), FixedPrediction(steps=20, lr=0.1), PredictiveCoding(steps=20, lr=0.1)]
-    return compare(copy.deepcopy(net).double(), F.cross_entropy, batch, listed)
+    return compare(copy.deepcopy(net).double(), F.cross_entropy, batch, [ZeroDivergence(), PredictiveCoding()])
 
 
 def relaxation_of(net: nn.Module, digits: Digits) -> Relaxation:
-    """How predictive coding relaxes on the first test images."""
-    model = convert(copy.deepcopy(net))
-    EnergyOptimizer(Adam(model.parameters()), model, PredictiveCoding(steps=20, lr=0.1))
+    """How predictive coding relaxes on the first test images under a full nudge, which shows more than the default."""
+    model = convert(copy.deepcopy(net).train())
+    EnergyOptimizer(Adam(model.parameters()), model, PredictiveCoding(nudging=OneSided(1.0)))
     F.cross_entropy(model(digits.test_x[:BATCH]), digits.test_y[:BATCH]).backward()
     return model.state.relaxation
 

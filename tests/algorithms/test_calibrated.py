@@ -66,6 +66,27 @@ def test_a_nudge_alone_is_relaxed_to_the_equilibrium() -> None:
     assert coding.solver == torch2ebm.ErrorConjugateGradient() and coding.nudging == torch2ebm.Symmetric(0.1)
 
 
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+@pytest.mark.parametrize(
+    "nudging", [torch2ebm.Relative(0.1), torch2ebm.Relative(1.0, torch2ebm.Symmetric(0.5))], ids=repr
+)
+def test_programs_compute_what_eager_steps_do(activation, nudging) -> None:
+    """A program computes both sides of each choice, and eager steps one; later calls carry the curvature."""
+    x, targets = torch.randn(6, 16, 8, dtype=torch.float64), torch.randint(0, 4, (6, 16))
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        layers = (nn.Linear(8, 16), activation(), nn.Linear(16, 16), activation(), nn.Linear(16, 4))
+        net = nn.Sequential(*layers).double()
+        model = attached(net, torch2ebm.PredictiveCoding(nudging=nudging, compile=compiled))
+        for images, labels in zip(x, targets, strict=True):
+            F.cross_entropy(model(images), labels).backward()
+        found.append(({name: p.grad for name, p in net.named_parameters()}, model.state.relaxation))
+    (eager, relaxation), (recorded, other) = found
+    assert relative_error(recorded, eager) < 1e-8
+    assert other.steps == relaxation.steps and other.on_kinks == relaxation.on_kinks
+
+
 def test_what_stands_for_no_settings_makes_room_for_some() -> None:
     coding = torch2ebm.PredictiveCoding(loss_reduction="sum")
     for each in (coding, copy.deepcopy(coding), pickle.loads(pickle.dumps(coding))):

@@ -82,6 +82,7 @@ class Inference(ABC):
                 del call.values[slot]
         self.history: list[dict[str, Tensor]] = []
         self.measuring = False
+        self.recorded = False
         self.driving: list[Tensor] = []
         self.evaluations = 0
         self.nudge: float | None = None

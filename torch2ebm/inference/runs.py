@@ -45,6 +45,8 @@ class ProgramRun:
         if self._chain is None or self._chain.is_broken:
             # eager steps repeat draws by the state of the generator, which serves every operation
             inference.call.forget_draws()
+        else:
+            inference.recorded = True
         now = self._now()
         self._moving: Any = template_of(now)
         self._leaves: list[Any] = list(leaves_of(now))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -26,17 +27,23 @@ BEYOND = 1.5  # how far past the point that was looked at, where the energy is n
 class Line:
     """A relaxation between two sweeps; rows are samples, or the batch in one, and columns all errors of a row.
 
-    Errors are at ``base + length * direction``, where the next sweep looks. ``base`` is the smallest point of the line
-    before, and ``gradient`` what a quadratic through the last two gradients has there.
+    The next sweep looks at ``here``, which is ``base + length * direction``. ``base`` is the smallest point of the line
+    before, and ``gradient`` what a quadratic through the last two gradients has there. Products are in the metric of
+    the precisions, and carried along: a pass over all errors takes as long as a part of a sweep.
     """
 
-    weight: Tensor  # precisions, [rows or 1, entries or 1]
+    weight: Tensor | None  # precisions, [rows or 1, entries]; None where all are 1
+    here: Tensor
     base: Tensor
     gradient: Tensor
     direction: Tensor
     length: Tensor  # [rows, 1]
+    slope: Tensor  # direction times gradient, [rows, 1]
+    squared: Tensor  # gradient times gradient
+    reach: Tensor  # direction times direction
     best: Tensor  # where the energy was lowest
     best_gradient: Tensor
+    best_squared: Tensor  # [rows, 1]
     best_energy: Tensor  # []
     best_residual: Tensor  # [rows, 1]
     foreseen: Tensor  # energy at ``base`` by that quadratic, []
@@ -109,12 +116,17 @@ class ErrorConjugateGradient(ErrorSolver):
         r = inference.nudge or 0.0
         return Line(
             weight=_weight(inference, rows, zero),
+            here=zero,
             base=zero,
             gradient=zero,
-            direction=zero,
+            direction=zero.clone(),
             length=column,
+            slope=column,
+            squared=column,
+            reach=column,
             best=zero,
             best_gradient=zero,
+            best_squared=column,
             best_residual=column + math.inf,
             best_energy=zero.new_tensor(math.inf, dtype=torch.float64),
             foreseen=zero.new_tensor(0.0, dtype=torch.float64),
@@ -147,26 +159,40 @@ class ErrorConjugateGradient(ErrorSolver):
 
     def step(self, inference: ErrorInference, state: Line) -> Line:
         rows = _rows(inference)
-        here = rows.pack(inference.errors)
         gradient = rows.pack(dict(inference.total_sweep()))
         curve = dict(inference.history[-1])
         energy = sum(part.double() for part in curve.values())
         assert isinstance(energy, Tensor)
-        quadratic = _quadratic(state, gradient, energy)
-        forward = self._accepted(state, here, gradient, quadratic)
-        forward = replace(forward, best_energy=energy, foreseen=forward.foreseen + energy, curve=curve)
-        back = _taken_back(state, gradient, self.tol)
+        now, size = _dot(state.direction, gradient), _squared(gradient, _inverse(state.weight))
+        quadratic = _quadratic(state, now, energy)
         # not (energy <= ...): NaN is no progress
-        rounding = 8 * torch.finfo(here.dtype).eps * energy.abs()
-        rose = ~(energy <= state.best_energy + rounding) | ~torch.isfinite(gradient).all()
+        rounding = 8 * torch.finfo(gradient.dtype).eps * energy.abs()
+        rose = ~(energy <= state.best_energy + rounding) | ~torch.isfinite(size).all()
+
+        def forward() -> Line:
+            found = self._accepted(state, gradient, now, size, quadratic, inference.recorded)
+            return replace(found, best_energy=energy, foreseen=found.foreseen + energy, curve=curve)
+
+        def back() -> Line:
+            return replace(_taken_back(state, now, self.tol), curve=curve)
+
         # on a quadratic the smallest point of the line is known, wherever the line was looked at
-        after = _chosen(rose & ~quadratic, back, forward)
-        after = self._at_rest(state, _with_lowest(rose, state, after), energy, ~rose)
+        after = _chosen(rose & ~quadratic, back, forward, inference.recorded)
+        lowest = _chosen(rose, lambda: _with_lowest(state, after), lambda: after, inference.recorded)
+        after = self._at_rest(state, lowest, energy, ~rose)
         inference.history[-1] = after.curve
         done = (after.settled | after.on_kink).all() | after.stands | (after.left <= 0)
-        # where nothing follows, rest where the energy has been looked at, or is known without
-        ended = torch.where(after.known, after.base, after.best)
-        rows.unpack(torch.where(done, ended, after.base + after.length * after.direction), inference.errors)
+
+        def ended() -> Line:
+            # where nothing follows, rest where the energy has been looked at, or is known without
+            known = replace(after, here=after.base)
+            return _chosen(after.known, lambda: known, lambda: replace(after, here=after.best), inference.recorded)
+
+        def onward() -> Line:
+            return replace(after, here=_moved(after.base, after.direction, after.length))
+
+        after = _chosen(done, ended, onward, inference.recorded)
+        rows.unpack(after.here, inference.errors)
         return after
 
     def _at_rest(self, before: Line, after: Line, energy: Tensor, fell: Tensor) -> Line:
@@ -183,47 +209,52 @@ class ErrorConjugateGradient(ErrorSolver):
         most = (after.settled | on_kink).double().mean() >= 0.5
         return replace(after, start=start, past=past, on_kink=on_kink, stands=at_its_end & most)
 
-    def _accepted(self, state: Line, here: Tensor, gradient: Tensor, quadratic: Tensor) -> Line:
+    def _accepted(
+        self, state: Line, gradient: Tensor, now: Tensor, size: Tensor, quadratic: Tensor, recorded: bool
+    ) -> Line:
         """On from the smallest point of the line, along a direction that is conjugate to it."""
-        moved = state.length > 0
-        before, now = _dot(state.direction, state.gradient), _dot(state.direction, gradient)
-        curvature = (now - before) / torch.where(moved, state.length, 1.0)  # d^T H d
+        here, moved, inverse = state.here, state.length > 0, _inverse(state.weight)
+        curvature = (now - state.slope) / torch.where(moved, state.length, 1.0)  # d^T H d
         convex = moved & (curvature > 0)
-        share = torch.where(convex, -before / torch.where(convex, curvature * state.length, 1.0), 1.0)
+        share = torch.where(convex, -state.slope / torch.where(convex, curvature * state.length, 1.0), 1.0)
         share = torch.where(quadratic, share, share.clamp(0, BEYOND))
         # between two points that were looked at; beyond them a kink may come
         known = quadratic & (share <= 1).all()
-        base = state.base + share * state.length * state.direction
-        there = torch.lerp(state.gradient, gradient, share)
+        base = _moved(state.base, state.direction, share * state.length)
+        there = (gradient - state.gradient).mul_(share).add_(state.gradient)
+        squared, covered = _squared(there, inverse), _squared(base, state.weight)
         # from here to there the slope falls to 0 in a straight line
         foreseen = (0.5 * now * (share - 1) * state.length).sum(dtype=torch.float64)
-        at_rest, by_model = _residual(gradient, here, state.weight), _residual(there, base, state.weight)
+        at_rest, by_model = _residual(size, _squared(here, state.weight)), _residual(squared, covered)
         settled_here = at_rest <= self.tol
-        base, there = torch.where(settled_here, here, base), torch.where(settled_here, gradient, there)
         settled = settled_here | ((by_model <= self.tol) & known)
         waits = by_model <= self.tol  # for the next sweep to look
-        size = _norm(base, state.weight)
-        idle = moved & (share * state.length * _norm(state.direction, state.weight) <= 0.1 * self.tol * size)
+        idle = moved & (share * state.length * state.reach.sqrt() <= 0.1 * self.tol * covered.sqrt())
         still = torch.where(idle & ~settled, state.still + 1, 0.0)
         on_kink = (state.on_kink | (still >= STILL)) & ~settled_here
-        steepest = -there / state.weight
-        turned = _dot(there, there / state.weight - state.gradient / state.weight)
-        old = _dot(state.gradient, state.gradient / state.weight)
+        rests = settled | waits | on_kink
+        old = state.squared
+        turned = squared - _dot(there if inverse is None else there * inverse, state.gradient)
         beta = torch.where(moved & (old > 0), turned / torch.where(old > 0, old, 1.0), 0.0).clamp_min(0)
-        direction = steepest + beta * state.direction
-        direction = torch.where(_dot(direction, there) < 0, direction, steepest)
+        along = torch.lerp(state.slope, now, share)  # the old direction times the new gradient
+        beta = torch.where(beta * along < squared, beta, 0.0)  # else the steepest direction: the other one rises
+        keep, turn = torch.where(rests, 0.0, beta), torch.where(rests, 0.0, -1.0).to(beta)
+        steepest = there if inverse is None else there * inverse
         length = torch.where(moved, torch.where(convex, share, 2.0) * state.length, state.first.to(share))
         length = torch.where(quadratic & moved, length.clamp_min(1.0), length)  # to look beyond the smallest point
-        rests = settled | waits | on_kink
-        met = torch.nan_to_num(torch.where(convex, curvature / _norm(state.direction, state.weight).square(), 0.0))
+        met = torch.nan_to_num(torch.where(convex, curvature / state.reach, 0.0))
         return replace(
             state,
-            base=base,
-            gradient=there,
-            direction=torch.where(rests, 0.0, direction),
+            base=_rows_of(settled_here, here, base, recorded),
+            gradient=_rows_of(settled_here, gradient, there, recorded),
+            direction=_turned(state.direction, keep, steepest, turn, recorded),
             length=torch.where(rests, 0.0, length),
+            slope=torch.where(rests, 0.0, beta * along - squared),
+            squared=torch.where(settled_here, size, squared),
+            reach=(keep.square() * state.reach + 2 * keep * turn * along + turn.square() * squared).clamp_min(0),
             best=here,
             best_gradient=gradient,
+            best_squared=size,
             foreseen=foreseen,
             known=known,
             best_residual=at_rest,
@@ -238,21 +269,27 @@ class ErrorConjugateGradient(ErrorSolver):
         )
 
 
-def _taken_back(state: Line, gradient: Tensor, tol: float) -> Line:
+def _taken_back(state: Line, now: Tensor, tol: float) -> Line:
     """Where the energy was lowest, down the gradient, by steps as short as the slopes ask for."""
-    before, now = _dot(state.direction, state.gradient), _dot(state.direction, gradient)
+    before = state.slope
     # the smallest point of the line, as a share of the step
     share = torch.nan_to_num(torch.where(now > before, before / (before - now), BACK[1]), nan=BACK[0]).clamp(*BACK)
     # twice in a row: samples may depend on each other, so all steps become shorter by as much
     share = torch.where(state.again, share.amin(), share)
     settled = (state.best_residual <= tol) & ~state.on_kink
     rests = settled | state.on_kink
+    inverse = _inverse(state.weight)
+    steepest = state.best_gradient if inverse is None else state.best_gradient * inverse
+    squared = torch.where(rests, 0.0, state.best_squared)
     return replace(
         state,
         base=state.best,
         gradient=state.best_gradient,
-        direction=torch.where(rests, 0.0, -state.best_gradient / state.weight),
+        direction=steepest * torch.where(rests, 0.0, -1.0).to(steepest),
         length=torch.where(rests, 0.0, torch.where(state.length > 0, state.length * share, state.first)),
+        slope=-squared,
+        squared=state.best_squared,
+        reach=squared,
         foreseen=state.best_energy,
         known=torch.zeros_like(state.known),
         residual=state.best_residual,
@@ -269,47 +306,76 @@ def _rows(inference: ErrorInference) -> Rows:
     return rows
 
 
-def _weight(inference: ErrorInference, rows: Rows, zero: Tensor) -> Tensor:
+def _weight(inference: ErrorInference, rows: Rows, zero: Tensor) -> Tensor | None:
     owner = inference.graph.owner
     found = {slot: precision_of(inference.energies.get(owner[slot].name)) for slot in rows.like}
     if all(not isinstance(each, Tensor) and each == 1 for each in found.values()):
-        return zero.new_ones(1, 1)
+        return None
     return rows.pack({slot: torch.ones_like(value) * found[slot] for slot, value in rows.like.items()})
 
 
+def _inverse(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.reciprocal()
+
+
+def _moved(start: Tensor, direction: Tensor, length: Tensor) -> Tensor:
+    # not torch.addcmul or torch.lerp, which are slow where a length a row is broadcast
+    return (direction * length).add_(start)
+
+
+def _turned(direction: Tensor, keep: Tensor, steepest: Tensor, turn: Tensor, recorded: bool) -> Tensor:
+    """The next direction, in the place of the old one: nobody else has that, and new memory takes longer than sums."""
+    kept = direction * keep if recorded else direction.mul_(keep)
+    return kept.add_(steepest * turn) if recorded or bool((turn == 0).any()) else kept.sub_(steepest)
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1, keepdim=True)  # [rows, 1]
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)  # [rows, 1], in one pass
 
 
-def _norm(errors: Tensor, weight: Tensor) -> Tensor:
-    return (weight * errors.square()).sum(1, keepdim=True).sqrt()
+def _squared(a: Tensor, weight: Tensor | None) -> Tensor:
+    return _dot(a, a if weight is None else a * weight)
 
 
-def _residual(gradient: Tensor, errors: Tensor, weight: Tensor) -> Tensor:
+def _residual(size: Tensor, covered: Tensor) -> Tensor:
     """|dF/de| over |pi e|, both in the metric of the precisions; a sample without a gradient is at rest."""
-    size, length = (gradient.square() / weight).sum(1, keepdim=True).sqrt(), _norm(errors, weight)
-    return torch.where(size > 0, size / length, 0.0)
+    return torch.where(size > 0, (size / covered).sqrt(), 0.0)
 
 
-def _quadratic(state: Line, gradient: Tensor, energy: Tensor) -> Tensor:
+def _quadratic(state: Line, now: Tensor, energy: Tensor) -> Tensor:
     """Whether the energy changed along the lines as the slopes at their ends say, by far more than its rounding."""
-    before, now = _dot(state.direction, state.gradient), _dot(state.direction, gradient)
+    before = state.slope
     said = (0.5 * (before + now) * state.length).sum(dtype=torch.float64)
     size = (0.5 * (before.abs() + now.abs()) * state.length).sum(dtype=torch.float64)
-    rounding = 8 * torch.finfo(gradient.dtype).eps * energy.abs()
+    rounding = 8 * torch.finfo(now.dtype).eps * energy.abs()
     exact: Tensor = (energy - state.foreseen - said).abs() <= EXACT * size + rounding
     return exact & (size > 100 * rounding)
 
 
-def _chosen(condition: Tensor, one: Line, other: Line) -> Line:
-    both = {name: (getattr(one, name), getattr(other, name)) for name in Line.__dataclass_fields__ if name != "curve"}
-    return Line(**{name: torch.where(condition, a, b) for name, (a, b) in both.items()}, curve=other.curve)
+def _rows_of(condition: Tensor, one: Tensor, other: Tensor, recorded: bool) -> Tensor:
+    """Rows of one, where the condition holds, and else of the other."""
+    return torch.where(condition, one, other) if recorded or bool(condition.any()) else other
 
 
-def _with_lowest(rose: Tensor, before: Line, after: Line) -> Line:
-    """The lowest point of before, where the energy rose; where even the first is no number, that is what to report."""
-    names = ("best", "best_gradient", "best_energy", "best_residual")
-    kept = {name: torch.where(rose, getattr(before, name), getattr(after, name)) for name in names}
+def _chosen(condition: Tensor, one: Callable[[], Line], other: Callable[[], Line], recorded: bool) -> Line:
+    """One of two; what is recorded must hold for both, and computes both."""
+    if not recorded:
+        return one() if bool(condition) else other()
+    first, second = one(), other()
+    if first is second:
+        return first
+    both = {name: (getattr(first, name), getattr(second, name)) for name in Line.__dataclass_fields__}
+    curves = both.pop("curve")
+    names = curves[0].keys() | curves[1].keys()
+    return Line(
+        **{name: a if a is b else torch.where(condition, a, b) for name, (a, b) in both.items()},
+        curve={name: torch.where(condition, curves[0][name], curves[1][name]) for name in names},
+    )
+
+
+def _with_lowest(before: Line, after: Line) -> Line:
+    """The lowest point of before; where even the first is no number, that is what to report."""
+    names = ("best", "best_gradient", "best_squared", "best_energy", "best_residual")
     lowest = before.curve or after.curve
-    curve = {name: torch.where(rose, lowest.get(name, torch.zeros_like(p)), p) for name, p in after.curve.items()}
-    return replace(after, **kept, curve=curve)
+    curve = {name: lowest.get(name, torch.zeros_like(part)) for name, part in after.curve.items()}
+    return replace(after, **{name: getattr(before, name) for name in names}, curve=curve)
