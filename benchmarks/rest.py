@@ -64,8 +64,8 @@ class Case:
             errors.append(hidden[i] - prediction.tanh() if i < len(hidden) else self.y.double() - prediction)
         energy = sum((0.5 * error.square().sum() for error in errors), torch.zeros(()))
         gradients = torch.autograd.grad(energy, hidden)
-        size = math.sqrt(sum(float(error.square().sum()) for error in errors[:-1]))
-        return float(energy), math.sqrt(sum(float(g.square().sum()) for g in gradients)) / max(size, 1e-300)
+        size = math.sqrt(sum(float(error.detach().square().sum()) for error in errors[:-1]))
+        return float(energy.detach()), math.sqrt(sum(float(g.square().sum()) for g in gradients)) / max(size, 1e-300)
 
 
 def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
