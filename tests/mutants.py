@@ -142,7 +142,7 @@ STEP_SIZES = [
     Mutant("a message with the wrong sign in the Hessian in values", "inference/steepness.py", "{slot: -weighted for",
            "{slot: weighted for", "step_sizes"),
     Mutant("no curvature of the nodes' own in the Hessian in errors", "inference/steepness.py",
-           "{s: own + back[s] if s in back else own for", "{s: back[s] if s in back else own for", "step_sizes"),
+           "summed(self.of_nodes(errors), dict(of_loss))", "dict(of_loss)", "step_sizes"),
     Mutant("an energy of one's own of precision 1", "inference/steepness.py",
            "if energy is None or isinstance(energy, Gaussian):\n        return error if energy is None else",
            "if True:\n        return error if not isinstance(energy, Gaussian) else", "step_sizes"),

@@ -207,12 +207,6 @@ class Examination:
             text = "it has no curvature in the outputs, so that sigma squared is no unit for a nudge."
             remedy = "Relative(r) makes errors of length r in the steepest sample instead."
             self.notes.append(Finding("no curvature", "the loss", text, remedy))
-        if measured.owns_its_loss:
-            text = "it is an output of the model, and has no curvature there; sigma squared is that of the last node."
-            remedy = (
-                "Relative(r) does not see it. Compute the loss outside, from the model's logits, if r shall mean it."
-            )
-            self.notes.append(Finding("loss", "the loss", text, remedy))
         if scale.reduction == "":
             text = "it is neither a mean nor a sum over samples, as far as repeating the batch tells."
             remedy = "It is taken as loss_reduction says: 'mean' multiplies it by the number of samples."

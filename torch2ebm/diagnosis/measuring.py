@@ -32,7 +32,6 @@ class Measured:
         beta: The nudge.
         values: The energy's Hessian in the values; None without any.
         errors: The same in the errors.
-        owns_its_loss: Whether the loss is an output of the model.
     """
 
     scale: LossScale
@@ -44,7 +43,6 @@ class Measured:
     beta: float | None
     values: Spectrum | None
     errors: Spectrum | None
-    owns_its_loss: bool
 
 
 def measured_of(
@@ -61,27 +59,22 @@ def measured_of(
     """
     energies = getattr(algorithm, "energies", {})
     curvature = measured_curvature(call, loss, energies, PRODUCTS, SURE)
-    sigma_squared, lowest, inside = curvature.sigma_squared, curvature.lowest, is_an_output(call, loss)
-    hessian = EnergyHessian(call, loss, energies, inside, curvature.of_samples is not None)
+    hessian = EnergyHessian(call, loss, energies, curvature.of_samples is not None)
     values = errors = None
     if call.graph.hidden_nodes:
-        if inside:
-            of_loss = hessian.of_loss(PRODUCTS)
-            sigma_squared, lowest = max(of_loss.largest, 0.0), min(of_loss.smallest, 0.0)
-        beta = nudge_of(algorithm, max(sigma_squared, -lowest)) if beta is None else beta
+        beta = nudge_of(algorithm, curvature.radius) if beta is None else beta
         hessian.beta = 1.0 if beta is None else beta
         values, errors = hessian.of_values(PRODUCTS), hessian.of_errors(PRODUCTS)
     return Measured(
         _of_terms(scale, call, loss),
-        sigma_squared,
-        lowest,
+        curvature.sigma_squared,
+        curvature.lowest,
         reach_of(call, loss),
         call.graph.depth,
         steps_to_reach(call.graph, loss.delivered),
         beta,
         values,
         errors,
-        inside,
     )
 
 
@@ -92,7 +85,7 @@ def is_an_output(call: Call, loss: OutputLoss) -> bool:
 def _of_terms(scale: LossScale, call: Call, loss: OutputLoss) -> LossScale:
     """With its curvature in the outputs, its terms and its one half."""
     terms = float(getattr(loss, "loss_terms", 1.0))
-    if is_an_output(call, loss):
+    if is_an_output(call, loss):  # and has no curvature there
         return replace(scale, terms=terms)
     try:
         found = output_curvature(call, loss)

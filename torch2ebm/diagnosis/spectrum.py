@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from torch2ebm.common.rows import Rows
-from torch2ebm.diagnosis.node_curvature import NodeCurvature, summed
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy
 from torch2ebm.errors import NonFiniteError
-from torch2ebm.inference.curvature import output_hessian
+from torch2ebm.inference.curvature import OutputCurvature
 from torch2ebm.inference.local_products import LocalProducts
+from torch2ebm.loss.node_curvature import summed
 from torch2ebm.loss.output_loss import OutputLoss
 
 MOST_NUMBERS = 50_000_000  # that the basis may hold: 200 MB in single precision
@@ -59,25 +59,19 @@ class EnergyHessian:
         call: The call, after its feed-forward pass.
         loss: Its loss, not nudged.
         energies: Energy of each node, by name; one that is not Gaussian counts as precision 1.
-        inside: Whether the errors' Hessian has the curvature of the output nodes themselves, as that of the values
-            does: where the loss is an output, its curvature is there.
         separate: Whether samples are independent: then each has a spectrum of its own, which is found sooner.
 
     Attributes:
         beta: The nudge.
     """
 
-    def __init__(
-        self, call: Call, loss: OutputLoss, energies: Mapping[str, Energy], inside: bool, separate: bool
-    ) -> None:
-        self.beta, self.separate, self.loss, self.inside = 1.0, separate, loss, inside
+    def __init__(self, call: Call, loss: OutputLoss, energies: Mapping[str, Energy], separate: bool) -> None:
+        self.beta, self.separate = 1.0, separate
         self.local = LocalProducts(call, energies, exact=True)
-        self.hessian = output_hessian(call, loss)
+        self.ends = OutputCurvature(self.local, loss)
         self.like = {s: at_least_single(call.values[s]) for node in call.graph.hidden_nodes for s in node.slots}
-        self.outputs = {s: at_least_single(call.values[s]) for s in call.graph.output_slots if s in loss.delivered}
         self.precisions = {slot: self.local.precisions[call.graph.owner[slot].name] for slot in self.like}
         self.batch_size = call.batch_size
-        self.nodes = NodeCurvature(call, loss)
 
     def of_values(self, products: int) -> Spectrum:
         """In value coordinates."""
@@ -85,8 +79,9 @@ class EnergyHessian:
         def product(direction: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             moved = self.local.differences(direction)
             hidden = {s: self._weighted(s, moved[s]) for s in self.like if s in moved}
-            sent = self.local.differences_back({**hidden, **self._pulls(moved)})
-            return summed(sent, {s: self.beta * part for s, part in self.nodes.product(direction).items()})
+            if self.ends.bends:  # it is in the values already
+                return summed(self.local.differences_back(hidden), self._pulls(direction))
+            return self.local.differences_back({**hidden, **self._pulls(moved)})
 
         return self._spectrum(product, products)
 
@@ -94,35 +89,18 @@ class EnergyHessian:
         """In error coordinates."""
 
         def product(direction: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            return summed({s: self._weighted(s, u) for s, u in direction.items()}, self._of_loss(direction))
+            of_loss = dict(self.local.pulled(self._pulls(self.local.moved(direction))))
+            return summed({s: self._weighted(s, u) for s, u in direction.items()}, of_loss)
 
         return self._spectrum(product, products)
 
-    def of_loss(self, products: int) -> Spectrum:
-        """Of the loss alone, in the errors, each in units of its node's variance: its largest is sigma squared."""
-
-        def product(direction: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            found = self._of_loss({s: self._weighted(s, u, -0.5) for s, u in direction.items()})
-            return {s: self._weighted(s, part, -0.5) for s, part in found.items()}
-
-        return self._spectrum(product, products)
-
-    def _of_loss(self, direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """beta J^T H J and, inside of output nodes, what they bend themselves."""
-        moved = self.local.moved(direction)
-        pulls: Mapping[str, Tensor] = self._pulls(moved)
-        if self.inside:
-            pulls = summed(pulls, {s: self.beta * part for s, part in self.nodes.product(moved).items()})
-        return dict(self.local.pulled(pulls))
-
-    def _weighted(self, slot: str, error: Tensor, power: float = 1.0) -> Tensor:
+    def _weighted(self, slot: str, error: Tensor) -> Tensor:
         precision = self.precisions[slot]
-        return error * ((precision.to(error) if isinstance(precision, Tensor) else precision) ** power)
+        return error * (precision.to(error) if isinstance(precision, Tensor) else precision)
 
     def _pulls(self, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """beta H of how the outputs have moved."""
-        of_outputs = {s: moved.get(s, torch.zeros_like(like)) for s, like in self.outputs.items()}
-        return {s: self.beta * pull for s, pull in self.hessian(of_outputs).items()} if of_outputs else {}
+        """beta H of how the outputs, or what bent output nodes read, have moved."""
+        return {s: self.beta * pull for s, pull in self.ends.product(moved).items()}
 
     def _spectrum(self, product: Product, products: int) -> Spectrum:
         rows = Rows(self.like, tuple(self.like), self.batch_size)

@@ -4,6 +4,10 @@ In error coordinates the Hessian of F around the feed-forward pass is Pi + beta 
 derivative of the outputs in the errors, H that of the loss in the outputs. sigma^2 is the largest eigenvalue of
 Pi^-1/2 J^T H J Pi^-1/2. Every vector of its Krylov space is Pi^-1/2 J^T c for some c in the space of the outputs.
 So the iteration runs there, on H K with K = J Pi^-1 J^T, in the inner product of K.
+
+Output nodes that are not linear in the values they read have a second derivative of their own, as where the last node
+computes the loss. J is then the derivative of these values in the errors, and H = V^T H_L V + S: V that of the outputs
+in these values, H_L the loss's, S the second derivative of <dL/dmu, mu>. Errors are zero, so no other node's counts.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy
 from torch2ebm.errors import NonFiniteError
 from torch2ebm.inference.local_products import LocalProducts
+from torch2ebm.loss.node_curvature import NodeCurvature, summed
 from torch2ebm.loss.output_loss import OutputLoss
 
 _SEPARATE = "whether samples are independent"  # a key of EnergyGraph.once
@@ -36,7 +41,7 @@ class Curvature:
 
     Attributes:
         sigma_squared: The largest eigenvalue of Pi^-1/2 J^T H J Pi^-1/2, over samples; 0 for a loss without curvature.
-        lowest: The smallest one, below 0 where the loss is not convex in the outputs; else 0.
+        lowest: The smallest one, below 0 where the loss is not convex in the errors; else 0.
         bound: Some eigenvalue is within so much of ``sigma_squared``.
         products: Products with the matrix.
         backprops: What the measurement cost, in evaluations of all nodes, a backprop being three.
@@ -94,25 +99,60 @@ def measured_curvature(
     Raises:
         NonFiniteError: where a product is not finite.
     """
-    outputs = {slot: at_least_single(call.values[slot]) for slot in call.graph.output_slots if slot in loss.delivered}
-    if not outputs:
+    if not any(slot in loss.delivered for slot in call.graph.output_slots):
         return Curvature(0.0)
     local = LocalProducts(call, energies, exact)
-    hessian = output_hessian(call, loss)
-    rows = Rows(outputs, tuple(outputs), call.batch_size)
-    local.separate = independent(call, local, hessian, rows)
+    ends = OutputCurvature(local, loss)
+    rows = Rows(ends.like, tuple(ends.like), call.batch_size)
+    local.separate = independent(ends, rows)
     if not local.separate:
         rows.count = 1
-    lanczos = _Lanczos(local, hessian, rows)
+    lanczos = _Lanczos(ends, rows)
     lanczos.run(products, tol)
     return lanczos.result(call.batch_size)
+
+
+class OutputCurvature:
+    """H, and the space that it acts on: the outputs, or the values that output nodes read where these bend.
+
+    Args:
+        local: Products of the call, after its feed-forward pass.
+        loss: Its loss, nudged or not.
+
+    Attributes:
+        bends: Whether some output node has a second derivative of its own.
+        like: The outputs or the values, by slot.
+    """
+
+    def __init__(self, local: LocalProducts, loss: OutputLoss) -> None:
+        self.local, self._hessian = local, output_hessian(local.call, loss)
+        self._of_nodes = NodeCurvature(local.call, loss, local.passes)
+        reads = self._of_nodes.reads
+        self.bends = any(bool(part.any()) for part in self._of_nodes.product(noise(reads)).values())
+        self._outputs = [slot for slot in local.graph.output_slots if slot in loss.delivered]
+        self.like = reads if self.bends else {slot: at_least_single(local.values[slot]) for slot in self._outputs}
+
+    def product(self, direction: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``H u``; other slots of ``u`` do not count, and a missing one is zero."""
+        if not self.bends:
+            return self._of_loss(direction)
+        direction = {slot: direction[slot] for slot in self.like if slot in direction}
+        return summed(self.local.through_outputs(direction, self._of_loss), self._of_nodes.product(direction))
+
+    def covariance(self, cotangents: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``K c``."""
+        return self.local.covariance(cotangents, self.like)
+
+    def _of_loss(self, moved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        given = {slot: moved[slot] for slot in self._outputs if slot in moved}
+        return self._hessian(given) if given else {}
 
 
 class _Lanczos:
     """Full reorthogonalisation, every sample in a row of its own; sums are in double precision."""
 
-    def __init__(self, local: LocalProducts, hessian: Product, rows: Rows) -> None:
-        self.local, self.hessian, self.rows = local, hessian, rows
+    def __init__(self, ends: OutputCurvature, rows: Rows) -> None:
+        self.local, self.hessian, self.covariance, self.rows = ends.local, ends.product, ends.covariance, rows
         self.basis: list[tuple[Tensor, Tensor]] = []  # c and K c, each [rows, outputs], K-orthonormal
         self.matrix = torch.zeros(rows.count, 0, 0, dtype=torch.float64)
         self.made = 0
@@ -120,7 +160,7 @@ class _Lanczos:
         self.bound = torch.full_like(self.highest, math.inf)
 
     def run(self, products: int, tol: float) -> None:
-        vector = self._through(self.hessian, self.rows.pack(_noise(self.rows.like)))
+        vector = self._through(self.hessian, self.rows.pack(noise(self.rows.like)))
         vector = vector / vector.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vector.dtype).tiny)
         while self.made < products:
             vector, ended = self._advanced(vector)
@@ -129,7 +169,7 @@ class _Lanczos:
                 break
 
     def _advanced(self, vector: Tensor) -> tuple[Tensor, bool]:
-        varied = self._through(self.local.covariance, vector)
+        varied = self._through(self.covariance, vector)
         self.made += 1
         squared = _dot(vector, varied).cpu()
         if not bool(torch.isfinite(squared).all()):
@@ -188,24 +228,25 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() * b.double()).sum(1)
 
 
-def _noise(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def noise(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same in every run, and nothing that the user draws."""
     generator = torch.Generator().manual_seed(0)
     return {slot: torch.randn(value.shape, generator=generator).to(value) for slot, value in like.items()}
 
 
-def independent(call: Call, local: LocalProducts, hessian: Product, rows: Rows) -> bool:
+def independent(ends: OutputCurvature, rows: Rows) -> bool:
     """Whether no sample's product depends on another sample: signs of samples then pass through every product."""
+    local, call = ends.local, ends.local.call
     if rows.count == 1:
         return call.batch_size == 1
 
     def commutes(product: Product) -> bool:
-        noise = rows.pack(_noise(rows.like))
-        signs = torch.ones(rows.count, 1).to(noise)
+        some = rows.pack(noise(rows.like))
+        signs = torch.ones(rows.count, 1).to(some)
         signs[1::2] = -1
         by_slot, signed = dict(rows.like), dict(rows.like)
-        rows.unpack(noise, by_slot)
-        rows.unpack(noise * signs, signed)
+        rows.unpack(some, by_slot)
+        rows.unpack(some * signs, signed)
         plain, other = rows.pack(product(by_slot)) * signs, rows.pack(product(signed))
         # far above rounding and differences, far below a sample that has a say in another
         return float((plain - other).norm()) <= 1e-2 * float(plain.norm())
@@ -214,11 +255,11 @@ def independent(call: Call, local: LocalProducts, hessian: Product, rows: Rows) 
         if call.couples_samples:
             return False
         exact, local.exact = local.exact, True  # differences add up over hundreds of nodes
-        separate = commutes(local.covariance)
+        separate = commutes(ends.covariance)
         local.exact = exact
         return separate
 
-    return commutes(hessian) and call.graph.once((_SEPARATE, call.batch_size, call.frozen_statistics), of_graph)
+    return commutes(ends.product) and call.graph.once((_SEPARATE, call.batch_size, call.frozen_statistics), of_graph)
 
 
 def output_hessian(call: Call, loss: OutputLoss) -> Product:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class LocalProducts:
 
     Attributes:
         values: Feed-forward value of every slot; those that the call has given away are computed again.
+        passes: An evaluation of each node that reads values, by name; its graph is kept.
         separate: Whether samples are independent: differences are then as wide as suits each.
         work: Evaluations and products of all nodes so far; a backprop is 3 (forward, and back to inputs and weights).
     """
@@ -53,13 +54,13 @@ class LocalProducts:
         self.precisions = {node.name: precision_of(energies.get(node.name)) for node in self.graph.hidden_nodes}
         self.separate = False
         self._without: set[str] = self.graph.once(_WITHOUT, set)
-        self._passes: dict[str, NodePass] = {}
+        self.passes: dict[str, NodePass] = {}
         for node in self.graph.nodes.values():
             missing = any(slot not in self.values for slot in node.slots)  # a relaxation has taken them
             if node.reads or missing:
-                self._passes[node.name] = self._evaluated(node)
+                self.passes[node.name] = self._evaluated(node)
             if missing:
-                predictions = self._passes[node.name].predictions
+                predictions = self.passes[node.name].predictions
                 self.values.update({s: p.detach() for s, p in zip(node.slots, predictions, strict=True)})
         self.work = 1.0
 
@@ -67,16 +68,18 @@ class LocalProducts:
         with torch.enable_grad():
             return self.call.evaluate(node, [self.values[s].detach().requires_grad_() for s in node.reads])
 
-    def covariance(self, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``J Pi^-1 J^T c``: how the outputs vary together where each error has the variance of its node.
+    def covariance(self, cotangents: Mapping[str, Tensor], slots: Collection[str]) -> dict[str, Tensor]:
+        """``J Pi^-1 J^T c``: how some values vary together where each error has the variance of its node.
 
         Args:
-            cotangents: By output slot, in the shape of the prediction; a missing one is zero.
+            cotangents: By one of these slots, in the shape of the value; a missing one is zero.
+            slots: Of outputs, or of values.
 
         Returns:
-            By output slot; a missing one is zero.
+            By one of these slots; a missing one is zero.
         """
-        return self.pushed(dict(self.errors(cotangents)))
+        moved = self.moved(dict(self.errors(cotangents)))
+        return {slot: moved[slot] for slot in slots if slot in moved}
 
     def errors(self, cotangents: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
         """``Pi^-1 J^T c`` by hidden slot."""
@@ -95,10 +98,28 @@ class LocalProducts:
         self.work += 1
         return [(s, messages[s]) for node in self.graph.hidden_nodes for s in node.slots if s in messages]
 
-    def pushed(self, errors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``J u`` by output slot: one sweep from the inputs onward."""
-        moved = self.moved(errors)
-        return {slot: moved[slot] for slot in self.graph.output_slots if slot in moved}
+    def through_outputs(
+        self, values: Mapping[str, Tensor], product: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """``V^T H V u``, ``V`` the derivatives of the output nodes in the values that they read: by hidden slot.
+
+        Args:
+            values: ``u``, by hidden slot; a missing one is zero.
+            product: With ``H``, by output slot. A sweep of all nodes counts the work at its output nodes already.
+        """
+        moved: dict[str, Tensor] = {}
+        messages: dict[str, Tensor] = {}
+        for node in self.graph.output_nodes:
+            tangents = [values.get(slot) for slot in node.reads]
+            if any(tangent is not None for tangent in tangents):
+                pairs = zip(node.slots, self._pushed(node, tangents), strict=True)
+                moved.update({slot: at_least_single(tangent) for slot, tangent in pairs if tangent is not None})
+        pulls = product(moved) if moved else {}
+        for node in self.graph.output_nodes:
+            sent = [pulls.get(slot) for slot in node.slots]
+            if node.reads and any(each is not None and bool(each.any()) for each in sent):
+                _add(messages, node, self._pulled(node, sent))
+        return messages
 
     def moved(self, errors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """How all values and predictions follow when errors move, by slot; a missing one stays."""
@@ -141,7 +162,7 @@ class LocalProducts:
             sent = [cotangents.get(slot) for slot in node.slots]
             if not node.reads or all(each is None for each in sent):
                 continue
-            evaluated = self._passes[node.name]
+            evaluated = self.passes[node.name]
             products = evaluated.pullback(sent, evaluated.inputs, retain_graph=True)
             sign = 1 if node.is_output else -1
             for slot, product in zip(node.reads, products, strict=True):
@@ -173,11 +194,11 @@ class LocalProducts:
         return messages
 
     def _pulled(self, node: Node, sent: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        evaluated = self._passes[node.name]
+        evaluated = self.passes[node.name]
         return evaluated.pullback(sent, evaluated.inputs, retain_graph=True)
 
     def _pushed(self, node: Node, tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        values = self._passes[node.name].inputs
+        values = self.passes[node.name].inputs
         # halves have too few digits for a difference
         single = all(value.dtype in (torch.float32, torch.float64) for value in values)
         if (self.exact or not single) and node.name not in self._without:
@@ -215,7 +236,7 @@ class LocalProducts:
         above = at(width)
         if self.exact:  # central: where forward mode has no formula, the error is of second order
             return [(a - b) / _column(2 * width, a) for a, b in zip(above, at(-width), strict=True)]
-        here = self._passes[node.name].predictions
+        here = self.passes[node.name].predictions
         return [(a - b.detach()) / _column(width, a) for a, b in zip(above, here, strict=True)]
 
     def _width(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

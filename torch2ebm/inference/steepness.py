@@ -1,11 +1,13 @@
 """How curved F is in what a solver moves: the largest eigenvalue of its Hessian, by Lanczos on node-local products.
 
-At the feed-forward pass all errors are zero, so the second derivatives of hidden nodes do not count; those of outputs
-are left out (Gauss and Newton). With W the local derivatives among values, V those of the outputs, C the curvature of
-the nodes' energies (Pi for Gaussians), H that of the loss in the outputs, and J = V (I - W)^-1, the Hessians are
+At the feed-forward pass all errors are zero, so the second derivatives of hidden nodes do not count. With W the
+local derivatives among values, V those of the outputs, C the curvature of the nodes' energies (Pi for Gaussians), H
+that of the loss in the outputs, and J = V (I - W)^-1, the Hessians are
 
     in the errors   C + J^T H J
     in the values   (I - W)^T C (I - W) + V^T H V
+
+Where output nodes are not linear, V^T H V has their own second derivatives, too (see :class:`OutputCurvature`).
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from torch2ebm.common.rows import Rows
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy, Gaussian
 from torch2ebm.errors import NonFiniteError
-from torch2ebm.inference.curvature import BACKPROP, independent, measured_curvature, output_hessian
+from torch2ebm.inference.curvature import BACKPROP, OutputCurvature, independent, measured_curvature
 from torch2ebm.inference.local_products import LocalProducts
+from torch2ebm.loss.node_curvature import summed
 from torch2ebm.loss.output_loss import OutputLoss
 
 
@@ -110,30 +113,25 @@ class _Hessian:
     def __init__(self, local: LocalProducts, loss: OutputLoss, energies: Mapping[str, Energy]) -> None:
         self.local, self.graph, self.energies = local, local.graph, energies
         self.like = {s: at_least_single(local.values[s]) for n in self.graph.hidden_nodes for s in n.slots}
-        outputs = [slot for slot in self.graph.output_slots if slot in loss.delivered]
-        self.outputs = {slot: at_least_single(local.values[slot]) for slot in outputs}
-        self.of_loss = output_hessian(local.call, loss)
+        self.ends = OutputCurvature(local, loss)
 
     def samples_are_independent(self) -> bool:
-        if not self.outputs:
+        if not self.ends.like:
             return not self.local.call.couples_samples
-        rows = Rows(self.outputs, tuple(self.outputs), self.local.call.batch_size)
-        return independent(self.local.call, self.local, self.of_loss, rows)
+        return independent(self.ends, Rows(self.ends.like, tuple(self.ends.like), self.local.call.batch_size))
 
     def in_errors(self, errors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        back = dict(self.local.pulled(self._of_outputs(self.local.pushed(errors))))
-        return {s: own + back[s] if s in back else own for s, own in self.of_nodes(errors).items()}
+        of_loss = self.local.pulled(self.ends.product(self.local.moved(errors)))
+        return summed(self.of_nodes(errors), dict(of_loss))
 
     def in_values(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         moved = self.local.one_level_on(values)
         own = self.of_nodes({s: value - moved[s] if s in moved else value for s, value in values.items()})
-        of_loss = self._of_outputs({slot: moved[slot] for slot in self.outputs if slot in moved})
-        back = self.local.one_level_back({**{slot: -weighted for slot, weighted in own.items()}, **of_loss})
-        return {s: weighted + back[s] if s in back else weighted for s, weighted in own.items()}
-
-    def _of_outputs(self, moved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        moved = {slot: moved[slot] for slot in self.outputs if slot in moved}
-        return self.of_loss(moved) if moved else {}
+        of_loss = self.ends.product(values if self.ends.bends else moved)
+        sent = {slot: -weighted for slot, weighted in own.items()}
+        if self.ends.bends:  # it is in the values already
+            return summed(summed(own, of_loss), self.local.one_level_back(sent))
+        return summed(own, self.local.one_level_back({**sent, **of_loss}))
 
     def of_nodes(self, errors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         owner = self.graph.owner
