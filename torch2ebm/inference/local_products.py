@@ -226,7 +226,10 @@ class LocalProducts:
         self, node: Node, values: Sequence[Tensor], tangents: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
         pairs = [(value.detach(), tangent) for value, tangent in zip(values, tangents, strict=True)]
-        width = self._width([(value, tangent) for value, tangent in pairs if tangent is not None])
+        moving = [(value, tangent) for value, tangent in pairs if tangent is not None]
+        # a loss over all samples has no row of each: one width, then
+        separate = self.separate and all(self._batched(each) for each in self.passes[node.name].predictions)
+        width = self._width(moving, separate and all(self._batched(t) and t.ndim > 1 for _, t in moving))
 
         def at(shift: Tensor) -> Sequence[Tensor]:
             moved = [v if t is None else v + (_column(shift, t) * t).to(v.dtype) for v, t in pairs]
@@ -239,9 +242,11 @@ class LocalProducts:
         here = self.passes[node.name].predictions
         return [(a - b.detach()) / _column(width, a) for a, b in zip(above, here, strict=True)]
 
-    def _width(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def _batched(self, tensor: Tensor) -> bool:
+        return tensor.ndim > 0 and len(tensor) == self.call.batch_size
+
+    def _width(self, pairs: Sequence[tuple[Tensor, Tensor]], separate: bool) -> Tensor:
         """How far to go, a sample or in all: small beside the values, large beside their rounding."""
-        separate = self.separate and all(t.ndim > 1 and len(t) == self.call.batch_size for _, t in pairs)
         accuracy = torch.finfo(pairs[0][0].dtype).eps ** (1 / 3 if self.exact else 1 / 2)
         of_values = torch.stack([_largest(value, separate) for value, _ in pairs]).amax(0)
         of_tangents = torch.stack([_largest(tangent, separate) for _, tangent in pairs]).amax(0)
