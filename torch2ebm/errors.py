@@ -235,7 +235,7 @@ class DivergenceWarning(UserWarning):
 
 
 class CurvatureWarning(UserWarning):
-    """A loss that is not convex in the outputs, or without curvature there; the message says what the nudge is then."""
+    """A loss that is not convex in the errors, or has no curvature there; the message says what the nudge is then."""
 
 
 class StepSizeWarning(UserWarning):

@@ -1,5 +1,6 @@
 """Curvature inside of output nodes, as where the model returns its own loss, against matrices written out."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -74,7 +75,7 @@ def own(output: dict[str, Tensor]) -> Tensor:
 def values_before(net: nn.Sequential) -> list[Callable[[Tensor], Tensor]]:
     """One function a value, of default nodes; the last layer makes none."""
     cuts = [i for i, layer in enumerate(net) if isinstance(layer, (nn.Linear, nn.BatchNorm1d))]
-    return [net[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [net[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
 def bent(net: nn.Sequential, loss: Loss, x: Tensor = X, precisions: Sequence[float] = ()) -> ErrorProblem:

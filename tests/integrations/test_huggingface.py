@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers import relative_error
 from loops import ALGORITHMS, halving
 from torch import Tensor, nn
 
@@ -115,6 +117,36 @@ def test_weights_are_the_plain_loops(
     )
     run.trainer.train()
     assert_equal(run.net, by_hand(algorithm, run.collator.batches, accumulate, clip))
+
+
+def test_predictive_coding_with_nothing_set_is_the_plain_loops_and_learns(tmp_path: Path) -> None:
+    """The loss is inside of the last node; a nudge that did not find its curvature would warn, which is an error."""
+    run = Run(torch2ebm.PredictiveCoding(), tmp_path, per_device_train_batch_size=10, num_train_epochs=20)
+    run.scheduler.step_size = 1000
+    before = run.trainer.evaluate()["eval_loss"]
+    run.collator.batches.clear()
+    run.trainer.train()
+    assert run.model.state.relaxation.sigma_squared > 0
+    assert run.model.state.relaxation.r == pytest.approx(0.1)
+    assert run.trainer.evaluate()["eval_loss"] < 0.5 * before
+
+
+def test_the_loss_inside_is_the_loss_outside() -> None:
+    """In double precision: nudge and gradients of ``PredictiveCoding()`` with nothing set."""
+    rows = texts(10)
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    labels = batch.pop("labels")
+    found = []
+    for inside in (True, False):
+        net = bert().double()
+        model = torch2ebm.convert(net)
+        model.attach(torch2ebm.PredictiveCoding())
+        loss = model(**batch, labels=labels).loss if inside else F.cross_entropy(model(**batch).logits, labels)
+        loss.backward()
+        found.append((model.state.relaxation.sigma_squared, {n: p.grad for n, p in net.named_parameters()}))
+    (ours, gradients), (theirs, expected) = found
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert relative_error(gradients, expected) < 1e-6
 
 
 def of_batches(accumulate: int, folder: Path) -> nn.Module:

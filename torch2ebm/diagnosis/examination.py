@@ -198,13 +198,13 @@ class Examination:
             self.notes.append(Finding("no values", "the model", text, f"{remedy} Or ask for finer nodes."))
         elif -lowest > max(NOT_CONVEX, self._epsilon()) * largest:
             lost = beta is not None and -lowest * beta >= 1
-            text = f"it is not convex in the outputs: curvatures in the errors go from {lowest:.3g} to {largest:.3g}."
+            text = f"it is not convex: curvatures in the errors go from {lowest:.3g} to {largest:.3g}."
             remedy = "Relative(r) with r below 1, the default, keeps a minimum whatever the sign."
             if lost:
                 remedy = f"At beta {beta:.3g} the energy has no minimum along some direction. {remedy}"
             (self.problems if lost else self.notes).append(Finding("not convex", "the loss", text, remedy))
         elif largest == 0.0:
-            text = "it has no curvature in the outputs, so that sigma squared is no unit for a nudge."
+            text = "it has no curvature in the errors, so that sigma squared is no unit for a nudge."
             remedy = "Relative(r) makes errors of length r in the steepest sample instead."
             self.notes.append(Finding("no curvature", "the loss", text, remedy))
         if scale.reduction == "":

@@ -51,7 +51,7 @@ class Diagnosis:
         levels: Levels with a value: the longest path, in edges, from a value to the output.
         steps_to_reach: Steps of descent on values until an error has come to every node.
         sigma_squared: The largest eigenvalue of the loss's Hessian in the errors.
-        lowest: The smallest one, below 0 where the loss is not convex in the outputs.
+        lowest: The smallest one, below 0 where the loss is not convex in the errors.
         beta: The nudge at these settings; None for algorithms without one.
         r: ``beta * sigma_squared``.
         regime: What this ``r`` means, in words.

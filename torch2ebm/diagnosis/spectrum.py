@@ -3,7 +3,7 @@
 Both are by Lanczos on products that end at each node. In values the Hessian is (I - W)^T Pi (I - W) + beta J_o^T H J_o:
 W holds the derivatives of predictions in values, one edge each, J_o those of the outputs in the values that they read,
 and H is the loss's Hessian in the outputs. In errors it is Pi + beta J^T H J. Errors are zero at the feed-forward pass.
-Where output nodes are not linear in the values that they read, as where the loss is an output, these bend, too.
+Where output nodes are not linear, as where the loss is an output, they bend, too (see :class:`OutputCurvature`).
 """
 
 from __future__ import annotations

@@ -216,6 +216,7 @@ class Relative(Nudging):
     Sigma squared is the largest eigenvalue of the loss's Hessian in the errors (:meth:`EnergyModel.curvature`). It
     grows by orders of magnitude while a network learns, so no fixed ``beta`` fits. ``r`` means the same everywhere:
     towards 0 the gradient is backprop's, far above 1 the output is clamped. Gradients are in the scale of your loss.
+    A loss that the model returns has its curvature in the last node, which counts.
 
     A loss with negative curvature has ``r`` divided by the largest absolute eigenvalue. One without any curvature has
     errors of length ``r`` in its steepest sample. Both are told by a ``CurvatureWarning``.

@@ -7,7 +7,8 @@ So the iteration runs there, on H K with K = J Pi^-1 J^T, in the inner product o
 
 Output nodes that are not linear in the values they read have a second derivative of their own, as where the last node
 computes the loss. J is then the derivative of these values in the errors, and H = V^T H_L V + S: V that of the outputs
-in these values, H_L the loss's, S the second derivative of <dL/dmu, mu>. Errors are zero, so no other node's counts.
+in these values, H_L the loss's, S the second derivative of <dL/dmu, mu>. Hidden nodes count by first derivatives: in
+the values that is exact where errors are zero, in the errors it is the approximation of Gauss and Newton.
 """
 
 from __future__ import annotations

@@ -52,11 +52,11 @@ class Carried:
 
     def _scale(self, call: Call, loss: OutputLoss, energies: NodeEnergies, found: Curvature) -> float:
         if found.radius == 0.0:
-            said = "has no curvature in the outputs"
+            said = "has no curvature in the errors"
             self._tell_once(said, f"{said}; the nudge makes errors of length r in the steepest sample")
             return _steepest(call, loss, energies) or 1.0
         if -found.lowest > NOT_CONVEX * found.sigma_squared:
-            said, between = "is not convex in the outputs", f"from {found.lowest:.3g} to {found.sigma_squared:.3g}"
+            said, between = "is not convex in the errors", f"from {found.lowest:.3g} to {found.sigma_squared:.3g}"
             self._tell_once(said, f"{said} (eigenvalues {between}); the nudge is r over the largest absolute one")
         return found.radius
 

@@ -1,8 +1,9 @@
 """How curved F is in what a solver moves: the largest eigenvalue of its Hessian, by Lanczos on node-local products.
 
-At the feed-forward pass all errors are zero, so the second derivatives of hidden nodes do not count. With W the
-local derivatives among values, V those of the outputs, C the curvature of the nodes' energies (Pi for Gaussians), H
-that of the loss in the outputs, and J = V (I - W)^-1, the Hessians are
+At the feed-forward pass all errors are zero, so the second derivatives of hidden nodes do not count in the values; in
+the errors they are left out (Gauss and Newton). With W the local derivatives among values, V those of the outputs, C
+the curvature of the nodes' energies (Pi for Gaussians), H that of the loss in the outputs, and J = V (I - W)^-1, the
+Hessians are
 
     in the errors   C + J^T H J
     in the values   (I - W)^T C (I - W) + V^T H V
