@@ -134,6 +134,8 @@ CALIBRATED = [
            "self._of_nodes.product(direction)", "bent_outputs"),
     Mutant("the loss inside by an output that it ignores", "loss/node_curvature.py", "if slot in self._pulls and",
            "if slot != slot and", "bent_outputs"),
+    Mutant("a second derivative that is cut off is zero", "loss/node_curvature.py",
+           "and self._is_ones_own(evaluated)", "and False", "bent_outputs"),
     Mutant("steps that do not see the loss inside", "inference/steepness.py",
            "self.ends.product(values if self.ends.bends else moved)", "self.ends.product(moved)", "bent_outputs"),
     Mutant("a nudge that is multiplied by the curvature", "algorithms/predictive_coding.py",

@@ -216,6 +216,37 @@ def test_fused_attention_in_the_last_node_is_not_differentiated_twice() -> None:
     assert found.sigma_squared == pytest.approx(largest, rel=1e-6)
 
 
+class Square(torch.autograd.Function):
+    """Half a square whose derivative cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return 0.5 * x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0]
+
+
+class CutSquare(Square):
+    """The same, which says nothing and gives zeros, as a fused loss that keeps its gradient does."""
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].detach()
+
+
+@pytest.mark.parametrize("function", [Square, CutSquare])
+def test_a_loss_inside_that_cannot_be_differentiated_twice(function: type[torch.autograd.Function]) -> None:
+    net = seeded(body)
+    largest, _ = ends_of(bent(net, squared))
+    model = torch2ebm.convert(Own(net, lambda output: function.apply(output - TARGET).sum()))
+    found = model.curvature(own, {"x": X})
+    assert model.graph.hidden_nodes and found.sigma_squared == pytest.approx(largest, rel=1e-6)
+
+
 # ---- the nudge and the gradients
 
 

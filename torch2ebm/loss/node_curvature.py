@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from torch2ebm.engine.call import Call, NodePass, at_least_single
 from torch2ebm.loss.output_loss import OutputLoss
@@ -61,9 +62,13 @@ class NodeCurvature:
     def _bent(self, evaluated: NodePass, along: Sequence[Tensor]) -> Sequence[Tensor | None]:
         if evaluated.node.name not in self._without:
             try:
-                return self._twice(evaluated, along)
+                found = self._twice(evaluated, along)
             except RuntimeError:  # fused attention, or a function of one's own
-                self._without.add(evaluated.node.name)
+                found = []
+            cut = not any(part is not None and bool(part.any()) for part in found) and self._is_ones_own(evaluated)
+            if found and not cut:
+                return found
+            self._without.add(evaluated.node.name)
         return self._by_difference(evaluated, along)
 
     def _pulled(self, evaluated: NodePass, create_graph: bool) -> Sequence[Tensor | None]:
@@ -91,6 +96,20 @@ class NodeCurvature:
         slopes: Any
         slopes, directions = zip(*pairs, strict=True)
         return torch.autograd.grad(slopes, evaluated.inputs, directions, retain_graph=True, allow_unused=True)
+
+    def _is_ones_own(self, evaluated: NodePass) -> bool:
+        """Whether a function of the user's own is in it: its second derivative may be cut off without a word."""
+        left = [prediction.grad_fn for prediction in evaluated.predictions]
+        seen: set[Any] = set()
+        while left:
+            function = left.pop()
+            if function is None or function in seen:
+                continue
+            if isinstance(function, BackwardCFunction):
+                return True
+            seen.add(function)
+            left += [following for following, _ in function.next_functions]
+        return False
 
     def _by_difference(self, evaluated: NodePass, along: Sequence[Tensor]) -> list[Tensor | None]:
         values = [value.detach() for value in evaluated.inputs]
