@@ -424,7 +424,7 @@ DIAGNOSIS = [
     Mutant("a Hessian without the nudge", "diagnosis/spectrum.py", "{s: self.beta * pull for", "{s: pull for",
            "diagnose::sigma_squared_is_that_of_the_model_and_the_spectrum_in_errors_is_made_of_it"),
     Mutant("a spectrum without precisions", "diagnosis/spectrum.py",
-           "return error * ((precision.to(error) if isinstance(precision, Tensor) else precision) ** power)",
+           "return error * (precision.to(error) if isinstance(precision, Tensor) else precision)",
            "return error",
            "diagnose::the_ends_of_the_spectrum_in_values_are_those_of_the_dense_hessian"),
     Mutant("a bound that is no bound", "diagnosis/spectrum.py", "vague = smallest - lowest > KNOWN * abs(smallest)",
@@ -448,8 +448,9 @@ DIAGNOSIS = [
     Mutant("an lr that is advised untried", "diagnosis/judging.py",
            "if again.error is None and not any(_of_step_size(again, bounds)):", "if True:",
            "diagnose::where_curvature_grows_on_the_way_the_lr_that_is_advised_is_below_that_of_the_start"),
-    Mutant("output nodes that do not bend", "diagnosis/spectrum.py", "return summed(sent, {s: self.beta",
-           "return summed(sent, {s: 0.0", "diagnose::an_output_that_bends_is_in_the_spectrum"),
+    Mutant("a spectrum in values without the loss at bent nodes", "diagnosis/spectrum.py",
+           "return summed(self.local.differences_back(hidden), self._pulls(direction))",
+           "return self.local.differences_back(hidden)", "diagnose::an_output_that_bends_is_in_the_spectrum"),
 ]  # fmt: skip
 
 AROUND = [
