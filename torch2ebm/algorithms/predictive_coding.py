@@ -59,8 +59,8 @@ class PredictiveCoding(Algorithm):
 
     With neither ``steps`` nor ``lr`` nor ``solver`` it calibrates itself. Errors relax to their equilibrium by
     :class:`ErrorConjugateGradient`, and ``nudging`` is ``Relative(0.1, largest_error=0.1)``. There is no step size to
-    set, and ``beta`` follows the curvature of the loss. With ``steps`` or ``lr`` it is the strict algorithm of the literature (Strict in
-    Torch2PC): so many steps of descent on the values, at ``beta = 1``.
+    set, and ``beta`` follows the curvature of the loss. With ``steps`` or ``lr`` it is the strict algorithm of the
+    literature (Strict in Torch2PC): so many steps of descent on the values, at ``beta = 1``.
 
     Args:
         steps: Inference steps, each one vector-Jacobian product a node; 20 where only ``lr`` is given.
