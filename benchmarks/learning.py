@@ -44,9 +44,14 @@ SETTINGS: Sequence[Setting] = (
     Setting("head", torch2ebm.Backprop(), head_only=True),
     Setting("z-il", torch2ebm.ZeroDivergence()),
     Setting("default", PredictiveCoding()),
-    *(Setting(f"r={r}", PredictiveCoding(nudging=Relative(r))) for r in (0.01, 0.03, 0.3, 1.0, 3.0, 10.0)),
+    *(Setting(f"both={r}", PredictiveCoding(nudging=Relative(r, largest_error=r))) for r in (0.3, 1.0)),
+    *(Setting(f"r={r}", PredictiveCoding(nudging=Relative(r))) for r in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
     Setting("strict-.1", PredictiveCoding(steps=20, lr=0.1)),
     Setting("strict-.01", PredictiveCoding(steps=20, lr=0.01)),
+    Setting("strict-auto", PredictiveCoding(steps=20, lr="auto")),
+    Setting(
+        "errors-auto", PredictiveCoding(solver=torch2ebm.ErrorDescent(steps="auto", lr="auto"), nudging=Relative(0.1))
+    ),
     Setting("error-descent", PredictiveCoding(solver=torch2ebm.ErrorDescent(steps=20, lr=0.1))),
     Setting("fixed-prediction", torch2ebm.FixedPrediction(steps=20, lr=0.1)),
 )

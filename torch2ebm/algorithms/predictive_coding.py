@@ -58,9 +58,9 @@ class PredictiveCoding(Algorithm):
     prediction of the output.
 
     With neither ``steps`` nor ``lr`` nor ``solver`` it calibrates itself. Errors relax to their equilibrium by
-    :class:`ErrorConjugateGradient`, and ``nudging`` is ``Relative(0.1)``: there is no step size to set, and ``beta``
-    follows the curvature of the loss. With ``steps`` or ``lr`` it is the strict algorithm of the literature (Strict in
-    Torch2PC): so many steps of descent on the values, at ``beta = 1``.
+    :class:`ErrorConjugateGradient`, and ``nudging`` is ``Relative(0.1, largest_error=0.1)``. There is no step size to
+    set, and ``beta`` follows the curvature of the loss. With ``steps`` or ``lr`` it is the strict algorithm of the
+    literature (Strict in Torch2PC): so many steps of descent on the values, at ``beta = 1``.
 
     Args:
         steps: Inference steps, each one vector-Jacobian product a node; 20 where only ``lr`` is given.
@@ -98,7 +98,7 @@ class PredictiveCoding(Algorithm):
     steps: int | str = STEPS
     lr: float | str = RATE
     solver: Solver[Any] = field(default=None, kw_only=True)  # type: ignore[arg-type]  # then made of steps and lr
-    nudging: Nudging = field(default=None, kw_only=True)  # type: ignore[assignment]  # OneSided(1), or Relative(R)
+    nudging: Nudging = field(default=None, kw_only=True)  # type: ignore[assignment]  # OneSided(1), or relative
     precisions: InitVar[Mapping[str, float | Tensor] | None] = field(default=None, kw_only=True)
     energies: Mapping[str, Energy] = field(default_factory=NodeEnergies, kw_only=True)
     loss_reduction: str = field(default="mean", kw_only=True)
@@ -134,7 +134,9 @@ class PredictiveCoding(Algorithm):
         solver = None if given and hasattr(self.solver, _CALIBRATED) else self.solver
         nudging = None if given and hasattr(self.nudging, _CALIBRATED) else self.nudging
         if solver is None and not given:
-            return _marked(ErrorConjugateGradient(), _CALIBRATED), nudging or _marked(Relative(R), _CALIBRATED)
+            return _marked(ErrorConjugateGradient(), _CALIBRATED), nudging or _marked(
+                Relative(R, largest_error=R), _CALIBRATED
+            )
         if solver is None:
             solver = _marked(GradientDescent(_plain(given.get("steps", STEPS)), _plain(given.get("lr", RATE))), _MADE)
         elif given and hasattr(solver, _MADE):
@@ -197,8 +199,8 @@ class PredictiveCoding(Algorithm):
         """What a relative nudge is divided by; None for another one."""
         if not isinstance(self.nudging, Relative):
             return None
-        memory = carried(call, NodeEnergies(self.energies), self.loss_reduction)
-        return memory.unit(call, loss, NodeEnergies(self.energies), self.nudging.every)
+        memory = carried(call, NodeEnergies(self.energies), self.loss_reduction, self.nudging)
+        return memory.unit(call, loss, NodeEnergies(self.energies), self.nudging)
 
     def _phase(
         self, call: Call, loss: OutputLoss, beta: float, unit: NudgeUnit | None, retain_call: bool
@@ -206,7 +208,7 @@ class PredictiveCoding(Algorithm):
         nudged = loss if beta == 1.0 else NudgedLoss(loss, beta)  # no product by one in every step
         try:
             inference = self.solver.inference(call, nudged, self.energies, retain_call)
-            inference.nudge = None if unit is None else beta * unit.scale
+            inference.nudge = None if unit is None else beta * unit.sigma_squared
             # what a relative nudge keeps from call to call is r, up to rounding
             inference.carried_under = (unit is None, self.loss_reduction, float(f"{inference.nudge or beta:.6g}"))
             found = relax(self.solver, inference, beta, self.programs)
@@ -216,7 +218,7 @@ class PredictiveCoding(Algorithm):
 
 
 def _with_unit(found: LocalGradients, unit: NudgeUnit) -> LocalGradients:
-    relaxation = replace(found.state.relaxation, sigma_squared=unit.scale, curvature_cost=unit.backprops)
+    relaxation = replace(found.state.relaxation, sigma_squared=unit.sigma_squared, curvature_cost=unit.backprops)
     return replace(found, state=replace(found.state, relaxation=relaxation, phases=(relaxation,)))
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from torch2ebm.common.checks import check_positive, check_steps
+from torch2ebm.common.checks import check_steps
 from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.errors import ConfigurationError
 
@@ -221,14 +221,19 @@ class Relative(Nudging):
     A loss with negative curvature has ``r`` divided by the largest absolute eigenvalue. One without any curvature has
     errors of length ``r`` in its steepest sample. Both are told by a ``CurvatureWarning``.
 
+    Before a network has learned, the curvature is so small that errors can be as long as the values themselves. There
+    the curvature at the start says little of where they end. ``largest_error`` makes ``beta`` smaller in that case.
+
     Args:
         r: How strong the nudge is.
         sides: ``OneSided(1)``, or another nudging whose betas ``r`` multiplies. ``Symmetric(1)`` relaxes twice, at
             ``r`` and at ``-r``; from ``r = 1`` on the second has no minimum.
         every: Curvature is measured on every so many calls of a graph, and carried in between; 1 measures on each.
+        largest_error: The length of a sample's errors over that of its values is at most about this much; None for no
+            such bound. ``PredictiveCoding()`` takes ``Relative(0.1, largest_error=0.1)``.
 
     Raises:
-        ConfigurationError: for an ``r`` that is not positive and finite, or fewer than one call.
+        ConfigurationError: for an ``r`` or a bound that is not positive and finite, or fewer than one call.
 
     Example:
         >>> import torch, torch2ebm
@@ -247,11 +252,12 @@ class Relative(Nudging):
     r: float
     sides: Nudging = field(default_factory=OneSided)
     every: int = 10
+    largest_error: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool):
-            raise ConfigurationError("Relative(r=...)", repr(self.r), "a finite number above 0", "Choose another.")
-        check_positive("Relative", r=self.r)
+        check_number_above_0("Relative(r=...)", self.r)
+        if self.largest_error is not None:
+            check_number_above_0("Relative(largest_error=...)", self.largest_error)
         check_steps("Relative", self.every, "every")
         if not isinstance(self.sides, Nudging) or self.sides.is_complex or self.sides.is_relative:
             got, expected = repr(self.sides), "a nudging of real numbers in units of the loss"
@@ -267,6 +273,10 @@ class Relative(Nudging):
 
 
 def check_beta(where: str, beta: object) -> None:
-    number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
-    if not (number and math.isfinite(beta) and beta > 0):  # type: ignore[arg-type,operator]
-        raise ConfigurationError(f"{where}(beta=...)", repr(beta), "a finite number above 0", "Choose another.")
+    check_number_above_0(f"{where}(beta=...)", beta)
+
+
+def check_number_above_0(where: str, found: object) -> None:
+    number = isinstance(found, (int, float)) and not isinstance(found, bool)
+    if not (number and math.isfinite(found) and found > 0):  # type: ignore[arg-type,operator]
+        raise ConfigurationError(where, repr(found), "a finite number above 0", "Choose another.")
