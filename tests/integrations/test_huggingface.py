@@ -132,7 +132,7 @@ def test_predictive_coding_with_nothing_set_learns(tmp_path: Path) -> None:
     before = run.trainer.evaluate()["eval_loss"]
     run.trainer.train()
     assert run.model.state.relaxation.sigma_squared > 0
-    assert run.model.state.relaxation.r == pytest.approx(0.1)
+    assert 0 < run.model.state.relaxation.r <= 0.1 * (1 + 1e-6)
     assert run.trainer.evaluate()["eval_loss"] < 0.5 * before
 
 
