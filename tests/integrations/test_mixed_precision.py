@@ -12,6 +12,7 @@ from loops import ALGORITHMS, Batch, batches, halving, network, plain_loop, same
 from torch import Tensor, nn
 
 import torch2ebm
+from torch2ebm.common.rows import combined, least_squares
 from torch2ebm.errors import NonFiniteError
 
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
@@ -268,3 +269,43 @@ def test_under_a_scaler_a_loss_that_is_infinite_itself_is_an_error_at_once(algor
     with pytest.raises(NonFiniteError, match="the loss, backward"):
         scaled.scaler.scale(loss).backward()
     assert_same(scaled.net.state_dict(), before)
+
+
+WITH_ALGEBRA: dict[str, torch2ebm.Algorithm] = {
+    "PredictiveCoding()": torch2ebm.PredictiveCoding(),
+    "conjugate gradients": torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorConjugateGradient()),
+    "Anderson": torch2ebm.PredictiveCoding(solver=torch2ebm.AndersonErrorDescent(20, lr=0.1)),
+    "lr='auto'": torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(20, lr="auto")),
+    "ImplicitSGD": torch2ebm.ImplicitSGD(alpha=0.1),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NotSettledWarning")  # ImplicitSGD's tol is below bfloat16's digits
+@pytest.mark.parametrize("algorithm", WITH_ALGEBRA.values(), ids=WITH_ALGEBRA)
+def test_an_algorithm_with_algebra_of_its_own_learns_the_same_under_autocast(algorithm: torch2ebm.Algorithm) -> None:
+    """To the digits of bfloat16: eight bits, so half a percent an operation."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
+    x, y = torch.randn(16, 8), torch.randint(3, (16,))
+
+    def gradients(loss: Callable[..., Tensor]) -> list[Tensor]:
+        twin = copy.deepcopy(net)
+        model = torch2ebm.convert(twin)
+        torch2ebm.EnergyOptimizer(torch.optim.SGD(twin.parameters(), lr=0.1), model, algorithm)
+        loss(model, x, y).backward()
+        return [p.grad for p in twin.parameters() if p.grad is not None]
+
+    single = gradients(lambda model, x, y: F.cross_entropy(model(x), y))
+    for got, expected in zip(gradients(loss_in_bfloat16), single, strict=True):
+        assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+def test_products_of_the_packages_own_keep_their_digits_under_autocast() -> None:
+    torch.manual_seed(0)
+    changes, target = torch.randn(3, 40, 2), torch.randn(3, 40)
+    weights = least_squares(changes, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not torch.equal((changes @ weights).squeeze(2), combined(changes, weights))  # autocast rounds
+        under = least_squares(changes, target)
+        moved = combined(changes, weights)
+    assert torch.equal(under, weights) and torch.equal(moved, (changes @ weights).squeeze(2))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.common.nested import attributes_of, fill, leaves_of, settings_of
-from torch2ebm.common.rows import Rows, least_squares
+from torch2ebm.common.rows import Rows, combined, least_squares
 from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.equilibrium.dynamics import Equilibrium, Influence, States
 from torch2ebm.errors import ConfigurationError
@@ -245,7 +245,7 @@ class AndersonMixing(Update):
         # w = argmin |g_k - dG w|; the next point is f_k - dF w (Walker and Ni 2011)
         weights = least_squares(_differences(steps), steps[-1])  # [rows, memory, 1]
         found = dict[str, Tensor]()
-        rows.unpack(past.images[-1] - (_differences(past.images) @ weights).squeeze(2), found)
+        rows.unpack(past.images[-1] - combined(_differences(past.images), weights), found)
         return {slot: _as(found[slot], state) for slot, state in states.items()}
 
 

@@ -21,6 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from torch2ebm.common.own_precision import in_own_precision
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.implicit.dense_layers import DenseLayer
@@ -211,7 +212,7 @@ class SampleTerm(LocalTerm):
         if self.own is None or not self.inputs:
             return pulled(self.predictions, cotangents, self.inputs)
         change, _ = self.step()
-        with torch.enable_grad():
+        with torch.enable_grad(), in_own_precision(change):
             moved = self.predictions[0] + (self.rows @ change.t()).reshape(self.predictions[0].shape)
         return pulled([moved], cotangents, self.inputs)
 
@@ -229,15 +230,18 @@ class SampleTerm(LocalTerm):
 
     def parameter_gradients(self, driving: Tensor) -> tuple[Tensor, Tensor]:
         """``grad L + (theta+ - theta) / alpha`` of weight and bias, shapes ``[fan_out, fan_in]`` and ``[fan_out]``."""
-        return driving.t() @ self.rows.detach(), driving.sum(0) * float(self.has_bias)
+        with in_own_precision(driving):
+            return driving.t() @ self.rows.detach(), driving.sum(0) * float(self.has_bias)
 
     def step(self) -> tuple[Tensor, Tensor]:
         """The change of weight and bias: ``alpha s^T A`` and ``alpha`` times the sum of ``s`` over samples."""
         full = self.full.detach()
-        return self.alpha * full.t() @ self.rows.detach(), self.alpha * full.sum(0)
+        with in_own_precision(full):
+            return self.alpha * full.t() @ self.rows.detach(), self.alpha * full.sum(0)
 
     def conditioned(self, gradient: Tensor) -> Tensor:
-        found = self._inverse @ gradient
+        with in_own_precision(gradient):
+            found = self._inverse @ gradient
         return found if self.held is None else found.masked_fill(self.held, 0.0)
 
     @cached_property

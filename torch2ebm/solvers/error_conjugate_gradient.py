@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.common.checks import check_steps, check_tolerance
+from torch2ebm.common.own_precision import in_own_precision
 from torch2ebm.common.rows import Rows
 from torch2ebm.engine.energies import precision_of
 from torch2ebm.graph.activations import may_have_kinks
@@ -334,7 +335,8 @@ def _turned(direction: Tensor, keep: Tensor, steepest: Tensor, turn: Tensor, rec
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)  # [rows, 1], in one pass
+    with in_own_precision(a):
+        return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)  # [rows, 1], in one pass
 
 
 def _squared(a: Tensor, weight: Tensor | None) -> Tensor:
