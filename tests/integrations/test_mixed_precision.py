@@ -280,7 +280,9 @@ WITH_ALGEBRA: dict[str, torch2ebm.Algorithm] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NotSettledWarning")  # ImplicitSGD's tol is below bfloat16's digits
+@pytest.mark.filterwarnings(
+    "ignore::torch2ebm.errors.NotSettledWarning"
+)  # ImplicitSGD's tol is below bfloat16's digits
 @pytest.mark.parametrize("algorithm", WITH_ALGEBRA.values(), ids=WITH_ALGEBRA)
 def test_an_algorithm_with_algebra_of_its_own_learns_the_same_under_autocast(algorithm: torch2ebm.Algorithm) -> None:
     """To the digits of bfloat16: eight bits, so half a percent an operation."""
