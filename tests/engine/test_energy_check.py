@@ -170,7 +170,7 @@ def test_a_wrong_one_is_refused_by_its_name_and_the_derivative(energy: Energy, d
 
 
 def test_gradients_of_another_shape_are_refused() -> None:
-    with pytest.raises(EnergyGradientError, match="a tensor of shape .* for dphi/dvalue") as caught:
+    with pytest.raises(EnergyGradientError, match=r"a tensor of shape .* for dphi/dvalue") as caught:
         attach(Made(lambda e, p: 0.5 * e**2, lambda e, p: twice(torch.cat([e, e]))))
     assert "a tensor of shape" in caught.value.expected
 

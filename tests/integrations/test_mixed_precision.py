@@ -12,8 +12,8 @@ from loops import ALGORITHMS, Batch, batches, halving, network, plain_loop, same
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.common.rows import combined, least_squares
 from torch2ebm.errors import NonFiniteError
+from torch2ebm.solvers.anderson_error_descent import AndersonHistory
 
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 
@@ -302,12 +302,12 @@ def test_an_algorithm_with_algebra_of_its_own_learns_the_same_under_autocast(alg
         assert (got - expected).norm() < 0.05 * expected.norm()
 
 
-def test_products_of_the_packages_own_keep_their_digits_under_autocast() -> None:
-    torch.manual_seed(0)
-    changes, target = torch.randn(3, 40, 2), torch.randn(3, 40)
-    weights = least_squares(changes, target)
+@pytest.mark.parametrize("memory", [1, 3])
+def test_mixing_of_past_iterates_keeps_its_digits_under_autocast(memory: int) -> None:
+    solver = torch2ebm.AndersonErrorDescent(5, memory=memory)
+    rows = [torch.randn(3, 40, generator=torch.Generator().manual_seed(seed)) for seed in range(2 * memory + 2)]
+    history = AndersonHistory(rows[: memory + 1], rows[memory + 1 :])
+    single = solver._next(history)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not torch.equal((changes @ weights).squeeze(2), combined(changes, weights))  # autocast rounds
-        under = least_squares(changes, target)
-        moved = combined(changes, weights)
-    assert torch.equal(under, weights) and torch.equal(moved, (changes @ weights).squeeze(2))
+        assert (rows[0] @ rows[1].t()).dtype == torch.bfloat16
+        assert torch.equal(solver._next(history), single)

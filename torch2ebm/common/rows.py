@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from torch2ebm.common.own_precision import in_own_precision
-
 
 class Rows:
     """From tensors by slot to one row for each sample, and back.
@@ -48,17 +46,10 @@ def least_squares(changes: Tensor, target: Tensor) -> Tensor:
     """
     # Near a solution the changes become collinear, so the problem is rank deficient. torch.linalg.lstsq cannot solve
     # that on CUDA, where its only driver ('gels') takes full-rank matrices; normal equations with a ridge can.
-    with in_own_precision(changes):
-        gram, image = changes.mT @ changes, changes.mT @ target.unsqueeze(2)  # [rows, memory, memory and 1]
+    gram = changes.mT @ changes  # [rows, memory, memory]
     largest = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
     scale = torch.where(largest > 0, largest, 1.0)  # a row at rest: 0 / 1, not 0 / 0
     # the largest diagonal entry is 1 by now: 10 eps is just above what rounding leaves of an eigenvalue of zero
     ridge = 10 * torch.finfo(gram.dtype).eps * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    weights: Tensor = torch.linalg.solve(gram / scale + ridge, image / scale)
+    weights: Tensor = torch.linalg.solve(gram / scale + ridge, changes.mT @ target.unsqueeze(2) / scale)
     return weights
-
-
-def combined(changes: Tensor, weights: Tensor) -> Tensor:
-    """The sum of changes, each with its weight: ``[rows, entries]`` from the shapes of :func:`least_squares`."""
-    with in_own_precision(changes):
-        return (changes @ weights).squeeze(2)

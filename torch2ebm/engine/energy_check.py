@@ -105,8 +105,8 @@ def _mismatch(
     try:
         given = given.expand_as(value).double()
     except RuntimeError:
-        shapes = (f"a tensor of shape {tuple(each.shape)}" for each in (given, value))
-        return _Mismatch(derivative, *shapes, has_other_shape=True)
+        got, expected = (f"a tensor of shape {tuple(each.shape)}" for each in (given, value))
+        return _Mismatch(derivative, got, expected, has_other_shape=True)
     for narrow, wide in zip(differences[::2], differences[1::2], strict=True):
         scale = torch.maximum(narrow.abs().max(), given.nan_to_num().abs().max())
         doubt = (narrow - wide).abs()
@@ -118,8 +118,9 @@ def _mismatch(
         place = off.argmax()
         if not float(off.flatten()[place]) > TOLERANCE * float(scale) + 1e-9:
             return None
-        got, expected, at, mu = (each.flatten()[place].item() for each in (given, narrow, value, prediction))
-        return _Mismatch(derivative, f"{got:.6g}", f"{expected:.6g}", f", at value {at:.4g} and prediction {mu:.4g}")
+        entry, difference, at, mu = (each.flatten()[place].item() for each in (given, narrow, value, prediction))
+        where = f", at value {at:.4g} and prediction {mu:.4g}"
+        return _Mismatch(derivative, f"{entry:.6g}", f"{difference:.6g}", where)
     raise _SaysNothingError
 
 

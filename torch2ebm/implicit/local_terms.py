@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from torch2ebm.common.own_precision import in_own_precision
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.errors import UnsupportedError
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.implicit.dense_layers import DenseLayer
+from torch2ebm.isolation.torch_modes import in_own_precision
 
 
 class LocalTerm(ABC):

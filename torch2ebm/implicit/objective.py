@@ -21,13 +21,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torch2ebm.common.own_precision import in_own_precision
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.implicit.dense_layers import DenseLayer
 from torch2ebm.implicit.expansion import Expansion
 from torch2ebm.implicit.local_terms import LocalTerm, deliver, pulled
 from torch2ebm.implicit.newton import BySlot, moved
+from torch2ebm.isolation.torch_modes import in_own_precision
 from torch2ebm.loss.output_loss import OutputLoss
 
 
@@ -203,7 +203,9 @@ class SampleTerm(LocalTerm):
         if len(own) == 1:
             return torch.where(held, wanted / self.gram, own)
         unit = torch.eye(len(own), dtype=own.dtype, device=own.device)
-        systems = torch.where(held.t().unsqueeze(2), self.gram, unit)  # [fan_out, batch, batch]
+        # samples that are alike make K singular: the ridge shares the error among them
+        ridge = 10 * torch.finfo(own.dtype).eps * self.gram.detach().diagonal().amax()
+        systems = torch.where(held.t().unsqueeze(2), self.gram + ridge * unit, unit)  # [fan_out, batch, batch]
         solved: Tensor = torch.linalg.solve_ex(systems, wanted.t())[0]
         return solved.t()
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from torch2ebm.common.checks import check_steps, check_tolerance
-from torch2ebm.common.own_precision import in_own_precision
 from torch2ebm.common.rows import Rows
 from torch2ebm.engine.energies import precision_of
 from torch2ebm.graph.activations import may_have_kinks
 from torch2ebm.inference.error_inference import ErrorInference
 from torch2ebm.inference.solver import ErrorSolver, Rest
+from torch2ebm.isolation.torch_modes import in_own_precision
 
 STILL = 2  # so many steps without a move, or without a fall of the energy, while the gradient stays: a kink
 BACK = (1e-3, 0.5)  # how much shorter a step may become that raised the energy
