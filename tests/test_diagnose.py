@@ -570,6 +570,7 @@ def faults_of(net: nn.Module, loss: Any, batch: Any, algorithm: torch2ebm.Algori
 
 
 @pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.StepSizeWarning")  # a step that is too long is one of them
 @pytest.mark.parametrize("name", TRAPS)
 def test_what_is_wrong_is_named_and_every_advice_cures_it(name: str) -> None:
     net, loss, batch, algorithm, expected = TRAPS[name]

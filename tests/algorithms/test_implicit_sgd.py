@@ -1,5 +1,6 @@
 """Implicit SGD by inference is implicit SGD on the parameters (Alonso et al. 2022)."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -623,3 +624,23 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
     case = Case(batch=4, loss=lambda output: (output - TARGETS[:4] * float("nan")).square().mean())
     with pytest.raises(NonFiniteError, match="the loss, backward"):
         step_of(case, 0.1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_batch_twice_over_makes_the_step_of_the_batch(seed: int) -> None:
+    """The mean over the samples is the same. Samples that are alike make the Gram matrix singular, and ReLU has kinks
+    on which their values are held together."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3)).double()
+    x, y = torch.randn(6, 6).double(), torch.randint(3, (6,))
+    found = []
+    for times in (1, 2):
+        twin = copy.deepcopy(net)
+        model = torch2ebm.convert(twin)
+        algorithm = torch2ebm.ImplicitSGD(alpha=0.5)
+        torch2ebm.EnergyOptimizer(torch.optim.SGD(twin.parameters(), lr=0.5), model, algorithm)
+        F.cross_entropy(model(x.repeat(times, 1)), y.repeat(times)).backward()
+        assert model.state.relaxation.converged
+        found.append([p.grad for p in twin.parameters() if p.grad is not None])
+    for got, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)

@@ -106,6 +106,12 @@ RIGHT = {
     "bernoulli of logits": Made(bernoulli, lambda e, p: (-p, (e + p) - p.sigmoid())),
     "on the simplex": Made(simplex, by_autograd(simplex)),
     "in single precision inside": Made(lambda e, p: 0.5 * e.float() ** 2, lambda e, p: twice(e)),
+    "in half precision inside": Made(lambda e, p: 0.5 * e.bfloat16() ** 2, lambda e, p: twice(e.bfloat16())),
+    "weight of each sample": Made(
+        lambda e, p, weight: 0.5 * weight[:, None] * e**2,
+        lambda e, p, weight: twice(weight[:, None] * e),
+        weight=VECTOR,
+    ),
     "large": Made(lambda e, p: 5e7 * e**2, lambda e, p: twice(1e8 * e)),
     "small": Made(lambda e, p: 5e-9 * e**2, lambda e, p: twice(1e-8 * e)),
     "random": Made(lambda e, p: 0.5 * e**2 + torch.rand(()), lambda e, p: twice(e)),
@@ -127,6 +133,10 @@ WRONG = {
     "one per cent off": (Made(lambda e, p: 0.5 * e**2, lambda e, p: twice(1.01 * e)), "dphi/dvalue"),
     "a precision forgotten": (
         Made(lambda e, p, weight: 0.5 * weight * e**2, lambda e, p, weight: twice(e), weight=VECTOR),
+        "dphi/dvalue",
+    ),
+    "a weight of each sample forgotten": (
+        Made(lambda e, p, weight: 0.5 * weight[:, None] * e**2, lambda e, p, weight: twice(e), weight=VECTOR),
         "dphi/dvalue",
     ),
     "no number": (Made(lambda e, p: 0.5 * e**2, lambda e, p: twice(e * math.nan)), "dphi/dvalue"),
@@ -157,6 +167,12 @@ def test_a_wrong_one_is_refused_by_its_name_and_the_derivative(energy: Energy, d
     assert error.where == "Made.gradients, the energy of node '0'" and f"for {derivative}" in error.got
     assert "by differences of Made.of_batch" in error.expected and error.remedy
     assert isinstance(error, ConfigurationError)
+
+
+def test_gradients_of_another_shape_are_refused() -> None:
+    with pytest.raises(EnergyGradientError, match=r"a tensor of shape .* for dphi/dvalue") as caught:
+        attach(Made(lambda e, p: 0.5 * e**2, lambda e, p: twice(torch.cat([e, e]))))
+    assert "a tensor of shape" in caught.value.expected
 
 
 def test_the_numbers_of_the_message_are_those_of_the_energy() -> None:

@@ -125,3 +125,18 @@ def test_the_summary_has_a_column_after_a_step_and_none_before() -> None:
     rows = {line.split()[0]: line for line in model.summary().splitlines() if line}
     assert rows["node"].endswith("signal")
     assert all(rows[name].endswith(signal) for name, signal in model.state.signal.items())
+
+
+def test_nodes_before_a_rounded_one_whose_errors_are_rounded_away_are_named_too() -> None:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(18) for layer in (nn.Linear(32, 32), nn.Tanh())]
+    net = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), *layers, nn.Linear(32, 10))
+    model = torch2ebm.convert(net)
+    torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, torch2ebm.PredictiveCoding(20, 0.1))
+    with pytest.warns(NoSignalWarning) as told:
+        nn.functional.cross_entropy(model(torch.randn(16, 32)), torch.arange(16) % 10).backward()
+    still = [name for name, signal in model.state.signal.items() if signal in ("zero", "rounding")]
+    assert "zero" in model.state.signal.values() and "rounding" in model.state.signal.values()
+    assert len(told) == 1
+    for name in still:
+        assert f" {name}," in str(told[0].message)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import torch2ebm
 from torch2ebm.errors import NonFiniteError
+from torch2ebm.solvers.anderson_error_descent import AndersonHistory
 
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 
@@ -268,3 +269,45 @@ def test_under_a_scaler_a_loss_that_is_infinite_itself_is_an_error_at_once(algor
     with pytest.raises(NonFiniteError, match="the loss, backward"):
         scaled.scaler.scale(loss).backward()
     assert_same(scaled.net.state_dict(), before)
+
+
+WITH_ALGEBRA: dict[str, torch2ebm.Algorithm] = {
+    "PredictiveCoding()": torch2ebm.PredictiveCoding(),
+    "conjugate gradients": torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorConjugateGradient()),
+    "Anderson": torch2ebm.PredictiveCoding(solver=torch2ebm.AndersonErrorDescent(20, lr=0.1)),
+    "lr='auto'": torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(20, lr="auto")),
+    "ImplicitSGD": torch2ebm.ImplicitSGD(alpha=0.1),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore::torch2ebm.errors.NotSettledWarning"
+)  # ImplicitSGD's tol is below bfloat16's digits
+@pytest.mark.parametrize("algorithm", WITH_ALGEBRA.values(), ids=WITH_ALGEBRA)
+def test_an_algorithm_with_algebra_of_its_own_learns_the_same_under_autocast(algorithm: torch2ebm.Algorithm) -> None:
+    """To the digits of bfloat16: eight bits, so half a percent an operation."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
+    x, y = torch.randn(16, 8), torch.randint(3, (16,))
+
+    def gradients(loss: Callable[..., Tensor]) -> list[Tensor]:
+        twin = copy.deepcopy(net)
+        model = torch2ebm.convert(twin)
+        torch2ebm.EnergyOptimizer(torch.optim.SGD(twin.parameters(), lr=0.1), model, algorithm)
+        loss(model, x, y).backward()
+        return [p.grad for p in twin.parameters() if p.grad is not None]
+
+    single = gradients(lambda model, x, y: F.cross_entropy(model(x), y))
+    for got, expected in zip(gradients(loss_in_bfloat16), single, strict=True):
+        assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("memory", [1, 3])
+def test_mixing_of_past_iterates_keeps_its_digits_under_autocast(memory: int) -> None:
+    solver = torch2ebm.AndersonErrorDescent(5, memory=memory)
+    rows = [torch.randn(3, 40, generator=torch.Generator().manual_seed(seed)) for seed in range(2 * memory + 2)]
+    history = AndersonHistory(rows[: memory + 1], rows[memory + 1 :])
+    single = solver._next(history)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (rows[0] @ rows[1].t()).dtype == torch.bfloat16
+        assert torch.equal(solver._next(history), single)

@@ -24,7 +24,7 @@ from torch2ebm.diagnosis.judging import (
 )
 from torch2ebm.diagnosis.loss_scale import LossScale, reduction_of
 from torch2ebm.diagnosis.measuring import Measured, measured_of
-from torch2ebm.diagnosis.reach import steps_to_reach, without_gradient
+from torch2ebm.diagnosis.reach import steps_to_reach_all, without_gradient
 from torch2ebm.diagnosis.report import Advice, Diagnosis, regime_of
 from torch2ebm.diagnosis.settings import has_setting, relaxes, went_all_the_way
 from torch2ebm.diagnosis.subject import Subject, Trial, joined
@@ -79,7 +79,7 @@ class Examination:
             batch_size,
             LossScale(self.loss),
             levels=graph.depth,
-            steps_to_reach=steps_to_reach(graph, graph.output_slots),
+            steps_to_reach=steps_to_reach_all(graph, graph.output_slots),
             batch_norms=self._batch_norms(),
             without_gradient=without_gradient(self.reference),
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.diagnosis.loss_scale import LossScale, half_and_terms, output_curvature
-from torch2ebm.diagnosis.reach import Reach, reach_of, steps_to_reach
+from torch2ebm.diagnosis.reach import Reach, reach_of, steps_to_reach_all
 from torch2ebm.diagnosis.settings import nudge_of
 from torch2ebm.diagnosis.spectrum import EnergyHessian, Spectrum
 from torch2ebm.engine.call import Call
@@ -71,7 +71,7 @@ def measured_of(
         curvature.lowest,
         reach_of(call, loss),
         call.graph.depth,
-        steps_to_reach(call.graph, loss.delivered),
+        steps_to_reach_all(call.graph, loss.delivered),
         beta,
         values,
         errors,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.reverse_sweep import reverse_sweep
+from torch2ebm.engine.signal import steps_to_reach
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.loss.output_loss import OutputLoss
 
@@ -33,20 +34,14 @@ class Reach:
     unreached: tuple[str, ...] = ()
 
 
-def steps_to_reach(graph: EnergyGraph, slots: Iterable[str]) -> int:
+def steps_to_reach_all(graph: EnergyGraph, slots: Collection[str]) -> int:
     """Steps of descent on values until an error has come to every node: the longest of the shortest paths.
 
     Args:
         graph: Of the call.
         slots: The outputs that the loss depends on.
     """
-    wanted = set(slots)
-    distance = {node.name: 0 for node in graph.output_nodes if not wanted.isdisjoint(node.slots)}
-    for node in reversed(tuple(graph.nodes.values())):
-        below = [distance[child] + 1 for child in node.children if child in distance]
-        if below and node.name not in distance:
-            distance[node.name] = min(below)
-    return max(distance.values(), default=0)
+    return max(steps_to_reach(graph, slots).values(), default=0)
 
 
 def reach_of(call: Call, loss: OutputLoss) -> Reach:

@@ -45,10 +45,10 @@ def check_energies(energies: Mapping[str, Energy]) -> None:
 @dataclass(frozen=True)
 class _Mismatch:
     derivative: str
-    got: float
-    expected: float
-    value: float
-    prediction: float
+    got: str
+    expected: str
+    at: str = ""
+    has_other_shape: bool = False
 
 
 def _check(name: str, energy: Energy) -> None:
@@ -64,12 +64,13 @@ def _check(name: str, energy: Energy) -> None:
                 if mismatch is None:
                     return
                 found.append(mismatch)
-            if found:  # it takes this shape
+            # a shape that broadcasts to another one may be none that it is for
+            if any(not mismatch.has_other_shape for mismatch in found):
                 break
     finally:
         generators.restore()
     if found:
-        raise _of_mismatch(name, energy, found[0])
+        raise _of_mismatch(name, energy, min(found, key=lambda mismatch: mismatch.has_other_shape))
 
 
 class _SaysNothingError(Exception):
@@ -78,7 +79,10 @@ class _SaysNothingError(Exception):
 
 def _compared(energy: Energy, value: Tensor, prediction: Tensor) -> _Mismatch | None:
     def of(v: Tensor, p: Tensor) -> Tensor:
-        return energy.of_batch(v - p, p)
+        found = energy.of_batch(v - p, p)
+        if found.dtype in (torch.float16, torch.bfloat16):
+            raise _SaysNothingError  # too few digits for a difference
+        return found
 
     with torch.no_grad():
         try:
@@ -97,7 +101,12 @@ def _mismatch(
     derivative: str, given: Tensor, differences: list[Tensor], value: Tensor, prediction: Tensor
 ) -> _Mismatch | None:
     """The entry that is furthest off; None where all agree. The first width at which half of the entries are sure."""
-    given = given.expand_as(value).double() if isinstance(given, Tensor) else torch.full_like(value, torch.nan)
+    given = given if isinstance(given, Tensor) else torch.full_like(value, torch.nan)
+    try:
+        given = given.expand_as(value).double()
+    except RuntimeError:
+        got, expected = (f"a tensor of shape {tuple(each.shape)}" for each in (given, value))
+        return _Mismatch(derivative, got, expected, has_other_shape=True)
     for narrow, wide in zip(differences[::2], differences[1::2], strict=True):
         scale = torch.maximum(narrow.abs().max(), given.nan_to_num().abs().max())
         doubt = (narrow - wide).abs()
@@ -109,28 +118,28 @@ def _mismatch(
         place = off.argmax()
         if not float(off.flatten()[place]) > TOLERANCE * float(scale) + 1e-9:
             return None
-        numbers = (each.flatten()[place].item() for each in (given, narrow, value, prediction))
-        return _Mismatch(derivative, *numbers)
+        entry, difference, at, mu = (each.flatten()[place].item() for each in (given, narrow, value, prediction))
+        where = f", at value {at:.4g} and prediction {mu:.4g}"
+        return _Mismatch(derivative, f"{entry:.6g}", f"{difference:.6g}", where)
     raise _SaysNothingError
 
 
 def _differences(function: Callable[[Tensor], Tensor], at: Tensor) -> list[Tensor]:
     """Central differences of every entry, each width and then twice that width."""
     found = []
-    for width in WIDTHS:
-        for size in (width, 2 * width):
-            entries = []
-            for entry in range(at.numel()):
-                shift = torch.zeros_like(at).flatten()
-                shift[entry] = size
-                shift = shift.reshape(at.shape)
-                entries.append((function(at + shift).double() - function(at - shift).double()).sum() / (2 * size))
-            found.append(torch.stack(entries).reshape(at.shape))
+    for size in (size for width in WIDTHS for size in (width, 2 * width)):
+        entries = []
+        for entry in range(at.numel()):
+            shift = torch.zeros_like(at).flatten()
+            shift[entry] = size
+            shift = shift.reshape(at.shape)
+            entries.append((function(at + shift).double() - function(at - shift).double()).sum() / (2 * size))
+        found.append(torch.stack(entries).reshape(at.shape))
     return found
 
 
 def _shapes(energy: Energy) -> Iterator[tuple[int, ...]]:
-    """That of its tensors first (precisions a feature), with and without a batch before it; then usual ones."""
+    """That of its tensors first, as precisions a feature or a sample; then usual ones."""
     own = [tuple(leaf.shape) for leaf in leaves_of(attributes_of(energy)) if isinstance(leaf, Tensor) and leaf.ndim]
     if own:
         try:
@@ -139,6 +148,8 @@ def _shapes(energy: Energy) -> Iterator[tuple[int, ...]]:
             shape = torch.Size(sorted(own, key=len)[-1])
         if 0 < shape.numel() <= 4096:  # entry by entry: more would take seconds
             yield (2, *shape)
+            if len(shape) == 1:
+                yield (*shape, 3)  # a weight of each sample
             yield shape
     yield from SHAPES
 
@@ -174,9 +185,10 @@ def _of_mismatch(name: str, energy: Energy, found: _Mismatch) -> EnergyGradientE
     index = {"dphi/dvalue": "first", "-dphi/dprediction": "second"}[found.derivative]
     return EnergyGradientError(
         f"{type(energy).__name__}.gradients, the energy of node '{name}'",
-        f"{found.got:.6g} for {found.derivative}, the {index} of the two, at value {found.value:.4g} and prediction "
-        f"{found.prediction:.4g}",
-        f"{found.expected:.6g}, by differences of {type(energy).__name__}.of_batch",
+        f"{found.got} for {found.derivative}, the {index} of the two{found.at}",
+        found.expected
+        if found.has_other_shape
+        else f"{found.expected}, by differences of {type(energy).__name__}.of_batch",
         "Return dphi/dvalue and -dphi/dprediction of what of_batch sums; a test by torch.autograd.grad of "
         "of_batch(value - prediction, prediction) shows both.",
     )

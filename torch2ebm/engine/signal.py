@@ -56,7 +56,11 @@ def _findings(state: InferenceState, gradients: Mapping[str, Tensor], graph: Ene
         )
     # who computes in double precision knows why
     single = any(tensor.dtype != torch.float64 for tensor in state.predictions.values())
-    if lost := [name for name in (state.without_signal if single else ()) if name not in late]:
+    if lost := [name for name in (state.without_signal if single else ()) if name in steps and name not in late]:
+        # what is that small there is rounded away before it
+        before = min(steps[name] for name in lost)
+        zero = steps.keys() - _with_error(state, graph, steps) - set(late)
+        lost = [name for name in graph.nodes if name in lost or (name in zero and steps[name] > before)]
         yield (
             f"errors are nothing but the rounding of values in {listed(lost)}, and so are their gradients. Take "
             "PredictiveCoding() with nothing set, or a solver of errors."

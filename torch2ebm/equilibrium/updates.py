@@ -15,6 +15,7 @@ from torch2ebm.common.rows import Rows, least_squares
 from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.equilibrium.dynamics import Equilibrium, Influence, States
 from torch2ebm.errors import ConfigurationError
+from torch2ebm.isolation.torch_modes import in_own_precision
 from torch2ebm.programs.cache import Chain, Programs
 from torch2ebm.programs.surroundings import fixed_tensors, surroundings
 
@@ -243,9 +244,11 @@ class AndersonMixing(Update):
         """f_k - dF w with the w of the shortest g_k - dG w, g = f(s) - s, d the differences of neighbours."""
         steps = [image - point for point, image in zip(past.points, past.images, strict=True)]
         # w = argmin |g_k - dG w|; the next point is f_k - dF w (Walker and Ni 2011)
-        weights = least_squares(_differences(steps), steps[-1])  # [rows, memory, 1]
+        with in_own_precision(steps[-1]):
+            weights = least_squares(_differences(steps), steps[-1])  # [rows, memory, 1]
+            mixed = past.images[-1] - (_differences(past.images) @ weights).squeeze(2)
         found = dict[str, Tensor]()
-        rows.unpack(past.images[-1] - (_differences(past.images) @ weights).squeeze(2), found)
+        rows.unpack(mixed, found)
         return {slot: _as(found[slot], state) for slot, state in states.items()}
 
 

@@ -13,6 +13,7 @@ from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.errors import UnsupportedError
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.implicit.dense_layers import DenseLayer
+from torch2ebm.isolation.torch_modes import in_own_precision
 
 
 class LocalTerm(ABC):
@@ -54,7 +55,8 @@ class LocalTerm(ABC):
             self.predictions = tuple(map(widened, found.evaluated.predictions))
             self.rows = found.rows.to(self.own.dtype)
             # one row a sample, whatever the shape of the prediction
-            value = self._displaced(self.own, self.predictions[0].reshape(len(self.rows), -1))
+            with in_own_precision(self.own):
+                value = self._displaced(self.own, self.predictions[0].reshape(len(self.rows), -1))
             self.values = (value.reshape(self.predictions[0].shape),)
 
     @abstractmethod
@@ -83,7 +85,8 @@ class LocalTerm(ABC):
             share = share if self.own is None else share + self.energy
         self.gradients: Sequence[Tensor | None] = [None] * len(self._wrt())
         if self._wrt() and isinstance(share, Tensor):
-            self.gradients = torch.autograd.grad(share, self._wrt(), create_graph=True, allow_unused=True)
+            with in_own_precision(share):
+                self.gradients = torch.autograd.grad(share, self._wrt(), create_graph=True, allow_unused=True)
         found = [None if g is None else g.detach() for g in self.gradients]
         return (None, found) if self.own is None else (found[0], found[1:])
 
@@ -101,7 +104,8 @@ class LocalTerm(ABC):
         found: Sequence[Tensor | None] = [None] * len(wrt)
         if pairs:
             gradients, towards = zip(*pairs, strict=True)
-            with twice_differentiable(f"node '{self.node.name}' ({self.node.description})"):
+            where = f"node '{self.node.name}' ({self.node.description})"
+            with twice_differentiable(where), in_own_precision(gradients[0]):
                 found = torch.autograd.grad(gradients, wrt, towards, retain_graph=True, allow_unused=True)
         count = len(self.received)
         return found[:count], self._aligned(found[count:])
@@ -126,7 +130,8 @@ def pulled(
     if not pairs or not wrt:
         return [None] * len(wrt)
     outputs, directions = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, wrt, directions, retain_graph=True, allow_unused=True)
+    with in_own_precision(outputs[0]):
+        return torch.autograd.grad(outputs, wrt, directions, retain_graph=True, allow_unused=True)
 
 
 def deliver(messages: dict[str, Tensor], node: Node, sent: Sequence[Tensor | None]) -> None:

@@ -27,6 +27,7 @@ from torch2ebm.implicit.dense_layers import DenseLayer
 from torch2ebm.implicit.expansion import Expansion
 from torch2ebm.implicit.local_terms import LocalTerm, deliver, pulled
 from torch2ebm.implicit.newton import BySlot, moved
+from torch2ebm.isolation.torch_modes import in_own_precision
 from torch2ebm.loss.output_loss import OutputLoss
 
 
@@ -202,7 +203,9 @@ class SampleTerm(LocalTerm):
         if len(own) == 1:
             return torch.where(held, wanted / self.gram, own)
         unit = torch.eye(len(own), dtype=own.dtype, device=own.device)
-        systems = torch.where(held.t().unsqueeze(2), self.gram, unit)  # [fan_out, batch, batch]
+        # samples that are alike make K singular: the ridge shares the error among them
+        ridge = 10 * torch.finfo(own.dtype).eps * self.gram.detach().diagonal().amax()
+        systems = torch.where(held.t().unsqueeze(2), self.gram + ridge * unit, unit)  # [fan_out, batch, batch]
         solved: Tensor = torch.linalg.solve_ex(systems, wanted.t())[0]
         return solved.t()
 
@@ -211,7 +214,7 @@ class SampleTerm(LocalTerm):
         if self.own is None or not self.inputs:
             return pulled(self.predictions, cotangents, self.inputs)
         change, _ = self.step()
-        with torch.enable_grad():
+        with torch.enable_grad(), in_own_precision(change):
             moved = self.predictions[0] + (self.rows @ change.t()).reshape(self.predictions[0].shape)
         return pulled([moved], cotangents, self.inputs)
 
@@ -229,15 +232,18 @@ class SampleTerm(LocalTerm):
 
     def parameter_gradients(self, driving: Tensor) -> tuple[Tensor, Tensor]:
         """``grad L + (theta+ - theta) / alpha`` of weight and bias, shapes ``[fan_out, fan_in]`` and ``[fan_out]``."""
-        return driving.t() @ self.rows.detach(), driving.sum(0) * float(self.has_bias)
+        with in_own_precision(driving):
+            return driving.t() @ self.rows.detach(), driving.sum(0) * float(self.has_bias)
 
     def step(self) -> tuple[Tensor, Tensor]:
         """The change of weight and bias: ``alpha s^T A`` and ``alpha`` times the sum of ``s`` over samples."""
         full = self.full.detach()
-        return self.alpha * full.t() @ self.rows.detach(), self.alpha * full.sum(0)
+        with in_own_precision(full):
+            return self.alpha * full.t() @ self.rows.detach(), self.alpha * full.sum(0)
 
     def conditioned(self, gradient: Tensor) -> Tensor:
-        found = self._inverse @ gradient
+        with in_own_precision(gradient):
+            found = self._inverse @ gradient
         return found if self.held is None else found.masked_fill(self.held, 0.0)
 
     @cached_property

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,6 +119,12 @@ class Autocast:
 
     def entered(self) -> Change:
         return Change(self.set, Autocast.now(self.device).restore)
+
+
+def in_own_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off, on the device of a tensor: it is for the user's forward, and not for algebra of our own on that."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from torch2ebm.common.checks import check_positive, check_steps, check_tolerance
 from torch2ebm.common.rows import Rows, least_squares
 from torch2ebm.inference.error_inference import ErrorInference
 from torch2ebm.inference.solver import ErrorSolver
+from torch2ebm.isolation.torch_modes import in_own_precision
 
 
 @dataclass
@@ -80,5 +81,6 @@ class AndersonErrorDescent(ErrorSolver):
         steps = torch.stack([error - past for past in state.errors[:-1]], 2)  # [batch, entries, memory]
         changes = torch.stack([gradient - past for past in state.gradients[:-1]], 2)
         # w = argmin |g_k - dG w|,  e <- (e_k - dE w) - lr (g_k - dG w) (Walker and Ni 2011)
-        weights = least_squares(changes, gradient)  # [batch, memory, 1]
-        return (error - (steps @ weights).squeeze(2)) - self.lr * (gradient - (changes @ weights).squeeze(2))
+        with in_own_precision(gradient):
+            weights = least_squares(changes, gradient)  # [batch, memory, 1]
+            return (error - (steps @ weights).squeeze(2)) - self.lr * (gradient - (changes @ weights).squeeze(2))

@@ -16,6 +16,7 @@ from torch2ebm.engine.energies import precision_of
 from torch2ebm.graph.activations import may_have_kinks
 from torch2ebm.inference.error_inference import ErrorInference
 from torch2ebm.inference.solver import ErrorSolver, Rest
+from torch2ebm.isolation.torch_modes import in_own_precision
 
 STILL = 2  # so many steps without a move, or without a fall of the energy, while the gradient stays: a kink
 BACK = (1e-3, 0.5)  # how much shorter a step may become that raised the energy
@@ -334,7 +335,8 @@ def _turned(direction: Tensor, keep: Tensor, steepest: Tensor, turn: Tensor, rec
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)  # [rows, 1], in one pass
+    with in_own_precision(a):
+        return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)  # [rows, 1], in one pass
 
 
 def _squared(a: Tensor, weight: Tensor | None) -> Tensor:
