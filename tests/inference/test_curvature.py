@@ -284,6 +284,7 @@ def test_a_loss_that_cannot_be_evaluated_again() -> None:
 # ---- values that have all but vanished
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # which is right: nothing can learn there
 def test_a_net_whose_values_round_to_nothing_has_a_curvature_all_the_same() -> None:
     """200 tanh layers with torch's own initialisation: values shrink by .58 a layer, to 1e-44 and to zero."""
     with torch.random.fork_rng(devices=[]):

@@ -92,7 +92,9 @@ def test_every_algorithm_joins_or_is_refused_in_every_process(ranks: list[dict[s
     start = network().state_dict()
     for rank in ranks:
         for parameter, value in expected.items():
-            assert float((rank[name][parameter] - value).abs().max()) < EXACT
+            # a measured step is by differences, whose width is that of a part of the batch
+            limit = 1e-7 if name in ("MeasuredStep", "UntilRest") else EXACT
+            assert float((rank[name][parameter] - value).abs().max()) < limit
             assert not torch.equal(rank[name][parameter], start[parameter])
 
 

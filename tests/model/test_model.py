@@ -885,7 +885,8 @@ def test_the_summary_has_a_row_a_node() -> None:
     net = plain_net()
     model = attached(net, CODING)
     classification(model(X)).backward()
-    header, rule, *rows, weight, batch = model.summary().splitlines()
+    header, rule, *rows, weight, regime, batch = model.summary().splitlines()
+    assert regime.startswith("regime: residual over |e|")
     assert weight == "weight of a sample's loss in the energy: 1"
     assert batch == "batch: dimension 0 of the first input (guessed)"
     assert set(rule) <= {"-", " "} and len(rows) == 2

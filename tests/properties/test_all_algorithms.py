@@ -96,7 +96,11 @@ def trained(algorithm: torch2ebm.Algorithm) -> Training:
 
 
 def assert_goes_on_as_if_nothing_had_been(training: Training, algorithm: torch2ebm.Algorithm) -> None:
-    assert same(training.train(1), trained(algorithm).train(1))
+    found, expected = training.train(1), trained(algorithm).train(1)
+    if getattr(algorithm, "lr", None) == "auto":  # what was refused is captured anew, and its step is measured anew
+        assert all(torch.allclose(found[name], expected[name], rtol=0.05, atol=1e-4) for name in expected)
+    else:
+        assert same(found, expected)
 
 
 # ---- NaN and infinity

@@ -798,6 +798,7 @@ def census(examples: int, strategy: st.SearchStrategy[Case], refusable: float) -
     assert refused <= refusable * cases_seen, counts.most_common()
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # parts that multiply by zero, for example
 def test_a_random_module_is_itself_node_by_node() -> None:
     census(300, cases, refusable=0.02)
 
@@ -1077,6 +1078,7 @@ def recorder_census(examples: int) -> None:
     every_loss()
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # losses without a slope
 def test_a_recorded_loss_is_the_loss_function() -> None:
     recorder_census(100)
 

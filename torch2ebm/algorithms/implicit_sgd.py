@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch2ebm.engine.results import InferenceState, LocalGradients, Relaxation
 from torch2ebm.errors import ConfigurationError, NonFiniteError, NotSettledWarning
 from torch2ebm.implicit.dense_layers import DenseLayer, dense_layers
 from torch2ebm.implicit.local_terms import LocalTerm
-from torch2ebm.implicit.newton import Minimum, minimise
+from torch2ebm.implicit.newton import Minimum, is_finite, minimise
 from torch2ebm.implicit.objective import ProximalObjective, ProximalPoint
 from torch2ebm.implicit.parameter_steps import ParameterPoint
 from torch2ebm.inference.base import LOSS
@@ -104,11 +105,10 @@ class ImplicitSGD(Algorithm):
             [direct, *self._followed(call, loss, layers)], key=lambda found: (not found.converged, found.point.value)
         )
         tol = self._tolerance(minimum.point.values.values())
-        assert isinstance(minimum.point, (ProximalPoint, ParameterPoint))
         relaxation = _report(minimum, tol)
         if relaxation.converged is False:
             call.graph.once("ImplicitSGD at rest", lambda: self._told_that_it_moves(relaxation))
-        return _local_gradients(call, loss.scale, layers, minimum.point.terms, relaxation)
+        return _local_gradients(call, loss.scale, layers, _point(minimum).terms, relaxation)
 
     def _minimum(self, start: ProximalPoint | ParameterPoint, tol: float | None = None) -> Minimum:
         tol = self._tolerance(start.values.values()) if tol is None else tol
@@ -118,8 +118,9 @@ class ImplicitSGD(Algorithm):
         if found.converged or not start.is_smooth or found.steps == self.max_steps:
             return found
         # the same place in coordinates that do not turn with the layers before
-        assert isinstance(found.point, ProximalPoint)
-        return found.then(minimise(ParameterPoint.at(found.point), tol, self.max_steps - found.steps))
+        return found.then(
+            minimise(ParameterPoint.at(cast(ProximalPoint, found.point)), tol, self.max_steps - found.steps)
+        )
 
     def _followed(self, call: Call, loss: OutputLoss, layers: Mapping[str, DenseLayer]) -> Iterator[Minimum]:
         """Where there may be several minima: the one on the branch that leaves the feed-forward pass as alpha grows."""
@@ -129,8 +130,7 @@ class ImplicitSGD(Algorithm):
         point: ProximalPoint | ParameterPoint = ProximalObjective(call, loss, layers, alphas[-1]).start()
         for following in alphas[-2::-1]:
             # coarse on the way: it is only the next alpha's start
-            found = self._minimum(point, COARSE).point
-            assert isinstance(found, (ProximalPoint, ParameterPoint))
+            found = _point(self._minimum(point, COARSE))
             point = found.under(ProximalObjective(call, loss, layers, following))
         if len(alphas) > 1:
             yield self._minimum(point)
@@ -186,6 +186,10 @@ def _as_gradient(change: Tensor, scale: float, parameter: Tensor) -> Tensor:
     return (-scale * change).to(parameter.dtype)
 
 
+def _point(minimum: Minimum) -> ProximalPoint | ParameterPoint:
+    return cast("ProximalPoint | ParameterPoint", minimum.point)
+
+
 def _report(minimum: Minimum, tol: float) -> Relaxation:
     """Raises :class:`NonFiniteError` where the loss at the start, or the gradient at the end, is no number."""
     energy = tuple(sum(parts.values()) for parts in minimum.history)
@@ -193,7 +197,8 @@ def _report(minimum: Minimum, tol: float) -> Relaxation:
     if not math.isfinite(energy[0]):
         got, where = f"energy {energy[0]}", "the loss, feed-forward pass (inference step 0)"
         raise NonFiniteError(where, got, "a finite number", remedy)
-    if not math.isfinite(minimum.point.residual):  # an infinity that an activation hides from the loss
+    # an infinity that an activation hides from the loss
+    if not minimum.converged and not (math.isfinite(minimum.point.residual) and is_finite(minimum.point)):
         got, where = f"a gradient of {minimum.point.residual}", f"ImplicitSGD, inference step {minimum.steps}"
         raise NonFiniteError(where, got, "finite numbers", remedy)
     names = [name for name in minimum.history[0] if name != LOSS]

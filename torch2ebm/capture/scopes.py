@@ -9,9 +9,9 @@ from types import CodeType, FrameType
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 from torch2ebm.common.users_code import is_users
+from torch2ebm.isolation.forward_mode import entered_here
 
 
 class Scopes:
@@ -66,7 +66,7 @@ _OF_TRANSFORMS = "_functorch"
 
 def transforming() -> bool:
     """Whether a transform is under way, such as ``torch.func.grad``, or a level of forward mode."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return torch._C._functorch.peek_interpreter_stack() is not None or entered_here()
 
 
 def outside_of_transforms(outermost: CodeType) -> FrameType | None:

@@ -57,8 +57,8 @@ class Trial:
 
     @property
     def _dtype(self) -> torch.dtype:
-        assert self.state is not None
-        return next((p.dtype for p in self.state.predictions.values() if p.is_floating_point()), torch.float32)
+        predictions = {} if self.state is None else self.state.predictions
+        return next((p.dtype for p in predictions.values() if p.is_floating_point()), torch.float32)
 
 
 @dataclass(frozen=True)

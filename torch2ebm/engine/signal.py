@@ -87,8 +87,13 @@ def _with_error(state: InferenceState, graph: EnergyGraph, names: Collection[str
 
 
 def _without_gradient(graph: EnergyGraph, gradients: Mapping[str, Tensor], nodes: Collection[str]) -> list[str]:
-    read = dict.fromkeys(name for node in graph.nodes.values() if node.name in nodes for name in node.parameters)
-    return [name for name in read if name in gradients and not bool(gradients[name].any())]
+    found: dict[str, None] = {}
+    for node in graph.nodes.values():
+        read = [name for name in node.parameters if name in gradients]
+        # one alone can be used to no effect: an RNN's recurrent weights in a sequence of one step
+        if node.name in nodes and not any(bool(gradients[name].any()) for name in read):
+            found.update(dict.fromkeys(read))
+    return list(found)
 
 
 def steps_to_reach(graph: EnergyGraph, errors: Collection[str]) -> dict[str, int]:

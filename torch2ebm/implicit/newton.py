@@ -117,6 +117,12 @@ def minimise(start: Point, tol: float, steps: int, products: int = 200) -> Minim
     return Minimum(point, done, used, point.residual <= tol, tuple(history))
 
 
+def is_finite(point: Point) -> bool:
+    """Whether the gradient at a point, and the Hessian along it, are numbers."""
+    found = [*point.gradient.values(), *point.hessian_product(_descent(point)).values()]
+    return all(bool(torch.isfinite(part).all()) for part in found)
+
+
 def _norm(point: Point) -> float:
     return math.sqrt(max(_dot(point.gradient, point.precondition(point.gradient)), 0.0))
 

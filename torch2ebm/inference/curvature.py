@@ -24,7 +24,6 @@ from torch2ebm.common.checks import check_reduction, check_steps, check_toleranc
 from torch2ebm.common.rows import Rows
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy
-from torch2ebm.errors import NonFiniteError
 from torch2ebm.inference.local_products import LocalProducts
 from torch2ebm.loss.node_curvature import NodeCurvature, summed
 from torch2ebm.loss.output_loss import OutputLoss
@@ -174,7 +173,7 @@ class _Lanczos:
         self.made += 1
         squared = _dot(vector, varied).cpu()
         if not bool(torch.isfinite(squared).all()):
-            raise _not_finite(self.made)
+            raise self.local.not_finite()
         length = squared.clamp_min(0).sqrt()
         alive = length > math.sqrt(torch.finfo(vector.dtype).eps) * self.highest.abs()
         self._bounded(torch.where(alive, length, 0.0))
@@ -304,12 +303,3 @@ def _by_difference(
 
     above, below = at(width), at(-width)
     return {slot: (at_least_single(above[slot]) - at_least_single(below[slot])) / (2 * width) for slot in above}
-
-
-def _not_finite(product: int) -> NonFiniteError:
-    return NonFiniteError(
-        f"curvature, product {product}",
-        "a product with the Hessian that is not finite",
-        "finite numbers",
-        "Activations or weights are too large for the dtype; look at the initialisation. Nothing was changed.",
-    )

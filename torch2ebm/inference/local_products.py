@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -13,20 +11,12 @@ from torch.autograd import forward_ad
 
 from torch2ebm.engine.call import Call, NodePass, at_least_single
 from torch2ebm.engine.energies import Energy, precision_of
-from torch2ebm.errors import NodeEvaluationError
+from torch2ebm.errors import NodeEvaluationError, NonFiniteError
 from torch2ebm.graph.energy_graph import Node
+from torch2ebm.isolation.forward_mode import own_level
 
 VANISHED = 1e-15  # far below what a bias would add, and its square far above the smallest number of single precision
 _WITHOUT = "nodes without forward-mode differentiation"  # a key of EnergyGraph.once
-
-
-@functools.cache
-def _forward_mode_loaded() -> None:
-    """The first dual tensor of a process loads scripts of torch's own, for which torch warns that it will have none."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        make: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
-        make(torch.zeros(1), torch.zeros(1))
 
 
 class LocalProducts:
@@ -193,6 +183,23 @@ class LocalProducts:
         self.work += 1
         return messages
 
+    def not_finite(self) -> NonFiniteError:
+        """The error of a product that is not finite; it names a node whose own derivative is not."""
+        sweep = (node for node in reversed(self.passes) if not self._is_finite(node))
+        where = next((f"node '{node}', " for node in sweep), "")
+        return NonFiniteError(
+            f"{where}curvature",
+            "a derivative that is not finite",
+            "finite numbers",
+            "Activations or weights are too large for the dtype; look at the initialisation. Nothing was changed.",
+        )
+
+    def _is_finite(self, name: str) -> bool:
+        evaluated = self.passes[name]
+        ones = [torch.ones_like(prediction) for prediction in evaluated.predictions]
+        products = self._pulled(evaluated.node, ones)
+        return all(bool(torch.isfinite(part).all()) for part in products if part is not None)
+
     def _pulled(self, node: Node, sent: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         evaluated = self.passes[node.name]
         return evaluated.pullback(sent, evaluated.inputs, retain_graph=True)
@@ -211,8 +218,7 @@ class LocalProducts:
     def _by_forward_mode(
         self, node: Node, values: Sequence[Tensor], tangents: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
-        _forward_mode_loaded()
-        with torch.no_grad(), forward_ad.dual_level():
+        with torch.no_grad(), own_level():
             make: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
             duals = [
                 value if tangent is None else make(value, tangent.to(value.dtype))

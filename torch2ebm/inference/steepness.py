@@ -89,7 +89,9 @@ def measured_stability(
         rows.unpack(packed, by_slot)
         return rows.pack(product(by_slot))
 
-    largest, bound, made = largest_eigenvalue(through, rows.pack(_start(hessian.like, call.batch_size)), products, tol)
+    largest, bound, made = largest_eigenvalue(
+        through, rows.pack(_start(hessian.like, call.batch_size)), products, tol, local.not_finite
+    )
     if coordinates != "local errors":
         return Stability(largest, 0.0, bound, made, local.work / BACKPROP)
     curvature = measured_curvature(call, loss, energies, products, tol, exact)  # of the nudged loss: beta is in it
@@ -153,7 +155,11 @@ def _curved(energy: Energy | None, error: Tensor, prediction: Tensor) -> Tensor:
 
 
 def largest_eigenvalue(
-    product: Callable[[Tensor], Tensor], start: Tensor, products: int, tol: float
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    products: int,
+    tol: float,
+    not_finite: Callable[[], NonFiniteError],
 ) -> tuple[float, float, int]:
     """Lanczos, each row on its own; without reorthogonalisation, which would only find eigenvalues twice.
 
@@ -171,7 +177,7 @@ def largest_eigenvalue(
         turned = turned - along.to(vector)[:, None] * vector
         length = _dot(turned, turned).sqrt()
         if not bool((torch.isfinite(along) & torch.isfinite(length)).all()):
-            raise _not_finite(len(diagonal) + 1)
+            raise not_finite()
         diagonal.append(along)
         beside.append(length)
         values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, beside[:-1]))
@@ -196,12 +202,3 @@ def _tridiagonal(diagonal: list[Tensor], beside: list[Tensor]) -> Tensor:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     products: Tensor = (a.double() * b.double()).sum(1).cpu()
     return products
-
-
-def _not_finite(product: int) -> NonFiniteError:
-    return NonFiniteError(
-        f"steepness, product {product}",
-        "a product with the Hessian that is not finite",
-        "finite numbers",
-        "Activations or weights are too large for the dtype; look at the initialisation. Nothing was changed.",
-    )
