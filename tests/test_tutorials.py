@@ -101,7 +101,11 @@ def test_a_tutorial_is_cells_that_use_public_names(tutorial: Path):
     assert used <= set(torch2ebm.__all__)
 
 
-@pytest.mark.parametrize("tutorial", TUTORIALS, ids=named)
+LONG = ("3_infinitesimal_limit", "4_implicit_sgd")
+RUN = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in TUTORIALS]
+
+
+@pytest.mark.parametrize("tutorial", RUN, ids=named)
 def test_a_tutorial_runs_and_draws(tutorial: Path, tmp_path: Path):
     """Its own asserts hold what its text says."""
     pictures = tmp_path / "pictures"

@@ -66,7 +66,7 @@ def test_a_nudge_alone_is_relaxed_to_the_equilibrium() -> None:
     assert coding.solver == torch2ebm.ErrorConjugateGradient() and coding.nudging == torch2ebm.Symmetric(0.1)
 
 
-@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+@pytest.mark.parametrize("activation", [nn.ReLU, pytest.param(nn.Tanh, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "nudging", [torch2ebm.Relative(0.1), torch2ebm.Relative(1.0, torch2ebm.Symmetric(0.5))], ids=repr
 )

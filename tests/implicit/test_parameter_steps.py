@@ -45,7 +45,10 @@ def stepped(net: nn.Module, x: Tensor, y: Tensor, loss: Any, **settings: Any) ->
 
 
 @pytest.mark.parametrize("loss", [squares, F.cross_entropy], ids=["summed squares", "mean cross-entropy"])
-@pytest.mark.parametrize(("alpha", "seeds"), [(0.1, 20), (1.0, 20), (10.0, 4)])
+@pytest.mark.parametrize(
+    ("alpha", "seeds"),
+    [(1.0, 4), *[pytest.param(*each, marks=pytest.mark.slow) for each in ((0.1, 20), (1.0, 20), (10.0, 20))]],
+)
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_smooth_nets_come_to_rest_whatever_the_batch(activation: str, alpha: float, seeds: int, loss: Any) -> None:
     """The gradient of L + |theta' - theta|^2 / (2 alpha) is zero at theta' = theta - .grad; its value has fallen."""

@@ -400,7 +400,7 @@ def equilibrium(net, x, beta: float) -> dict[str, Tensor]:
     return local_gradients(attached(net, coding), (x,), by_mean(half_squared_error))
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [*SOLVERS, torch2ebm.LocalErrorDescent])
 def test_as_many_steps_as_a_deep_chain_needs(kind, compile: bool) -> None:
     """Messages that become weaker from level to level: no level may be left behind although it weighs nothing."""
