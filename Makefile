@@ -33,7 +33,9 @@ test test-all: $(STAMP)
 # processes: they go without, and what the others reach is at the gate. The longest come first, so that none is last.
 UNTRACED := $(patsubst %,tests/%.py,test_tutorials programs/test_programs programs/test_models_by_programs \
 	properties/test_steady properties/test_all_algorithms capture/test_kinds_of_forward properties/test_families \
-	properties/test_random_modules algorithms/test_algorithms graph/test_graph test_wheel)
+	properties/test_random_modules algorithms/test_algorithms graph/test_graph test_wheel \
+	properties/test_faults properties/test_own_extensions implicit/test_parameter_steps programs/test_program_settings \
+	model/test_join)
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -q
 
 OLDEST := .venv-oldest

@@ -169,7 +169,7 @@ def test_with_nothing_set_a_deep_net_learns(dtype: torch.dtype) -> None:
 
 
 def test_the_state_says_what_regime_it_was() -> None:
-    model = attached(tanh_net(), torch2ebm.PredictiveCoding())
+    model = attached(tanh_net(), torch2ebm.PredictiveCoding(nudging=torch2ebm.Relative(0.1)))
     local_gradients(model, (normal(5, 6),), loss)
     relaxation = model.state.relaxation
     assert relaxation.r == pytest.approx(model.algorithm.nudging.r)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import attached, local_gradients, relative_error
 from oracles.dense_hessian import of_chain, of_dag
 from oracles.energy import EnergyProblem
@@ -204,3 +205,49 @@ def test_other_illegal_settings_are_named(settings) -> None:
 def test_an_equilibrium_algorithm_refuses_it() -> None:
     with pytest.raises(ConfigurationError, match="another curvature"):
         torch2ebm.EquilibriumPropagation(torch2ebm.Relative(0.1))
+
+
+# ---- errors beside the values
+
+
+def bounded(scale: float, bound: float | None) -> tuple[torch2ebm.Relaxation, float]:
+    """The report, and the longest error of a sample over its values, for a net with small or large weights behind."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    with torch.no_grad():
+        net[4].weight.mul_(scale)
+    coding = torch2ebm.PredictiveCoding(nudging=torch2ebm.Relative(0.1, largest_error=bound))
+    model = attached(net, coding)
+    F.cross_entropy(model(torch.ones(5, 6, dtype=torch.float64)), torch.tensor([0, 1, 2, 3, 0])).backward()
+    by_node = (model.state.error, layers(net))
+    errors, values = (sum(part[name].detach().square().sum(1) for name in ("0", "2")) for part in by_node)
+    return model.state.relaxation, float((errors / values).max().sqrt())
+
+
+def layers(net: nn.Sequential) -> dict[str, torch.Tensor]:
+    first = net[1](net[0](torch.ones(5, 6, dtype=torch.float64)))
+    return {"0": first, "2": net[3](net[2](first))}
+
+
+def test_small_curvature_makes_errors_as_long_as_values_and_the_bound_keeps_them_short() -> None:
+    free, long = bounded(0.1, None)
+    assert free.r == pytest.approx(0.1) and long > 0.3
+    held, short = bounded(0.1, 0.1)
+    assert short == pytest.approx(0.1, rel=0.1)  # the error of a nudge is in proportion to it, but for what it moves
+    assert held.sigma_squared == pytest.approx(free.sigma_squared) and held.r < 0.04
+    assert held.curvature_cost > free.curvature_cost > 0
+
+
+def test_a_bound_that_errors_are_below_changes_nothing() -> None:
+    assert bounded(0.1, 10.0)[0].beta == bounded(0.1, None)[0].beta
+
+
+def test_the_default_has_the_bound() -> None:
+    assert torch2ebm.PredictiveCoding().nudging == torch2ebm.Relative(0.1, largest_error=0.1)
+
+
+@pytest.mark.parametrize("bound", [0, -1.0, float("nan"), float("inf"), True, "0.1"])
+def test_an_illegal_bound_is_named(bound) -> None:
+    with pytest.raises(ConfigurationError, match=r"Relative\(largest_error=...\)"):
+        torch2ebm.Relative(0.1, largest_error=bound)

@@ -73,7 +73,13 @@ def left_by(algorithm: torch2ebm.Algorithm, steps: int) -> tuple[int, int]:
     return live_tensors() - tensors, resident() - memory
 
 
-@every_algorithm
+LONGEST = ("MeasuredStep", "UntilRest")
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [pytest.param(each, id=name, marks=[pytest.mark.slow] * (name in LONGEST)) for name, each in ALGORITHMS.items()],
+)
 def test_500_steps_leave_no_tensor(algorithm: torch2ebm.Algorithm) -> None:
     tensors, _ = left_by(algorithm, 500)
     assert tensors <= 0  # below 0 where what earlier tests left in circles is freed meanwhile
