@@ -52,6 +52,9 @@ class Carried:
         if self.last is not None and not due:
             return replace(self.last, backprops=0.0)
         found = measured_curvature(call, loss, energies, PRODUCTS, exact=False)
+        if found.radius == 0.0 and not _longest(call, loss, energies, beside_values=False):
+            # no value has a say in the loss, as before a head of zeros: any nudge will do, until the next call
+            return NudgeUnit(1.0, 0.0, found.backprops)
         sigma_squared = self._scale(call, loss, energies, found)
         self.last = NudgeUnit(sigma_squared, sigma_squared, found.backprops)
         if nudging.largest_error is not None:
