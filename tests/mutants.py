@@ -122,7 +122,7 @@ VALUES_AND_ERRORS = [
 
 CALIBRATED = [
     Mutant("a curvature without the loss's", "inference/curvature.py",
-           "product = self._through(self.hessian, varied * scale)", "product = varied * scale", "curvature"),
+           "product = self.hessian(varied * scale)", "product = varied * scale", "curvature"),
     Mutant("a curvature without precisions", "inference/local_products.py",
            "error / _like(self.precisions[owner[slot].name], error)", "error", "curvature"),
     Mutant("every batch of independent samples", "inference/curvature.py",
@@ -418,14 +418,13 @@ AGREEMENT = [
 ]  # fmt: skip
 
 DIAGNOSIS = [
-    Mutant("values without the messages of children", "inference/local_products.py",
-           "sign = 1 if node.is_output else -1", "sign = 1",
+    Mutant("values without the messages of children", "inference/steepness.py",
+           "self.local.one_level_back({**sent, **of_loss})", "of_loss",
            "diagnose::the_ends_of_the_spectrum_in_values_are_those_of_the_dense_hessian"),
-    Mutant("a Hessian without the nudge", "diagnosis/spectrum.py", "{s: self.beta * pull for", "{s: pull for",
-           "diagnose::sigma_squared_is_that_of_the_model_and_the_spectrum_in_errors_is_made_of_it"),
-    Mutant("a spectrum without precisions", "diagnosis/spectrum.py",
-           "return error * (precision.to(error) if isinstance(precision, Tensor) else precision)",
-           "return error",
+    Mutant("a Hessian without the nudge", "diagnosis/measuring.py", "loss if beta is None else NudgedLoss(loss, beta)",
+           "loss", "diagnose::sigma_squared_is_that_of_the_model_and_the_spectrum_in_errors_is_made_of_it"),
+    Mutant("a spectrum without precisions", "inference/steepness.py",
+           "error if energy is None else energy.gradients(error, prediction)[0]", "error",
            "diagnose::the_ends_of_the_spectrum_in_values_are_those_of_the_dense_hessian"),
     Mutant("a bound that is no bound", "diagnosis/spectrum.py", "vague = smallest - lowest > KNOWN * abs(smallest)",
            "vague = False", "diagnose::a_condition_number_that_a_few_products_cannot_tell_is_said_to_be_a_bound"),
@@ -449,9 +448,9 @@ DIAGNOSIS = [
     Mutant("an lr that is advised untried", "diagnosis/judging.py",
            "if again.error is None and not any(_of_step_size(again, bounds)):", "if True:",
            "diagnose::where_curvature_grows_on_the_way_the_lr_that_is_advised_is_below_that_of_the_start"),
-    Mutant("a spectrum in values without the loss at bent nodes", "diagnosis/spectrum.py",
-           "return summed(self.local.differences_back(hidden), self._pulls(direction))",
-           "return self.local.differences_back(hidden)", "diagnose::an_output_that_bends_is_in_the_spectrum"),
+    Mutant("a spectrum in values without the loss at bent nodes", "inference/steepness.py",
+           "return summed(summed(own, of_loss), self.local.one_level_back(sent))",
+           "return summed(own, self.local.one_level_back(sent))", "diagnose::an_output_that_bends_is_in_the_spectrum"),
 ]  # fmt: skip
 
 AROUND = [

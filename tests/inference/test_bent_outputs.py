@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from curved import CutSquare, Square
 from helpers import attached, relative_error
 from oracles.dense_hessian import ErrorProblem, ValueProblem, of_chain, values_of_chain
 from torch import Tensor, nn
@@ -214,28 +215,6 @@ def test_fused_attention_in_the_last_node_is_not_differentiated_twice() -> None:
     model = torch2ebm.convert(net, nodes=["first", "last"])
     found = model.curvature(lambda loss, _: loss, (x, None))
     assert found.sigma_squared == pytest.approx(largest, rel=1e-6)
-
-
-class Square(torch.autograd.Function):
-    """Half a square whose derivative cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return 0.5 * x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g: Tensor) -> Tensor:
-        return g * ctx.saved_tensors[0]
-
-
-class CutSquare(Square):
-    """The same, which says nothing and gives zeros, as a fused loss that keeps its gradient does."""
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> Tensor:
-        return g * ctx.saved_tensors[0].detach()
 
 
 @pytest.mark.parametrize("function", [Square, CutSquare])

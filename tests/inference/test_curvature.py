@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from curved import SMALL_CHAINS, CutSquare, Square
 from helpers import attached
 from oracles.dense_hessian import ErrorProblem, of_chain, of_dag
 from oracles.energy import EnergyProblem
@@ -53,19 +54,6 @@ def test_the_matrix_without_one_of_its_parts_has_another_eigenvalue(without: str
     assert expected.sigma_squared(**{without: False}) != pytest.approx(expected.sigma_squared(), rel=0.05)
 
 
-class Attention(nn.Module):
-    """Fused attention, which has no forward-mode derivative and no second one on a CPU."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.all = nn.Linear(width, 3 * width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.all(x).chunk(3, -1)
-        query, key, value = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in parts)
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-
-
 class First(nn.Module):
     """The first output of a layer with several, which is a node of its own."""
 
@@ -78,15 +66,7 @@ class First(nn.Module):
 
 
 CHAINS = {
-    "tanh": (lambda: [nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)], (4, 5)),
-    "convolutions": (
-        lambda: [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3)],
-        (3, 2, 6, 6),
-    ),
-    "attention": (
-        lambda: [nn.Linear(4, 8), Attention(8), nn.LayerNorm(8), nn.Flatten(), nn.Linear(24, 3)],
-        (4, 3, 4),
-    ),
+    **SMALL_CHAINS,
     "LSTM": (lambda: [nn.Linear(4, 5), First(nn.LSTM(5, 5, batch_first=True)), nn.Flatten(), nn.Linear(15, 3)],
              (4, 3, 4)),
     "group norm": (lambda: [nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(64, 3)], (3, 2, 6, 6)),
@@ -186,28 +166,6 @@ def test_a_concave_loss_has_its_lowest_below_zero() -> None:
 def test_a_linear_loss_has_none() -> None:
     net, x, _ = chain("tanh")
     assert torch2ebm.convert(net, nodes="children").curvature(lambda o, _: o[:, 0].mean(), (x, None)).radius == 0.0
-
-
-class Square(torch.autograd.Function):
-    """Half a square whose derivative cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return 0.5 * x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g: Tensor) -> Tensor:
-        return g * ctx.saved_tensors[0]
-
-
-class CutSquare(Square):
-    """The same, which says nothing and gives zeros."""
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> Tensor:
-        return g * ctx.saved_tensors[0].detach()
 
 
 @pytest.mark.parametrize("function", [Square, CutSquare])

@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
+from curved import SMALL_CHAINS
 from helpers import attached, local_gradients
 from oracles.dense_hessian import of_chain, of_dag, values_of_chain, values_of_dag
 from oracles.energy import EnergyProblem
 from oracles.graphs import SkipDag, cross_entropy, half_squared_error, skip_dag
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import torch2ebm
 from torch2ebm.algorithms.given import Given
@@ -94,28 +94,8 @@ def test_each_part_of_the_matrix_counts(without: str) -> None:
     assert largest(others[without]()) != pytest.approx(whole, rel=1e-4)
 
 
-class Attention(nn.Module):
-    """Fused attention, which has no forward-mode derivative and no second one on a CPU."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.all = nn.Linear(width, 3 * width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.all(x).chunk(3, -1))
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-
-
 CHAINS = {
-    "tanh": (lambda: [nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)], (4, 5)),
-    "convolutions": (
-        lambda: [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3)],
-        (3, 2, 6, 6),
-    ),
-    "attention": (
-        lambda: [nn.Linear(4, 8), Attention(8), nn.LayerNorm(8), nn.Flatten(), nn.Linear(24, 3)],
-        (4, 3, 4),
-    ),
+    **SMALL_CHAINS,
     "batch norm": (
         lambda: [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)],
         (6, 5),

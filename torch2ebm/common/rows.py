@@ -38,6 +38,24 @@ class Rows:
         return (torch.zeros_like(value) if tensor is None else tensor).reshape(self.count, -1)
 
 
+def moved_rows(start: Tensor, direction: Tensor, length: Tensor) -> Tensor:
+    """``start + length * direction``, ``length`` ``[rows, 1]``."""
+    # not torch.addcmul or torch.lerp, which are slow where a length a row is broadcast
+    return (direction * length).add_(start)
+
+
+def chosen_rows(condition: Tensor, one: Tensor, other: Tensor, recorded: bool) -> Tensor:
+    """Rows of one, where the condition holds, and else of the other, itself where it holds in none.
+
+    Args:
+        condition: ``[rows, 1]``.
+        one: ``[rows, entries]``.
+        other: The same.
+        recorded: Whether a program is recorded, which cannot ask what the condition is.
+    """
+    return torch.where(condition, one, other) if recorded or bool(condition.any()) else other
+
+
 def least_squares(changes: Tensor, target: Tensor) -> Tensor:
     """Weights ``w`` of the smallest ``|target - changes w|`` for each row, by normal equations with a small ridge.
 

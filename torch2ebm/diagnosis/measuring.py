@@ -8,11 +8,11 @@ from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.diagnosis.loss_scale import LossScale, half_and_terms, output_curvature
 from torch2ebm.diagnosis.reach import Reach, reach_of, steps_to_reach_all
 from torch2ebm.diagnosis.settings import nudge_of
-from torch2ebm.diagnosis.spectrum import EnergyHessian, Spectrum
+from torch2ebm.diagnosis.spectrum import Spectrum, spectra
 from torch2ebm.engine.call import Call
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.inference.curvature import measured_curvature
-from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.loss.output_loss import NudgedLoss, OutputLoss
 
 PRODUCTS = 60  # for each end of a spectrum
 SURE = 1e-4  # of sigma squared: to how much of itself it is measured
@@ -59,12 +59,11 @@ def measured_of(
     """
     energies = getattr(algorithm, "energies", {})
     curvature = measured_curvature(call, loss, energies, PRODUCTS, SURE)
-    hessian = EnergyHessian(call, loss, energies, curvature.of_samples is not None)
     values = errors = None
     if call.graph.hidden_nodes:
         beta = nudge_of(algorithm, curvature.radius) if beta is None else beta
-        hessian.beta = 1.0 if beta is None else beta
-        values, errors = hessian.of_values(PRODUCTS), hessian.of_errors(PRODUCTS)
+        nudged = loss if beta is None else NudgedLoss(loss, beta)
+        values, errors = spectra(call, nudged, energies, curvature.of_samples is not None, PRODUCTS)
     return Measured(
         _of_terms(scale, call, loss),
         curvature.sigma_squared,

@@ -391,8 +391,7 @@ class Inference(ABC):
 
     def _collect_unreached(self, node: Node, result: Collected) -> None:
         """No error has reached the node: its gradients are exactly zero, its predictions its values."""
-        # nodes come in reverse order; the report has them in that of the graph
-        result.unreached.insert(0, node.name)
+        result.unreached.insert(0, node.name)  # nodes come in reverse; the report has the graph's order
         result.gradients.add_zeros(self.call, node)
         result.predictions.update({slot: self.values.pop(slot) for slot in node.slots})
 

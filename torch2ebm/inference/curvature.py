@@ -152,7 +152,8 @@ class _Lanczos:
     """Full reorthogonalisation, every sample in a row of its own; sums are in double precision."""
 
     def __init__(self, ends: OutputCurvature, rows: Rows) -> None:
-        self.local, self.hessian, self.covariance, self.rows = ends.local, ends.product, ends.covariance, rows
+        self.local, self.rows = ends.local, rows
+        self.hessian, self.covariance = packed(ends.product, rows), packed(ends.covariance, rows)
         self.basis: list[tuple[Tensor, Tensor]] = []  # c and K c, each [rows, outputs], K-orthonormal
         self.matrix = torch.zeros(rows.count, 0, 0, dtype=torch.float64)
         self.made = 0
@@ -160,7 +161,7 @@ class _Lanczos:
         self.bound = torch.full_like(self.highest, math.inf)
 
     def run(self, products: int, tol: float) -> None:
-        vector = self._through(self.hessian, self.rows.pack(noise(self.rows.like)))
+        vector = self.hessian(self.rows.pack(noise(self.rows.like)))
         vector = vector / vector.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vector.dtype).tiny)
         while self.made < products:
             vector, ended = self._advanced(vector)
@@ -169,7 +170,7 @@ class _Lanczos:
                 break
 
     def _advanced(self, vector: Tensor) -> tuple[Tensor, bool]:
-        varied = self._through(self.covariance, vector)
+        varied = self.covariance(vector)
         self.made += 1
         squared = _dot(vector, varied).cpu()
         if not bool(torch.isfinite(squared).all()):
@@ -179,7 +180,7 @@ class _Lanczos:
         self._bounded(torch.where(alive, length, 0.0))
         scale = torch.where(alive, 1 / length, 0.0).to(vector)[:, None]  # an exhausted row is zero from here on
         self.basis.append((vector * scale, varied * scale))
-        product = self._through(self.hessian, varied * scale)
+        product = self.hessian(varied * scale)
         column = [_dot(y, product) for _, y in self.basis]
         self._grown(column)
         size = product.norm(dim=1, keepdim=True)
@@ -215,13 +216,19 @@ class _Lanczos:
             highest if self.rows.count == batch_size else None,
         )
 
-    def _through(self, product: Product, rows: Tensor) -> Tensor:
-        by_slot: dict[str, Tensor] = {}
-        self.rows.unpack(rows, by_slot)
-        return self.rows.pack(product(by_slot))
-
 
 Product = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+def packed(product: Product, rows: Rows) -> Callable[[Tensor], Tensor]:
+    """The same product on rows."""
+
+    def of_rows(vector: Tensor) -> Tensor:
+        by_slot: dict[str, Tensor] = {}
+        rows.unpack(vector, by_slot)
+        return rows.pack(product(by_slot))
+
+    return of_rows
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

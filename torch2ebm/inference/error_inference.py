@@ -136,10 +136,10 @@ class ErrorInference(Inference):
                 evaluated = passes.pop(node.name, None) or self.evaluate(node, requires_grad=True)
                 self.send(evaluated, sent, messages)
             for slot, gradient, message in zip(node.slots, own, received, strict=True):
-                difference = _difference(gradient, message)
-                if difference is not None:
-                    self._measure(slot, difference, gradient)
-                    yield slot, difference
+                found = difference(gradient, message)
+                if found is not None:
+                    self._measure(slot, found, gradient)
+                    yield slot, found
 
     def _own(self, node: Node) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """dphi/dvalue and -dphi/dprediction at the errors; None is exactly zero."""
@@ -200,7 +200,7 @@ class ErrorInference(Inference):
                 self._collect_unreached(node, result)
 
 
-def _difference(own: Tensor | None, message: Tensor | None) -> Tensor | None:
+def difference(own: Tensor | None, message: Tensor | None) -> Tensor | None:
     if message is None:
         return own
     return message.neg() if own is None else own - message

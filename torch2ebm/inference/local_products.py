@@ -125,43 +125,6 @@ class LocalProducts:
         self.work += 2 if self.exact else 1
         return moved
 
-    def differences(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """How errors and outputs follow when values move: ``(I - W) u`` by hidden slot, ``J_o u`` by output slot.
-
-        ``W`` holds the derivatives of predictions in the values that they are made of, one edge each.
-        """
-        found: dict[str, Tensor] = {}
-        for node in self.graph.nodes.values():
-            tangents = [values.get(slot) for slot in node.reads]
-            idle = all(tangent is None for tangent in tangents)
-            predictions = [None] * len(node.slots) if idle else self._pushed(node, tangents)
-            for slot, prediction in zip(node.slots, predictions, strict=True):
-                own = None if node.is_output else values.get(slot)
-                if prediction is not None:
-                    prediction = at_least_single(prediction)
-                    found[slot] = prediction if node.is_output else -prediction
-                if own is not None:
-                    found[slot] = found[slot] + own if slot in found else own
-        self.work += 2 if self.exact else 1
-        return found
-
-    def differences_back(self, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The transpose of :meth:`differences`, by hidden slot: each node sends to its own parents alone."""
-        found = {s: c for node in self.graph.hidden_nodes for s in node.slots if (c := cotangents.get(s)) is not None}
-        for node in self.graph.nodes.values():
-            sent = [cotangents.get(slot) for slot in node.slots]
-            if not node.reads or all(each is None for each in sent):
-                continue
-            evaluated = self.passes[node.name]
-            products = evaluated.pullback(sent, evaluated.inputs, retain_graph=True)
-            sign = 1 if node.is_output else -1
-            for slot, product in zip(node.reads, products, strict=True):
-                if product is not None:
-                    product = sign * at_least_single(product, detach=False)
-                    found[slot] = found[slot] + product if slot in found else product
-        self.work += 1
-        return found
-
     def one_level_on(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What each node's prediction makes of a change of its parents' values alone, by slot; missing is zero."""
         found: dict[str, Tensor] = {}

@@ -12,8 +12,6 @@ from torch import Tensor
 from torch2ebm.common.users_code import users_level
 from torch2ebm.errors import NotSettledWarning
 from torch2ebm.inference.base import LOSS, Inference
-from torch2ebm.inference.error_inference import passed_on
-from torch2ebm.inference.history import relative_length
 from torch2ebm.inference.solver import Rest
 from torch2ebm.inference.value_inference import ValueInference
 
@@ -51,7 +49,7 @@ class Settling:
             if steps < self.next_look:
                 reached = False
             else:
-                summed = summed_residual(self.inference)
+                summed = self.inference.summed_residual()
                 self.next_look = AGAIN * steps
                 settled, of_samples = settled & (summed <= self.tol), torch.maximum(of_samples, summed.to(of_samples))
                 reached = bool((settled | on_kinks).all())
@@ -83,32 +81,6 @@ class Settling:
         whole = [float(sum(sweep.values())) for sweep in (first, before, now)]
         falls = whole[1] - whole[2] > self.tol**2 * (whole[0] - whole[2])
         return not falls and bool(((new - old).abs() <= STANDING * new.abs()).all())
-
-
-def summed_residual(inference: ValueInference) -> Tensor:
-    """``|dF/de| / |pi e|`` of each sample at the values as they are, the largest of all nodes: one sweep.
-
-    With v = mu + e the gradient in an error sums those of all values below: dF/de_n = dF/dv_n + sum_c J_c^T dF/de_c.
-    """
-    line = dict(inference.history[-1])
-    passes = [inference.evaluate(node, requires_grad=True) for node in inference.graph.output_nodes]
-    errors, messages = inference.output_errors(passes), dict[str, Tensor]()
-    inference.history[-1] = line  # the energy of a step is that of its start
-    for evaluated in passes:
-        inference.send(evaluated, [errors.get(slot) for slot in evaluated.node.slots], messages)
-    found: list[Tensor] = []
-    for node in reversed(inference.graph.hidden_nodes):
-        received = [messages.pop(slot, None) for slot in node.slots]
-        own, cotangents, looked_at = inference._at(node)
-        sent = [passed_on(*each) for each in zip(own, cotangents, received, strict=True)]
-        if looked_at is not None and any(each is not None for each in sent):
-            inference.send(looked_at, sent, messages)
-        for slot, pull, message in zip(node.slots, own, received, strict=True):
-            if message is not None:
-                gradient = message.neg() if pull is None else pull - message
-                found.append(relative_length(gradient, pull, inference._rounding(slot), inference.call.batch_size))
-    size = max((each.numel() for each in found), default=1)
-    return torch.stack([each.expand(size) for each in found]).amax(0) if found else torch.zeros(size)
 
 
 def tell_ceiling(solver: object, inference: Inference, rest: Rest) -> None:

@@ -24,7 +24,7 @@ from torch2ebm.common.rows import Rows
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy, Gaussian
 from torch2ebm.errors import NonFiniteError
-from torch2ebm.inference.curvature import BACKPROP, OutputCurvature, independent, measured_curvature
+from torch2ebm.inference.curvature import BACKPROP, OutputCurvature, independent, measured_curvature, packed
 from torch2ebm.inference.local_products import LocalProducts
 from torch2ebm.loss.node_curvature import summed
 from torch2ebm.loss.output_loss import OutputLoss
@@ -76,21 +76,15 @@ def measured_stability(
     if not all(bool(torch.isfinite(call.values[slot]).all()) for slot in call.graph.output_slots):
         return Stability(math.nan)  # the energy of the first step says where; nothing is learnt of this graph here
     local = LocalProducts(call, energies, exact)
-    hessian = _Hessian(local, loss, energies)
+    hessian = EnergyHessian(local, loss, energies)
     rows = Rows(hessian.like, tuple(hessian.like), call.batch_size)
     local.separate = hessian.samples_are_independent()
     if not local.separate:
         rows.count = 1
     products_of = {"values": hessian.in_values, "errors": hessian.in_errors, "local errors": hessian.of_nodes}
-    product = products_of[coordinates]
-
-    def through(packed: Tensor) -> Tensor:
-        by_slot: dict[str, Tensor] = {}
-        rows.unpack(packed, by_slot)
-        return rows.pack(product(by_slot))
-
+    product = packed(products_of[coordinates], rows)
     largest, bound, made = largest_eigenvalue(
-        through, rows.pack(_start(hessian.like, call.batch_size)), products, tol, local.not_finite
+        product, rows.pack(_start(hessian.like, call.batch_size)), products, tol, local.not_finite
     )
     if coordinates != "local errors":
         return Stability(largest, 0.0, bound, made, local.work / BACKPROP)
@@ -110,8 +104,17 @@ def _start(like: Mapping[str, Tensor], batch_size: int) -> dict[str, Tensor]:
     return found
 
 
-class _Hessian:
-    """Products with F's Hessian in either coordinates."""
+class EnergyHessian:
+    """The Hessian of F, summed over samples, around the feed-forward pass of one call, as products with it.
+
+    Args:
+        local: Products of the call.
+        loss: Its loss, nudged.
+        energies: Energy of each node, by name.
+
+    Attributes:
+        like: The values that it acts on, by slot.
+    """
 
     def __init__(self, local: LocalProducts, loss: OutputLoss, energies: Mapping[str, Energy]) -> None:
         self.local, self.graph, self.energies = local, local.graph, energies
@@ -180,7 +183,7 @@ def largest_eigenvalue(
             raise not_finite()
         diagonal.append(along)
         beside.append(length)
-        values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, beside[:-1]))
+        values, vectors = torch.linalg.eigh(tridiagonal(diagonal, beside[:-1]))
         largest, bound = values[:, -1], length * vectors[:, -1, -1].abs()
         # what is left of an exhausted row is rounding
         alive = length > 10 * torch.finfo(vector.dtype).eps * largest.abs()
@@ -192,7 +195,8 @@ def largest_eigenvalue(
     return float(largest.max()), float(bound[largest.argmax()]), len(diagonal)
 
 
-def _tridiagonal(diagonal: list[Tensor], beside: list[Tensor]) -> Tensor:
+def tridiagonal(diagonal: list[Tensor], beside: list[Tensor]) -> Tensor:
+    """Of a matrix for each row, ``[rows, made, made]``, from lists of ``[rows]``."""
     matrix: Tensor = torch.diag_embed(torch.stack(diagonal, 1))
     if beside:
         matrix = matrix + torch.diag_embed(torch.stack(beside, 1), 1) + torch.diag_embed(torch.stack(beside, 1), -1)

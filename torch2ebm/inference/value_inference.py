@@ -20,7 +20,8 @@ from torch2ebm.engine.call import Call, NodePass
 from torch2ebm.engine.energies import Energy
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.inference.base import UNIT_GAUSSIAN, Inference
-from torch2ebm.inference.history import Collected
+from torch2ebm.inference.error_inference import difference, passed_on
+from torch2ebm.inference.history import Collected, relative_length
 from torch2ebm.loss.output_loss import OutputLoss
 
 
@@ -192,6 +193,37 @@ class ValueInference(Inference):
         if not self.is_active(node):
             return [None] * len(node.slots), [None] * len(node.slots), evaluated
         return (*self.pulls(node, self.subtract(node, evaluated.predictions), evaluated.predictions), evaluated)
+
+    def summed_residual(self) -> Tensor:
+        """``|dF/de| / |pi e|`` of each sample at the values as they are, the largest of all nodes, after a sweep.
+
+        With v = mu + e the gradient in an error sums those of all values below: dF/de_n = dF/dv_n + sum_c J_c^T
+        dF/de_c.
+
+        Returns:
+            ``[batch]``, or ``[1]`` where samples cannot be told apart.
+
+        Example:
+            >>> gradients = dict(inference.sweep())
+            >>> float(inference.summed_residual().max()) > 0  # values have not come to rest
+            True
+        """
+        line = dict(self.history[-1])
+        messages = self._messages_of_outputs()
+        self.history[-1] = line  # the energy of a step is that of its start
+        found: list[Tensor] = []
+        for node in reversed(self.graph.hidden_nodes):
+            received = [messages.pop(slot, None) for slot in node.slots]
+            own, cotangents, looked_at = self._at(node)
+            sent = [passed_on(*each) for each in zip(own, cotangents, received, strict=True)]
+            if looked_at is not None and any(each is not None for each in sent):
+                self.send(looked_at, sent, messages)
+            for slot, pull, message in zip(node.slots, own, received, strict=True):
+                gradient = None if message is None else difference(pull, message)
+                if gradient is not None:
+                    found.append(relative_length(gradient, pull, self._rounding(slot), self.call.batch_size))
+        size = max((each.numel() for each in found), default=1)
+        return torch.stack([each.expand(size) for each in found]).amax(0) if found else torch.zeros(size)
 
     def subtract(self, node: Node, predictions: Sequence[Tensor]) -> list[Tensor]:
         """The errors of a node: value minus prediction.

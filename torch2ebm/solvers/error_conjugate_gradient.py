@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from torch2ebm.common.checks import check_steps, check_tolerance
-from torch2ebm.common.rows import Rows
+from torch2ebm.common.rows import Rows, chosen_rows, moved_rows
 from torch2ebm.engine.energies import precision_of
 from torch2ebm.graph.activations import may_have_kinks
 from torch2ebm.inference.error_inference import ErrorInference
@@ -194,7 +194,7 @@ class ErrorConjugateGradient(ErrorSolver):
             return _chosen(after.known, lambda: known, lambda: replace(after, here=after.best), inference.recorded)
 
         def onward() -> Line:
-            return replace(after, here=_moved(after.base, after.direction, after.length))
+            return replace(after, here=moved_rows(after.base, after.direction, after.length))
 
         after = _chosen(done, ended, onward, inference.recorded)
         rows.unpack(after.here, inference.errors)
@@ -218,49 +218,34 @@ class ErrorConjugateGradient(ErrorSolver):
         self, state: Line, gradient: Tensor, now: Tensor, size: Tensor, quadratic: Tensor, recorded: bool
     ) -> Line:
         """On from the smallest point of the line, along a direction that is conjugate to it."""
-        here, moved, inverse = state.here, state.length > 0, _inverse(state.weight)
-        curvature = (now - state.slope) / torch.where(moved, state.length, 1.0)  # d^T H d
-        convex = moved & (curvature > 0)
-        share = torch.where(convex, -state.slope / torch.where(convex, curvature * state.length, 1.0), 1.0)
-        share = torch.where(quadratic, share, share.clamp(0, BEYOND))
+        here, moved = state.here, state.length > 0
+        share, curvature = _smallest(state, now, quadratic)
         # between two points that were looked at; beyond them a kink may come
         known = quadratic & (share <= 1).all()
-        base = _moved(state.base, state.direction, share * state.length)
+        base = moved_rows(state.base, state.direction, share * state.length)
         there = (gradient - state.gradient).mul_(share).add_(state.gradient)
-        squared, covered = _squared(there, inverse), _squared(base, state.weight)
-        # from here to there the slope falls to 0 in a straight line
-        foreseen = (0.5 * now * (share - 1) * state.length).sum(dtype=torch.float64)
+        squared, covered = _squared(there, _inverse(state.weight)), _squared(base, state.weight)
         at_rest, by_model = _residual(size, _squared(here, state.weight)), _residual(squared, covered)
-        settled_here = at_rest <= self.tol
-        settled = settled_here | ((by_model <= self.tol) & known)
-        waits = by_model <= self.tol  # for the next sweep to look
+        settled_here, waits = at_rest <= self.tol, by_model <= self.tol  # who waits has the next sweep look
+        settled = settled_here | (waits & known)
         idle = moved & (share * state.length * state.reach.sqrt() <= 0.1 * self.tol * covered.sqrt())
         still = torch.where(idle & ~settled, state.still + 1, 0.0)
         on_kink = (state.on_kink | (still >= STILL)) & ~settled_here
         rests = settled | waits | on_kink
-        old = state.squared
-        turned = squared - _dot(there if inverse is None else there * inverse, state.gradient)
-        beta = torch.where(moved & (old > 0), turned / torch.where(old > 0, old, 1.0), 0.0).clamp_min(0)
-        along = torch.lerp(state.slope, now, share)  # the old direction times the new gradient
-        beta = torch.where(beta * along < squared, beta, 0.0)  # else the steepest direction: the other one rises
-        keep, turn = torch.where(rests, 0.0, beta), torch.where(rests, 0.0, -1.0).to(beta)
-        steepest = there if inverse is None else there * inverse
-        length = torch.where(moved, torch.where(convex, share, 2.0) * state.length, state.first.to(share))
+        length = torch.where(moved, torch.where(curvature > 0, share, 2.0) * state.length, state.first.to(share))
         length = torch.where(quadratic & moved, length.clamp_min(1.0), length)  # to look beyond the smallest point
-        met = torch.nan_to_num(torch.where(convex, curvature / state.reach, 0.0))
+        met = torch.nan_to_num(curvature / state.reach)
         return replace(
             state,
-            base=_rows_of(settled_here, here, base, recorded),
-            gradient=_rows_of(settled_here, gradient, there, recorded),
-            direction=_turned(state.direction, keep, steepest, turn, recorded),
+            base=chosen_rows(settled_here, here, base, recorded),
+            gradient=chosen_rows(settled_here, gradient, there, recorded),
             length=torch.where(rests, 0.0, length),
-            slope=torch.where(rests, 0.0, beta * along - squared),
             squared=torch.where(settled_here, size, squared),
-            reach=(keep.square() * state.reach + 2 * keep * turn * along + turn.square() * squared).clamp_min(0),
             best=here,
             best_gradient=gradient,
             best_squared=size,
-            foreseen=foreseen,
+            # from here to there the slope falls to 0 in a straight line
+            foreseen=(0.5 * now * (share - 1) * state.length).sum(dtype=torch.float64),
             known=known,
             best_residual=at_rest,
             usual=torch.where(state.usual > 0, state.usual, met),
@@ -271,7 +256,45 @@ class ErrorConjugateGradient(ErrorSolver):
             still=still,
             again=torch.zeros_like(state.again),
             left=state.left - 1,
+            **_conjugate(state, there, squared, torch.lerp(state.slope, now, share), rests, recorded),
         )
+
+
+def _smallest(state: Line, now: Tensor, quadratic: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the line is smallest, as a share of the step, and ``d^T H d``; 1 and 0 where it is not convex."""
+    moved = state.length > 0
+    curvature = (now - state.slope) / torch.where(moved, state.length, 1.0)
+    convex = moved & (curvature > 0)
+    share = torch.where(convex, -state.slope / torch.where(convex, curvature * state.length, 1.0), 1.0)
+    return torch.where(quadratic, share, share.clamp(0, BEYOND)), torch.where(convex, curvature, 0.0)
+
+
+def _conjugate(
+    state: Line, there: Tensor, squared: Tensor, along: Tensor, rests: Tensor, recorded: bool
+) -> dict[str, Any]:
+    """The next direction (Polak and Ribiere 1969), with its slope and its square.
+
+    Args:
+        state: The line before.
+        there: The gradient at its smallest point.
+        squared: That gradient times itself.
+        along: The old direction times that gradient.
+        rests: Rows that go no farther.
+        recorded: Whether the step is.
+    """
+    inverse = _inverse(state.weight)
+    steepest = there if inverse is None else there * inverse
+    old, moved = state.squared, state.length > 0
+    turned = squared - _dot(steepest, state.gradient)
+    beta = torch.where(moved & (old > 0), turned / torch.where(old > 0, old, 1.0), 0.0).clamp_min(0)
+    beta = torch.where(beta * along < squared, beta, 0.0)  # else the steepest direction: the other one rises
+    keep, turn = torch.where(rests, 0.0, beta), torch.where(rests, 0.0, -1.0).to(beta)
+    reach = keep.square() * state.reach + 2 * keep * turn * along + turn.square() * squared
+    return {
+        "direction": _turned(state.direction, keep, steepest, turn, recorded),
+        "slope": torch.where(rests, 0.0, beta * along - squared),
+        "reach": reach.clamp_min(0),
+    }
 
 
 def _taken_back(state: Line, now: Tensor, tol: float) -> Line:
@@ -323,11 +346,6 @@ def _inverse(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.reciprocal()
 
 
-def _moved(start: Tensor, direction: Tensor, length: Tensor) -> Tensor:
-    # not torch.addcmul or torch.lerp, which are slow where a length a row is broadcast
-    return (direction * length).add_(start)
-
-
 def _turned(direction: Tensor, keep: Tensor, steepest: Tensor, turn: Tensor, recorded: bool) -> Tensor:
     """The next direction, in the place of the old one: nobody else has that, and new memory takes longer than sums."""
     kept = direction * keep if recorded else direction.mul_(keep)
@@ -356,11 +374,6 @@ def _quadratic(state: Line, now: Tensor, energy: Tensor) -> Tensor:
     rounding = 8 * torch.finfo(now.dtype).eps * energy.abs()
     exact: Tensor = (energy - state.foreseen - said).abs() <= EXACT * size + rounding
     return exact & (size > 100 * rounding)
-
-
-def _rows_of(condition: Tensor, one: Tensor, other: Tensor, recorded: bool) -> Tensor:
-    """Rows of one, where the condition holds, and else of the other."""
-    return torch.where(condition, one, other) if recorded or bool(condition.any()) else other
 
 
 def _chosen(condition: Tensor, one: Callable[[], Line], other: Callable[[], Line], recorded: bool) -> Line:
