@@ -2,7 +2,8 @@
 
 ``python benchmarks/learning.py [--rows resnet,gpt] [--settings backprop,default] [--seeds 3]`` trains what is asked for
 and prints the table. Each run is stored as it ends, in ``results/learning.jsonl``, and is not done again: stop it when
-you like, and go on by the same command. ``--table`` prints what is stored, and trains nothing.
+you like, and go on by the same command. ``--table`` prints what is stored, and trains nothing. Remove the file where
+the library has changed: a stored run does not know by which version it was made.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def trained(row: Row, setting: Setting, seed: int) -> Run:
         row.protocol,
         score,
         seconds,
-        _mean([r.steps for r in found]),
+        _mean([r.steps for r in found if r.steps]),
         _mean([r.settled for r in found if r.settled is not None]),
         _mean([r.on_kinks for r in found if r.on_kinks is not None]),
         [measured[0], measured[len(measured) // 2], measured[-1]] if measured else [],
