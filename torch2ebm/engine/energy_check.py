@@ -27,7 +27,7 @@ _OWN = (Gaussian, Categorical)
 _passed: weakref.WeakValueDictionary[int, Energy] = weakref.WeakValueDictionary()
 
 
-def check_energies(energies: Mapping[str, Energy]) -> None:
+def check_energy_gradients(energies: Mapping[str, Energy]) -> None:
     """Check every energy that has not been checked yet.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch2ebm.algorithms.base import Algorithm, check_algorithm
-from torch2ebm.engine.energy_check import check_energies
+from torch2ebm.engine.energy_check import check_energy_gradients
 from torch2ebm.errors import AttachmentError
 from torch2ebm.model.energy_model import EnergyModel
 
@@ -39,7 +39,7 @@ def check_parts(optimizer: object, model: object, algorithm: object, monitor: ob
             "Pass the optimizer itself, for example torch.optim.Adam(net.parameters()).",
         )
     check_algorithm(WHERE, algorithm, AttachmentError)
-    check_energies(getattr(algorithm, "energies", {}))
+    check_energy_gradients(getattr(algorithm, "energies", {}))
     if monitor is not None and not callable(monitor):
         raise AttachmentError(
             WHERE,
