@@ -183,12 +183,12 @@ class _Assembly:
         return {node.name: names for node, names in found.items() if names}
 
     def _node(self, i: int, name: str) -> Node:
-        body = self._sorted(self.body[i])
+        body, core = self._sorted(self.body[i]), self._sorted(self.core[i])
         external = [source for node in body for source in node.all_input_nodes if source not in self.body[i]]
         values = [
             source
             for source in dict.fromkeys(external)
-            if source in self.roles.live and any(source in node.all_input_nodes for node in self.core[i])
+            if source in self.roles.live and any(source in node.all_input_nodes for node in core)
         ]
         constants = [s for s in dict.fromkeys(external) if s not in values and s.op != "get_attr"]
         fixed = {s: self._name_of_export(s) for s in (*constants, *self.exports[i])}
@@ -209,7 +209,7 @@ class _Assembly:
             batch_statistics=any(facts[node].batch_statistics for node in body),
             group_norm=any(_needs_input_gradients(self._called(node).target) for node in body),
             description=described(self._sorted(self.groups[i].members), self.capture.module, self.roles),
-            operations=tuple(self._called(node) for node in self._sorted(self.core[i])),
+            operations=tuple(self._called(node) for node in core),
         )
 
     def _called(self, node: fx.Node) -> Operation:
