@@ -26,6 +26,7 @@ WINGS = (
     "solvers",
     "equilibrium",
     "implicit",
+    "clamping",
     "algorithms",
     "reports",
     "model",

@@ -18,6 +18,7 @@ from torch2ebm.algorithms import (
     ZeroDivergence,
 )
 from torch2ebm.check import CheckReport, check
+from torch2ebm.clamping.inferred import Inferred
 from torch2ebm.common.moved import old_name, serve_old_paths
 from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.diagnose import Diagnosis, diagnose
@@ -42,6 +43,7 @@ from torch2ebm.solvers import (
     ErrorConjugateGradient,
     ErrorDescent,
     GradientDescent,
+    Langevin,
     LocalErrorDescent,
     Momentum,
     SequentialDescent,
@@ -82,6 +84,8 @@ __all__ = [
     "ImplicitSGD",
     "IncrementalPredictiveCoding",
     "InferenceState",
+    "Inferred",
+    "Langevin",
     "LocalErrorDescent",
     "Momentum",
     "Neumann",

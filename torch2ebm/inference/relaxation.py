@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch2ebm.common.checks import AUTO
+from torch2ebm.engine.draws import MeanGradients
 from torch2ebm.engine.results import ROUNDING, LocalGradients, Relaxation, StepSize
 from torch2ebm.errors import DivergenceError, NonFiniteError
 from torch2ebm.inference.base import LOSS, Inference
@@ -46,7 +48,10 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
         >>> found.state.relaxation.steps, len(found.state.relaxation.energy)
         (10, 11)
     """
+    if solver.samples:
+        programs = None  # a program would have the same noise in every batch
     run = EagerRun(solver, inference) if programs is None else ProgramRun(programs, solver, inference)
+    draws, heat = MeanGradients(), heat_of(solver, inference)
     lr = inference.step_size.used if inference.step_size else getattr(solver, "lr", None)
     tol = tolerance(solver)
     if solver.steps == AUTO:
@@ -57,18 +62,22 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
         # a maximum over all values costs a pass: without a tolerance only the last step is reported
         inference.measuring = tol > 0 or steps == most - 1
         steps += run.advance(_steps_unwatched(tol, most, steps))
+        if solver.is_draw(steps):
+            draws.add(_gradients_here(inference))
         if inference.measuring:
             rest = run.rest()
             if solver.steps == AUTO:
                 rest = settling.seen(rest)
             if rest.reached:
                 break
-        if steps % WATCHED == 0 and _has_run_away(inference):
+        if steps % WATCHED == 0 and _has_run_away(inference, heat):
             break
     # before the report: the last pass adds the final energy to the history
     gradients = run.local_gradients()
+    if draws.count:
+        gradients = draws.of(gradients)
     try:
-        relaxation = report(inference, steps, rest, tol, beta, solver.remedy)
+        relaxation = report(inference, steps, rest, tol, beta, solver.remedy, heat)
     except DivergenceError:
         correct(solver, inference, rose=True)
         raise
@@ -81,6 +90,15 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
     if solver.steps == AUTO and not rest.reached:
         tell_ceiling(solver, inference, rest)
     return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
+
+
+def _gradients_here(inference: Inference) -> LocalGradients:
+    """The local gradients at the values as they are, which go on from there."""
+    moving = inference.moving()
+    found = inference.local_gradients()
+    inference.history.pop()  # the energy here is that of the next step's start
+    inference.restore(moving)
+    return found
 
 
 def _steps_unwatched(tol: float, most: int, steps: int) -> int:
@@ -96,25 +114,36 @@ def _with_step_size(relaxation: Relaxation, measured: StepSize | None, lr: float
     return replace(relaxation, lr=lr, largest_lr=largest, lr_cost=measured.backprops)
 
 
-def _has_run_away(inference: Inference) -> bool:
+def heat_of(solver: Solver[Any], inference: Inference) -> float:
+    """What the noise of a sampler brings to the energy, up to a factor: its temperature for each entry."""
+    return solver.temperature * sum(value.numel() for value in inference.values.values())
+
+
+def _has_run_away(inference: Inference, heat: float) -> bool:
     """Whether the last energy is past what :func:`report` lets through: the steps that are left would be wasted."""
     first, last = (float(sum(inference.history[i].values())) for i in (0, -1))
-    return not (math.isfinite(last) and last <= _ceiling(first))
+    return not (math.isfinite(last) and last <= _ceiling(first, heat))
 
 
-def _ceiling(first: float) -> float:
-    return first + RISE * abs(first) + 1.0  # + 1: the energy may start at zero; abs: it may be negative
+def _ceiling(first: float, heat: float) -> float:
+    return first + RISE * (abs(first) + heat) + 1.0  # + 1: the energy may start at zero; abs: it may be negative
 
 
 def report(
-    inference: Inference, steps: int, rest: Rest, tol: float, beta: float = 1.0, remedy: str = REMEDY
+    inference: Inference,
+    steps: int,
+    rest: Rest,
+    tol: float,
+    beta: float = 1.0,
+    remedy: str = REMEDY,
+    heat: float = 0.0,
 ) -> Relaxation:
     """How the relaxation went. Raises :class:`NonFiniteError` or :class:`DivergenceError` where it went wrong."""
     names = [node.name for node in inference.graph.hidden_nodes]
     table = energies(inference.history, [*names, LOSS])
     loss = table.pop(LOSS)
     total = tuple(sum(column) for column in zip(loss, *table.values(), strict=True))
-    check_energies(total, {**table, "the loss": loss}, remedy)
+    check_energies(total, {**table, "the loss": loss}, remedy, heat)
     return Relaxation(
         steps,
         rest.reached if tol > 0 else None,
@@ -132,9 +161,11 @@ def report(
     )
 
 
-def check_energies(total: tuple[float, ...], parts: Mapping[str, tuple[float, ...]], remedy: str = REMEDY) -> None:
+def check_energies(
+    total: tuple[float, ...], parts: Mapping[str, tuple[float, ...]], remedy: str = REMEDY, heat: float = 0.0
+) -> None:
     """Raise :class:`NonFiniteError` for a start, :class:`DivergenceError` for a later energy, that went wrong."""
-    ceiling = _ceiling(total[0])
+    ceiling = _ceiling(total[0], heat)
     # not (finite and <=): NaN compares false with everything
     bad = next((step for step, energy in enumerate(total) if not (math.isfinite(energy) and energy <= ceiling)), None)
     if bad is None:

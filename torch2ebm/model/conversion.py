@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from torch2ebm.algorithms.base import Algorithm, check_algorithm
 from torch2ebm.algorithms.given import curvature_of
 from torch2ebm.capture.fingerprint import inside_functional_call
+from torch2ebm.clamping.answering import answered, question_settings
+from torch2ebm.clamping.asking import Question
+from torch2ebm.clamping.inferred import Inferred
+from torch2ebm.clamping.inputs import Asked
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.common.plain_loop import PlainLoop
 from torch2ebm.common.users_code import users_level
@@ -68,6 +72,7 @@ class Conversion:
         self.shards, self.captures = _seen(module, granularity)
         self.forwards, self.replicas = OpenForwards(), Replicas()
         self.standing = Standing()
+        self._seen: Mapping[str, Tensor] = {}
         self.batch = batch
         self._runs: Callable[..., Any] = module
         self.check_every: int | None = None
@@ -196,6 +201,18 @@ class Conversion:
             trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
             return curvature_of(lambda given: loss_of(self.run(given, args, kwargs)), trained, **settings)
 
+    def infer(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], question: Question, prior: Mapping[str, Any], **how: Any
+    ) -> Inferred:
+        """Values of any node, others given; see :meth:`EnergyModel.infer` for the settings."""
+        self._see_again()
+        self._seen = self.captures.inputs or self._seen
+        solver, energies = question_settings(**how)
+        with self.shards.gathered(), torch.inference_mode(False):
+            inputs = Asked(self.module, args, kwargs, question, prior, self._seen).inputs()
+            captures = self.captures.behind(inputs.nodes)
+            return answered(partial(self.looked_at, captures=captures), inputs, solver, energies)
+
     def new_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """A run of the module, as a call that no algorithm has filled."""
         return self._call(self._captured_run(args, kwargs))
@@ -230,12 +247,16 @@ class Conversion:
         with self.shards.gathered():
             self.batch = batch_dimension_of(self.module, args, kwargs, output)
 
-    def looked_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """A recorded run of the module, which is left as it was."""
-        arguments = Arguments.of(self.module, args, kwargs)
-        with self.shards.gathered(), plain_autograd(), untouched(self.module, arguments.device):
-            call = lambda: called(self._runs, self.module, args, kwargs)  # noqa: E731
-            return self._call(self.captures.run(arguments, call, self.algorithm, keep_cuts=False))
+    def looked_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], captures: Captures | None = None) -> Call:
+        """A recorded run of the module, or of a view of it, which is left as it was."""
+        captures = captures or self.captures
+        module = captures.module
+        runs = self._runs if captures is self.captures else module
+        arguments = Arguments.of(module, args, kwargs)
+        check_inputs(module, arguments.tensors)
+        with self.shards.gathered(), plain_autograd(), untouched(module, arguments.device):
+            call = lambda: called(runs, module, args, kwargs)  # noqa: E731
+            return self._call(captures.run(arguments, call, self.algorithm, keep_cuts=False))
 
     def _captured_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Served:
         with self.shards.gathered():
