@@ -461,7 +461,9 @@ def test_a_loss_that_is_too_curved_is_refused_with_the_ways_out(
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # a small alpha leaves little in single precision
+@pytest.mark.filterwarnings(
+    "ignore::torch2ebm.errors.NoSignalWarning"
+)  # a small alpha leaves little in single precision
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     "loss",
