@@ -169,7 +169,7 @@ FEW = [
 ]
 
 
-@pytest.mark.parametrize("algorithm, needed, cure", FEW, ids=lambda each: repr(each)[:40])
+@pytest.mark.parametrize(("algorithm", "needed", "cure"), FEW, ids=lambda each: repr(each)[:40])
 def test_each_algorithm_that_carries_errors_names_levels_out_of_reach_and_its_cure(
     algorithm: Any, needed: int, cure: str
 ) -> None:

@@ -55,9 +55,10 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
     steps, rest, settling = 0, Rest(math.inf, False), Settling(inference, tol)
     while steps < most:
         # a maximum over all values costs a pass: without a tolerance only the last step is reported
-        inference.measuring = tol > 0 or steps == most - 1
+        measured = tol > 0 or steps == most - 1
+        inference.measuring = measured and not solver.relative_residual  # which has a measure of its own
         steps += run.advance(_steps_unwatched(tol, most, steps))
-        if inference.measuring:
+        if measured:
             rest = run.rest()
             if solver.steps == AUTO:
                 rest = settling.seen(rest)
@@ -75,7 +76,7 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
     relaxation = replace(
         _with_step_size(relaxation, inference.step_size, lr),
         is_backprop=solver.one_step_is_backprop and steps == 1,
-        is_relative=solver.relative_residual,
+        is_relative=solver.relative_residual or solver.steps == AUTO,
     )
     look_at_rises(solver, inference, relaxation)
     if solver.steps == AUTO and not rest.reached:
@@ -125,6 +126,7 @@ def report(
         rest.of_samples,
         tol=tol,
         beta=beta,
+        slot_residual=dict(inference.driving),
         settled=rest.settled,
         on_kinks=rest.on_kinks,
         # 1 + beta sigma^2 is the largest curvature there is; what was met is a lower bound
