@@ -239,7 +239,10 @@ class CurvatureWarning(UserWarning):
 
 
 class StepSizeWarning(UserWarning):
-    """A step size with which the energy rises; the message says the largest one that does not raise it."""
+    """A step size with which the energy rises, or a stable one that is too small to get anywhere.
+
+    The message says the largest one that does not raise it, or what to take instead.
+    """
 
 
 class NoSignalWarning(UserWarning):

@@ -14,7 +14,7 @@ from torch2ebm.inference.history import energies
 from torch2ebm.inference.runs import EagerRun, ProgramRun
 from torch2ebm.inference.settling import CEILING, Settling, tell_ceiling
 from torch2ebm.inference.solver import REMEDY, Form, Rest, Solver, tolerance
-from torch2ebm.inference.step_size import correct, look_at_rises
+from torch2ebm.inference.step_size import correct, look_at_rises, look_at_stiffness
 from torch2ebm.programs.cache import Programs
 
 RISE = 1e3  # an energy that has risen by so many times its start is no overshoot any more
@@ -81,7 +81,9 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
     look_at_rises(solver, inference, relaxation)
     if solver.steps == AUTO and not rest.reached:
         tell_ceiling(solver, inference, rest)
-    return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
+    state = replace(gradients.state, relaxation=relaxation, phases=(relaxation,))
+    look_at_stiffness(solver, inference, state)
+    return replace(gradients, state=state)
 
 
 def _steps_unwatched(tol: float, most: int, steps: int) -> int:
