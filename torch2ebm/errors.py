@@ -227,7 +227,7 @@ class NotSettledWarning(UserWarning):
 
 
 class NotAMinimumWarning(UserWarning):
-    """An equilibrium is a saddle of the energy: the plain dynamics would leave it."""
+    """An equilibrium, or where errors rest, is a saddle of the energy: plain descent would leave it."""
 
 
 class DivergenceWarning(UserWarning):

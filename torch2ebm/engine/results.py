@@ -68,7 +68,8 @@ class Relaxation:
         is_relative: Whether the residual is that over |e| already.
         slot_residual: By slot, what ``sample_residual`` is the largest of; empty where it is not told apart.
         at_minimum: Which samples rest in a minimum of the energy and in no saddle, shape ``[batch]``; None where nobody
-            has looked. One free phase of 16 is looked at, of ``AndersonMixing`` and of updates of your own.
+            has looked. One free phase of 16 is looked at, of ``AndersonMixing`` and of updates of your own, and of
+            ``AndersonErrorDescent`` relaxations 1, 10, 100 and so on.
         energy: F, summed over samples, at the start of every step and at the end, in units of lambda times the loss.
         node_energy: The share of each node with a value; ``loss`` is the rest.
         loss: lambda times the loss summed over samples.

@@ -131,6 +131,7 @@ def report(
         slot_residual=dict(inference.driving),
         settled=rest.settled,
         on_kinks=rest.on_kinks,
+        at_minimum=rest.at_minimum,
         # 1 + beta sigma^2 is the largest curvature there is; what was met is a lower bound
         sigma_squared=None if rest.stretch is None else max(rest.stretch - 1, 0.0) / abs(beta),
     )
