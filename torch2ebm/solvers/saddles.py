@@ -83,12 +83,14 @@ def in_saddles(inference: ErrorInference, products: int = PRODUCTS) -> Tensor:
 
         def product(vector: Tensor) -> Tensor:
             above, below = (_gradient(inference, rows, here + sign * width * vector) for sign in (1, -1))
-            return (above - below) / (2 * width)
+            difference: Tensor = (above - below) / (2 * width)
+            return difference
 
         start = rows.pack(noise(inference.values))
         curvatures = _ritz_values(product, start, products)
     lowest, largest = curvatures[:, 0], curvatures.abs().amax(1)
-    return rests & (lowest < -max(NEGATIVE, 2 * fine) * largest).to(rests.device)
+    found: Tensor = rests & (lowest < -max(NEGATIVE, 2 * fine) * largest).to(rests.device)
+    return found
 
 
 def _ritz_values(product: Callable[[Tensor], Tensor], start: Tensor, products: int) -> Tensor:
