@@ -16,7 +16,7 @@ from torch2ebm.inference.history import energies
 from torch2ebm.inference.runs import EagerRun, ProgramRun
 from torch2ebm.inference.settling import CEILING, Settling, tell_ceiling
 from torch2ebm.inference.solver import REMEDY, Form, Rest, Solver, tolerance
-from torch2ebm.inference.step_size import correct, look_at_rises
+from torch2ebm.inference.step_size import correct, look_at_rises, look_at_stiffness
 from torch2ebm.programs.cache import Programs
 
 RISE = 1e3  # an energy that has risen by so many times its start is no overshoot any more
@@ -60,11 +60,12 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
     steps, rest, settling = 0, Rest(math.inf, False), Settling(inference, tol)
     while steps < most:
         # a maximum over all values costs a pass: without a tolerance only the last step is reported
-        inference.measuring = tol > 0 or steps == most - 1
+        measured = tol > 0 or steps == most - 1
+        inference.measuring = measured and not solver.relative_residual  # which has a measure of its own
         steps += run.advance(_steps_unwatched(tol, most, steps))
         if solver.is_draw(steps):
             draws.add(_gradients_here(inference))
-        if inference.measuring:
+        if measured:
             rest = run.rest()
             if solver.steps == AUTO:
                 rest = settling.seen(rest)
@@ -84,12 +85,14 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
     relaxation = replace(
         _with_step_size(relaxation, inference.step_size, lr),
         is_backprop=solver.one_step_is_backprop and steps == 1,
-        is_relative=solver.relative_residual,
+        is_relative=solver.relative_residual or solver.steps == AUTO,
     )
     look_at_rises(solver, inference, relaxation)
     if solver.steps == AUTO and not rest.reached:
         tell_ceiling(solver, inference, rest)
-    return replace(gradients, state=replace(gradients.state, relaxation=relaxation, phases=(relaxation,)))
+    state = replace(gradients.state, relaxation=relaxation, phases=(relaxation,))
+    look_at_stiffness(solver, inference, state)
+    return replace(gradients, state=state)
 
 
 def _gradients_here(inference: Inference) -> LocalGradients:
@@ -154,8 +157,10 @@ def report(
         rest.of_samples,
         tol=tol,
         beta=beta,
+        slot_residual=dict(inference.driving),
         settled=rest.settled,
         on_kinks=rest.on_kinks,
+        at_minimum=rest.at_minimum,
         # 1 + beta sigma^2 is the largest curvature there is; what was met is a lower bound
         sigma_squared=None if rest.stretch is None else max(rest.stretch - 1, 0.0) / abs(beta),
     )

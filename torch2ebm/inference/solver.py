@@ -31,6 +31,7 @@ class Rest:
         settled: Share of the samples that are settled; None where the solver does not tell.
         on_kinks: Share of the samples that rest where the gradient jumps.
         stretch: Largest curvature met, in units of the precisions; None where the solver does not tell.
+        at_minimum: Which samples are in no saddle, shape ``[batch]``; None where nobody has looked.
 
     Example:
         >>> from torch2ebm.extend import Rest
@@ -44,6 +45,7 @@ class Rest:
     settled: float | None = None
     on_kinks: float | None = None
     stretch: float | None = None
+    at_minimum: Tensor | None = None
 
 
 TOLERANCE = 0.01  # of steps="auto", where the solver has none: ErrorConjugateGradient's

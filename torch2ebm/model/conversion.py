@@ -33,7 +33,7 @@ from torch2ebm.inference.curvature import Curvature
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
-from torch2ebm.model.arguments import Arguments, batch_dimension_of, called, check_inputs, of_batch
+from torch2ebm.model.arguments import Arguments, batch_dimension_of, called, check_inputs, of_batch, ordinary
 from torch2ebm.model.backward import EnergyFunction, OpenCall
 from torch2ebm.model.capture_cache import Captures, Served
 from torch2ebm.model.open_forwards import OpenForwards, nothing_attached
@@ -122,7 +122,7 @@ class Conversion:
         """The output that the algorithm defines, where no backward will follow."""
         # a relaxation differentiates, which inference mode forbids
         with self.shards.gathered(), torch.inference_mode(False), torch.no_grad():
-            args, kwargs = map_leaves(_ordinary, (args, dict(kwargs)))
+            args, kwargs = ordinary((args, dict(kwargs)))
             served = self._served(args, kwargs, algorithm)
             call = self._call(served)
             with tensors_in_place(self.module, served.swapped):
@@ -197,7 +197,7 @@ class Conversion:
     def curvature(self, loss_fn: Callable[..., Tensor], batch: Any, **settings: Any) -> Curvature:
         """How curved the loss is in the errors of one batch; see :meth:`EnergyModel.curvature` for the settings."""
         args, kwargs, loss_of = of_batch("model.curvature", batch, loss_fn)
-        with untouched(self.module, Arguments.of(self.module, args, kwargs).device):
+        with plain_autograd(), untouched(self.module, Arguments.of(self.module, args, kwargs).device):
             trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
             return curvature_of(lambda given: loss_of(self.run(given, args, kwargs)), trained, **settings)
 
@@ -412,7 +412,3 @@ def _filled(output: Any, leaves: Sequence[Any], references: Sequence[OutputRefer
         return leaf if reference.slot is None else ours
 
     return map_leaves(of, output)
-
-
-def _ordinary(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
