@@ -78,6 +78,7 @@ class OpenCall:
         self.tape.calls.append(weakref.ref(self))
         self.relaxed: tuple[int, LocalGradients] | None = None  # by a backward that reached another call first
         self.parameters = {name: p for name, p in call.parameters.items() if p.requires_grad}
+        self.learned = dict(algorithm.learned)
         self.device = call.device
         self.autocast = Autocast.now(self.device.type)
 
@@ -116,7 +117,8 @@ class OpenCall:
                 gradients = undone_by(modes.restore, lambda: self.gradients(delivered, _retains_graph()))
             synchronised = self.shards.scattered(gradients.parameters)
             of_parameters = [synchronised.get(name) for name in self.parameters]
-            return (None, *of_parameters, *gradients.inputs)
+            of_energies = [gradients.learned.get(name) for name in self.learned]
+            return (None, *of_parameters, *of_energies, *gradients.inputs)
 
     def gradients(self, delivered: Sequence[Tensor | None], retain_graph: bool) -> LocalGradients:
         """What the algorithm makes of the delivered gradients, checked."""
@@ -251,6 +253,7 @@ class OpenCall:
             {name: torch.full_like(parameter, torch.nan) for name, parameter in self.parameters.items()},
             [torch.full_like(t, torch.nan) for t in call.tensors],
             nothing,
+            learned={name: torch.full_like(tensor, torch.nan) for name, tensor in self.learned.items()},
         )
 
     def _check_parameters(self, gradients: LocalGradients, loss: ReplayedLoss) -> None:
@@ -259,8 +262,8 @@ class OpenCall:
         A larger one may be a scaler's, which skips the step and comes down; ``optimizer.step()`` looks whether it did.
         """
         if not loss.magnified:
-            check_gradients(gradients.parameters)
-        elif first_bad(gradients.parameters) is not None:
+            check_gradients({**gradients.parameters, **gradients.learned})
+        elif first_bad({**gradients.parameters, **gradients.learned}) is not None:
             self.forwards.overflowed.append(self.history)
 
     def _check_returned(self, gradients: object) -> None:
