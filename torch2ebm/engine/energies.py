@@ -203,7 +203,8 @@ class Gaussian(Energy):
         if isinstance(self.precision, Precision):
             return energy - self.precision.half_log_determinant(error)
         if isinstance(self.precision, Tensor):
-            return energy - 0.5 * self._like(error).log().expand_as(error).sum()
+            logarithms: Tensor = self._like(error).log().expand_as(error)
+            return energy - 0.5 * logarithms.sum()
         return energy
 
     def precision_at_rest(self) -> float | Tensor:
