@@ -18,7 +18,7 @@ from torch2ebm.engine.node_energies import NodeEnergies, check_free, check_names
 from torch2ebm.engine.nudging import Nudging, OneSided, Relative
 from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import LocalGradients
-from torch2ebm.engine.signal import tell_where_there_is_no_signal
+from torch2ebm.engine.signal import tell_of_kinks, tell_where_there_is_no_signal
 from torch2ebm.errors import ConfigurationError, DivergenceError
 from torch2ebm.inference.divergence import check_on_divergence, check_phases, no_gradients, of_phase
 from torch2ebm.inference.nudge_unit import NudgeUnit, carried
@@ -190,6 +190,7 @@ class PredictiveCoding(Algorithm):
             ("signal", type(self.solver), self.solver.steps),
             lambda: tell_where_there_is_no_signal("PredictiveCoding", found.state, found.parameters),
         )
+        call.graph.once(("kinks of energies",), lambda: tell_of_kinks("PredictiveCoding", found.state))
         return found
 
     def with_steps(self, steps: int) -> PredictiveCoding:

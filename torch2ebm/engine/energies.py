@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -255,6 +256,9 @@ class Categorical(Energy):
 
     dim: int = -1
     observed: bool = False
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update({"observed": False, **state})  # a pickle of torch2ebm 0.1 has dim alone
 
     def of_samples(self, error: Tensor, prediction: Tensor) -> Tensor:
         divergence = self._divergence(error, prediction)

@@ -39,9 +39,10 @@ class _OfErrors(Energy):
 class Laplace(_OfErrors):
     """``|value - prediction| / scale``: few errors are other than zero.
 
-    The derivative jumps at zero; it is 0 there. A value whose messages are weaker than ``1 / scale`` rests on the jump,
-    where no derivative is small: such samples count in ``relaxation.on_kinks``, and a solver by gradients comes near
-    and no nearer. :class:`Huber` is the same with the jump rounded off.
+    The derivative jumps at zero; it is 0 there. A value whose messages are weaker than ``1 / scale`` rests on the jump.
+    A solver comes near, and no nearer: such samples count in ``relaxation.on_kinks``, and the gradients of the node's
+    weights are not those of the equilibrium (``NotSettledWarning``). ``Huber(delta, 1 / (scale * delta))`` is the same
+    with the jump rounded off: take it for a free node that learns.
 
     Args:
         scale: Mean absolute error b of the Laplace distribution.
