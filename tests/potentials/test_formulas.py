@@ -146,7 +146,9 @@ def test_logits_of_a_thousand_overflow_nowhere(dtype: torch.dtype) -> None:
     logits = torch.tensor([[1e3, -1e3, 1e3]], dtype=dtype)
     observed = torch2ebm.Bernoulli(observed=True)
     torch.testing.assert_close(observed.of_samples(data - logits, logits), torch.tensor([2e3], dtype=dtype))
-    torch.testing.assert_close(observed.gradients(data - logits, logits)[1], torch.tensor([[-1.0, 1.0, 0.0]], dtype=dtype))
+    torch.testing.assert_close(
+        observed.gradients(data - logits, logits)[1], torch.tensor([[-1.0, 1.0, 0.0]], dtype=dtype)
+    )
     categorical = torch2ebm.Categorical(observed=True)
     one_hot = torch.tensor([[1.0, 0.0, 0.0]], dtype=dtype)
     torch.testing.assert_close(categorical.of_samples(one_hot - logits, logits), torch.tensor([0.6931472], dtype=dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 from typing import Any
 
@@ -22,7 +23,7 @@ STRONG = {"solver": torch2ebm.ErrorConjugateGradient(tol=1e-6), "nudging": OneSi
 
 def net_of(*sizes: int, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    layers = [[nn.Linear(a, b), nn.Tanh()] for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [[nn.Linear(a, b), nn.Tanh()] for a, b in itertools.pairwise(sizes)]
     return nn.Sequential(*[part for pair in layers for part in pair][:-1]).double()
 
 
@@ -199,7 +200,7 @@ def test_weights_and_precisions_move_together_where_weights_move_with_the_values
     precision = precision_like(kind)
     before = [parameter.detach().clone() for parameter in parameters_of(precision)]
     twin = copy.deepcopy(precision)
-    model, optimizer = trained_once(IncrementalPredictiveCoding(3, 0.3, precisions={"2": precision}), precision)
+    _model, optimizer = trained_once(IncrementalPredictiveCoding(3, 0.3, precisions={"2": precision}), precision)
     optimizer.step()
     # written out: the same net, its values and precision in plain torch
     net = net_of(4, 5, 5, 3)
