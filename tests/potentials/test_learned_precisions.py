@@ -331,7 +331,7 @@ def test_a_raw_precision_that_training_has_made_illegal_is_named_before_anything
         pi[2] = number
     before = [parameter.detach().clone() for parameter in model.parameters()]
     x, y = batch()
-    with pytest.raises(ConfigurationError, match="precision of node '2'.*above 0.*Precision"):
+    with pytest.raises(ConfigurationError, match=r"precision of node '2'.*above 0.*Precision"):
         F.mse_loss(model(x), y).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))

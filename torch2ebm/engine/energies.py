@@ -195,8 +195,10 @@ class Gaussian(Energy):
         return gaussian_energy_of_batch(self._rooted(error))
 
     def gradients(self, error: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
-        number = self._like(error)
-        weighted: Tensor = error @ number if self._is_matrix else error * number
+        if self._is_matrix:
+            turned = error @ self._like(error)
+            return turned, turned
+        weighted = error * self._like(error)
         return weighted, weighted
 
     def of_parameters(self, error: Tensor, prediction: Tensor) -> Tensor:
