@@ -174,6 +174,7 @@ class Conversion:
                     self._batch(served),
                     self.standing,
                     partial(self.captures.forget, served.graph),
+                    self.replicas,
                 )
                 for tape in given_from:
                     tape.fed.append(weakref.ref(open_call.tape))
