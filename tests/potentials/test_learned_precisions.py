@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -316,7 +317,69 @@ def test_a_parameter_of_a_functions_module_learns_with_its_logarithm() -> None:
     )
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_model_and_optimizer_learns_a_precision_of_its_own(kind: str, copied: Any) -> None:
+    precision = precision_like(kind)
+    _, optimizer = trained_once(PredictiveCoding(precisions={"2": precision}, **STRONG), precision)
+    optimizer.zero_grad()
+    other = copied(optimizer)
+    x, y = batch()
+    F.mse_loss(other.model(x), y).backward()
+    theirs = parameters_of(other.algorithm.energies["2"].precision)
+    known = {id(parameter) for group in other.param_groups for parameter in group["params"]}
+    assert {id(parameter) for parameter in theirs} <= known
+    assert all(parameter.grad is not None for parameter in theirs)
+    assert all(parameter.grad is None for parameter in parameters_of(precision))
+
+
+def test_a_comparison_leaves_no_gradient_in_a_precision() -> None:
+    precision, net = precision_like("diagonal"), net_of(4, 5, 5, 3)
+    x, y = batch()
+    algorithm = PredictiveCoding(precisions={"2": precision}, **STRONG)
+    torch2ebm.compare(net, F.mse_loss, (x, y), algorithms=[algorithm])
+    assert precision.log.grad is None
+
+
+def test_the_steepness_counts_a_full_matrix() -> None:
+    """lr="auto" is below 2 over the largest eigenvalue of the matrix, with which a larger one would run away."""
+    precision = Precision(5, full=True, start=50.0).double()
+    model, _ = trained_once(PredictiveCoding(20, "auto", precisions={"2": precision}), precision)
+    relaxation = model.state.relaxation
+    assert relaxation.lr < 2 / 50
+    assert all(after <= before for before, after in itertools.pairwise(relaxation.energy))
+
+
 # what is refused
+
+
+def test_a_weight_that_was_computed_once_from_a_parameter_is_refused() -> None:
+    class Weighted(torch2ebm.Energy):
+        def __init__(self, weight: Tensor) -> None:
+            self.weight = weight
+
+        def of_samples(self, error: Tensor, prediction: Tensor) -> Tensor:
+            return (self.weight * error**2).flatten(1).sum(1)
+
+        def of_batch(self, error: Tensor, prediction: Tensor) -> Tensor:
+            return (self.weight * error**2).sum()
+
+        def gradients(self, error: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+            return 2 * self.weight * error, 2 * self.weight * error
+
+    log = nn.Parameter(torch.zeros(5).double())
+    with pytest.raises(ConfigurationError, match="node '2', its weight"):
+        trained_once(PredictiveCoding(energies={"2": Weighted(log.exp())}, **STRONG), log)
+    leaf = Weighted(nn.Parameter(torch.full((5,), 2.0).double()))
+    model, _ = trained_once(PredictiveCoding(energies={"2": leaf}, **STRONG), leaf.weight)
+    torch.testing.assert_close(leaf.weight.grad, model.state.error["2"].square().sum(0) / 6, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", [Precision(4), Precision(4, full=True), nn.Parameter(torch.ones(7, 1, 5))])
+def test_a_precision_of_another_shape_than_its_node_is_named(precision: Any) -> None:
+    algorithm = PredictiveCoding(precisions={"2": precision}, **STRONG)
+    with pytest.raises(ConfigurationError, match="energy of node '2', its precision"):
+        trained_once(algorithm, precision)
 
 
 @pytest.mark.parametrize("algorithm", [PredictiveCoding, IncrementalPredictiveCoding])

@@ -215,6 +215,24 @@ class Gaussian(Energy):
         number = precision_now(self.precision)
         return number.diagonal() if self._is_matrix and isinstance(number, Tensor) else number
 
+    def check(self, where: str, prediction: Tensor | None = None) -> None:
+        """That the precision fits the node's value."""
+        number = precision_now(self.precision)
+        if prediction is None or not isinstance(number, Tensor):
+            return
+        shape, value = tuple(number.shape), tuple(prediction.shape)
+        fits = value[-1:] == shape[:1] if self._is_matrix else _broadcasts(shape, value)
+        if not fits:
+            expected = (
+                "one row for each entry of its last dimension" if self._is_matrix else "one that broadcasts to it"
+            )
+            raise ConfigurationError(
+                f"{where}, its precision",
+                f"shape {shape} for a value of shape {value}",
+                expected,
+                "Look at model.summary() for the shapes.",
+            )
+
     def __repr__(self) -> str:
         shown = repr(self.precision)
         if isinstance(self.precision, Tensor) and self.precision.requires_grad:
@@ -335,6 +353,11 @@ def check_precision(where: str, precision: object, trained: bool = False) -> Non
         raise ConfigurationError(
             where, _illegal(number), "a finite number above 0, or a tensor of them", _remedy(trained)
         )
+
+
+def _broadcasts(shape: tuple[int, ...], value: tuple[int, ...]) -> bool:
+    pairs = zip(reversed(shape), reversed(value), strict=False)
+    return len(shape) <= len(value) and all(size in (1, own) for size, own in pairs)
 
 
 def _illegal(number: object) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch2ebm.common.nested import attributes_of, leaves_of
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy, Gaussian, check_precision
+from torch2ebm.errors import ConfigurationError
 from torch2ebm.isolation.torch_modes import in_own_precision
 
 
@@ -60,6 +61,14 @@ def _check_on(energies: Mapping[str, Energy], call: Call) -> bool:
 def check_learned(where: str, energies: Mapping[str, Energy]) -> None:
     """Raise :class:`ConfigurationError` for a precision that training has made negative, zero or not finite."""
     for node, energy in energies.items():
+        for name, tensor in learned_of(energy).items():
+            if not tensor.is_leaf:
+                raise ConfigurationError(
+                    f"{where}, the energy of node '{node}', its {name}",
+                    "a tensor computed from others that require a gradient, whose graph is of another moment",
+                    "a parameter, or a tensor without a gradient",
+                    "Keep the parameter in the energy, and compute what follows from it in the energy's methods.",
+                )
         if isinstance(energy, Gaussian) and learned_of(energy):
             check_precision(f"{where}, the precision of node '{node}'", energy.precision, trained=True)
 

@@ -174,7 +174,7 @@ class Conversion:
                     self._batch(served),
                     self.standing,
                     partial(self.captures.forget, served.graph),
-                    self.replicas,
+                    self.replicas if forwards is self.forwards else Replicas(),  # a comparison is of one process
                 )
                 for tape in given_from:
                     tape.fed.append(weakref.ref(open_call.tape))
