@@ -154,6 +154,15 @@ def test_logits_of_a_thousand_overflow_nowhere(dtype: torch.dtype) -> None:
     torch.testing.assert_close(categorical.of_samples(one_hot - logits, logits), torch.tensor([0.6931472], dtype=dtype))
 
 
+def test_far_out_the_divergence_of_two_events_keeps_its_digits() -> None:
+    """By what is missing to certainty, p = sigmoid(-30) and q = sigmoid(-25): neither 1 - p nor 1 - q has its digits."""
+    p, q = 1 / (1 + math.exp(30)), 1 / (1 + math.exp(25))
+    expected = (1 - p) * (math.log1p(-p) - math.log1p(-q)) + p * (math.log(p) - math.log(q))
+    for value, mu in ((30.0, 25.0), (-30.0, -25.0)):
+        error, at = torch.tensor([[value - mu]]).double(), torch.tensor([[mu]]).double()
+        assert abs(float(torch2ebm.Bernoulli().of_batch(error, at)) / expected - 1) < 1e-12
+
+
 def test_a_large_error_overflows_in_no_robust_energy() -> None:
     error = torch.tensor([[1e30, -1e30]])
     for energy in (torch2ebm.Laplace(), torch2ebm.Huber(), torch2ebm.StudentT()):
