@@ -20,6 +20,7 @@ WINGS = (
     "capture",
     "graph",
     "engine",
+    "potentials",
     "loss",
     "programs",
     "inference",

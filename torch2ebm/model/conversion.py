@@ -179,11 +179,15 @@ class Conversion:
                     self._batch(served),
                     self.standing,
                     partial(self.captures.forget, served.graph),
+                    self.replicas if forwards is self.forwards else Replicas(),  # a comparison is of one process
                 )
                 for tape in given_from:
                     tape.fed.append(weakref.ref(open_call.tape))
                 outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
-                    open_call, *self.shards.in_place_of(open_call.parameters), *served.run.external.values()
+                    open_call,
+                    *self.shards.in_place_of(open_call.parameters),
+                    *open_call.learned.values(),
+                    *served.run.external.values(),
                 )
                 taped = dict(zip(call.graph.output_slots, put_on_new_tape(open_call.tape, outputs), strict=True))
                 leaves = call.graph.output(taped, call.environment)
@@ -386,8 +390,9 @@ class Conversion:
     # what the optimizer asks
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """By name, as an optimizer has them: shards, where ``fully_shard`` made some."""
-        return {**dict(self.module.named_parameters()), **self.shards.parts}
+        """By name, as an optimizer has them: shards, where ``fully_shard`` made some; the algorithm's own, too."""
+        learned = {} if self.algorithm is None else self.algorithm.learned
+        return {**dict(self.module.named_parameters()), **self.shards.parts, **learned}
 
     def synchronised(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The mean over processes of gradients that no wrapper has seen."""

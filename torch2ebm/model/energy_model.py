@@ -13,6 +13,7 @@ from torch2ebm.clamping.asking import Question
 from torch2ebm.clamping.inferred import Inferred
 from torch2ebm.engine.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.engine.energies import Energy
+from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
@@ -172,7 +173,7 @@ class EnergyModel(ModuleView):
         loss_fn: Callable[..., Tensor],
         batch: Any,
         *,
-        precisions: Mapping[str, float | Tensor] | None = None,
+        precisions: Mapping[str, float | Tensor | Precision] | None = None,
         energies: Mapping[str, Energy] | None = None,
         loss_reduction: str = "mean",
         products: int = 100,
@@ -191,7 +192,8 @@ class EnergyModel(ModuleView):
             batch: ``(inputs, target)``, inputs being a tensor, a tuple of positional or a dict of keyword arguments;
                 or a dict of keyword arguments.
             precisions: Node name to precision, a number or a tensor that broadcasts against the value; 1 elsewhere.
-            energies: Node name to energy; one that is not Gaussian counts as precision 1.
+            energies: Node name to energy; one that is not Gaussian counts by its ``precision_at_rest()``, a full matrix
+                by its diagonal.
             loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
             products: Most products with the matrix. Five are within a few percent as a rule.
             tol: Stop once the eigenvalue is known to so much of itself.

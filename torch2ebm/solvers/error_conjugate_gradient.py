@@ -184,6 +184,7 @@ class ErrorConjugateGradient(ErrorSolver):
         after = _chosen(rose & ~quadratic, back, forward, inference.recorded)
         lowest = _chosen(rose, lambda: _with_lowest(state, after), lambda: after, inference.recorded)
         jumps = inference.graph.once("whether it has kinks", lambda: may_have_kinks(inference.graph))
+        jumps = jumps or any(energy.has_kinks for energy in inference.energies.values())
         after = self._at_rest(state, lowest, energy, ~rose, jumps)
         inference.history[-1] = after.curve
         done = (after.settled | after.on_kink).all() | after.stands | (after.left <= 0)
