@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from torch2ebm import errors, extend, torch2pc
+from torch2ebm import errors, extend, theory, torch2pc
 from torch2ebm.algorithms import (
     Algorithm,
     Backprop,
@@ -106,6 +106,7 @@ __all__ = [
     "extend",
     "load_mnist",
     "read_idx",
+    "theory",
     "torch2pc",
 ]
 
