@@ -29,6 +29,7 @@ WINGS = (
     "implicit",
     "algorithms",
     "reports",
+    "analysis",
     "model",
     "diagnosis",
     "wrapper",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm, check_algorithm
 from torch2ebm.algorithms.given import curvature_of
+from torch2ebm.analysis.energy_function import ByNode
+from torch2ebm.analysis.energy_terms import EnergyTerms, energy_terms
 from torch2ebm.capture.fingerprint import inside_functional_call
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.common.plain_loop import PlainLoop
@@ -23,13 +26,14 @@ from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.engine.standing import Standing
 from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
-from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
+from torch2ebm.graph.energy_graph import EnergyGraph, Node, filled
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.inference.curvature import Curvature
+from torch2ebm.isolation.forward_mode import without_transforms
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
-from torch2ebm.model.arguments import Arguments, batch_dimension_of, called, check_inputs, of_batch
+from torch2ebm.model.arguments import Arguments, as_arguments, batch_dimension_of, called, check_inputs, of_batch
 from torch2ebm.model.backward import EnergyFunction, OpenCall
 from torch2ebm.model.capture_cache import Captures, Served
 from torch2ebm.model.open_forwards import OpenForwards, nothing_attached
@@ -122,7 +126,7 @@ class Conversion:
             call = self._call(served)
             with tensors_in_place(self.module, served.swapped):
                 algorithm.forward(call)
-            return _filled(served.run.output, call.output(), call.graph.outputs)
+            return filled(served.run.output, call.output(), call.graph.outputs)
 
     def feedforward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain module's output, whatever algorithm is attached, with ordinary autograd."""
@@ -185,7 +189,7 @@ class Conversion:
                 for number, ours in zip(call.graph.held, leaves[len(leaves) - len(call.graph.held) :], strict=True):
                     if number in served.run.kept:
                         stand_for(served.run.kept[number], ours)
-                return _filled(served.run.output, leaves, call.graph.outputs)
+                return filled(served.run.output, leaves, call.graph.outputs)
 
         return forwards.withdrawn_on_error(history, taped_output)
 
@@ -195,6 +199,25 @@ class Conversion:
         with untouched(self.module, Arguments.of(self.module, args, kwargs).device):
             trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
             return curvature_of(lambda given: loss_of(self.run(given, args, kwargs)), trained, **settings)
+
+    def energy(self, values: ByNode, *inputs: Any, **settings: Any) -> EnergyTerms:
+        """The energy at given values; see :meth:`EnergyModel.energy` for the settings."""
+        args, kwargs = as_arguments(inputs[0] if len(inputs) == 1 else inputs)
+        with self._at_rest(args, kwargs) as call:
+            found = energy_terms(call, values, **settings)
+        return found if torch.is_grad_enabled() else found.detached()
+
+    @contextmanager
+    def _at_rest(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Call]:
+        """A call after its feed-forward pass; the module is as before, inside and at the end."""
+        arguments = Arguments.of(self.module, args, kwargs)
+        with self.shards.gathered(), plain_autograd(), untouched(self.module, arguments.device):
+            with without_transforms(arguments.tensors):
+                call = self._call(self._served(args, kwargs, self.algorithm))
+                for place, tensor in call.run.external.items():  # gradients go on into the inputs
+                    call.run.constants[place] = tensor
+                call.feedforward(keep_graph=False)
+            yield call
 
     def new_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """A run of the module, as a call that no algorithm has filled."""
@@ -380,17 +403,6 @@ def _seen(module: nn.Module, granularity: Granularity) -> tuple[Shards, Captures
 
 
 _exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # not in torch 2.6
-
-
-def _filled(output: Any, leaves: Sequence[Any], references: Sequence[OutputReference]) -> Any:
-    """The module's own output, with the leaves that are predictions in the place of its own."""
-    pairs = iter(zip(leaves, references, strict=True))  # those after the output's are held elsewhere
-
-    def of(leaf: Any) -> Any:
-        ours, reference = next(pairs)
-        return leaf if reference.slot is None else ours
-
-    return map_leaves(of, output)
 
 
 def _ordinary(leaf: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.analysis.energy_terms import EnergyTerms
 from torch2ebm.engine.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.results import InferenceState
@@ -218,6 +219,72 @@ class EnergyModel(ModuleView):
             loss_reduction=loss_reduction,
             products=products,
             tol=tol,
+        )
+
+    def energy(
+        self,
+        values: Mapping[str, Any],
+        *inputs: Any,
+        loss_fn: Callable[..., Tensor] | None = None,
+        target: Any = None,
+        beta: float = 1.0,
+        precisions: Mapping[str, float | Tensor] | None = None,
+        energies: Mapping[str, Energy] | None = None,
+        parameters: bool = False,
+    ) -> EnergyTerms:
+        """The energy F at values that you give, as a function that autograd differentiates.
+
+        A node without a given value has its prediction for one, and costs nothing. The loss acts on the output, which
+        is the prediction of the last node. Where you give a value for an output node, this node has an energy, too, and
+        the loss acts on the value. The module runs once, and it, its buffers, ``.grad`` and all generators are left as
+        they were.
+
+        Args:
+            values: Node name to value, in the shape of ``model.state.value``: a tensor ``[batch, ...]``, or a tuple
+                for a node of several slots. Gradients reach them, and inputs that require a gradient.
+            inputs: What you call the model with; a single dict has keyword arguments.
+            loss_fn: ``loss_fn(output, target)``, or ``loss_fn(output)`` without a target. It returns the loss of each
+                sample, shape ``[batch]``, or one number that is a mean or a sum over samples.
+            target: For the loss.
+            beta: Factor of the loss.
+            precisions: Node name to precision, a number or a tensor that broadcasts against the value; 1 elsewhere.
+            energies: Node name to energy; Gaussian elsewhere.
+            parameters: Whether gradients reach the parameters, too.
+
+        Returns:
+            Frozen, with ``total`` of shape ``[batch]``, ``nodes`` by name, and ``loss``.
+
+        Raises:
+            UnknownNameError: for a name that no node has.
+            ConfigurationError: for a value of another shape, or a loss that joins samples.
+            BatchDimensionError: for a value without a leading batch dimension.
+
+        Example:
+            An optimizer of torch's own moves the values.
+
+            >>> import torch, torch2ebm
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+            >>> model, x, y = torch2ebm.convert(net), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+            >>> loss_fn = torch.nn.functional.cross_entropy
+            >>> hidden = model.energy({}, x).value["0"].detach().requires_grad_()
+            >>> optimizer = torch.optim.Adam([hidden], lr=0.01)
+            >>> for step in range(3):
+            ...     terms = model.energy({"0": hidden}, x, loss_fn=loss_fn, target=y)
+            ...     optimizer.zero_grad()
+            ...     terms.total.sum().backward()
+            ...     optimizer.step()
+            >>> terms.total.shape, net[0].weight.grad is None
+            (torch.Size([5]), True)
+        """
+        return self.torch2ebm.energy(
+            values,
+            *inputs,
+            loss_fn=loss_fn,
+            target=target,
+            beta=beta,
+            precisions=precisions,
+            energies=energies,
+            parameters=parameters,
         )
 
     # attaching
