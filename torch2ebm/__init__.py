@@ -17,6 +17,8 @@ from torch2ebm.algorithms import (
     RecurrentBackprop,
     ZeroDivergence,
 )
+from torch2ebm.analysis.energy_terms import EnergyTerms
+from torch2ebm.analysis.hessian import Hessian
 from torch2ebm.check import CheckReport, check
 from torch2ebm.common.moved import old_name, serve_old_paths
 from torch2ebm.compare import GradientComparison, compare
@@ -68,6 +70,7 @@ __all__ = [
     "EnergyLoss",
     "EnergyModel",
     "EnergyOptimizer",
+    "EnergyTerms",
     "EquilibriumPropagation",
     "ErrorConjugateGradient",
     "ErrorDescent",
@@ -78,6 +81,7 @@ __all__ = [
     "Gaussian",
     "GradientComparison",
     "GradientDescent",
+    "Hessian",
     "Holomorphic",
     "ImplicitSGD",
     "IncrementalPredictiveCoding",

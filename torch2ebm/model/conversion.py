@@ -17,6 +17,7 @@ from torch2ebm.algorithms.base import Algorithm, check_algorithm
 from torch2ebm.algorithms.given import curvature_of
 from torch2ebm.analysis.energy_function import ByNode
 from torch2ebm.analysis.energy_terms import EnergyTerms, energy_terms
+from torch2ebm.analysis.hessian import Hessian, hessian_of
 from torch2ebm.capture.fingerprint import inside_functional_call
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.common.plain_loop import PlainLoop
@@ -32,13 +33,13 @@ from torch2ebm.inference.curvature import Curvature
 from torch2ebm.isolation.forward_mode import without_transforms
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
+from torch2ebm.isolation.torch_modes import exporting, ordinary
 from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
 from torch2ebm.model.arguments import Arguments, as_arguments, batch_dimension_of, called, check_inputs, of_batch
 from torch2ebm.model.backward import EnergyFunction, OpenCall
-from torch2ebm.model.capture_cache import Captures, Served
+from torch2ebm.model.capture_cache import Served, seen
 from torch2ebm.model.open_forwards import OpenForwards, nothing_attached
 from torch2ebm.model.replicas import Replicas
-from torch2ebm.model.shards import Shards
 from torch2ebm.model.whole_call import PlainCall
 from torch2ebm.reports.drawing import draw_graph
 from torch2ebm.reports.tables import node_table
@@ -47,8 +48,7 @@ from torch2ebm.reports.tables import node_table
 class Conversion:
     """The energy side of a converted model, at ``model.torch2ebm``; it knows the module, and not the model.
 
-    Every public name of :class:`EnergyModel` is here too, so that it can be reached where the module has an attribute
-    of the same name: ``model.torch2ebm.state`` beside a ``model.state`` of the module's own.
+    Every public name of :class:`EnergyModel` is here too, for modules with an attribute of the same name.
 
     Attributes:
         module: The module that was given to :func:`convert`.
@@ -69,7 +69,7 @@ class Conversion:
         batch: BatchDimension = GUESSED,
     ) -> None:
         self.module, self.algorithm = module, algorithm
-        self.shards, self.captures = _seen(module, granularity)
+        self.shards, self.captures = seen(module, granularity)
         self.forwards, self.replicas = OpenForwards(), Replicas()
         self.standing = Standing()
         self.batch = batch
@@ -86,7 +86,7 @@ class Conversion:
     def answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What ``model(*args, **kwargs)`` returns."""
         self._state = None
-        if torch._C._get_tracing_state() is not None or _exporting():
+        if exporting():
             return self.module(*args, **kwargs)
         if self.algorithm is not None and self.algorithm.defines_output and not torch.is_grad_enabled():
             return self._output_alone(self.algorithm, args, kwargs)
@@ -121,7 +121,7 @@ class Conversion:
         """The output that the algorithm defines, where no backward will follow."""
         # a relaxation differentiates, which inference mode forbids
         with self.shards.gathered(), torch.inference_mode(False), torch.no_grad():
-            args, kwargs = map_leaves(_ordinary, (args, dict(kwargs)))
+            args, kwargs = map_leaves(ordinary, (args, dict(kwargs)))
             served = self._served(args, kwargs, algorithm)
             call = self._call(served)
             with tensors_in_place(self.module, served.swapped):
@@ -161,7 +161,8 @@ class Conversion:
 
         def taped_output() -> Any:
             with exhausted_memory_named("model(...)", algorithm):
-                plain = self._plain_call(args, kwargs) if checked else None
+                run = partial(called, self._runs, self.module, args, kwargs)
+                plain = PlainCall.of(self.module, (args, kwargs), run) if checked else None
                 served = self._served(args, kwargs, algorithm, history.before)
                 if plain is not None:
                     plain.check(served)
@@ -202,10 +203,16 @@ class Conversion:
 
     def energy(self, values: ByNode, *inputs: Any, **settings: Any) -> EnergyTerms:
         """The energy at given values; see :meth:`EnergyModel.energy` for the settings."""
-        args, kwargs = as_arguments(inputs[0] if len(inputs) == 1 else inputs)
-        with self._at_rest(args, kwargs) as call:
+        named = len(inputs) == 1 and isinstance(inputs[0], Mapping)
+        with self._at_rest(*as_arguments(inputs[0] if named else inputs)) as call:
             found = energy_terms(call, values, **settings)
         return found if torch.is_grad_enabled() else found.detached()
+
+    def hessian(self, loss_fn: Callable[..., Tensor], batch: Any, **settings: Any) -> Hessian:
+        """The Hessian of the energy; see :meth:`EnergyModel.hessian` for the settings."""
+        args, kwargs, loss_of = of_batch("model.hessian", batch, loss_fn)
+        with self._at_rest(args, kwargs) as call:
+            return hessian_of(call, loss_of, **settings)
 
     @contextmanager
     def _at_rest(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Call]:
@@ -222,9 +229,6 @@ class Conversion:
     def new_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """A run of the module, as a call that no algorithm has filled."""
         return self._call(self._captured_run(args, kwargs))
-
-    def _plain_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PlainCall | None:
-        return PlainCall.of(self.module, (args, kwargs), lambda: called(self._runs, self.module, args, kwargs))
 
     def _is_checked(self) -> bool:
         self._calls += 1
@@ -285,7 +289,7 @@ class Conversion:
         with self.shards.gathered():
             known = self.captures.know_the_module()
         if not known and not inside_functional_call():
-            self.shards, self.captures = _seen(self.module, self.captures.granularity)
+            self.shards, self.captures = seen(self.module, self.captures.granularity)
             self._latest = None
 
     # results
@@ -394,16 +398,3 @@ class Conversion:
     def synchronised(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The mean over processes of gradients that no wrapper has seen."""
         return self.shards.scattered(gradients) if self.shards.parts else self.replicas.averaged(gradients)
-
-
-def _seen(module: nn.Module, granularity: Granularity) -> tuple[Shards, Captures]:
-    shards = Shards(module)
-    with shards.gathered():
-        return shards, Captures(module, granularity)
-
-
-_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # not in torch 2.6
-
-
-def _ordinary(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf

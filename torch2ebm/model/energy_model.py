@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.analysis.energy_terms import EnergyTerms
+from torch2ebm.analysis.hessian import Hessian
 from torch2ebm.engine.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.results import InferenceState
@@ -17,6 +18,7 @@ from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.inference.curvature import Curvature
+from torch2ebm.inference.solver import Solver
 from torch2ebm.model.arguments import as_arguments
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.module_view import ModuleView
@@ -285,6 +287,77 @@ class EnergyModel(ModuleView):
             precisions=precisions,
             energies=energies,
             parameters=parameters,
+        )
+
+    def hessian(
+        self,
+        loss_fn: Callable[..., Tensor],
+        batch: Any,
+        *,
+        at: Mapping[str, Any] | str | None = None,
+        coordinates: str = "values",
+        beta: float = 1.0,
+        precisions: Mapping[str, float | Tensor] | None = None,
+        energies: Mapping[str, Energy] | None = None,
+        loss_reduction: str = "mean",
+        solver: Solver[Any] | None = None,
+        products: int = 300,
+        tol: float = 1e-9,
+    ) -> Hessian:
+        """The second derivative of the energy F, summed over samples, in values or errors: products and eigenvalues.
+
+        It is exact: second derivatives of all nodes count. Weights, buffers, ``.grad`` and generators are left as they
+        were, and the result stays as it is when weights move.
+
+        Args:
+            loss_fn: ``loss_fn(output, target)``, or ``loss_fn(output)`` where ``batch`` is a dict.
+            batch: ``(inputs, target)``, inputs being a tensor, a tuple of positional or a dict of keyword arguments;
+                or a dict of keyword arguments.
+            at: Node name to the value at which it is taken; a missing one has its prediction, which is the feed-forward
+                pass without ``at``. ``"equilibrium"``: where F is smallest.
+            coordinates: ``"values"``, which solvers as ``GradientDescent`` move, or ``"errors"``, which solvers as
+                ``ErrorDescent`` move: later values then follow.
+            beta: Factor of the loss.
+            precisions: Node name to precision, a number or a tensor that broadcasts against the value; 1 elsewhere.
+            energies: Node name to energy; Gaussian elsewhere.
+            loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
+            solver: What finds the equilibrium; without one ``ErrorConjugateGradient``, to nearly full precision.
+            products: Most products that Lanczos makes; none are needed beyond the entries of a sample.
+            tol: Lanczos stops once an eigenvalue is known to so much of itself.
+
+        Returns:
+            Frozen, with ``product``, ``matrix``, ``spectrum``, ``largest``, ``smallest`` and ``condition_number``.
+
+        Raises:
+            ConfigurationError: for a batch of another form, a name that no node has, an illegal setting.
+            LossNotRecordedError: for a loss that is not one number.
+            NonFiniteError: where a product is not finite.
+
+        Warns:
+            NotSettledWarning: where the solver has not come to rest.
+
+        Example:
+            >>> import torch, torch2ebm
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)).double()
+            >>> batch = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+            >>> half = lambda output, target: 0.5 * (output - target).square().sum()
+            >>> hessian = torch2ebm.convert(net).hessian(half, batch, loss_reduction="sum")
+            >>> largest = torch.linalg.norm(net[1].weight.detach(), 2)  # 1 + W^T W
+            >>> abs(hessian.largest - 1 - float(largest) ** 2) < 1e-9
+            True
+        """
+        return self.torch2ebm.hessian(
+            loss_fn,
+            batch,
+            at=at,
+            coordinates=coordinates,
+            beta=beta,
+            precisions=precisions,
+            energies=energies,
+            loss_reduction=loss_reduction,
+            solver=solver,
+            products=products,
+            tol=tol,
         )
 
     # attaching
