@@ -31,6 +31,7 @@ from torch2ebm.equilibrium.updates import AndersonMixing, GaussSeidel
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.inference.curvature import Curvature
+from torch2ebm.inference.relaxation import InferenceStep
 from torch2ebm.loss.energy_loss import EnergyLoss
 from torch2ebm.mnist import load_mnist, read_idx
 from torch2ebm.model.energy_model import EnergyModel, convert
@@ -86,6 +87,7 @@ __all__ = [
     "ImplicitSGD",
     "IncrementalPredictiveCoding",
     "InferenceState",
+    "InferenceStep",
     "LocalErrorDescent",
     "Momentum",
     "Neumann",
