@@ -47,6 +47,7 @@ from torch2ebm.solvers import (
     GradientDescent,
     LocalErrorDescent,
     Momentum,
+    ODEFlow,
     SequentialDescent,
     Solver,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "Momentum",
     "Neumann",
     "Node",
+    "ODEFlow",
     "OneSided",
     "PredictiveCoding",
     "ProximalInferenceLearning",

@@ -68,7 +68,7 @@ RECORDED = [row for row in ROWS if row.name in ("GradientDescent", "ErrorDescent
 
 
 @pytest.mark.parametrize(
-    "row, compiled",
+    ("row", "compiled"),
     [*((row, False) for row in ROWS), *((row, True) for row in RECORDED)],
     ids=lambda each: getattr(each, "name", str(each)),
 )

@@ -11,6 +11,7 @@ from torch2ebm.solvers.error_descent import ErrorDescent
 from torch2ebm.solvers.gradient_descent import GradientDescent
 from torch2ebm.solvers.local_error_descent import LocalErrorDescent
 from torch2ebm.solvers.momentum import Momentum
+from torch2ebm.solvers.ode_flow import ODEFlow
 from torch2ebm.solvers.sequential_descent import SequentialDescent
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "GradientDescent",
     "LocalErrorDescent",
     "Momentum",
+    "ODEFlow",
     "SequentialDescent",
     "Solver",
 ]
