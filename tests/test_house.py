@@ -16,6 +16,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 WINGS = (
     "errors",
     "common",
+    "theory",
     "isolation",
     "capture",
     "graph",
@@ -30,6 +31,7 @@ WINGS = (
     "clamping",
     "algorithms",
     "reports",
+    "analysis",
     "model",
     "diagnosis",
     "wrapper",

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from torch2ebm import errors, extend, torch2pc
+from torch2ebm import errors, extend, theory, torch2pc
 from torch2ebm.algorithms import (
     Algorithm,
     Backprop,
@@ -17,6 +17,8 @@ from torch2ebm.algorithms import (
     RecurrentBackprop,
     ZeroDivergence,
 )
+from torch2ebm.analysis.energy_terms import EnergyTerms
+from torch2ebm.analysis.hessian import Hessian
 from torch2ebm.check import CheckReport, check
 from torch2ebm.clamping.inferred import Inferred
 from torch2ebm.common.moved import old_name, serve_old_paths
@@ -31,6 +33,7 @@ from torch2ebm.equilibrium.updates import AndersonMixing, GaussSeidel
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.inference.curvature import Curvature
+from torch2ebm.inference.relaxation import InferenceStep
 from torch2ebm.loss.energy_loss import EnergyLoss
 from torch2ebm.mnist import load_mnist, read_idx
 from torch2ebm.model.energy_model import EnergyModel, convert
@@ -50,6 +53,7 @@ from torch2ebm.solvers import (
     Langevin,
     LocalErrorDescent,
     Momentum,
+    ODEFlow,
     SequentialDescent,
     Solver,
 )
@@ -75,6 +79,7 @@ __all__ = [
     "EnergyLoss",
     "EnergyModel",
     "EnergyOptimizer",
+    "EnergyTerms",
     "EquilibriumPropagation",
     "ErrorConjugateGradient",
     "ErrorDescent",
@@ -86,11 +91,13 @@ __all__ = [
     "Gaussian",
     "GradientComparison",
     "GradientDescent",
+    "Hessian",
     "Holomorphic",
     "Huber",
     "ImplicitSGD",
     "IncrementalPredictiveCoding",
     "InferenceState",
+    "InferenceStep",
     "Inferred",
     "Langevin",
     "Laplace",
@@ -98,6 +105,7 @@ __all__ = [
     "Momentum",
     "Neumann",
     "Node",
+    "ODEFlow",
     "OneSided",
     "Poisson",
     "Precision",
@@ -121,6 +129,7 @@ __all__ = [
     "extend",
     "load_mnist",
     "read_idx",
+    "theory",
     "torch2pc",
 ]
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from torch2ebm.common.checks import AUTO
+from torch2ebm.engine.call import at_least_single
 from torch2ebm.engine.draws import MeanGradients
+from torch2ebm.engine.energies import Gaussian
 from torch2ebm.engine.results import ROUNDING, LocalGradients, Relaxation, StepSize
 from torch2ebm.errors import DivergenceError, NonFiniteError
 from torch2ebm.inference.base import LOSS, Inference
+from torch2ebm.inference.error_inference import ErrorInference
 from torch2ebm.inference.history import energies
 from torch2ebm.inference.runs import EagerRun, ProgramRun
 from torch2ebm.inference.settling import CEILING, Settling, tell_ceiling
@@ -23,7 +29,50 @@ RISE = 1e3  # an energy that has risen by so many times its start is no overshoo
 WATCHED = 100  # steps between two looks at the energy; each waits for the device
 
 
-def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Programs | None = None) -> LocalGradients:
+@dataclass(frozen=True, eq=False)
+class InferenceStep:
+    """Where a relaxation is after one of its steps: what ``PredictiveCoding(on_step=...)`` is called with.
+
+    All tensors are copies, without a graph, and yours to keep.
+
+    Attributes:
+        step: How many steps have been made, from 1.
+        beta: The nudge of this phase.
+        value: Node name to value, of the nodes that have one; a tuple for a node of several slots.
+        error: Node name to value minus prediction, in the same shapes.
+        energy: F, summed over samples: what ``relaxation.energy[step]`` will be.
+        node_energy: The share of each of these nodes.
+        loss: The rest: ``beta`` times the loss.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> model, seen = torch2ebm.convert(net), []
+        >>> model.attach(torch2ebm.PredictiveCoding(steps=3, on_step=seen.append))
+        >>> torch.nn.functional.mse_loss(model(torch.randn(5, 4)), torch.randn(5, 3)).backward()
+        >>> [step.step for step in seen], seen[-1].value["0"].shape
+        ([1, 2, 3], torch.Size([5, 8]))
+    """
+
+    step: int
+    beta: float
+    value: Mapping[str, Any]
+    error: Mapping[str, Any]
+    energy: float
+    node_energy: Mapping[str, float]
+    loss: float
+
+
+OnStep = Callable[[InferenceStep], object]
+
+
+def relax(
+    solver: Solver[Form],
+    inference: Form,
+    beta: float = 1.0,
+    programs: Programs | None = None,
+    on_step: OnStep | None = None,
+) -> LocalGradients:
     """Relax, take the local gradients where the relaxation ends, and check both.
 
     Args:
@@ -31,6 +80,7 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
         inference: What they are: ``solver.inference(call, loss, energies, retain_call)``.
         beta: The nudge that the report shows. The loss has it already (:class:`NudgedLoss`).
         programs: Where recorded steps are kept, under ``compile=True``; None records none.
+        on_step: Called after every step; each call costs one evaluation of all nodes more.
 
     Returns:
         The local gradients, whose ``state.relaxation`` has steps, residual, convergence and the energy of every step.
@@ -62,7 +112,10 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
         # a maximum over all values costs a pass: without a tolerance only the last step is reported
         measured = tol > 0 or steps == most - 1
         inference.measuring = measured and not solver.relative_residual  # which has a measure of its own
-        steps += run.advance(_steps_unwatched(tol, most, steps))
+        steps += run.advance(1 if on_step else _steps_unwatched(tol, most, steps))
+        if on_step:
+            run.show()
+            on_step(step_of(inference, steps, beta))
         if solver.is_draw(steps):
             draws.add(_gradients_here(inference))
         if measured:
@@ -102,6 +155,41 @@ def _gradients_here(inference: Inference) -> LocalGradients:
     inference.history.pop()  # the energy here is that of the next step's start
     inference.restore(moving)
     return found
+
+
+def step_of(inference: Inference, steps: int, beta: float) -> InferenceStep:
+    """Where a relaxation is now. Nothing of it moves, and no count of it goes on."""
+    call, values = inference.call, dict[str, Tensor]()
+    value: dict[str, Any] = {}
+    error: dict[str, Any] = {}
+    energy: dict[str, float] = {}
+    outputs: dict[str, Tensor] = {}
+    for node in inference.graph.nodes.values():
+        with torch.no_grad():
+            predicted = call.evaluate(node, [values[slot] for slot in node.reads]).predictions
+        if node.is_output:
+            outputs.update(zip(node.slots, predicted, strict=True))
+            continue
+        predictions = [at_least_single(each) for each in predicted]
+        pairs = [_value_and_error(inference, *each) for each in zip(node.slots, predictions, strict=True)]
+        moved, errors = [v for v, _ in pairs], [e for _, e in pairs]
+        values.update((slot, v.to(p.dtype)) for slot, v, p in zip(node.slots, moved, predicted, strict=True))
+        value[node.name], error[node.name] = _one_or_all(moved), _one_or_all(errors)
+        phi = inference.energies.get(node.name, Gaussian())
+        energy[node.name] = sum(float(phi.of_batch(*pair)) for pair in zip(errors, predictions, strict=True))
+    loss = float(inference.loss.gradients(outputs)[0])
+    return InferenceStep(steps, beta, value, error, loss + sum(energy.values()), energy, loss)
+
+
+def _value_and_error(inference: Inference, slot: str, prediction: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(inference, ErrorInference):
+        return inference.values[slot].clone(), inference.values[slot] - prediction
+    error = inference.errors[slot].clone() if slot in inference.errors else torch.zeros_like(prediction)
+    return prediction + error, error
+
+
+def _one_or_all(slots: list[Tensor]) -> Any:
+    return slots[0] if len(slots) == 1 else tuple(slots)
 
 
 def _steps_unwatched(tol: float, most: int, steps: int) -> int:

@@ -37,6 +37,7 @@ from torch2ebm.graph.lone_node import ALONE, FINER, lone_node
 from torch2ebm.isolation.module_state import BufferSnapshot, is_lazy, tensors_in_place
 from torch2ebm.isolation.torch_modes import TRACING
 from torch2ebm.model.arguments import Arguments
+from torch2ebm.model.shards import Shards
 from torch2ebm.model.verification import same_by_cuts, verify
 
 KEPT = 32  # sequences of operations: branches may differ from batch to batch
@@ -365,3 +366,10 @@ def _equal(ours: Any, theirs: Any) -> bool:
     return len(ours) == len(theirs) and all(
         a is b or (type(a) is type(b) and type(a) in (int, float) and a == b) for a, b in zip(ours, theirs, strict=True)
     )
+
+
+def seen(module: nn.Module, granularity: Granularity) -> tuple[Shards, Captures]:
+    """The parameters of a module that are spread over processes, and its captures, with nothing in them yet."""
+    shards = Shards(module)
+    with shards.gathered():
+        return shards, Captures(module, granularity)

@@ -12,6 +12,7 @@ from torch2ebm.solvers.gradient_descent import GradientDescent
 from torch2ebm.solvers.langevin import Langevin
 from torch2ebm.solvers.local_error_descent import LocalErrorDescent
 from torch2ebm.solvers.momentum import Momentum
+from torch2ebm.solvers.ode_flow import ODEFlow
 from torch2ebm.solvers.sequential_descent import SequentialDescent
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Langevin",
     "LocalErrorDescent",
     "Momentum",
+    "ODEFlow",
     "SequentialDescent",
     "Solver",
 ]
