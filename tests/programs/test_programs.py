@@ -532,6 +532,17 @@ def start_of(zero: Tensor) -> Tensor:
     return torch.stack([zero[0] + math.inf, zero[1] * math.inf, zero[2] + 1.0])
 
 
+def test_conjugate_gradients_are_handed_to_the_compiler_and_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings are errors here. The compiler is the recorded program itself: it is not what is looked at."""
+    handed: list[nn.Module] = []
+    monkeypatch.setattr(torch._inductor, "compile", lambda module, *_: handed.append(module) or module)
+    solver = torch2ebm.ErrorConjugateGradient(1e-9, 8)
+    expected, _ = trained(network(), torch2ebm.PredictiveCoding(solver=solver))
+    ours, _ = trained(network(), torch2ebm.PredictiveCoding(solver=solver, compile=True))
+    assert handed
+    assert_same(ours, expected)
+
+
 def test_the_literal_schedule_is_not_compiled() -> None:
     with pytest.raises(torch2ebm.errors.ConfigurationError, match="schedule"):
         torch2ebm.ZeroDivergence("levels", compile=True)

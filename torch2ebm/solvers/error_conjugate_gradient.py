@@ -385,11 +385,10 @@ def _chosen(condition: Tensor, one: Callable[[], Line], other: Callable[[], Line
     if first is second:
         return first
     both = {name: (getattr(first, name), getattr(second, name)) for name in Line.__dataclass_fields__}
-    curves = both.pop("curve")
-    names = curves[0].keys() | curves[1].keys()
+    curve, others = both.pop("curve")
     return Line(
         **{name: a if a is b else torch.where(condition, a, b) for name, (a, b) in both.items()},
-        curve={name: torch.where(condition, curves[0][name], curves[1][name]) for name in names},
+        curve={n: a if a is others[n] else torch.where(condition, a, others[n]) for n, a in curve.items()},
     )
 
 
