@@ -149,6 +149,44 @@ CALIBRATED = [
            "_chosen(rose & ~quadratic, back, forward, inference.recorded)", "forward()", "error_conjugate_gradient"),
 ]  # fmt: skip
 
+POTENTIALS = [
+    Mutant("a learned precision without its logarithm", "engine/energies.py",
+           "return energy - self.precision.half_log_determinant(error)", "return energy", "learned_precisions"),
+    Mutant("a determinant of one sample", "engine/precision.py", "* (error.numel() // len(self.log))", "",
+           "learned_precisions"),
+    Mutant("a full matrix by its factor", "engine/energies.py", "turned = error @ self._like(error)",
+           "turned = error @ self.precision.factor()", "relaxations"),
+    Mutant("a learned gradient in the scale of the energy", "engine/energy_parameters.py", "else part * scale",
+           "else part", "learned_precisions"),
+    Mutant("nothing learned where no error has come", "inference/base.py",
+           "if energy := self.energies.get(node.name):", "if False:", "learned_precisions"),
+    Mutant("phases whose learned gradients are those of the first", "algorithms/predictive_coding.py",
+           "for phase in phases]).mean(0)", "for phase in phases[:1]]).mean(0)", "learned_precisions"),
+    Mutant("a shared precision learned from one node", "engine/energy_parameters.py",
+           "total[whole] = total[whole] + gradient if whole in total else gradient", "total[whole] = gradient",
+           "learned_precisions"),
+    Mutant("precisions that no program is given", "inference/runs.py", "[*tensors, *own]", "tensors",
+           "learned_precisions"),
+    Mutant("a trained precision unseen", "engine/energy_parameters.py", "energy.precision, trained=True)",
+           "1.0, trained=True)", "learned_precisions"),
+    Mutant("a state whose energies learn on", "inference/base.py", "as_they_are(self.energies)", "self.energies",
+           "learned_precisions"),
+    Mutant("no series near the prediction", "potentials/discrete.py",
+           "torch.where(error.abs() < near, self._series(small, value), ", "(lambda each: each)(", "formulas"),
+    Mutant("logits of both signs", "potentials/discrete.py", "torch.where(value > 0, -1.0, 1.0)",
+           "torch.ones_like(value)", "formulas"),
+    Mutant("a squared large error", "potentials/robust.py", "torch.where(ratio.abs() > 1, far, near)",
+           "0.5 * torch.log1p(ratio.square())", "formulas"),
+    Mutant("a function that need not rest", "potentials/function.py", "        if self.observed:\n            return\n",
+           "        return\n", "function_energy"),
+    Mutant("a function whose shift is an energy", "potentials/function.py",
+           "- self._shift(error, prediction)", "", "function_energy"),
+    Mutant("samples may depend on each other", "potentials/function.py",
+           "        self._check_samples(where, error, prediction)\n", "", "function_energy"),
+    Mutant("data on a free node", "engine/node_energies.py", "if energy.observed and name not in clamped",
+           "if False", "relaxations"),
+]  # fmt: skip
+
 STEP_SIZES = [
     Mutant("a message with the wrong sign in the Hessian in values", "inference/steepness.py", "{slot: -weighted for",
            "{slot: weighted for", "step_sizes"),
@@ -497,8 +535,8 @@ AROUND = [
            "False", "resume"),
 ]  # fmt: skip
 
-MUTANTS = [*ENERGIES, *VALUES_AND_ERRORS, *STANDING_STILL, *CALIBRATED, *STEP_SIZES, *LOSS, *EXACT, *SOLVERS,
-           *WEIGHTS_MOVE, *EQUILIBRIA, *PROGRAMS, *RUNS, *AGREEMENT, *DIAGNOSIS, *AROUND]  # fmt: skip
+MUTANTS = [*ENERGIES, *POTENTIALS, *VALUES_AND_ERRORS, *STANDING_STILL, *CALIBRATED, *STEP_SIZES, *LOSS, *EXACT,
+           *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA, *PROGRAMS, *RUNS, *AGREEMENT, *DIAGNOSIS, *AROUND]  # fmt: skip
 
 
 # Running them ---------------------------------------------------------------------------------------------------------

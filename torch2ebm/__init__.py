@@ -20,11 +20,13 @@ from torch2ebm.algorithms import (
 from torch2ebm.analysis.energy_terms import EnergyTerms
 from torch2ebm.analysis.hessian import Hessian
 from torch2ebm.check import CheckReport, check
+from torch2ebm.clamping.inferred import Inferred
 from torch2ebm.common.moved import old_name, serve_old_paths
 from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.diagnose import Diagnosis, diagnose
 from torch2ebm.engine.energies import Categorical, Energy, Gaussian
 from torch2ebm.engine.nudging import Holomorphic, OneSided, RandomSign, Relative, Symmetric
+from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import InferenceState, Relaxation
 from torch2ebm.equilibrium.linear_solvers import ConjugateGradient, FixedPointSolve, Neumann
 from torch2ebm.equilibrium.updates import AndersonMixing, GaussSeidel
@@ -37,6 +39,9 @@ from torch2ebm.mnist import load_mnist, read_idx
 from torch2ebm.model.energy_model import EnergyModel, convert
 from torch2ebm.mq import MQ
 from torch2ebm.optimizer import EnergyOptimizer
+from torch2ebm.potentials.discrete import Bernoulli, Poisson
+from torch2ebm.potentials.function import FunctionEnergy
+from torch2ebm.potentials.robust import Huber, Laplace, StudentT
 from torch2ebm.reports.agreement import Agreement
 from torch2ebm.reports.findings import Finding
 from torch2ebm.solvers import (
@@ -45,6 +50,7 @@ from torch2ebm.solvers import (
     ErrorConjugateGradient,
     ErrorDescent,
     GradientDescent,
+    Langevin,
     LocalErrorDescent,
     Momentum,
     ODEFlow,
@@ -60,6 +66,7 @@ __all__ = [
     "AndersonErrorDescent",
     "AndersonMixing",
     "Backprop",
+    "Bernoulli",
     "Categorical",
     "CheckReport",
     "ConjugateGradient",
@@ -79,22 +86,29 @@ __all__ = [
     "Finding",
     "FixedPointSolve",
     "FixedPrediction",
+    "FunctionEnergy",
     "GaussSeidel",
     "Gaussian",
     "GradientComparison",
     "GradientDescent",
     "Hessian",
     "Holomorphic",
+    "Huber",
     "ImplicitSGD",
     "IncrementalPredictiveCoding",
     "InferenceState",
     "InferenceStep",
+    "Inferred",
+    "Langevin",
+    "Laplace",
     "LocalErrorDescent",
     "Momentum",
     "Neumann",
     "Node",
     "ODEFlow",
     "OneSided",
+    "Poisson",
+    "Precision",
     "PredictiveCoding",
     "ProximalInferenceLearning",
     "RandomSign",
@@ -103,6 +117,7 @@ __all__ = [
     "Relaxation",
     "SequentialDescent",
     "Solver",
+    "StudentT",
     "Symmetric",
     "Torch2EBMError",
     "ZeroDivergence",

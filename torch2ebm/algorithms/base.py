@@ -11,8 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.engine.call import Call
+from torch2ebm.engine.energy_parameters import learned_by
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.inference.solver import Solver
@@ -150,6 +153,19 @@ class Algorithm(NamedSettings, ABC):
             3
         """
         return self
+
+    @property
+    def learned(self) -> Mapping[str, Tensor]:
+        """Parameters of its own, which the user's optimizer moves: those of its ``energies``, where it has such.
+
+        ``loss.backward()`` fills their ``.grad`` with ``LocalGradients.learned``, by the same names.
+
+        Example:
+            >>> precision = torch2ebm.Precision()
+            >>> list(torch2ebm.PredictiveCoding(precisions={"0": precision}).learned), dict(Sweep().learned)
+            (['0.precision.log'], {})
+        """
+        return learned_by(getattr(self, "energies", {}))
 
     # Copies and pickles hold the settings alone: recorded programs belong to the graphs of one process.
 

@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.common.checks import check_choice, check_reduction
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
+from torch2ebm.engine.energy_parameters import check_at_forward
+from torch2ebm.engine.node_energies import NodeEnergies, check_free, check_names, node_energies
 from torch2ebm.engine.nudging import Nudging, OneSided, Relative
+from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import LocalGradients
-from torch2ebm.engine.signal import tell_where_there_is_no_signal
+from torch2ebm.engine.signal import tell_of_kinks, tell_where_there_is_no_signal
 from torch2ebm.errors import ConfigurationError, DivergenceError
 from torch2ebm.inference.divergence import check_on_divergence, check_phases, no_gradients, of_phase
 from torch2ebm.inference.nudge_unit import NudgeUnit, carried
@@ -71,6 +74,7 @@ class PredictiveCoding(Algorithm):
             twice, or ``Relative(r)``, in units of the curvature. The free phase needs no relaxation: it is the
             feed-forward pass.
         precisions: Node name to precision, a number or a tensor that broadcasts against the node's value; 1 elsewhere.
+            A :class:`Precision` learns in your optimizer.
         energies: Node name to energy, for example :class:`Categorical`; Gaussian elsewhere.
         loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
         batch_statistics: ``"live"``: a batch norm normalises by the statistics of the values that it reads, as they
@@ -101,7 +105,7 @@ class PredictiveCoding(Algorithm):
     lr: float | str = RATE
     solver: Solver[Any] = field(default=None, kw_only=True)  # type: ignore[arg-type]  # then made of steps and lr
     nudging: Nudging = field(default=None, kw_only=True)  # type: ignore[assignment]  # OneSided(1), or relative
-    precisions: InitVar[Mapping[str, float | Tensor] | None] = field(default=None, kw_only=True)
+    precisions: InitVar[Mapping[str, float | Tensor | Precision] | None] = field(default=None, kw_only=True)
     energies: Mapping[str, Energy] = field(default_factory=NodeEnergies, kw_only=True)
     loss_reduction: str = field(default="mean", kw_only=True)
     batch_statistics: str = field(default="live", kw_only=True)
@@ -110,7 +114,7 @@ class PredictiveCoding(Algorithm):
     on_step: OnStep | None = field(default=None, kw_only=True, compare=False)  # it looks on, and decides nothing
     _programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
 
-    def __post_init__(self, precisions: Mapping[str, float | Tensor] | None) -> None:
+    def __post_init__(self, precisions: Mapping[str, float | Tensor | Precision] | None) -> None:
         check_reduction("PredictiveCoding", self.loss_reduction)
         check_choice("PredictiveCoding", "batch_statistics", self.batch_statistics, ("live", "frozen"))
         check_on_divergence("PredictiveCoding", self.on_divergence)
@@ -173,9 +177,11 @@ class PredictiveCoding(Algorithm):
 
     def forward(self, call: Call) -> None:
         check_names("PredictiveCoding", self.energies, call.graph)
+        check_free("PredictiveCoding", self.energies)
         # a program cannot wind a generator back: dropout masks become its inputs
         frozen = self.batch_statistics == "frozen"
         call.feedforward(keep_graph=False, keep_draws=self.compile, freeze_statistics=frozen)
+        check_at_forward("PredictiveCoding", self.energies, call)
 
     def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         try:
@@ -194,6 +200,7 @@ class PredictiveCoding(Algorithm):
             ("signal", type(self.solver), self.solver.steps),
             lambda: tell_where_there_is_no_signal("PredictiveCoding", found.state, found.parameters),
         )
+        call.graph.once(("kinks of energies",), lambda: tell_of_kinks("PredictiveCoding", found.state))
         return found
 
     def with_steps(self, steps: int) -> PredictiveCoding:
@@ -245,8 +252,9 @@ def mean_of(phases: list[LocalGradients]) -> LocalGradients:
             parameters[name] = parameters[name] + other.parameters[name]
         parameters[name] = parameters[name] / len(phases)
     inputs = [_mean([phase.inputs[i] for phase in phases]) for i in range(len(first.inputs))]
+    learned = {name: torch.stack([phase.learned[name] for phase in phases]).mean(0) for name in first.learned}
     relaxations = tuple(phase.state.relaxation for phase in phases)
-    return LocalGradients(parameters, inputs, replace(first.state, phases=relaxations))
+    return LocalGradients(parameters, inputs, replace(first.state, phases=relaxations), learned=learned)
 
 
 def _mean(parts: list[Tensor | None]) -> Tensor | None:

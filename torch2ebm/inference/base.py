@@ -15,9 +15,10 @@ from torch import Tensor
 
 from torch2ebm.engine.call import Call, NodePass, at_least_single
 from torch2ebm.engine.energies import Energy, gaussian_energy_of_batch, precision_of
+from torch2ebm.engine.energy_parameters import as_they_are, by_parameter
 from torch2ebm.engine.results import InferenceState, LocalGradients, StepSize
 from torch2ebm.graph.energy_graph import Node
-from torch2ebm.inference.history import Collected, largest_entry, relative_length
+from torch2ebm.inference.history import Collected, largest_entry, paired, relative_length
 from torch2ebm.loss.output_loss import OutputLoss
 
 LOSS = "loss"
@@ -43,7 +44,7 @@ class Inference(ABC):
         energies: Energy of each node, by name; a node without one has a Gaussian of precision 1.
         history: For every sweep the energy of each active node, and of the loss, as tensors of no dimension.
         measuring: Whether the next sweep keeps the largest entries of its gradients.
-        driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep, a sample or in all;
+        driving: With ``measuring``, the largest absolute gradient by slot in the last sweep, a sample or in all;
             with ``still_below`` its length over that of ``pi e``.
         still_below: A gradient below so many epsilons of its value is rounding, and counts as zero.
         evaluations: How many node functions have run.
@@ -86,7 +87,7 @@ class Inference(ABC):
         self.history: list[dict[str, Tensor]] = []
         self.measuring = False
         self.recorded = False
-        self.driving: list[Tensor] = []
+        self.driving: dict[str, Tensor] = {}
         self.evaluations = 0
         self.nudge: float | None = None
         self.step_size: StepSize | None = None
@@ -115,13 +116,13 @@ class Inference(ABC):
             {}
         """
         self.history.append({})
-        self.driving = []
+        self.driving = {}
 
     def _measure(self, slot: str, gradient: Tensor, own: Tensor | None) -> None:
         if self.measuring and self.still_below is None:
-            self.driving.append(largest_entry(gradient, self.call.batch_size))
+            self.driving[slot] = largest_entry(gradient, self.call.batch_size)
         elif self.measuring:
-            self.driving.append(relative_length(gradient, own, self._rounding(slot), self.call.batch_size))
+            self.driving[slot] = relative_length(gradient, own, self._rounding(slot), self.call.batch_size)
 
     def _rounding(self, slot: str) -> Tensor | None:
         """What rounding leaves of the gradient where an error is a difference of stored values."""
@@ -140,7 +141,7 @@ class Inference(ABC):
             >>> inference.residual() == inference.residual_of_samples().max()
             tensor(True)
         """
-        return torch.stack([each.max() for each in self.driving]).max() if self.driving else torch.zeros(())
+        return torch.stack([each.max() for each in self.driving.values()]).max() if self.driving else torch.zeros(())
 
     def residual_of_samples(self) -> Tensor | None:
         """The same for each sample.
@@ -152,9 +153,9 @@ class Inference(ABC):
             >>> inference.residual_of_samples().shape
             torch.Size([5])
         """
-        if not self.driving or any(each.ndim == 0 for each in self.driving):
+        if not self.driving or any(each.ndim == 0 for each in self.driving.values()):
             return None
-        return torch.stack(self.driving).amax(0)
+        return torch.stack(list(self.driving.values())).amax(0)
 
     # one node
 
@@ -210,7 +211,8 @@ class Inference(ABC):
         if energy is None:
             parts = [gaussian_energy_of_batch(error) for error in errors]
         else:
-            parts = [energy.of_batch(*pair) for pair in _pairs(errors, predictions)]
+            with torch.no_grad():  # its own parameters may require one
+                parts = [energy.of_batch(*pair) for pair in zip(*paired(errors, predictions), strict=True)]
         self.history[-1][node.name] = sum(parts[1:], start=parts[0])
         return self.pulls(node, errors, predictions)
 
@@ -236,8 +238,9 @@ class Inference(ABC):
         if energy is None:
             # phi = 1/2 |e|^2: dphi/dv = -dphi/dmu = e. The very same tensors, by which callers know a unit Gaussian.
             return list(errors), list(errors)
-        own, backward = zip(*[energy.gradients(*pair) for pair in _pairs(errors, predictions)], strict=True)
-        return list(own), list(backward)
+        with torch.no_grad():
+            pulls = [energy.gradients(*pair) for pair in zip(*paired(errors, predictions), strict=True)]
+        return [own for own, _ in pulls], [backward for _, backward in pulls]
 
     def send(self, evaluated: NodePass, cotangents: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
         """Add J^T of the cotangents to the message of each parent.
@@ -352,11 +355,12 @@ class Inference(ABC):
             # _collect has multiplied by -scale; a loss times 0 has none
             error_unit=-1 / self.loss.scale if self.loss.scale else 0.0,
             unreached=tuple(result.unreached),
-            energies=self.energies,
+            energies=as_they_are(self.energies),
             rounds=self.rounds,
         )
         inputs = self.call.input_gradients(result.gradients.clamped)
-        return LocalGradients(result.gradients.parameters, inputs, state)
+        learned = by_parameter(self.energies, result.of_energies)
+        return LocalGradients(result.gradients.parameters, inputs, state, learned=learned)
 
     @abstractmethod
     def _collect_all(self, result: Collected) -> None:
@@ -393,8 +397,7 @@ class Inference(ABC):
         """No error has reached the node: its gradients are exactly zero, its predictions its values."""
         result.unreached.insert(0, node.name)  # nodes come in reverse; the report has the graph's order
         result.gradients.add_zeros(self.call, node)
-        result.predictions.update({slot: self.values.pop(slot) for slot in node.slots})
-
-
-def _pairs(errors: Sequence[Tensor], predictions: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return [(error, mu.detach().to(error.dtype)) for error, mu in zip(errors, predictions, strict=True)]
+        values = [self.values.pop(slot) for slot in node.slots]
+        if energy := self.energies.get(node.name):
+            result.add_energy(node.name, energy, [torch.zeros_like(value) for value in values], values, self.scale)
+        result.predictions.update(zip(node.slots, values, strict=True))

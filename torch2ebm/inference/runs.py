@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2ebm.common.nested import attributes_of, fill, leaves_of, settings_of, template_of
+from torch2ebm.common.nested import fill, leaves_of, settings_of, template_of
+from torch2ebm.engine.energy_parameters import tensors_of
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.inference.base import Inference
 from torch2ebm.inference.solver import Rest
@@ -154,9 +155,9 @@ def _chain(programs: Programs, solver: Any, inference: Inference) -> Chain | Non
     on_loss, tensors = fixed
     # attributes and not the objects: one of a class that is not frozen may have others in the next batch
     energies = tuple((name, settings_of(energy)) for name, energy in inference.energies.items())
-    own = leaves_of([attributes_of(solver), *map(attributes_of, inference.energies.values())])
+    own = [tensor for each in (solver, *inference.energies.values()) for tensor in tensors_of(each)]
     key = (settings_of(solver), on_loss, energies, surroundings(inference.call))
-    return Chain(programs, inference.graph, key, [*tensors, *(leaf for leaf in own if isinstance(leaf, Tensor))])
+    return Chain(programs, inference.graph, key, [*tensors, *own])
 
 
 def _size(structure: Any) -> int:

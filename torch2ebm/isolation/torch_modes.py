@@ -178,8 +178,3 @@ def exporting() -> bool:
     """Whether something traces or exports what runs now."""
     is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # not in torch 2.6
     return torch._C._get_tracing_state() is not None or is_exporting()
-
-
-def ordinary(leaf: Any) -> Any:
-    """A tensor that autograd takes, also where it was made in inference mode; anything else as it is."""
-    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf

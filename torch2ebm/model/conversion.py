@@ -19,7 +19,11 @@ from torch2ebm.analysis.energy_function import ByNode
 from torch2ebm.analysis.energy_terms import EnergyTerms, energy_terms
 from torch2ebm.analysis.hessian import Hessian, hessian_of
 from torch2ebm.capture.fingerprint import inside_functional_call
-from torch2ebm.common.nested import leaves_of, map_leaves
+from torch2ebm.clamping.answering import answered, question_settings
+from torch2ebm.clamping.asking import Question
+from torch2ebm.clamping.inferred import Inferred
+from torch2ebm.clamping.inputs import Asked
+from torch2ebm.common.nested import leaves_of
 from torch2ebm.common.plain_loop import PlainLoop
 from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.batch import GUESSED, Batch, BatchDimension
@@ -33,11 +37,19 @@ from torch2ebm.inference.curvature import Curvature
 from torch2ebm.isolation.forward_mode import without_transforms
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
-from torch2ebm.isolation.torch_modes import exporting, ordinary
+from torch2ebm.isolation.torch_modes import exporting
 from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
-from torch2ebm.model.arguments import Arguments, as_arguments, batch_dimension_of, called, check_inputs, of_batch
+from torch2ebm.model.arguments import (
+    Arguments,
+    as_arguments,
+    batch_dimension_of,
+    called,
+    check_inputs,
+    of_batch,
+    ordinary,
+)
 from torch2ebm.model.backward import EnergyFunction, OpenCall
-from torch2ebm.model.capture_cache import Served, seen
+from torch2ebm.model.capture_cache import Captures, Served, seen
 from torch2ebm.model.open_forwards import OpenForwards, nothing_attached
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.whole_call import PlainCall
@@ -72,6 +84,7 @@ class Conversion:
         self.shards, self.captures = seen(module, granularity)
         self.forwards, self.replicas = OpenForwards(), Replicas()
         self.standing = Standing()
+        self._seen: Mapping[str, Tensor] = {}
         self.batch = batch
         self._runs: Callable[..., Any] = module
         self.check_every: int | None = None
@@ -121,7 +134,7 @@ class Conversion:
         """The output that the algorithm defines, where no backward will follow."""
         # a relaxation differentiates, which inference mode forbids
         with self.shards.gathered(), torch.inference_mode(False), torch.no_grad():
-            args, kwargs = map_leaves(ordinary, (args, dict(kwargs)))
+            args, kwargs = ordinary((args, dict(kwargs)))
             served = self._served(args, kwargs, algorithm)
             call = self._call(served)
             with tensors_in_place(self.module, served.swapped):
@@ -179,11 +192,15 @@ class Conversion:
                     self._batch(served),
                     self.standing,
                     partial(self.captures.forget, served.graph),
+                    self.replicas if forwards is self.forwards else Replicas(),  # a comparison is of one process
                 )
                 for tape in given_from:
                     tape.fed.append(weakref.ref(open_call.tape))
                 outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
-                    open_call, *self.shards.in_place_of(open_call.parameters), *served.run.external.values()
+                    open_call,
+                    *self.shards.in_place_of(open_call.parameters),
+                    *open_call.learned.values(),
+                    *served.run.external.values(),
                 )
                 taped = dict(zip(call.graph.output_slots, put_on_new_tape(open_call.tape, outputs), strict=True))
                 leaves = call.graph.output(taped, call.environment)
@@ -197,9 +214,21 @@ class Conversion:
     def curvature(self, loss_fn: Callable[..., Tensor], batch: Any, **settings: Any) -> Curvature:
         """How curved the loss is in the errors of one batch; see :meth:`EnergyModel.curvature` for the settings."""
         args, kwargs, loss_of = of_batch("model.curvature", batch, loss_fn)
-        with untouched(self.module, Arguments.of(self.module, args, kwargs).device):
+        with plain_autograd(), untouched(self.module, Arguments.of(self.module, args, kwargs).device):
             trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
             return curvature_of(lambda given: loss_of(self.run(given, args, kwargs)), trained, **settings)
+
+    def infer(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], question: Question, prior: Mapping[str, Any], **how: Any
+    ) -> Inferred:
+        """Values of any node, others given; see :meth:`EnergyModel.infer` for the settings."""
+        self._see_again()
+        self._seen = self.captures.inputs or self._seen
+        solver, energies = question_settings(**how)
+        with self.shards.gathered(), torch.inference_mode(False):
+            inputs = Asked(self.module, args, kwargs, question, prior, self._seen).inputs()
+            captures = self.captures.behind(inputs.nodes)
+            return answered(partial(self.looked_at, captures=captures), inputs, solver, energies)
 
     def energy(self, values: ByNode, *inputs: Any, **settings: Any) -> EnergyTerms:
         """The energy at given values; see :meth:`EnergyModel.energy` for the settings."""
@@ -257,12 +286,16 @@ class Conversion:
         with self.shards.gathered():
             self.batch = batch_dimension_of(self.module, args, kwargs, output)
 
-    def looked_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """A recorded run of the module, which is left as it was."""
-        arguments = Arguments.of(self.module, args, kwargs)
-        with self.shards.gathered(), plain_autograd(), untouched(self.module, arguments.device):
-            call = lambda: called(self._runs, self.module, args, kwargs)  # noqa: E731
-            return self._call(self.captures.run(arguments, call, self.algorithm, keep_cuts=False))
+    def looked_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], captures: Captures | None = None) -> Call:
+        """A recorded run of the module, or of a view of it, which is left as it was."""
+        captures = captures or self.captures
+        module = captures.module
+        runs = self._runs if captures is self.captures else module
+        arguments = Arguments.of(module, args, kwargs)
+        check_inputs(module, arguments.tensors)
+        with self.shards.gathered(), plain_autograd(), untouched(module, arguments.device):
+            call = lambda: called(runs, module, args, kwargs)  # noqa: E731
+            return self._call(captures.run(arguments, call, self.algorithm, keep_cuts=False))
 
     def _captured_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Served:
         with self.shards.gathered():
@@ -392,8 +425,9 @@ class Conversion:
     # what the optimizer asks
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """By name, as an optimizer has them: shards, where ``fully_shard`` made some."""
-        return {**dict(self.module.named_parameters()), **self.shards.parts}
+        """By name, as an optimizer has them: shards, where ``fully_shard`` made some; the algorithm's own, too."""
+        learned = {} if self.algorithm is None else self.algorithm.learned
+        return {**dict(self.module.named_parameters()), **self.shards.parts, **learned}
 
     def synchronised(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The mean over processes of gradients that no wrapper has seen."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.analysis.energy_terms import EnergyTerms
 from torch2ebm.analysis.hessian import Hessian
+from torch2ebm.clamping.asking import Question
+from torch2ebm.clamping.inferred import Inferred
 from torch2ebm.engine.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.engine.energies import Energy
+from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
@@ -172,7 +175,7 @@ class EnergyModel(ModuleView):
         loss_fn: Callable[..., Tensor],
         batch: Any,
         *,
-        precisions: Mapping[str, float | Tensor] | None = None,
+        precisions: Mapping[str, float | Tensor | Precision] | None = None,
         energies: Mapping[str, Energy] | None = None,
         loss_reduction: str = "mean",
         products: int = 100,
@@ -191,7 +194,8 @@ class EnergyModel(ModuleView):
             batch: ``(inputs, target)``, inputs being a tensor, a tuple of positional or a dict of keyword arguments;
                 or a dict of keyword arguments.
             precisions: Node name to precision, a number or a tensor that broadcasts against the value; 1 elsewhere.
-            energies: Node name to energy; one that is not Gaussian counts as precision 1.
+            energies: Node name to energy; one that is not Gaussian counts by its ``precision_at_rest()``, a full matrix
+                by its diagonal.
             loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
             products: Most products with the matrix. Five are within a few percent as a rule.
             tol: Stop once the eigenvalue is known to so much of itself.
@@ -221,6 +225,79 @@ class EnergyModel(ModuleView):
             loss_reduction=loss_reduction,
             products=products,
             tol=tol,
+        )
+
+    def infer(
+        self,
+        *inputs: Any,
+        clamp: Mapping[str, Any] | None = None,
+        mask: Mapping[str, Tensor] | None = None,
+        free: Sequence[str] = (),
+        start: Mapping[str, Any] | None = None,
+        prior: Mapping[str, Any] | None = None,
+        solver: Solver[Any] | None = None,
+        tol: float | None = None,
+        precisions: Mapping[str, float | Tensor] | None = None,
+        energies: Mapping[str, Energy] | None = None,
+        **keywords: Any,
+    ) -> Inferred:
+        """Find the values of some nodes, inputs or outputs, with others given. No weight moves.
+
+        The energy has no direction: any value may be given, or found. The values that are free come to rest where the
+        sum of all energies, phi(value, prediction) of each node, is smallest. For example::
+
+            model.infer(x)                                               # the plain output
+            model.infer(x, clamp={"output": y})                          # hidden values, as in training
+            model.infer(clamp={"output": image}, free=["input"], prior={"input": torch2ebm.Gaussian()})   # a latent
+            model.infer(clamp={"output": image}, mask={"output": seen}, free=["input"], ...)              # completion
+
+        Names are those of nodes, ``"input"`` and ``"output"``. Where there are several inputs they have the names of
+        the arguments. Where there are several outputs they have their keys, or ``"output_0"`` and so on.
+
+        Args:
+            *inputs: What the module is called with. A free input may be missing; one that is given begins there.
+            clamp: Name to what is given: a tensor in the shape of the value, or without its batch dimension, or a
+                number. The name of another node ties two values: both predictions then pull on one.
+            mask: Name to a bool tensor in the shape of the value, True where it is given. All else of it is free.
+            free: Names of inputs that are found. Nodes and outputs are free unless they are clamped.
+            start: Name to where a value begins; elsewhere it is the feed-forward pass.
+            prior: Name of a free input to its energy, around zero, or to a pair of an energy and a mean. An input
+                without a prior costs nothing by itself.
+            solver: How values relax; ``ErrorConjugateGradient(tol, steps=200)``, which needs no step size.
+            tol: Where a sample is at rest, in the solver's measure. It is 0.001 where no solver is given.
+            precisions: Name of a node to its precision; 1 elsewhere.
+            energies: Name of a node to its energy; Gaussian elsewhere. That of a clamped node is paid for the data.
+            **keywords: Keyword arguments of the module.
+
+        Returns:
+            Values, predictions, errors and energies of all nodes, and how the relaxation went. Module, buffers,
+            ``.grad`` and generators are as before.
+
+        Raises:
+            ConfigurationError: for clamps that contradict each other, a shape or a mask that does not fit, nothing
+                free, a free input of integers, or one that nothing decides; before anything moves.
+            NonFiniteError: for given values that are not finite.
+            DivergenceError: where the relaxation runs away.
+
+        Example:
+            >>> import torch, torch2ebm
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+            >>> model = torch2ebm.convert(net)
+            >>> x, label = torch.randn(5, 4), torch.eye(3)[[0, 1, 2, 0, 1]]
+            >>> found = model.infer(x, clamp={"output": label})
+            >>> worse = model.infer(x, clamp={"output": label, "0": 0})
+            >>> found.value["0"].shape, bool((found.energy < worse.energy).all())
+            (torch.Size([5, 8]), True)
+        """
+        return self.torch2ebm.infer(
+            inputs,
+            keywords,
+            question=Question(clamp or {}, mask or {}, free, start or {}),
+            prior=prior or {},
+            solver=solver,
+            tol=tol,
+            precisions=precisions or {},
+            energies=energies or {},
         )
 
     def energy(

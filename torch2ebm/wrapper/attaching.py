@@ -94,7 +94,7 @@ def attach(wrapper: Any, model: EnergyModel, algorithm: Algorithm, replace: bool
     others = conversion.holders
     own, models = set(map(id, parameters_of(wrapper))), set(map(id, conversion.trained_parameters().values()))
     if not others or replace:
-        if not own & models:
+        if not own & (models | set(map(id, algorithm.learned.values()))):
             raise _of_others(wrapper.optimizer, model)
         for other in others:
             other.detach()
