@@ -252,6 +252,47 @@ def test_nothing_is_left_behind() -> None:
     assert torch.equal(one.total, other.total)  # the same dropout mask: the generator stands where it stood
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_precision_that_learns_counts_and_is_left_alone(full: bool) -> None:
+    net, precision = mlp(), torch2ebm.Precision(8, full=full, start=2.5).double()
+    model = torch2ebm.convert(net)
+    leaves = {name: value.clone().requires_grad_() for name, value in VALUES.items()}
+    found = model.energy(leaves, X, precisions={"0": precision})
+    assert torch.allclose(found.nodes["0"], 2.5 * half(VALUES["0"] - net[:2](X)))
+    found.total.sum().backward()
+    assert all(parameter.grad is None for parameter in precision.parameters())
+    assert not model.energy(VALUES, X, precisions={"0": precision}).total.requires_grad
+    with_parameters = model.energy(VALUES, X, precisions={"0": precision}, parameters=True)
+    (gradient,) = torch.autograd.grad(with_parameters.total.sum(), precision.log)
+    assert float(gradient.abs().sum()) > 0
+    hessian = model.hessian(F.cross_entropy, (X, LABELS), precisions={"0": precision})
+    before = hessian.matrix()
+    with torch.no_grad():
+        precision.log.add_(1.0)
+    assert torch.equal(hessian.matrix(), before)
+
+
+READY = {name: getattr(torch2ebm, name)() for name in ("Huber", "StudentT", "Bernoulli", "Poisson", "Categorical")}
+
+
+@pytest.mark.parametrize("name", READY)
+def test_ready_energies_have_the_gradient_that_they_tell_and_a_second_derivative(name: str) -> None:
+    net, energy = mlp(), READY[name]
+    model, target = torch2ebm.convert(net), {"energies": {"2": energy}}
+    last = VALUES["2"].sigmoid().requires_grad_()
+    terms = model.energy({"0": VALUES["0"], "2": last}, X, **target)
+    (gradient,) = torch.autograd.grad(terms.total.sum(), last)
+    prediction = terms.prediction["2"].detach()
+    assert torch.allclose(gradient, energy.gradients(last.detach() - prediction, prediction)[0], atol=1e-10)
+    at = {"0": VALUES["0"], "2": last.detach()}
+    hessian = model.hessian(lambda out, _: out.square().sum(), (X, None), at=at, loss_reduction="sum", **target)
+    written = torch.func.hessian(
+        lambda value: model.energy({**at, "2": value}, X, loss_fn=lambda out: out.square().sum(1), **target).total.sum()
+    )(at["2"])
+    product = hessian.product({"2": torch.ones_like(last)})["2"]
+    assert torch.allclose(product, written.sum((2, 3)), atol=1e-9)
+
+
 class OwnLoss(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -165,3 +165,10 @@ def test_it_is_no_setting_that_a_checkpoint_or_an_equal_algorithm_knows() -> Non
 def test_no_function_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"on_step=\.\.\..*'print'"):
         torch2ebm.PredictiveCoding(on_step="print")
+
+
+def test_a_precision_that_learns_is_in_the_energy_that_is_seen() -> None:
+    precision = torch2ebm.Precision(5, start=2.0).double()
+    nudging = torch2ebm.OneSided(1.0)
+    model, seen = steps_of(solver=torch2ebm.GradientDescent(4, 0.1), nudging=nudging, precisions={"0": precision})
+    assert [step.energy for step in seen] == pytest.approx(model.state.relaxation.energy[1:], rel=1e-9)

@@ -128,6 +128,12 @@ def test_an_energy_without_a_floor_is_told_of() -> None:
     assert all(torch.equal(parameter, old) for parameter, old in zip(net.parameters(), before, strict=True))
 
 
+def test_an_interval_without_end_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch2ebm.solvers.ode_flow.MOST", 50)
+    with pytest.raises(DivergenceError, match="not through after 50 evaluations"):
+        state_of(curved(), torch2ebm.ODEFlow(20.0, rtol=1e-12, atol=1e-14, method="bosh3", steps=1))
+
+
 def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch2ebm.solvers.ode_flow.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"pip install torch2ebm\[ode\]"):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch2ebm.common.known_names import unknown_name
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy, gaussian_energy
+from torch2ebm.engine.energy_parameters import as_they_are, learned_of
 from torch2ebm.errors import BatchDimensionError, ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, filled
 from torch2ebm.isolation.interrupts import within
@@ -151,3 +152,13 @@ def check_known_nodes(where: str, names: Iterable[str], graph: EnergyGraph) -> N
 def detached(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """In the place of parameters that no gradient shall reach."""
     return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def still(energies: Mapping[str, Energy]) -> Mapping[str, Energy]:
+    """Energies whose own parameters no gradient reaches, and which stay as they are while those learn on."""
+    found = as_they_are(energies)
+    for name, energy in found.items():
+        if energy is not energies[name]:
+            for tensor in learned_of(energy).values():
+                tensor.requires_grad_(False)
+    return found

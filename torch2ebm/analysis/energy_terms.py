@@ -16,12 +16,14 @@ from torch2ebm.analysis.energy_function import (
     by_slot,
     check_known_nodes,
     detached,
+    still,
 )
 from torch2ebm.common.checks import check_finite
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.node_energies import node_energies
+from torch2ebm.engine.precision import Precision
 from torch2ebm.errors import BatchDimensionError, ConfigurationError, LossNotRecordedError
 from torch2ebm.graph.energy_graph import EnergyGraph
 
@@ -74,7 +76,7 @@ def energy_terms(
     loss_fn: LossFunction | None = None,
     target: Any = None,
     beta: float = 1.0,
-    precisions: Mapping[str, float | Tensor] | None = None,
+    precisions: Mapping[str, float | Tensor | Precision] | None = None,
     energies: Mapping[str, Energy] | None = None,
     parameters: bool = False,
 ) -> EnergyTerms:
@@ -85,7 +87,9 @@ def energy_terms(
     named = node_energies("model.energy", precisions or {}, energies or {})
     graph = call.graph
     check_known_nodes("model.energy", named, graph)
-    function = EnergyFunction(call, named, {} if parameters else detached(call.parameters))
+    function = EnergyFunction(call, named, {})
+    if not parameters:
+        function = EnergyFunction(call, still(named), detached(call.parameters))
     point = function.at(by_slot("model.energy(values=...)", values, graph, call.values))
     nodes: dict[str, Tensor] = {}
     for slot in point.errors:

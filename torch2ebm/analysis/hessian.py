@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.analysis.direct_loss import DirectLoss
-from torch2ebm.analysis.energy_function import ByNode, EnergyFunction, Point, by_slot, detached
+from torch2ebm.analysis.energy_function import ByNode, EnergyFunction, Point, by_slot, detached, still
 from torch2ebm.analysis.energy_terms import by_node
 from torch2ebm.analysis.lanczos import MOST_NUMBERS, Ritz, lanczos
 from torch2ebm.common.checks import check_choice, check_finite, check_reduction, check_steps, check_tolerance
@@ -25,6 +25,7 @@ from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
+from torch2ebm.engine.precision import Precision
 from torch2ebm.errors import ConfigurationError, NonFiniteError, NotSettledWarning
 from torch2ebm.inference.curvature import commutes, noise, packed
 from torch2ebm.inference.relaxation import relax
@@ -265,7 +266,7 @@ def hessian_of(
     at: ByNode | str | None = None,
     coordinates: str = "values",
     beta: float = 1.0,
-    precisions: Mapping[str, float | Tensor] | None = None,
+    precisions: Mapping[str, float | Tensor | Precision] | None = None,
     energies: Mapping[str, Energy] | None = None,
     loss_reduction: str = "mean",
     solver: Solver[Any] | None = None,
@@ -284,7 +285,7 @@ def hessian_of(
     parameters = {name: parameter.clone() for name, parameter in detached(call.parameters).items()}
     for name, each in call.environment.items():
         call.environment[name] = each.detach().clone() if isinstance(each, Tensor) else each
-    function = EnergyFunction(call, named, parameters)
+    function = EnergyFunction(call, still(named), parameters)
     loss = DirectLoss(function, loss_of, call.batch_size if loss_reduction == "mean" else 1)
     point = _point(function, loss, at, beta, solver)
     named_point = point.values if coordinates == "values" else point.errors

@@ -176,7 +176,8 @@ def step_of(inference: Inference, steps: int, beta: float) -> InferenceStep:
         values.update((slot, v.to(p.dtype)) for slot, v, p in zip(node.slots, moved, predicted, strict=True))
         value[node.name], error[node.name] = _one_or_all(moved), _one_or_all(errors)
         phi = inference.energies.get(node.name, Gaussian())
-        energy[node.name] = sum(float(phi.of_batch(*pair)) for pair in zip(errors, predictions, strict=True))
+        with torch.no_grad():  # its own parameters may require one
+            energy[node.name] = sum(float(phi.of_batch(*pair)) for pair in zip(errors, predictions, strict=True))
     loss = float(inference.loss.gradients(outputs)[0])
     return InferenceStep(steps, beta, value, error, loss + sum(energy.values()), energy, loss)
 

@@ -237,7 +237,7 @@ class EnergyModel(ModuleView):
         prior: Mapping[str, Any] | None = None,
         solver: Solver[Any] | None = None,
         tol: float | None = None,
-        precisions: Mapping[str, float | Tensor] | None = None,
+        precisions: Mapping[str, float | Tensor | Precision] | None = None,
         energies: Mapping[str, Energy] | None = None,
         **keywords: Any,
     ) -> Inferred:
@@ -307,7 +307,7 @@ class EnergyModel(ModuleView):
         loss_fn: Callable[..., Tensor] | None = None,
         target: Any = None,
         beta: float = 1.0,
-        precisions: Mapping[str, float | Tensor] | None = None,
+        precisions: Mapping[str, float | Tensor | Precision] | None = None,
         energies: Mapping[str, Energy] | None = None,
         parameters: bool = False,
     ) -> EnergyTerms:
@@ -374,7 +374,7 @@ class EnergyModel(ModuleView):
         at: Mapping[str, Any] | str | None = None,
         coordinates: str = "values",
         beta: float = 1.0,
-        precisions: Mapping[str, float | Tensor] | None = None,
+        precisions: Mapping[str, float | Tensor | Precision] | None = None,
         energies: Mapping[str, Energy] | None = None,
         loss_reduction: str = "mean",
         solver: Solver[Any] | None = None,

@@ -19,7 +19,11 @@ from torch2ebm.inference.value_inference import ValueInference
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "rk4")
+MOST = 20_000  # evaluations of an interval; a step that has become too small would never end it
 _PACKAGE = "torchdiffeq"
+_STIFF = (
+    "Take larger rtol and atol, a shorter duration, or ErrorConjugateGradient, which steep energies do not slow down."
+)
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,16 @@ class _Flow:
         first = self.rows.pack(dict(inference.sweep()))
         self._first = first.neg()
         # of the report: the energy and the residual of a step are those of its start
+        self._evaluations = 0
         self._driving, self._measuring = inference.driving, inference.measuring
 
     def __call__(self, time: Tensor, values: Tensor) -> Tensor:
         if torch.equal(values, self.start):
             return self._first
         inference = self.inference
+        self._evaluations += 1
+        if self._evaluations > MOST:
+            raise self.diverged(f"an interval that is not through after {MOST:,} evaluations", _STIFF)
         self._put(values)
         inference.measuring = False
         found = self.rows.pack(dict(inference.sweep())).neg()
