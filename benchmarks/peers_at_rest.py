@@ -38,11 +38,13 @@ class Relaxing:
         until: From the number of steps, or the time, to what holds the hidden values there; it waits for them.
         values: From what holds them to the values, layer by layer, ``[batch, width]``.
         start: The smallest number of steps, or time, to look at.
+        timed: The same as ``until`` in the form that is timed, where that takes long to make; None for the same.
     """
 
     until: Callable[[int], Any]
     values: Callable[[Any], Values]
     start: int = 1
+    timed: Callable[[int], Any] | None = None
 
 
 Layers = Sequence[nn.Linear]

@@ -17,8 +17,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,10 +28,11 @@ from peers_at_rest import Making, NotInstalledError, Relaxing, fabric, jpc, pcx,
 from torch import Tensor, nn
 
 import torch2ebm
+from torch2ebm.programs.program import Program
 
 RESIDUAL, CLOSE = 1e-2, 1e-2
 MOST_SECONDS = 20.0  # of one relaxation, after which a setting is given up
-REPEATS = 5
+WARMING, REPEATS = 3, 5
 
 
 @dataclass(frozen=True)
@@ -72,42 +75,52 @@ def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (output - target).square().sum(1).mean()
 
 
-def ours(solver: Callable[[int], torch2ebm.Solver], compile: bool = False) -> Making:  # type: ignore[type-arg]
-    """Forward, relaxation and the gradients of all parameters."""
+EAGER, RECORDED, COMPILED = "eager", "recorded", "compiled"
+
+
+def ours(solver: Callable[[int], torch2ebm.Solver], form: str = EAGER) -> Making:  # type: ignore[type-arg]
+    """Forward, relaxation and the gradients of all parameters.
+
+    The fewest steps are looked for by eager steps, and the form is timed at these: a program is made for each number.
+    Recorded: the list of ATen calls that ``compile=True`` makes, without torch's compiler.
+    """
 
     def make(layers: Sequence[nn.Linear], x: Tensor, y: Tensor) -> Relaxing:
         net = Case(layers, x, y).net
         model = torch2ebm.convert(net, example_inputs=x)
         nodes = [node.name for node in model.graph.hidden_nodes]
-        algorithms: dict[int, torch2ebm.Algorithm] = {}
+        algorithms: dict[tuple[int, str], torch2ebm.Algorithm] = {}
 
-        def until(steps: int) -> torch2ebm.InferenceState:
-            if steps not in algorithms:  # an algorithm keeps its programs
-                algorithms[steps] = torch2ebm.PredictiveCoding(solver=solver(steps), compile=compile)
+        def until(steps: int, form: str = EAGER) -> torch2ebm.InferenceState:
+            if (steps, form) not in algorithms:  # an algorithm keeps its programs
+                algorithms[steps, form] = torch2ebm.PredictiveCoding(solver=solver(steps), compile=form != EAGER)
             model.detach()
-            model.attach(algorithms[steps])
-            half_squared_error(model(x), y).backward()
+            model.attach(algorithms[steps, form])
+            uncompiled = mock.patch.object(Program, "compile", return_value=None)
+            with uncompiled if form == RECORDED else nullcontext():
+                half_squared_error(model(x), y).backward()
             return model.state
 
-        return Relaxing(until, lambda state: [state.value[name].numpy() for name in nodes])
+        def values(state: torch2ebm.InferenceState) -> list[np.ndarray]:
+            return [state.value[name].numpy() for name in nodes]
+
+        return Relaxing(until, values, timed=lambda steps: until(steps, form))
 
     return make
 
 
+SOLVERS: dict[str, dict[str, Callable[[int], torch2ebm.Solver]]] = {  # type: ignore[type-arg]
+    "ErrorConjugateGradient": {"": lambda n: torch2ebm.ErrorConjugateGradient(1e-9, n)},
+    "ErrorDescent": {f"lr {lr}": lambda n, lr=lr: torch2ebm.ErrorDescent(n, lr) for lr in (0.1, 0.3, 0.5)},  # type: ignore[misc]
+    "GradientDescent": {f"lr {lr}": lambda n, lr=lr: torch2ebm.GradientDescent(n, lr) for lr in (0.3, 0.45)},  # type: ignore[misc]
+    "Momentum": {f"lr 0.3, {m}": lambda n, m=m: torch2ebm.Momentum(n, 0.3, m) for m in (0.8, 0.9)},  # type: ignore[misc]
+}
 CONTENDERS: dict[str, list[tuple[str, Making]]] = {
-    "torch2ebm, ErrorConjugateGradient": [("", ours(lambda n: torch2ebm.ErrorConjugateGradient(1e-9, n)))],
-    "torch2ebm, ErrorConjugateGradient, compiled": [
-        ("", ours(lambda n: torch2ebm.ErrorConjugateGradient(1e-9, n), compile=True))
-    ],
-    "torch2ebm, ErrorDescent, compiled": [("lr 0.1", ours(lambda n: torch2ebm.ErrorDescent(n, 0.1), compile=True))],
-    "torch2ebm, ErrorDescent": [
-        (f"lr {lr}", ours(lambda n, lr=lr: torch2ebm.ErrorDescent(n, lr)))  # type: ignore[misc]
-        for lr in (0.1, 0.3, 0.5)
-    ],
-    "torch2ebm, GradientDescent": [
-        (f"lr {lr}", ours(lambda n, lr=lr: torch2ebm.GradientDescent(n, lr)))  # type: ignore[misc]
-        for lr in (0.3, 0.45)
-    ],
+    **{
+        f"torch2ebm, {name}, {form}": [(setting, ours(make, form)) for setting, make in settings.items()]
+        for name, settings in SOLVERS.items()
+        for form in (EAGER, RECORDED, COMPILED)
+    },
     "PCX": [(f"lr {lr}", pcx(lr)) for lr in (0.3, 0.45)],
     "JPC, Heun, adaptive": [(f"tolerance {tol:g}", jpc(tolerance=tol)) for tol in (1e-3, 1e-4, 1e-5)],
     "JPC, Heun, constant": [(f"dt {dt}", jpc(dt)) for dt in (0.3, 0.45)],
@@ -151,11 +164,13 @@ def measured(name: str, setting: str, relaxing: Relaxing, case: Case, equilibriu
     while high - low > max(1, high // 20):
         middle = (low + high) // 2
         low, high = (low, middle) if rests(middle) else (middle, high)
-    relaxing.until(high)
+    run = relaxing.timed or relaxing.until
+    for _ in range(WARMING):  # the first times record and compile
+        known[high] = case.judged(torch_values(relaxing.values(run(high))))
     times = []
     for _ in range(REPEATS):
         begun = time.perf_counter()
-        relaxing.until(high)
+        run(high)
         times.append(time.perf_counter() - begun)
     return Result(name, setting, high, 1e3 * min(times), *known[high])
 

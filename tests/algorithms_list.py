@@ -134,7 +134,7 @@ ROWS = (
     ),
     Row(
         "ProximalInferenceLearning",
-        torch2ebm.ProximalInferenceLearning(alpha=0.1, steps=5),
+        torch2ebm.ProximalInferenceLearning(alpha=0.1, steps=5, feedback_rate=0.1),
         settings=torch2ebm.ProximalInferenceLearning(2.0, 7, 0.1, 0.2, 0.3, loss_reduction="sum"),
         change={"eps": 0.25},
     ),

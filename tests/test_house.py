@@ -16,6 +16,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 WINGS = (
     "errors",
     "common",
+    "theory",
     "isolation",
     "capture",
     "graph",
@@ -27,8 +28,10 @@ WINGS = (
     "solvers",
     "equilibrium",
     "implicit",
+    "clamping",
     "algorithms",
     "reports",
+    "analysis",
     "model",
     "diagnosis",
     "wrapper",

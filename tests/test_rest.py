@@ -39,6 +39,15 @@ def test_the_fewest_steps_come_to_rest_and_one_less_does_not() -> None:
     assert before > rest.RESIDUAL
 
 
+def test_a_recorded_program_is_timed_at_the_eager_steps_and_rests_in_the_same_place() -> None:
+    equilibrium = rest.equilibrium_of(CASE)
+    making = [rest.ours(lambda n: torch2ebm.ErrorDescent(n, 0.3), form) for form in (rest.EAGER, rest.RECORDED)]
+    eager, recorded = (rest.measured("", "", make(CASE.layers, CASE.x, CASE.y), CASE, equilibrium) for make in making)
+    assert eager is not None and recorded is not None and eager.steps == recorded.steps
+    assert recorded.energy == pytest.approx(eager.energy, rel=1e-6)
+    assert recorded.residual == pytest.approx(eager.residual, rel=1e-3)
+
+
 def test_a_step_that_is_too_large_does_not_come_to_rest() -> None:
     relaxing = rest.ours(lambda n: torch2ebm.ErrorDescent(n, 1.9))(CASE.layers, CASE.x, CASE.y)
     with pytest.raises(torch2ebm.errors.DivergenceError):

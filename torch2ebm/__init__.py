@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from torch2ebm import errors, extend, torch2pc
+from torch2ebm import errors, extend, theory, torch2pc
 from torch2ebm.algorithms import (
     Algorithm,
     Backprop,
@@ -17,7 +17,10 @@ from torch2ebm.algorithms import (
     RecurrentBackprop,
     ZeroDivergence,
 )
+from torch2ebm.analysis.energy_terms import EnergyTerms
+from torch2ebm.analysis.hessian import Hessian
 from torch2ebm.check import CheckReport, check
+from torch2ebm.clamping.inferred import Inferred
 from torch2ebm.common.moved import old_name, serve_old_paths
 from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.diagnose import Diagnosis, diagnose
@@ -30,6 +33,7 @@ from torch2ebm.equilibrium.updates import AndersonMixing, GaussSeidel
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.inference.curvature import Curvature
+from torch2ebm.inference.relaxation import InferenceStep
 from torch2ebm.loss.energy_loss import EnergyLoss
 from torch2ebm.mnist import load_mnist, read_idx
 from torch2ebm.model.energy_model import EnergyModel, convert
@@ -46,8 +50,10 @@ from torch2ebm.solvers import (
     ErrorConjugateGradient,
     ErrorDescent,
     GradientDescent,
+    Langevin,
     LocalErrorDescent,
     Momentum,
+    ODEFlow,
     SequentialDescent,
     Solver,
 )
@@ -73,6 +79,7 @@ __all__ = [
     "EnergyLoss",
     "EnergyModel",
     "EnergyOptimizer",
+    "EnergyTerms",
     "EquilibriumPropagation",
     "ErrorConjugateGradient",
     "ErrorDescent",
@@ -84,16 +91,21 @@ __all__ = [
     "Gaussian",
     "GradientComparison",
     "GradientDescent",
+    "Hessian",
     "Holomorphic",
     "Huber",
     "ImplicitSGD",
     "IncrementalPredictiveCoding",
     "InferenceState",
+    "InferenceStep",
+    "Inferred",
+    "Langevin",
     "Laplace",
     "LocalErrorDescent",
     "Momentum",
     "Neumann",
     "Node",
+    "ODEFlow",
     "OneSided",
     "Poisson",
     "Precision",
@@ -117,6 +129,7 @@ __all__ = [
     "extend",
     "load_mnist",
     "read_idx",
+    "theory",
     "torch2pc",
 ]
 

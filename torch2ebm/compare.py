@@ -17,8 +17,8 @@ from torch2ebm.algorithms.base import Algorithm, check_algorithm
 from torch2ebm.common.checks import check_steps
 from torch2ebm.common.text import aligned, html_table, short_table
 from torch2ebm.errors import ConfigurationError, LossIndependentError, NoSignalWarning, PartitionError, ShardingError
-from torch2ebm.isolation.module_state import untouched
-from torch2ebm.model.arguments import check_not_meta, of_batch
+from torch2ebm.isolation.module_state import plain_autograd, untouched
+from torch2ebm.model.arguments import called, check_not_meta, of_batch
 from torch2ebm.model.energy_model import EnergyModel, convert
 from torch2ebm.reports.agreement import Agreement, agreement
 from torch2ebm.reports.plots import plot_comparison
@@ -140,7 +140,7 @@ def compare(
 
     def gradients(call: Callable[[], Any]) -> Gradients:
         with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(plain_autograd())
             stack.enter_context(untouched(converted, device))
             found = torch.autograd.grad(
                 whole_loss("torch2ebm.compare", loss_of(call())), list(trainable.values()), allow_unused=True
@@ -160,7 +160,8 @@ def compare(
     def each(ours: Gradients) -> Mapping[str, Agreement]:
         return {name: agreement(ours[name], r) for name, r in reference.items()}
 
-    reference = gradients(lambda: converted.torch2ebm.feedforward(*args, **kwargs))
+    module = converted.torch2ebm.module
+    reference = gradients(lambda: called(converted.torch2ebm.feedforward, module, args, kwargs))
     found = {name: of(algorithm) for name, algorithm in named.items()}
     return GradientComparison(
         tuple(named),

@@ -227,7 +227,7 @@ class NotSettledWarning(UserWarning):
 
 
 class NotAMinimumWarning(UserWarning):
-    """An equilibrium is a saddle of the energy: the plain dynamics would leave it."""
+    """An equilibrium, or where errors rest, is a saddle of the energy: plain descent would leave it."""
 
 
 class DivergenceWarning(UserWarning):
@@ -239,7 +239,10 @@ class CurvatureWarning(UserWarning):
 
 
 class StepSizeWarning(UserWarning):
-    """A step size with which the energy rises; the message says the largest one that does not raise it."""
+    """A step size with which the energy rises, or a stable one that is too small to get anywhere.
+
+    The message says the largest one that does not raise it, or what to take instead.
+    """
 
 
 class NoSignalWarning(UserWarning):

@@ -320,6 +320,7 @@ def test_the_residual_is_the_last_change_over_the_feedback_rate(feedback_rate: f
     assert model.state.relaxation.residual == pytest.approx(change / feedback_rate, rel=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # which is what it shows
 def test_what_no_error_has_reached_has_a_gradient_of_exactly_zero() -> None:
     """In the oracle too: the error needs two steps to reach the first of three layers' values, and is then its own."""
     net = chain()
@@ -332,6 +333,7 @@ def test_what_no_error_has_reached_has_a_gradient_of_exactly_zero() -> None:
     assert deep.state.unreached == () and all(p.grad.any() for p in net_again.parameters())
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # which is what it shows
 def test_a_layer_that_reads_zeros_and_has_no_bias_stands_still() -> None:
     """0 / 0 by the formula; the change is e a^T, hence zero."""
     net = chain(nn.ReLU, bias=False)
@@ -459,6 +461,9 @@ def test_a_loss_that_is_too_curved_is_refused_with_the_ways_out(
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+@pytest.mark.filterwarnings(
+    "ignore::torch2ebm.errors.NoSignalWarning"
+)  # a small alpha leaves little in single precision
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     "loss",

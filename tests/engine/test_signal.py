@@ -140,3 +140,81 @@ def test_nodes_before_a_rounded_one_whose_errors_are_rounded_away_are_named_too(
     assert len(told) == 1
     for name in still:
         assert f" {name}," in str(told[0].message)
+
+
+def stepped(model: nn.Module, optimizer: Any, loss: Any = F.cross_entropy, dtype: torch.dtype = torch.float64) -> str:
+    """What one batch and its steps are told, once a graph."""
+    said: list[str] = []
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss(model(X.to(dtype)), Y).backward()
+            optimizer.step()
+        said += [str(each.message) for each in caught if issubclass(each.category, NoSignalWarning)]
+    assert len(said) <= 1
+    return "".join(said)
+
+
+def with_optimizer(net: nn.Module, algorithm: torch2ebm.Algorithm) -> tuple[nn.Module, Any]:
+    model = torch2ebm.convert(net)
+    rate = 1.0 if isinstance(algorithm, (torch2ebm.ImplicitSGD, torch2ebm.ProximalInferenceLearning)) else 0.01
+    return model, torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=rate), model, algorithm)
+
+
+FEW = [
+    (torch2ebm.FixedPrediction(2, 0.5), 4, "ZeroDivergence()"),
+    (torch2ebm.FixedPrediction(2, 0.5, method="sweep"), 4, "ZeroDivergence()"),
+    (torch2ebm.IncrementalPredictiveCoding(2, 0.2), 5, "PredictiveCoding() with nothing set"),
+    (torch2ebm.ProximalInferenceLearning(steps=2), 4, "take 4 steps or more."),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "needed", "cure"), FEW, ids=lambda each: repr(each)[:40])
+def test_each_algorithm_that_carries_errors_names_levels_out_of_reach_and_its_cure(
+    algorithm: Any, needed: int, cure: str
+) -> None:
+    message = stepped(*with_optimizer(chain(4), algorithm))
+    assert message.startswith(f"{type(algorithm).__name__}: no error has reached 0, ")
+    assert f"take {needed} steps or more" in message and cure in message
+    assert f"take {needed - 1} steps" not in message
+    # as many as it says are enough, and one fewer are not
+    assert "no error has reached" not in stepped(*with_optimizer(chain(4), algorithm.with_steps(needed)))
+    assert "no error has reached 0," in stepped(*with_optimizer(chain(4), algorithm.with_steps(needed - 1)))
+
+
+EACH = [
+    torch2ebm.FixedPrediction(8, 0.5),
+    torch2ebm.IncrementalPredictiveCoding(8, 0.2),
+    torch2ebm.ProximalInferenceLearning(),
+    torch2ebm.ImplicitSGD(0.1),
+]
+
+
+@pytest.mark.parametrize("algorithm", EACH, ids=lambda each: type(each).__name__)
+def test_they_say_nothing_where_all_is_learned(algorithm: torch2ebm.Algorithm) -> None:
+    model, optimizer = with_optimizer(chain(3), algorithm)
+    assert stepped(model, optimizer) == ""
+    assert "not reached" not in model.state.signal.values() and model.state.without_signal == ()
+
+
+@pytest.mark.parametrize("algorithm", EACH, ids=lambda each: type(each).__name__)
+def test_they_tell_a_loss_without_a_slope_and_units_that_are_all_off(algorithm: torch2ebm.Algorithm) -> None:
+    flat = stepped(*with_optimizer(chain(2), algorithm), lambda output, _: (output * 0.0).mean())
+    assert flat.startswith(type(algorithm).__name__) and "every error is exactly zero" in flat
+    net = nn.Sequential(*chain(3, nn.ReLU)[:-1], nn.Linear(8, 3, bias=False)).double()
+    with torch.no_grad():
+        net[4].bias.fill_(-100.0)
+    message = stepped(*with_optimizer(net, algorithm))
+    if algorithm in EACH[:2]:  # the others have nothing to make a step of where a layer reads zeros
+        assert "the gradients of 4.weight, 4.bias" in message and "are exactly zero" in message
+    else:
+        assert "every error is exactly zero" in message and "the last layer reads nothing but zeros" in message
+
+
+@pytest.mark.parametrize("algorithm", [torch2ebm.IncrementalPredictiveCoding(9, 0.005), EACH[2]], ids=repr)
+def test_errors_that_stored_values_round_away_are_told_in_single_precision_alone(algorithm: Any) -> None:
+    depth = 6 if algorithm is EACH[2] else 8
+    single = stepped(*with_optimizer(chain(depth).float(), algorithm), dtype=torch.float32)
+    assert "errors are nothing but the rounding of values in 0" in single
+    assert ("model.double()" in single) == (algorithm is EACH[2])
+    assert stepped(*with_optimizer(chain(depth), algorithm)) == ""

@@ -1116,6 +1116,7 @@ def test_the_energy_curve_is_the_energy() -> None:
     assert list(relaxation.energy) == sorted(relaxation.energy, reverse=True)
 
 
+@pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # which is what it shows
 @pytest.mark.parametrize("steps", [1, 2, 4, 5])
 @pytest.mark.parametrize("name", ["fixed_prediction", "predictive_coding"])
 def test_an_error_travels_one_level_a_step(name: str, steps: int) -> None:

@@ -35,14 +35,14 @@ CODING = torch2ebm.PredictiveCoding(steps=5, lr=0.1)
 ALGORITHMS: dict[str, torch2ebm.Algorithm] = {
     "Backprop": torch2ebm.Backprop(),
     "ZeroDivergence": torch2ebm.ZeroDivergence(),
-    "FixedPrediction": torch2ebm.FixedPrediction(steps=3, lr=1.0),
+    "FixedPrediction": torch2ebm.FixedPrediction(steps=6, lr=1.0),
     "PredictiveCoding": CODING,
 }
 EVERY_KIND: dict[str, torch2ebm.Algorithm] = {
     **ALGORITHMS,
     "ErrorDescent": torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorDescent(3)),
     "Recorded": torch2ebm.PredictiveCoding(steps=3, compile=True),
-    "Incremental": torch2ebm.IncrementalPredictiveCoding(steps=4, lr=0.05),
+    "Incremental": torch2ebm.IncrementalPredictiveCoding(steps=7, lr=0.05),
     "EquilibriumPropagation": torch2ebm.EquilibriumPropagation(torch2ebm.Symmetric(0.1), 30, 10, feedback=0.1),
     "ContrastiveHebbian": torch2ebm.ContrastiveHebbian(0.3, free_steps=30, clamped_steps=30),
     "CoupledLearning": torch2ebm.CoupledLearning(0.25, free_steps=30, clamped_steps=10, feedback=0.1),

@@ -155,7 +155,7 @@ def test_logits_of_a_thousand_overflow_nowhere(dtype: torch.dtype) -> None:
 
 
 def test_far_out_the_divergence_of_two_events_keeps_its_digits() -> None:
-    """By what is missing to certainty, p = sigmoid(-30) and q = sigmoid(-25): 1 - p has not its digits."""
+    """By what is missing to certainty, p = sigmoid(-30) and q = sigmoid(-25): 1 - p and 1 - q lose their digits."""
     p, q = 1 / (1 + math.exp(30)), 1 / (1 + math.exp(25))
     expected = (1 - p) * (math.log1p(-p) - math.log1p(-q)) + p * (math.log(p) - math.log(q))
     for value, mu in ((30.0, 25.0), (-30.0, -25.0)):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import pickle
 import threading
 import warnings
@@ -513,6 +514,22 @@ def test_a_compiler_that_makes_zeros_is_not_believed(dtype: torch.dtype, monkeyp
     program.compile()
     with pytest.warns(CompilationWarning, match="other numbers"):
         assert torch.equal(program([x]), x.exp())
+
+
+@pytest.mark.parametrize("other", [1.0, float("nan"), float("-inf")])
+def test_infinity_less_infinity_is_no_difference(other: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What conjugate gradients start from: a residual of infinity, an energy that is no number."""
+    start = torch.tensor([float("inf"), float("nan"), 1.0])
+    for found, believed in ((start, True), (torch.tensor([other, float("nan"), 1.0]), False)):
+        program, _ = record_program(lambda: start_of(x), [x := torch.zeros(3)])
+        monkeypatch.setattr(torch._inductor, "compile", lambda *_, found=found: lambda x: [found.clone()])
+        program.compile()
+        with contextlib.nullcontext() if believed else pytest.warns(CompilationWarning, match="other numbers"):
+            assert torch.equal(program([x]).nan_to_num(), start.nan_to_num())
+
+
+def start_of(zero: Tensor) -> Tensor:
+    return torch.stack([zero[0] + math.inf, zero[1] * math.inf, zero[2] + 1.0])
 
 
 def test_the_literal_schedule_is_not_compiled() -> None:

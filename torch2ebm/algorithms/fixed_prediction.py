@@ -13,8 +13,10 @@ from torch2ebm.common.checks import check_choice, check_positive, check_reductio
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.gradients import GradientSum, Swept
 from torch2ebm.engine.results import InferenceState, LocalGradients, Relaxation
+from torch2ebm.engine.signal import Cures, tell_where_there_is_no_signal
 from torch2ebm.loss.output_loss import OutputLoss
 
+_CURES = Cures(late="take {steps} steps or more, or ZeroDivergence(), whose one sweep reaches all.")
 METHODS = ("closed_form", "sweep")
 
 
@@ -76,6 +78,10 @@ class FixedPrediction(Algorithm):
         # values stay the feed-forward ones: that is the assumption
         state = InferenceState(
             call.graph, call.batch_size, call.values, swept.deltas, unit, relaxation, unreached, phases=phases
+        )
+        call.graph.once(
+            ("signal", FixedPrediction, self.steps),
+            lambda: tell_where_there_is_no_signal("FixedPrediction", state, swept.gradients.parameters, cures=_CURES),
         )
         return LocalGradients(swept.gradients.parameters, call.input_gradients(swept.gradients.clamped), state)
 

@@ -16,6 +16,7 @@ from torch2ebm.common.checks import check_positive, check_tolerance
 from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState, LocalGradients, Relaxation
+from torch2ebm.engine.signal import Cures, tell_where_there_is_no_signal
 from torch2ebm.errors import ConfigurationError, NonFiniteError, NotSettledWarning
 from torch2ebm.implicit.dense_layers import DenseLayer, dense_layers
 from torch2ebm.implicit.local_terms import LocalTerm
@@ -30,6 +31,7 @@ COARSE = 1e-5  # in single precision rounding leaves about a tenth of this of a 
 SEVERAL_MINIMA = 1.0  # an alpha above it is also reached from smaller ones,
 CONTINUATION = 4.0  # each so many times the one before
 MAX_STEPS = 100
+_CURES = Cures(flat="the loss has no slope at this output, or the last layer reads nothing but zeros.")
 PATIENCE = 20  # Newton steps in values; most batches take 4 to 15
 
 
@@ -108,7 +110,12 @@ class ImplicitSGD(Algorithm):
         relaxation = _report(minimum, tol)
         if relaxation.converged is False:
             call.graph.once("ImplicitSGD at rest", lambda: self._told_that_it_moves(relaxation))
-        return _local_gradients(call, loss.scale, layers, _point(minimum).terms, relaxation)
+        found = _local_gradients(call, loss.scale, layers, _point(minimum).terms, relaxation)
+        call.graph.once(
+            ("signal", ImplicitSGD),
+            lambda: tell_where_there_is_no_signal("ImplicitSGD", found.state, found.parameters, cures=_CURES),
+        )
+        return found
 
     def _minimum(self, start: ProximalPoint | ParameterPoint, tol: float | None = None) -> Minimum:
         tol = self._tolerance(start.values.values()) if tol is None else tol

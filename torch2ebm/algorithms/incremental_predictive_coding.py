@@ -17,6 +17,7 @@ from torch2ebm.engine.gradients import GradientSum
 from torch2ebm.engine.node_energies import NodeEnergies, check_free, check_names, node_energies
 from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import InferenceState, LocalGradients
+from torch2ebm.engine.signal import Cures, steps_to_reach, tell_where_there_is_no_signal
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.inference.history import Collected
@@ -24,6 +25,9 @@ from torch2ebm.inference.relaxation import report
 from torch2ebm.inference.solver import Rest
 from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.loss.output_loss import OutputLoss
+
+# where weights decay, a gradient is not zero, though it knows nothing of the loss
+_CURES = Cures(learned="which learn nothing of the loss", behind=1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,7 +116,20 @@ class IncrementalPredictiveCoding(Algorithm):
             # what model.state shows: the first step's after backward, the last one's after optimizer.step()
             shown = step in (1, self.steps)
             inference.measuring = shown
-            yield _Step(inference).taken(self.lr, step, shown)
+            found = _Step(inference).taken(self.lr, step, shown)
+            if step == self.steps:
+                self._tell(inference.call, found)
+            yield found
+
+    def _tell(self, call: Call, last: LocalGradients) -> None:
+        distances = steps_to_reach(call.graph, last.state.errors)
+        late = tuple(name for name in call.graph.nodes if distances.get(name, 0) >= self.steps)
+        call.graph.once(
+            ("signal", IncrementalPredictiveCoding, self.steps),
+            lambda: tell_where_there_is_no_signal(
+                "IncrementalPredictiveCoding", replace(last.state, unreached=late), last.parameters, cures=_CURES
+            ),
+        )
 
 
 class _Step:
@@ -209,6 +226,7 @@ class _Step:
             energies=as_they_are(self.inference.energies),
             phases=(relaxation,),
             moment=-2 if shown else -1,
+            rounds=True,
         )
         clamped = {name: gradient * scale for name, gradient in self.gradients.clamped.items()}
         parameters = {name: gradient * scale for name, gradient in self.gradients.parameters.items()}

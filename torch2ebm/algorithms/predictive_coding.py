@@ -22,7 +22,7 @@ from torch2ebm.engine.signal import tell_of_kinks, tell_where_there_is_no_signal
 from torch2ebm.errors import ConfigurationError, DivergenceError
 from torch2ebm.inference.divergence import check_on_divergence, check_phases, no_gradients, of_phase
 from torch2ebm.inference.nudge_unit import NudgeUnit, carried
-from torch2ebm.inference.relaxation import relax
+from torch2ebm.inference.relaxation import OnStep, relax
 from torch2ebm.loss.output_loss import NudgedLoss, OutputLoss
 from torch2ebm.programs.cache import Programs
 from torch2ebm.solvers import ErrorConjugateGradient, GradientDescent, Solver
@@ -84,6 +84,8 @@ class PredictiveCoding(Algorithm):
         compile: Record a step once as a list of ATen calls and run that from then on; the step that repeats goes to
             ``torch.compile``. The same numbers to rounding. What cannot be recorded runs as it is, with a
             ``CompilationWarning``; hooks of submodules run while recording only.
+        on_step: Called with an :class:`InferenceStep` after every step of every phase, under ``compile=True`` too. Each
+            call costs one evaluation of all nodes more. What it raises ends the backward, which leaves no trace.
 
     Raises:
         ConfigurationError: for an illegal step size, number of steps, precision, energy, node name or reduction.
@@ -109,6 +111,7 @@ class PredictiveCoding(Algorithm):
     batch_statistics: str = field(default="live", kw_only=True)
     on_divergence: str = field(default="raise", kw_only=True)
     compile: bool = field(default=False, kw_only=True)
+    on_step: OnStep | None = field(default=None, kw_only=True, compare=False)  # it looks on, and decides nothing
     _programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
 
     def __post_init__(self, precisions: Mapping[str, float | Tensor | Precision] | None) -> None:
@@ -118,6 +121,13 @@ class PredictiveCoding(Algorithm):
         _check_kind("solver", self.solver, Solver, "For example GradientDescent(steps=50).")
         _check_kind("nudging", self.nudging, Nudging, "For example Symmetric(beta=0.1).")
         _check_real(self.nudging)
+        if self.on_step is not None and not callable(self.on_step):
+            raise ConfigurationError(
+                "PredictiveCoding(on_step=...)",
+                repr(self.on_step),
+                "a function of one InferenceStep",
+                "For example print.",
+            )
         given = {name: number for name in ("steps", "lr") if not isinstance(number := getattr(self, name), _Implied)}
         if given.get("lr", 0) is None and self.solver is not None and not hasattr(self.solver, "lr"):
             del given["lr"]  # what was read off a solver without a step size
@@ -218,7 +228,7 @@ class PredictiveCoding(Algorithm):
             inference.nudge = None if unit is None else beta * unit.sigma_squared
             # what a relative nudge keeps from call to call is r, up to rounding
             inference.carried_under = (unit is None, self.loss_reduction, float(f"{inference.nudge or beta:.6g}"))
-            found = relax(self.solver, inference, beta, self.programs)
+            found = relax(self.solver, inference, beta, self.programs, self.on_step)
         except DivergenceError as error:
             raise of_phase(error, beta) from error
         return found if unit is None else _with_unit(found, unit)

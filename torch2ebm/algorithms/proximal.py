@@ -8,6 +8,7 @@ from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.common.checks import check_positive, check_reduction, check_steps
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import LocalGradients
+from torch2ebm.engine.signal import Cures, tell_where_there_is_no_signal
 from torch2ebm.implicit.proximal_inference import (
     ProximalInference,
     ProximalRates,
@@ -15,6 +16,12 @@ from torch2ebm.implicit.proximal_inference import (
     dense_layers_of,
 )
 from torch2ebm.loss.output_loss import OutputLoss
+
+_CURES = Cures(
+    late="take {steps} steps or more.",
+    rounding="Take more steps and a larger feedback_rate, or double precision (model.double()).",
+    flat="the loss has no slope at this output, or the last layer reads nothing but zeros.",
+)
 
 
 @dataclass(frozen=True)
@@ -104,4 +111,11 @@ class ProximalInferenceLearning(Algorithm):
         rates = ProximalRates(
             self.alpha, self.steps, self.feedback_rate, self.error_rate, self.eps, self.loss_reduction
         )
-        return ProximalInference(rates, call, loss, dense_layers_of(call)).run()
+        found = ProximalInference(rates, call, loss, dense_layers_of(call)).run()
+        call.graph.once(
+            ("signal", ProximalInferenceLearning, self.steps),
+            lambda: tell_where_there_is_no_signal(
+                "ProximalInferenceLearning", found.state, found.parameters, cures=_CURES
+            ),
+        )
+        return found

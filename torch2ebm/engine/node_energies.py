@@ -93,17 +93,17 @@ def check_free(where: str, energies: Mapping[str, Energy], clamped: Collection[s
         )
 
 
-def check_names(where: str, names: Iterable[str], graph: EnergyGraph) -> None:
-    """Raise :class:`ConfigurationError` unless each is a node with a value of its own."""
+def check_names(where: str, names: Iterable[str], graph: EnergyGraph, outputs: bool = False) -> None:
+    """Raise :class:`ConfigurationError` unless each is a node with a value, or an output where that may be."""
     # an output has no energy of its own: the loss acts on its prediction (mode O1)
     hidden = [node.name for node in graph.hidden_nodes]
-    wrong = [name for name in names if name not in hidden]
+    wrong = [name for name in names if name not in (graph.nodes if outputs else hidden)]
     if wrong:
-        outputs = [name for name in wrong if name in graph.nodes]
-        why = "whose energy is the loss (mode O1)" if outputs else "that no node has"
+        without = [name for name in wrong if name in graph.nodes]
+        why = "whose energy is the loss (mode O1)" if without else "that no node has"
         raise ConfigurationError(
             f"{where}(precisions=..., energies=...)",
-            f"{', '.join(outputs or wrong)}, {why}",
+            f"{', '.join(without or wrong)}, {why}",
             f"names among {', '.join(hidden)}",
             "Look at model.summary() for the names.",
         )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch2ebm.common.known_names import unknown_name
-from torch2ebm.common.text import MOST_ROWS, html_table, listed, short_table
+from torch2ebm.common.text import MOST_ROWS, html_table, short_table
 from torch2ebm.engine.call import at_least_single
 from torch2ebm.engine.energies import Energy, gaussian_energy
+from torch2ebm.engine.per_node import PerNode
+from torch2ebm.engine.progress import progress_of
 from torch2ebm.errors import BatchDimensionError, NoStateError
 from torch2ebm.graph.energy_graph import EnergyGraph
 
@@ -65,8 +66,10 @@ class Relaxation:
         is_backprop: Whether it was one step along the gradient from errors of zero: each hidden error is then a step
             size times backprop's, and the output's is backprop's own. No inference has taken place.
         is_relative: Whether the residual is that over |e| already.
+        slot_residual: By slot, what ``sample_residual`` is the largest of; empty where it is not told apart.
         at_minimum: Which samples rest in a minimum of the energy and in no saddle, shape ``[batch]``; None where nobody
-            has looked. One free phase of 16 is looked at, of ``AndersonMixing`` and of updates of your own.
+            has looked. One free phase of 16 is looked at, of ``AndersonMixing`` and of updates of your own, and of
+            ``AndersonErrorDescent`` relaxations 1, 10, 100 and so on.
         energy: F, summed over samples, at the start of every step and at the end, in units of lambda times the loss.
         node_energy: The share of each node with a value; ``loss`` is the rest.
         loss: lambda times the loss summed over samples.
@@ -97,6 +100,7 @@ class Relaxation:
     lr_cost: float = 0.0
     is_backprop: bool = False
     is_relative: bool = False
+    slot_residual: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
     at_minimum: Tensor | None = field(default=None, compare=False)
 
     @property
@@ -138,29 +142,6 @@ class Relaxation:
     def sample_converged(self) -> Tensor | None:
         """Which samples met ``tol``, shape ``[batch]``; None where no ``tol`` was asked for."""
         return None if self.sample_residual is None or not self.tol else self.sample_residual <= self.tol
-
-
-class PerNode(Mapping[str, Any]):
-    """Node name to tensor (a tuple of tensors for a node of several slots), computed when asked for."""
-
-    # By function and not as a dict: a value is a sum of two tensors, which most users never read.
-    def __init__(self, graph: EnergyGraph, of_slot: Callable[[str], Tensor]) -> None:
-        self._graph, self._of_slot = graph, of_slot
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._graph.nodes:
-            raise unknown_name("model.state", name, self._graph.nodes)
-        found = tuple(self._of_slot(slot) for slot in self._graph.nodes[name].slots)
-        return found[0] if len(found) == 1 else found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._graph.nodes)
-
-    def __len__(self) -> int:
-        return len(self._graph.nodes)
-
-    def __repr__(self) -> str:
-        return f"PerNode({listed(list(self))})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -262,6 +243,15 @@ class InferenceState:
             return None
         largest = torch.stack([error.double() for error in errors]).amax(0)
         return torch.where(largest > 0, residual.to(largest) / largest, 0.0)
+
+    @property
+    def progress(self) -> Mapping[str, float]:
+        """How far the error of each hidden node has come towards what its readers ask of it, in the median sample.
+
+        ``|pi e| / (|pi e| + |dF/dv|)``, by largest entries: 1 at rest, near 0 where most steps are still to be made.
+        Empty where no step was measured. What the readers ask for moves too, until they are at rest.
+        """
+        return progress_of(self.graph, self._error, self.relaxation, self.energies, self.batch_size)
 
     @property
     def signal(self) -> Mapping[str, str]:

@@ -189,7 +189,13 @@ class ProximalInference:
         unreached = tuple(node.name for node in self.graph.nodes.values() if node.name not in active)
         report = _report(self.graph, self.history, self.rates.steps, residual)
         state = InferenceState(
-            self.graph, self.call.batch_size, predictions, point.errors, relaxation=report, unreached=unreached
+            self.graph,
+            self.call.batch_size,
+            predictions,
+            point.errors,
+            relaxation=report,
+            unreached=unreached,
+            rounds=True,
         )
         return LocalGradients(gradients.parameters, [None] * len(self.call.tensors), state)
 

@@ -44,7 +44,7 @@ class Inference(ABC):
         energies: Energy of each node, by name; a node without one has a Gaussian of precision 1.
         history: For every sweep the energy of each active node, and of the loss, as tensors of no dimension.
         measuring: Whether the next sweep keeps the largest entries of its gradients.
-        driving: With ``measuring``, the largest absolute gradient of each slot in the last sweep, a sample or in all;
+        driving: With ``measuring``, the largest absolute gradient by slot in the last sweep, a sample or in all;
             with ``still_below`` its length over that of ``pi e``.
         still_below: A gradient below so many epsilons of its value is rounding, and counts as zero.
         evaluations: How many node functions have run.
@@ -87,7 +87,7 @@ class Inference(ABC):
         self.history: list[dict[str, Tensor]] = []
         self.measuring = False
         self.recorded = False
-        self.driving: list[Tensor] = []
+        self.driving: dict[str, Tensor] = {}
         self.evaluations = 0
         self.nudge: float | None = None
         self.step_size: StepSize | None = None
@@ -116,13 +116,13 @@ class Inference(ABC):
             {}
         """
         self.history.append({})
-        self.driving = []
+        self.driving = {}
 
     def _measure(self, slot: str, gradient: Tensor, own: Tensor | None) -> None:
         if self.measuring and self.still_below is None:
-            self.driving.append(largest_entry(gradient, self.call.batch_size))
+            self.driving[slot] = largest_entry(gradient, self.call.batch_size)
         elif self.measuring:
-            self.driving.append(relative_length(gradient, own, self._rounding(slot), self.call.batch_size))
+            self.driving[slot] = relative_length(gradient, own, self._rounding(slot), self.call.batch_size)
 
     def _rounding(self, slot: str) -> Tensor | None:
         """What rounding leaves of the gradient where an error is a difference of stored values."""
@@ -141,7 +141,7 @@ class Inference(ABC):
             >>> inference.residual() == inference.residual_of_samples().max()
             tensor(True)
         """
-        return torch.stack([each.max() for each in self.driving]).max() if self.driving else torch.zeros(())
+        return torch.stack([each.max() for each in self.driving.values()]).max() if self.driving else torch.zeros(())
 
     def residual_of_samples(self) -> Tensor | None:
         """The same for each sample.
@@ -153,9 +153,9 @@ class Inference(ABC):
             >>> inference.residual_of_samples().shape
             torch.Size([5])
         """
-        if not self.driving or any(each.ndim == 0 for each in self.driving):
+        if not self.driving or any(each.ndim == 0 for each in self.driving.values()):
             return None
-        return torch.stack(self.driving).amax(0)
+        return torch.stack(list(self.driving.values())).amax(0)
 
     # one node
 

@@ -29,6 +29,9 @@ class EagerRun:
         self.state = self.solver.step(self.inference, self.state)
         return 1
 
+    def show(self) -> None:
+        """Have the inference be what the steps have made of it."""
+
     def rest(self) -> Rest:
         rest: Rest = self.solver.rest(self.inference, self.state)
         return rest
@@ -67,6 +70,11 @@ class ProgramRun:
             history, self.inference.driving = fill(others, [*self._leaves, *rest[start : start + each]])
             self.inference.history.append(history)
         return len(rest) // each
+
+    def show(self) -> None:
+        """Have the inference be what the steps have made of it."""
+        if self._chain is not None and not self._chain.is_broken:
+            self._hand_back()
 
     def rest(self) -> Rest:
         if self._chain is not None and not self._chain.is_broken:  # else eager steps have gone on from there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from torch2ebm.common.checks import AUTO
+from torch2ebm.common.text import listed
 from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.node_energies import NodeEnergies
-from torch2ebm.engine.results import Relaxation, StepSize
+from torch2ebm.engine.results import InferenceState, Relaxation, StepSize
 from torch2ebm.errors import StepSizeWarning
 from torch2ebm.inference.base import Inference
 from torch2ebm.inference.error_inference import ErrorInference
@@ -27,6 +29,8 @@ PRODUCTS = 3  # lambda to a fifth or better on chains and residual nets of 20 to
 ACCURATE = 30, 1e-2  # most products, and the bound, of a figure that is told
 RISE = 1e-2  # of the fall: steps across kinks of ReLU leave less
 BACK = 1.05  # how much longer a shortened step becomes after a call without a rise
+STIFF = 0.05  # steps times step size, below which an error of curvature 1 has hardly moved
+MOVED = 0.5  # progress of the median node, from which on steps are no cause
 ROUNDING = 100.0  # of a sum over all samples, in units of the dtype's epsilon
 
 
@@ -91,6 +95,37 @@ def look_at_rises(solver: Solver[Any], inference: Inference, relaxation: Relaxat
         correct(solver, inference, rise > RISE * fall)
     elif relaxation.beta > 0 and not memory.told and rise > _rounding(inference, relaxation):
         _tell_rise(solver, inference, relaxation, memory, rise > RISE * fall)
+
+
+def look_at_stiffness(solver: Solver[Any], inference: Inference, state: InferenceState) -> None:
+    """Tell once of a graph that the largest stable step, for one steep direction, moves nothing else.
+
+    Numbers that are known say whether it may be so; only then is the progress of the nodes looked at, once.
+    """
+    relaxation = state.relaxation
+    if inference.step_size is None or solver.steps == AUTO or relaxation.converged or relaxation.beta <= 0:
+        return
+    lr = inference.step_size.used
+    if relaxation.steps * lr < STIFF:
+        key = ("stiff", type(solver), solver.steps, inference.carried_under)
+        inference.graph.once(key, lambda: _tell_stiffness(solver, state, lr))
+
+
+def _tell_stiffness(solver: Solver[Any], state: InferenceState, lr: float) -> bool:
+    progress = state.progress
+    if not progress or statistics.median(progress.values()) >= MOVED:
+        return True
+    behind = [name for name, share in progress.items() if share < MOVED]
+    said = (
+        f'{type(solver).__name__}({solver.steps}, lr="auto"): the energy is stiff. Its largest curvature is '
+        f"{1 / lr:.2g} times that of an error alone (its condition number, or more), so a stable step is {lr:.2g}, and "
+        f"{state.relaxation.steps} of them leave {listed(behind)} at {statistics.median(progress.values()):.1g} of the "
+        "way in the median: gradients there are that much too small. The loss is too strong for so few steps, by a "
+        "factor in it, for example. Take PredictiveCoding() with nothing set, or nudging=Relative(0.1); "
+        "torch2ebm.diagnose(model, loss_fn, batch) has the condition number. state.progress says it of every batch."
+    )
+    warnings.warn(StepSizeWarning(said), stacklevel=users_level())
+    return True
 
 
 def _memory(solver: Solver[Any], inference: Inference) -> _Memory:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.common.nested import leaves_of
+from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.engine.batch import GUESSED, BatchDimension, candidates, find_batch_dimension
 from torch2ebm.engine.finite import all_finite, count_bad
 from torch2ebm.errors import (
@@ -26,6 +26,7 @@ from torch2ebm.isolation.module_state import untouched
 
 
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    example_inputs = ordinary(example_inputs)
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (tuple(example_inputs) if isinstance(example_inputs, tuple) else (example_inputs,)), {}
@@ -35,6 +36,7 @@ def of_batch(
     where: str, batch: Any, loss_fn: Callable[..., Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Tensor]]:
     """Arguments of the model, and the loss of its output, from ``(inputs, target)`` or a dict of keywords."""
+    batch = ordinary(batch)
     if isinstance(batch, Mapping):
         return (), dict(batch), loss_fn
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -47,6 +49,18 @@ def of_batch(
     inputs, target = batch
     args, kwargs = as_arguments(inputs)
     return args, kwargs, lambda output: loss_fn(output, target)
+
+
+def ordinary(structure: Any) -> Any:
+    """With copies of the tensors that were made in inference mode, which autograd refuses."""
+    if not any(_is_inference(leaf) for leaf in leaves_of(structure)):
+        return structure
+    with torch.inference_mode(False):
+        return map_leaves(lambda leaf: leaf.clone() if _is_inference(leaf) else leaf, structure)
+
+
+def _is_inference(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_inference()
 
 
 def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -140,8 +154,22 @@ def called(run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kw
             f"{type(module).__name__}.forward{f', in module {path!r}' if path else ''}",
             ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors),
             "inputs that the module takes",
-            f"The module said: {first_line(error)}. Check shape, dtype and device of the input.",
+            f"The module said: {first_line(error)}. {_remedy(module, args, kwargs, error)}",
         ) from error
+
+
+def _remedy(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> str:
+    if str(error).startswith("Expected more than 1 value per channel"):
+        return (
+            "Statistics of one value are no statistics: give the batch two samples or more "
+            "(DataLoader(drop_last=True)), or switch the module, or its batch norms alone, to eval()."
+        )
+    if str(error).startswith("Inference tensors"):
+        if any(_is_inference(p) for p in [*module.parameters(), *module.buffers()]):
+            return "Make and load the module outside of torch.inference_mode(): its parameters were made inside."
+        if any(_is_inference(leaf) for leaf in leaves_of((args, kwargs))):
+            return "The input was made in torch.inference_mode(): pass x.clone(), or load data outside of it."
+    return "Check shape, dtype and device of the input."
 
 
 def _refusing(module: nn.Module, error: Exception) -> tuple[str, Sequence[Tensor]]:

@@ -59,22 +59,28 @@ def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     """Up to rounding, of each tensor and of the largest (where all else cancels), and to what rounding decides in it.
 
     By norms, and by how many whole numbers differ: in single precision rounding decides here and there which entry a
-    max-pool takes.
+    max-pool takes. Entries that are not finite have to be the same.
     """
     numbers = [each for each in expected if each.is_floating_point()]
-    largest = max((float(each.norm()) for each in numbers), default=0.0)
+    largest = max((_size(each) for each in numbers), default=0.0)
     decided = max((_decided_by_rounding(each.dtype) for each in numbers), default=0.0)
     for ours, theirs in zip(found, expected, strict=True):
         if ours.shape != theirs.shape:
             return False
         if theirs.is_floating_point():
             rounding = min(1e3 * torch.finfo(theirs.dtype).eps, 0.1) * largest
-            tolerance = _decided_by_rounding(theirs.dtype) * float(theirs.norm()) + rounding
-            if not float((ours - theirs).norm()) <= tolerance:
+            tolerance = _decided_by_rounding(theirs.dtype) * _size(theirs) + rounding
+            # infinity less infinity is no number, and no difference either
+            same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+            if not float(torch.where(same, 0.0, ours - theirs).norm()) <= tolerance:
                 return False
         elif int((ours != theirs).sum()) > decided * theirs.numel():
             return False
     return True
+
+
+def _size(tensor: Tensor) -> float:
+    return float(torch.where(tensor.isfinite(), tensor, 0.0).norm())
 
 
 def _decided_by_rounding(dtype: torch.dtype) -> float:

@@ -13,14 +13,26 @@ def node_table(graph: EnergyGraph, state: InferenceState | None = None) -> str:
     """One row a node, then what there is to know of the last relaxation."""
     rows = []
     signal = {} if state is None else state.signal
+    progress = {} if state is None else state.progress
     for node in graph.nodes.values():
         size = sum(parameter.numel() for parameter in node.parameters.values())
         reads = ", ".join(node.parents) or "(input)"
         kind = "output" if node.is_output else ""
         shape = " ".join(str(graph.shapes.get(slot, "?")) for slot in node.slots)
-        learns = [signal.get(node.name, "?")] if signal else []
+        learns = [f"{progress[node.name]:.2g}" if node.name in progress else ""] if progress else []
+        learns += [signal.get(node.name, "?")] if signal else []
         rows.append([node.name, node.description, reads, kind, str(node.level), shape, f"{size:,}", *learns])
-    header = ["node", "function", "reads", "", "level", "shape", "parameters", *(["signal"] if signal else [])]
+    header = [
+        "node",
+        "function",
+        "reads",
+        "",
+        "level",
+        "shape",
+        "parameters",
+        *(["progress"] if progress else []),
+        *(["signal"] if signal else []),
+    ]
     opaque = [f"module '{path}' is one node: it {reason}" for path, reason in graph.opaque.items()]
     return "\n".join([aligned(header, rows, left=4), *opaque, *(_remarks(state) if state is not None else ())])
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch2ebm.common.checks import check_positive, check_steps, check_tolerance
 from torch2ebm.common.rows import Rows, least_squares
 from torch2ebm.inference.error_inference import ErrorInference
-from torch2ebm.inference.solver import ErrorSolver
+from torch2ebm.inference.solver import ErrorSolver, Rest
 from torch2ebm.isolation.torch_modes import in_own_precision
+from torch2ebm.solvers.saddles import SaddleCheck
 
 
 @dataclass
@@ -27,7 +28,8 @@ class AndersonErrorDescent(ErrorSolver):
     """Anderson acceleration of error descent (Anderson 1965; Walker and Ni 2011), each sample on its own.
 
     The next errors are a step from that affine combination of the last ``memory`` iterates whose gradient is
-    smallest. Where values have no batch dimension the batch is one sample.
+    smallest. Where values have no batch dimension the batch is one sample. The gradient is zero in a saddle too: the
+    first relaxation is looked at, later ones more and more seldom, and a ``NotAMinimumWarning`` tells of one.
 
     Args:
         steps: Most inference steps.
@@ -61,6 +63,12 @@ class AndersonErrorDescent(ErrorSolver):
 
     def start(self, inference: ErrorInference) -> AndersonHistory:
         return AndersonHistory()
+
+    def rest(self, inference: ErrorInference, state: AndersonHistory) -> Rest:
+        found = super().rest(inference, state)
+        # without a tolerance only the last step is asked
+        ends = found.reached or not self.tol
+        return replace(found, at_minimum=SaddleCheck.of(inference).look(inference, self) if ends else None)
 
     def step(self, inference: ErrorInference, state: AndersonHistory) -> AndersonHistory:
         # the whole sweep first: weights of a sample need the gradients of all its slots
