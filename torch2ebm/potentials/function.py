@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.energy_parameters import tensors_of
 from torch2ebm.errors import ConfigurationError, first_line
 from torch2ebm.isolation.torch_modes import in_own_precision
+from torch2ebm.potentials.energy_parameters import tensors_of
 
 SHAPES = ((3, 4), (3, 4, 5), (2, 2, 3, 3), (6,))  # [batch, ...], to try a function on
 
