@@ -165,10 +165,39 @@ def test_a_function_that_fits_its_node_alone_is_looked_at_in_the_first_forward(p
         trained(FunctionEnergy(phi))
 
 
+@pytest.mark.parametrize(
+    ("phi", "said"),
+    [
+        (lambda value, mu: (value - mu) @ torch.ones(5, 1).double(), r"node '0'.*RuntimeError.*shape \(5, 8\)"),
+        (lambda value, mu: value.sub_(mu).square(), "node '0'.*RuntimeError"),  # it writes on what it is given
+        (lambda value: value**2, "node '0'.*TypeError"),
+    ],
+)
+def test_a_function_that_fails_is_named_with_its_node_before_anything_moves(phi: Any, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        trained(FunctionEnergy(phi))
+
+
 def test_a_function_for_other_numbers_than_the_node_predicts_is_refused() -> None:
     """Defined for positive predictions; tanh gives negative ones."""
     with pytest.raises(ConfigurationError, match="not finite"):
         trained(FunctionEnergy(lambda value, mu: value * (value.log() - mu.log()) - value + mu))
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 8])
+def test_a_function_with_a_weight_of_each_feature_is_let_through(size: int) -> None:
+    """Whatever the shapes are that it is tried on: one of them may fit the weights by chance."""
+    weight = torch.linspace(0.5, 2, size).double()
+    energy = FunctionEnergy(lambda value, mu: (weight * half_squares(value, mu)).sum(1))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, size), nn.Tanh(), nn.Linear(size, 3)).double()
+    model = torch2ebm.convert(net)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    keep = torch2ebm.EnergyOptimizer(sgd, model, PredictiveCoding(energies={"0": energy}, **STRONG))
+    F.cross_entropy(model(torch.randn(5, 4).double()), torch.tensor([0, 1, 2, 0, 1])).backward()
+    assert keep.model is model
+    expected = torch2ebm.Gaussian(weight).of_samples(model.state.error["0"], model.state.error["0"])
+    torch.testing.assert_close(model.state.energy["0"], expected, rtol=1e-9, atol=0)
 
 
 def test_a_divergence_of_positive_numbers_is_let_through_at_attach() -> None:

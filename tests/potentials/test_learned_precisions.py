@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import torch2ebm
 from torch2ebm import IncrementalPredictiveCoding, OneSided, Precision, PredictiveCoding, Symmetric
+from torch2ebm.engine.energies import precision_now
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.programs.program import Program
 
@@ -83,8 +84,16 @@ SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("kind", KINDS)
+PAIRS = [
+    *((kind, solver) for kind in KINDS for solver in ("conjugate", "values")),
+    ("full", "errors"),
+    ("scalar", "programs"),
+    ("a parameter", "programs"),
+    ("full", "conjugate by programs"),
+]
+
+
+@pytest.mark.parametrize(("kind", "solver"), PAIRS)
 def test_the_gradient_is_that_of_the_energy_written_out(
     kind: str, solver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,10 +191,10 @@ def test_a_precision_is_learned_up_to_its_closed_form() -> None:
     y = 4 * y  # far from what the net says: errors stay long
     precision = Precision(start=0.3).double()
     model = torch2ebm.convert(net)
-    adam = torch.optim.Adam([{"params": precision.parameters(), "lr": 0.05}, {"params": net.parameters(), "lr": 0.0}])
+    adam = torch.optim.Adam([{"params": precision.parameters(), "lr": 0.1}, {"params": net.parameters(), "lr": 0.0}])
     coding = PredictiveCoding(precisions={"0": precision}, loss_reduction="sum", **STRONG)
     optimizer = torch2ebm.EnergyOptimizer(adam, model, coding)
-    for _ in range(200):
+    for _ in range(120):
         optimizer.zero_grad()
         (0.5 * (model(x) - y).square().sum()).backward()
         optimizer.step()
@@ -315,6 +324,32 @@ def test_a_parameter_of_a_functions_module_learns_with_its_logarithm() -> None:
     torch.testing.assert_close(
         model.state.energy["2"].sum(), (0.5 * phi.log.exp() * model.state.error["2"] ** 2).sum().detach()
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_the_algebra_of_a_precision_is_in_single_precision(kind: str) -> None:
+    precision = precision_like(kind)
+    precision = precision.float() if isinstance(precision, Precision) else nn.Parameter(precision.detach().float())
+    net = net_of(4, 5, 5, 3).float()
+    model = torch2ebm.convert(net)
+    sgd = torch.optim.SGD([*net.parameters(), *parameters_of(precision)], lr=0.1)
+    keep = torch2ebm.EnergyOptimizer(sgd, model, PredictiveCoding(5, 0.1, precisions={"2": precision}))
+    x, y = (each.float() for each in batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = F.mse_loss(model(x).float(), y)
+    loss.backward()
+    assert keep.model is model
+    error = model.state.error["2"]
+    expected = torch.autograd.grad(written_out(precision, error) / 6, parameters_of(precision))
+    for parameter, gradient in zip(parameters_of(precision), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    energy = written_out(precision, error) - written_out(precision, torch.zeros_like(error))
+    torch.testing.assert_close(model.state.energy["2"].sum(), energy.detach(), rtol=1e-4, atol=1e-7)
+    matrix = precision_now(precision)
+    if matrix.ndim == 2:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            pulled = torch2ebm.Gaussian(precision).gradients(error, error)[0].detach()
+        torch.testing.assert_close(pulled, (error.double() @ matrix.double()).float(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.engine.call import Call
-from torch2ebm.engine.energy_parameters import learned_by
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.inference.solver import Solver
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.potentials.energy_parameters import learned_by
 
 
 class Algorithm(NamedSettings, ABC):

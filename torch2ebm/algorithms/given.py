@@ -10,12 +10,12 @@ from torch import Tensor
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.node_energies import check_free, check_names, node_energies
 from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import InferenceState, LocalGradients
 from torch2ebm.errors import LossNotRecordedError
 from torch2ebm.inference.curvature import Curvature, check_measurement, measured_curvature
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.potentials.node_energies import check_free, check_names, node_energies
 
 
 def given_to(

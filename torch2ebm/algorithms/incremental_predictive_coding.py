@@ -12,9 +12,7 @@ from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.common.checks import check_positive, check_reduction, check_steps
 from torch2ebm.engine.call import Call, NodePass
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.energy_parameters import as_they_are, by_parameter, check_at_forward, check_learned
 from torch2ebm.engine.gradients import GradientSum
-from torch2ebm.engine.node_energies import NodeEnergies, check_free, check_names, node_energies
 from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import InferenceState, LocalGradients
 from torch2ebm.engine.signal import Cures, steps_to_reach, tell_where_there_is_no_signal
@@ -25,6 +23,8 @@ from torch2ebm.inference.relaxation import report
 from torch2ebm.inference.solver import Rest
 from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.potentials.energy_parameters import as_they_are, by_parameter, check_at_forward, check_learned
+from torch2ebm.potentials.node_energies import NodeEnergies, check_free, check_names, node_energies
 
 # where weights decay, a gradient is not zero, though it knows nothing of the loss
 _CURES = Cures(learned="which learn nothing of the loss", behind=1)

@@ -13,8 +13,6 @@ from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.common.checks import check_choice, check_reduction
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.energy_parameters import check_at_forward
-from torch2ebm.engine.node_energies import NodeEnergies, check_free, check_names, node_energies
 from torch2ebm.engine.nudging import Nudging, OneSided, Relative
 from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import LocalGradients
@@ -24,6 +22,8 @@ from torch2ebm.inference.divergence import check_on_divergence, check_phases, no
 from torch2ebm.inference.nudge_unit import NudgeUnit, carried
 from torch2ebm.inference.relaxation import OnStep, relax
 from torch2ebm.loss.output_loss import NudgedLoss, OutputLoss
+from torch2ebm.potentials.energy_parameters import check_at_forward
+from torch2ebm.potentials.node_energies import NodeEnergies, check_free, check_names, node_energies
 from torch2ebm.programs.cache import Programs
 from torch2ebm.solvers import ErrorConjugateGradient, GradientDescent, Solver
 

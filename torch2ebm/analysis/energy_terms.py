@@ -22,10 +22,10 @@ from torch2ebm.common.checks import check_finite
 from torch2ebm.common.nested import leaves_of, map_leaves
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.node_energies import node_energies
 from torch2ebm.engine.precision import Precision
 from torch2ebm.errors import BatchDimensionError, ConfigurationError, LossNotRecordedError
 from torch2ebm.graph.energy_graph import EnergyGraph
+from torch2ebm.potentials.node_energies import node_energies
 
 LossFunction = Callable[..., Tensor]
 _WHERE = "model.energy(loss_fn=...)"

@@ -24,13 +24,13 @@ from torch2ebm.common.rows import Rows
 from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
 from torch2ebm.engine.precision import Precision
 from torch2ebm.errors import ConfigurationError, NonFiniteError, NotSettledWarning
 from torch2ebm.inference.curvature import commutes, noise, packed
 from torch2ebm.inference.relaxation import relax
 from torch2ebm.inference.solver import Solver
 from torch2ebm.loss.output_loss import NudgedLoss
+from torch2ebm.potentials.node_energies import NodeEnergies, check_names, node_energies
 from torch2ebm.solvers import ErrorConjugateGradient
 
 _WHERE = "model.hessian"

@@ -20,11 +20,11 @@ from torch2ebm.common.known_names import KnownNames
 from torch2ebm.common.nested import map_leaves
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.inference.solver import Solver
 from torch2ebm.isolation.module_state import untouched
+from torch2ebm.potentials.node_energies import NodeEnergies, check_names, node_energies
 from torch2ebm.solvers import ErrorConjugateGradient, Langevin
 
 Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Call]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.engine.precision import Precision
 from torch2ebm.errors import ConfigurationError
+from torch2ebm.isolation.torch_modes import in_own_precision
 
 
 def gaussian_energy(error: Tensor) -> Tensor:
@@ -196,7 +197,8 @@ class Gaussian(Energy):
 
     def gradients(self, error: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
         if self._is_matrix:
-            turned = error @ self._like(error)
+            with in_own_precision(error):
+                turned = error @ self._like(error)
             return turned, turned
         weighted = error * self._like(error)
         return weighted, weighted
@@ -250,7 +252,8 @@ class Gaussian(Energy):
 
     def _rooted(self, error: Tensor) -> Tensor:
         if isinstance(self.precision, Precision) and self.precision.is_matrix:
-            turned: Tensor = error @ self.precision.factor().to(error)  # |L^T e|^2 = e^T P e
+            with in_own_precision(error):
+                turned: Tensor = error @ self.precision.factor().to(error)  # |L^T e|^2 = e^T P e
             return turned
         rooted: Tensor = error * self._like(error) ** 0.5
         return rooted

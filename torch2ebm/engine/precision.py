@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.errors import ConfigurationError
+from torch2ebm.isolation.torch_modes import in_own_precision
 
 
 class Precision(nn.Module):
@@ -75,8 +76,9 @@ class Precision(nn.Module):
         """The precision: of shape ``features``, or a matrix ``[features, features]``."""
         if self.below is None:
             return self.log.exp()
-        factor = self.factor()
-        return factor @ factor.T
+        with in_own_precision(self.log):
+            factor = self.factor()
+            return factor @ factor.T
 
     def factor(self) -> Tensor:
         """Lower Cholesky factor L of the matrix P = L L^T, ``[features, features]``; of no matrix, the root."""

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from torch2ebm.engine.call import Call, NodePass, at_least_single
 from torch2ebm.engine.energies import Energy, gaussian_energy_of_batch, precision_of
-from torch2ebm.engine.energy_parameters import as_they_are, by_parameter
 from torch2ebm.engine.results import InferenceState, LocalGradients, StepSize
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.inference.history import Collected, largest_entry, paired, relative_length
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.potentials.energy_parameters import as_they_are, by_parameter
 
 LOSS = "loss"
 UNIT_GAUSSIAN: Mapping[str, Energy] = MappingProxyType({})  # what nodes without an entry have

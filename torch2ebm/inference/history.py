@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.energy_parameters import gradients_of_energy
 from torch2ebm.engine.gradients import GradientSum
+from torch2ebm.potentials.energy_parameters import gradients_of_energy
 
 
 def energies(history: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from torch2ebm.common.nested import fill, leaves_of, settings_of, template_of
-from torch2ebm.engine.energy_parameters import tensors_of
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.inference.base import Inference
 from torch2ebm.inference.solver import Rest
+from torch2ebm.potentials.energy_parameters import tensors_of
 from torch2ebm.programs.cache import Chain, Programs
 from torch2ebm.programs.surroundings import fixed_tensors, surroundings
 

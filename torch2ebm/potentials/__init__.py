@@ -1,4 +1,4 @@
-"""Energies of nodes beside the Gaussian and the categorical one: robust ones, those of counts, and your own function.
+"""Energies that a user gives to nodes: robust ones, those of counts, functions; their checks, their own parameters.
 
 May import all wings up to `engine`.
 """

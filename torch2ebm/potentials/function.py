@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.energy_parameters import tensors_of
-from torch2ebm.errors import ConfigurationError
+from torch2ebm.errors import ConfigurationError, first_line
 from torch2ebm.isolation.torch_modes import in_own_precision
+from torch2ebm.potentials.energy_parameters import tensors_of
 
 SHAPES = ((3, 4), (3, 4, 5), (2, 2, 3, 3), (6,))  # [batch, ...], to try a function on
 
@@ -89,7 +89,10 @@ class FunctionEnergy(Energy):
             ConfigurationError: where it is none; without a prediction, if it is none in every domain that it knows.
         """
         if prediction is not None:
-            self._check_at(where, 0.1 * (1 + prediction.abs()), prediction)
+            try:
+                self._check_at(where, 0.1 * (1 + prediction.abs()), prediction)
+            except _SaysNothingError as nothing:
+                raise _failed(where, tuple(prediction.shape), nothing.__cause__ or nothing) from nothing.__cause__
             return
         found: list[ConfigurationError] = []
         for value, mu in _tried(tensors_of(self)):
@@ -98,7 +101,8 @@ class FunctionEnergy(Energy):
             except _SaysNothingError:
                 continue
             except ConfigurationError as error:
-                found.append(error)
+                # other shapes a function may fit by chance, with the tensors that it holds
+                found += [error] if mu.ndim == 2 else []
             else:
                 return
         if found:
@@ -175,11 +179,17 @@ def _slopes(energy: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(leaves, found, strict=True)]
 
 
-class _SaysNothingError(ConfigurationError):
+class _SaysNothingError(Exception):
     """The function is not made for these numbers, or for their shape."""
 
-    def __init__(self) -> None:
-        super().__init__("FunctionEnergy(phi)", "an error", "an energy", "Look at the error above.")
+
+def _failed(where: str, shape: tuple[int, ...], problem: BaseException) -> ConfigurationError:
+    return ConfigurationError(
+        where,
+        f"a function that fails with {type(problem).__name__}: {first_line(problem)}",
+        f"an energy of values and predictions of shape {shape}",
+        "Call it on two tensors of this shape; it must not write on them.",
+    )
 
 
 def _finite(*tensors: Tensor) -> bool:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.energy_parameters import tensors_of
 from torch2ebm.errors import EnergyGradientError
 from torch2ebm.isolation.random_numbers import Generators
+from torch2ebm.potentials.energy_parameters import tensors_of
 
 SHAPES = ((3, 4), (3, 4, 5), (2, 2, 3, 3), (6,))  # [batch, ...]
 WIDTHS = (1e-5, 1e-3)  # the second for an energy that rounds to single precision inside
