@@ -36,6 +36,8 @@ class Algorithm(NamedSettings, ABC):
         defines_output: Whether ``model(x)`` is what ``forward`` relaxes to, under ``no_grad`` too, and not the
             module's own output.
         has_input_gradients: Whether inputs may require a gradient (a converted tail of a larger net).
+        free_inputs: Names of the inputs that are values of their own, ``"input"`` or the arguments' names: what the
+            caller passes is then their prediction.
         weights_move: Whether ``optimizer.step()`` makes further steps, on ``LocalGradients.later``.
         loss_reduction: ``"mean"``: the loss is a mean over the batch, and inference uses the sum over samples, so a
             sample relaxes the same alone or in a batch. ``"sum"``: the loss enters the energy as it is written.
@@ -72,6 +74,7 @@ class Algorithm(NamedSettings, ABC):
     defines_output: ClassVar[bool] = False
     has_input_gradients: ClassVar[bool] = True
     weights_move: ClassVar[bool] = False
+    free_inputs: tuple[str, ...] = ()  # a property, where settings decide
     loss_reduction: str | None = None  # no ClassVar: most algorithms make a field of it
 
     def __init_subclass__(cls, **arguments: Any) -> None:

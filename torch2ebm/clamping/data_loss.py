@@ -116,6 +116,44 @@ class DataLoss(OutputLoss):
         return ("data", kinds), [tensor for tensor in [*given, *own] if isinstance(tensor, Tensor)]
 
 
+class WithData(OutputLoss):
+    """A loss, and the energies of what is given beside it.
+
+    Args:
+        loss: That of the user.
+        data: In the units of the energy; it is part of the energy, and no nudge multiplies it.
+    """
+
+    def __init__(self, loss: OutputLoss, data: DataLoss) -> None:
+        self.loss, self.data = loss, data
+        self.delivered, self.factor = loss.delivered, loss.factor
+        self.scale, self.unit = loss.scale, loss.unit
+
+    def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        value, gradients = self.loss.gradients(predictions)
+        more, beside = self.data.gradients(predictions)
+        return value + more.to(value), _sum(gradients, beside)
+
+    def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
+        one, other = self.loss.expanded(predictions), self.data.expanded(predictions)
+        return LossExpansion(
+            one.value + other.value.to(one.value),
+            _sum(one.gradients, other.gradients),
+            lambda direction: _sum(one.hessian_product(direction), other.hessian_product(direction)),
+        )
+
+    def program_inputs(self) -> tuple[Hashable, list[Tensor]] | None:
+        one, other = self.loss.program_inputs(), self.data.program_inputs()
+        return None if one is None or other is None else ((one[0], other[0]), [*one[1], *other[1]])
+
+
+def _sum(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    total = dict(one)
+    for slot, part in other.items():
+        _add(total, slot, part)
+    return total
+
+
 def _add(total: dict[str, Tensor], slot: str, part: Tensor) -> None:
     total[slot] = total[slot] + part if slot in total else part
 

@@ -199,6 +199,35 @@ class Asked:
             )
 
 
+def nodes_of_inputs(
+    where: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], free: Sequence[str]
+) -> dict[str, str]:
+    """The arguments that are values of their own, to the names of their nodes.
+
+    Raises:
+        ConfigurationError: for a name of no input, or an input that cannot move.
+    """
+    asked = Asked(module, args, kwargs, Question(), {}, {})
+    found: dict[str, str] = {}
+    for name in free:
+        argument = asked.argument(name)
+        given = asked.bound.arguments.get(argument or "")
+        if argument is None or not isinstance(given, Tensor) or not given.is_floating_point():
+            got = f"{name!r}, which is no input" if argument is None else f"an input {argument!r} of {_kind(given)}"
+            raise ConfigurationError(
+                f"{where}(free=[{name!r}])",
+                got,
+                f"an input of floating point numbers among {', '.join(asked.arguments)}",
+                "Free the value of an embedding by its node: it is free as it is.",
+            )
+        found[argument] = asked._node_of(argument, name)
+    return found
+
+
+def _kind(given: Any) -> str:
+    return str(given.dtype).removeprefix("torch.") if isinstance(given, Tensor) else type(given).__name__
+
+
 def like_it(value: Any, like: Tensor, where: str) -> Tensor:
     """A number, or a tensor with or without the batch dimension, in the shape of another tensor."""
     if isinstance(value, Tensor) and tuple(value.shape) not in (tuple(like.shape), tuple(like.shape[1:])):

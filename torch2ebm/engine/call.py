@@ -183,7 +183,7 @@ class Call:
         self.frozen_statistics = freeze_statistics
         with torch.enable_grad():
             self.environment = {**self.graph.clamp(self.run), **self.given}
-            if self.run.followed and cut and not drawn:
+            if self.run.followed and self.graph.cuts is not None and cut and not drawn:
                 self._adopt(keep_graph)
             else:
                 # the module's own run has moved the buffers already

@@ -22,7 +22,7 @@ from torch2ebm.capture.fingerprint import inside_functional_call
 from torch2ebm.clamping.answering import answered, question_settings
 from torch2ebm.clamping.asking import Question
 from torch2ebm.clamping.inferred import Inferred
-from torch2ebm.clamping.inputs import Asked
+from torch2ebm.clamping.inputs import Asked, nodes_of_inputs
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.common.plain_loop import PlainLoop
 from torch2ebm.common.users_code import users_level
@@ -310,12 +310,22 @@ class Conversion:
     ) -> Served:
         if self.algorithm is None:
             self._see_again()
-        arguments = Arguments.of(self.module, args, kwargs)
+        captures, runs = self._with_free(args, kwargs, () if algorithm is None else algorithm.free_inputs)
+        arguments = Arguments.of(captures.module, args, kwargs)
         check_inputs(self.module, arguments.tensors)
-        call = lambda: called(self._runs, self.module, args, kwargs)  # noqa: E731
-        served = self.captures.run(arguments, call, algorithm, contents=contents)
+        call = lambda: called(runs, captures.module, args, kwargs)  # noqa: E731
+        served = captures.run(arguments, call, algorithm, contents=contents)
         self._latest = served.graph
         return served
+
+    def _with_free(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], free: tuple[str, ...]
+    ) -> tuple[Captures, Callable[..., Any]]:
+        """The graphs that a call needs, and what runs it: a view of the module where inputs are values."""
+        if not free:
+            return self.captures, self._runs
+        captures = self.captures.behind(nodes_of_inputs("PredictiveCoding", self.module, args, kwargs, free))
+        return captures, captures.module
 
     def _see_again(self) -> None:
         """Layers and parameters that were replaced while no optimizer held the old ones are the module's now."""
