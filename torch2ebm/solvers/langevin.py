@@ -84,7 +84,8 @@ class Langevin(ValueSolver):
 
     def with_steps(self, steps: int) -> Langevin:
         """So many steps; the burn-in shrinks with them."""
-        return replace(self, steps=steps, burn_in=min(self.burn_in, steps // 2), thinning=min(self.thinning, steps))
+        burn_in = min(self.burn_in, steps // 2)
+        return replace(self, steps=steps, burn_in=burn_in, thinning=min(self.thinning, max(steps - burn_in, 1)))
 
     def good_step(self, stability: Stability) -> float:
         return 0.1 * self.largest_step(stability)
