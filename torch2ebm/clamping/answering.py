@@ -24,7 +24,8 @@ from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.inference.solver import Solver
 from torch2ebm.isolation.module_state import untouched
-from torch2ebm.potentials.node_energies import NodeEnergies, check_names, node_energies
+from torch2ebm.potentials.energy_parameters import check_at_forward
+from torch2ebm.potentials.node_energies import NodeEnergies, check_free, check_names, node_energies
 from torch2ebm.solvers import ErrorConjugateGradient, Langevin
 
 Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Call]
@@ -88,6 +89,9 @@ def _answered(run: Run, call: Call, inputs: Inputs, solver: Solver[Any], energie
     places = Places.of(call.graph, call.run.output, inputs.places, frozenset(inputs.fixed))
     pattern = question.pattern(places, call.values, call.batch_size)
     starts = question.starts(places, call.values, call.batch_size)
+    whole = [name for name in energies if all(map(pattern.is_whole, call.graph.nodes[name].slots))]
+    check_free(question.where, energies, whole)
+    check_at_forward(question.where, energies, call)
     check_something_moves(question.where, pattern, places)
     if solver.samples or not set(starts) & {slot for node in inputs.energies for slot in call.graph.nodes[node].slots}:
         check_determined(question.where, pattern, places, inputs.energies, call.values)

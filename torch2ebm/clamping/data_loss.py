@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch2ebm.common.nested import attributes_of, leaves_of, settings_of
+from torch2ebm.common.nested import settings_of
 from torch2ebm.engine.call import at_least_single
 from torch2ebm.engine.energies import Energy, Gaussian
 from torch2ebm.loss.output_loss import LossExpansion, OutputLoss
+from torch2ebm.potentials.energy_parameters import tensors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class DataLoss(OutputLoss):
         data: By output slot.
 
     Example:
-        >>> import torch
+        >>> import torch, torch2ebm
         >>> from torch2ebm.clamping.data_loss import Data, DataLoss
         >>> loss = DataLoss({"output": Data(torch2ebm.Gaussian(), torch.ones(5, 3))})
         >>> value, gradients = loss.gradients({"output": torch.zeros(5, 3)})
@@ -63,8 +64,9 @@ class DataLoss(OutputLoss):
         for slot, data in self.data.items():
             prediction = at_least_single(predictions[slot])
             error = data.error(prediction, self._value(data, predictions))
-            own, back = data.energy.gradients(error, prediction)
-            total = total.to(prediction) + data.energy.of_batch(error, prediction)
+            with torch.no_grad():  # the energy's own parameters may require one
+                own, back = data.energy.gradients(error, prediction)
+                total = total.to(prediction) + data.energy.of_batch(error, prediction)
             _add(found, slot, -back)
             if data.slot:
                 _add(found, data.slot, own)
@@ -111,7 +113,7 @@ class DataLoss(OutputLoss):
 
     def program_inputs(self) -> tuple[Hashable, list[Tensor]] | None:
         kinds = tuple((slot, each.slot, settings_of(each.energy)) for slot, each in self.data.items())
-        own = [leaf for each in self.data.values() for leaf in leaves_of(attributes_of(each.energy))]
+        own = [tensor for each in self.data.values() for tensor in tensors_of(each.energy)]
         given = [tensor for each in self.data.values() for tensor in (each.value, each.mask)]
         return ("data", kinds), [tensor for tensor in [*given, *own] if isinstance(tensor, Tensor)]
 
