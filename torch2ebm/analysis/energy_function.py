@@ -16,11 +16,11 @@ from torch import Tensor
 from torch2ebm.common.known_names import unknown_name
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy, gaussian_energy
-from torch2ebm.engine.energy_parameters import as_they_are, learned_of
 from torch2ebm.errors import BatchDimensionError, ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, filled
 from torch2ebm.isolation.interrupts import within
 from torch2ebm.isolation.module_state import tensors_in_place
+from torch2ebm.potentials.energy_parameters import as_they_are, learned_of
 
 ByNode = Mapping[str, Any]  # a tensor, or a tuple of them for a node of several slots
 
