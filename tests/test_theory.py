@@ -273,3 +273,34 @@ WRONG = {
 def test_bad_input_is_named(case: str) -> None:
     with pytest.raises(ConfigurationError, match=r"got .*; expected "):
         WRONG[case]()
+
+
+PIXELS = torch.tensor([True, False, True])
+ASKED = {
+    "training": {"clamp": {"output": DATA["b"]}},
+    "a hidden value": {"clamp": {"0": DATA["a"], "output": DATA["b"]}},
+    "generation": {"clamp": {"output": DATA["b"]}, "free": ["input"], "prior": {"input": torch2ebm.Gaussian(0.7)}},
+    "completion": {
+        "clamp": {"output": DATA["b"]},
+        "mask": {"output": PIXELS.expand(5, 3)},
+        "free": ["input"],
+        "prior": {"input": torch2ebm.Gaussian(0.7)},
+    },
+}
+
+
+@pytest.mark.parametrize("pattern", ASKED)
+def test_inference_of_any_pattern_ends_in_the_closed_form(pattern: str) -> None:
+    asked, net = ASKED[pattern], deep(3, 4, 4, 3)
+    found = torch2ebm.convert(net).infer(DATA["x"], **asked, precisions={"1": 2.0}, tol=1e-9)
+    names = {"output": "2"}
+    clamped = {names.get(name, name): value for name, value in asked["clamp"].items()}
+    if "free" not in asked:
+        clamped["input"] = DATA["x"]
+    masks = {"2": PIXELS} if "mask" in asked else {}
+    expected = theory.LinearGaussian.of(net, {"1": 2.0}, prior=(0.0, 0.7)).posterior(clamped, masks)
+    for name in ("0", "1"):
+        assert torch.allclose(found.value[name], expected.mean[name], atol=1e-7)
+    assert torch.allclose(found.output, expected.mean["2"], atol=1e-7)
+    if "free" in asked:
+        assert torch.allclose(found.input, expected.mean["input"], atol=1e-7)

@@ -107,6 +107,21 @@ def test_energies_of_a_users_own_and_precisions_count() -> None:
     assert torch.allclose(flow.value["2"], descent.value["2"], atol=1e-12)
 
 
+def test_it_finds_masked_values_and_inputs_as_conjugate_gradients_do() -> None:
+    seen = torch.tensor([True, False, True]).expand(6, 3)
+    asked = {
+        "clamp": {"output": Y},
+        "mask": {"output": seen},
+        "free": ["input"],
+        "prior": {"input": torch2ebm.Gaussian(0.7)},
+    }
+    model = torch2ebm.convert(curved())
+    flow = model.infer(X, **asked, solver=torch2ebm.ODEFlow(100.0, rtol=1e-7, atol=1e-9))
+    other = model.infer(X, **asked, tol=1e-9)
+    for ours, theirs in ((flow.input, other.input), (flow.output, other.output), (flow.value["0"], other.value["0"])):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
 def test_compiling_is_declined_in_words_and_changes_nothing() -> None:
     solver = torch2ebm.ODEFlow(1.0, steps=3)
     plain = state_of(curved(), solver)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2ebm.analysis.energy_function import EnergyFunction, Point
+from torch2ebm.analysis.energy_function import CallEnergy, Point
 from torch2ebm.engine.call import pull_back
 from torch2ebm.errors import LossNotRecordedError
 from torch2ebm.loss.output_loss import LossExpansion, OutputLoss
@@ -24,7 +24,7 @@ class DirectLoss(OutputLoss):
         multiplier: What makes a sum over samples of it: the batch size for a mean, 1 for a sum.
     """
 
-    def __init__(self, function: EnergyFunction, loss_of: Callable[[Any], Tensor], multiplier: int) -> None:
+    def __init__(self, function: CallEnergy, loss_of: Callable[[Any], Tensor], multiplier: int) -> None:
         self._function, self._loss_of = function, loss_of
         self.factor, self.unit, self.scale = 1.0, float(multiplier), 1 / multiplier
         values = function.call.values

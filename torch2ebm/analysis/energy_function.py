@@ -40,7 +40,7 @@ class Point:
     errors: Mapping[str, Tensor]
 
 
-class EnergyFunction:
+class CallEnergy:
     """F of one call.
 
     Args:

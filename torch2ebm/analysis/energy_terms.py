@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch2ebm.analysis.energy_function import (
     ByNode,
-    EnergyFunction,
+    CallEnergy,
     Point,
     by_slot,
     check_known_nodes,
@@ -87,9 +87,9 @@ def energy_terms(
     named = node_energies("model.energy", precisions or {}, energies or {})
     graph = call.graph
     check_known_nodes("model.energy", named, graph)
-    function = EnergyFunction(call, named, {})
+    function = CallEnergy(call, named, {})
     if not parameters:
-        function = EnergyFunction(call, still(named), detached(call.parameters))
+        function = CallEnergy(call, still(named), detached(call.parameters))
     point = function.at(by_slot("model.energy(values=...)", values, graph, call.values))
     nodes: dict[str, Tensor] = {}
     for slot in point.errors:
@@ -111,7 +111,7 @@ def by_node(graph: EnergyGraph, tensors: Mapping[str, Tensor]) -> dict[str, Any]
     return {name: parts[0] if len(parts) == 1 else parts for name, parts in found.items()}
 
 
-def filled_as_it_was(function: EnergyFunction) -> Any:
+def filled_as_it_was(function: CallEnergy) -> Any:
     """The output of the feed-forward pass, which no transformation of torch.func has a hand in."""
     values = {slot: value.detach() for slot, value in function.call.values.items()}
     return function.output(Point(values, values, {}))

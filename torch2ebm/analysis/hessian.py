@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.analysis.direct_loss import DirectLoss
-from torch2ebm.analysis.energy_function import ByNode, EnergyFunction, Point, by_slot, detached, still
+from torch2ebm.analysis.energy_function import ByNode, CallEnergy, Point, by_slot, detached, still
 from torch2ebm.analysis.energy_terms import by_node
 from torch2ebm.analysis.lanczos import MOST_NUMBERS, Ritz, lanczos
 from torch2ebm.common.checks import check_choice, check_finite, check_reduction, check_steps, check_tolerance
@@ -184,9 +184,7 @@ class Curved:
         point: Where, by hidden slot in these coordinates.
     """
 
-    def __init__(
-        self, function: EnergyFunction, loss: DirectLoss, beta: float, coordinates: str, point: BySlot
-    ) -> None:
+    def __init__(self, function: CallEnergy, loss: DirectLoss, beta: float, coordinates: str, point: BySlot) -> None:
         self.function, self._loss, self._beta, self._coordinates = function, loss, beta, coordinates
         self.leaves = {slot: value.detach().clone().requires_grad_() for slot, value in point.items()}
         self._gradient = self._slope(self.leaves, create_graph=True)
@@ -285,7 +283,7 @@ def hessian_of(
     parameters = {name: parameter.clone() for name, parameter in detached(call.parameters).items()}
     for name, each in call.environment.items():
         call.environment[name] = each.detach().clone() if isinstance(each, Tensor) else each
-    function = EnergyFunction(call, still(named), parameters)
+    function = CallEnergy(call, still(named), parameters)
     loss = DirectLoss(function, loss_of, call.batch_size if loss_reduction == "mean" else 1)
     point = _point(function, loss, at, beta, solver)
     named_point = point.values if coordinates == "values" else point.errors
@@ -299,7 +297,7 @@ def hessian_of(
 
 
 def _point(
-    function: EnergyFunction, loss: DirectLoss, at: ByNode | str | None, beta: float, solver: Solver[Any] | None
+    function: CallEnergy, loss: DirectLoss, at: ByNode | str | None, beta: float, solver: Solver[Any] | None
 ) -> Point:
     """The values and the errors of all hidden slots where the Hessian is wanted."""
     graph, call = function.graph, function.call
@@ -315,7 +313,7 @@ def _point(
         return function.at({slot: at_least_single(values[slot]) for slot in hidden})
 
 
-def _at_rest(function: EnergyFunction, loss: DirectLoss, beta: float, solver: Solver[Any]) -> dict[str, Tensor]:
+def _at_rest(function: CallEnergy, loss: DirectLoss, beta: float, solver: Solver[Any]) -> dict[str, Tensor]:
     nudged = loss if beta == 1.0 else NudgedLoss(loss, beta)
     inference = solver.inference(function.call, nudged, NodeEnergies(function.energies), retain_call=True)
     state = relax(solver, inference, beta).state
@@ -331,7 +329,7 @@ def _exact(like: Tensor) -> Solver[Any]:
     return ErrorConjugateGradient(tol=torch.finfo(at_least_single(like).dtype).eps ** 0.5, steps=500)
 
 
-def _of_hidden(function: EnergyFunction, tensors: BySlot) -> dict[str, Any]:
+def _of_hidden(function: CallEnergy, tensors: BySlot) -> dict[str, Any]:
     shown = by_node(function.graph, {slot: tensors.get(slot) for slot in function.graph.owner})  # type: ignore[misc]
     return {node.name: shown[node.name] for node in function.graph.hidden_nodes}
 
