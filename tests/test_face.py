@@ -34,7 +34,7 @@ def test_tab_shows_the_public_names_alone() -> None:
 
 def test_what_is_shown_is_a_class_a_function_or_a_public_module() -> None:
     modules = {name for name in torch2ebm.__all__ if isinstance(getattr(torch2ebm, name), ModuleType)}
-    assert {"errors", "torch2pc"} <= modules <= {"errors", "torch2pc", "extend"}
+    assert {"errors", "torch2pc"} <= modules <= {"errors", "torch2pc", "extend", "theory"}
     assert all(callable(getattr(torch2ebm, name)) for name in set(torch2ebm.__all__) - modules)
     assert torch2ebm.compare.__name__ == "compare"  # not the module of the same name
 

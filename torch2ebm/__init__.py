@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from torch2ebm import errors, extend, torch2pc
+from torch2ebm import errors, extend, theory, torch2pc
 from torch2ebm.algorithms import (
     Algorithm,
     Backprop,
@@ -17,23 +17,31 @@ from torch2ebm.algorithms import (
     RecurrentBackprop,
     ZeroDivergence,
 )
+from torch2ebm.analysis.energy_terms import EnergyTerms
+from torch2ebm.analysis.hessian import Hessian
 from torch2ebm.check import CheckReport, check
+from torch2ebm.clamping.inferred import Inferred
 from torch2ebm.common.moved import old_name, serve_old_paths
 from torch2ebm.compare import GradientComparison, compare
 from torch2ebm.diagnose import Diagnosis, diagnose
 from torch2ebm.engine.energies import Categorical, Energy, Gaussian
 from torch2ebm.engine.nudging import Holomorphic, OneSided, RandomSign, Relative, Symmetric
+from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import InferenceState, Relaxation
 from torch2ebm.equilibrium.linear_solvers import ConjugateGradient, FixedPointSolve, Neumann
 from torch2ebm.equilibrium.updates import AndersonMixing, GaussSeidel
 from torch2ebm.errors import Torch2EBMError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.inference.curvature import Curvature
+from torch2ebm.inference.relaxation import InferenceStep
 from torch2ebm.loss.energy_loss import EnergyLoss
 from torch2ebm.mnist import load_mnist, read_idx
 from torch2ebm.model.energy_model import EnergyModel, convert
 from torch2ebm.mq import MQ
 from torch2ebm.optimizer import EnergyOptimizer
+from torch2ebm.potentials.discrete import Bernoulli, Poisson
+from torch2ebm.potentials.function import FunctionEnergy
+from torch2ebm.potentials.robust import Huber, Laplace, StudentT
 from torch2ebm.reports.agreement import Agreement
 from torch2ebm.reports.findings import Finding
 from torch2ebm.solvers import (
@@ -42,8 +50,10 @@ from torch2ebm.solvers import (
     ErrorConjugateGradient,
     ErrorDescent,
     GradientDescent,
+    Langevin,
     LocalErrorDescent,
     Momentum,
+    ODEFlow,
     SequentialDescent,
     Solver,
 )
@@ -56,6 +66,7 @@ __all__ = [
     "AndersonErrorDescent",
     "AndersonMixing",
     "Backprop",
+    "Bernoulli",
     "Categorical",
     "CheckReport",
     "ConjugateGradient",
@@ -68,25 +79,36 @@ __all__ = [
     "EnergyLoss",
     "EnergyModel",
     "EnergyOptimizer",
+    "EnergyTerms",
     "EquilibriumPropagation",
     "ErrorConjugateGradient",
     "ErrorDescent",
     "Finding",
     "FixedPointSolve",
     "FixedPrediction",
+    "FunctionEnergy",
     "GaussSeidel",
     "Gaussian",
     "GradientComparison",
     "GradientDescent",
+    "Hessian",
     "Holomorphic",
+    "Huber",
     "ImplicitSGD",
     "IncrementalPredictiveCoding",
     "InferenceState",
+    "InferenceStep",
+    "Inferred",
+    "Langevin",
+    "Laplace",
     "LocalErrorDescent",
     "Momentum",
     "Neumann",
     "Node",
+    "ODEFlow",
     "OneSided",
+    "Poisson",
+    "Precision",
     "PredictiveCoding",
     "ProximalInferenceLearning",
     "RandomSign",
@@ -95,6 +117,7 @@ __all__ = [
     "Relaxation",
     "SequentialDescent",
     "Solver",
+    "StudentT",
     "Symmetric",
     "Torch2EBMError",
     "ZeroDivergence",
@@ -106,6 +129,7 @@ __all__ = [
     "extend",
     "load_mnist",
     "read_idx",
+    "theory",
     "torch2pc",
 ]
 

@@ -12,7 +12,7 @@ an algorithm            :class:`Algorithm`. It is given a :class:`Call` and an :
 ... on another loss     :class:`NudgedLoss` is a multiple of one, :class:`LossExpansion` its second order
 a solver                :class:`ValueSolver` or :class:`ErrorSolver`, the two kinds of :class:`Solver`; one with a
                         residual of its own returns a :class:`Rest`
-an energy of a node     :class:`Energy`
+an energy of a node     :class:`FunctionEnergy` of one function; or :class:`Energy`, with derivatives of your own
 a nudging               :class:`Nudging`
 an equilibrium's step   :class:`Update`. It is given an :class:`Equilibrium`, an :class:`Influence` and an
                         :class:`UpdateHistory`. It returns a :class:`Step`, as :func:`synchronous_step` does.
@@ -46,6 +46,7 @@ from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.loss.output_loss import LossExpansion, NudgedLoss, OutputLoss
 from torch2ebm.model.trial import call_and_loss
 from torch2ebm.monitor import Monitor
+from torch2ebm.potentials.function import FunctionEnergy
 
 __all__ = [
     "Algorithm",
@@ -57,6 +58,7 @@ __all__ = [
     "Equilibrium",
     "ErrorInference",
     "ErrorSolver",
+    "FunctionEnergy",
     "GradientSum",
     "InferenceState",
     "Influence",

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.engine import energy_check
 from torch2ebm.engine.energies import Energy
 from torch2ebm.errors import ConfigurationError, EnergyGradientError
+from torch2ebm.potentials import energy_check
 
 Both = tuple[Tensor, Tensor]
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import torch2ebm
 from torch2ebm.algorithms.given import Given
-from torch2ebm.engine.node_energies import node_energies
 from torch2ebm.errors import ConfigurationError, NonFiniteError, NotSettledWarning, StepSizeWarning
 from torch2ebm.inference.steepness import Stability, measured_stability
 from torch2ebm.loss.output_loss import NudgedLoss
+from torch2ebm.potentials.node_energies import node_energies
 
 NAMES = [vertex.name for vertex in skip_dag().vertices]
 X = skip_dag().inputs["x"]

@@ -34,6 +34,9 @@ HOOKED = [
 ]  # all of whose gradients are those of backward
 
 
+LEARNERS = [torch2ebm.PredictiveCoding, torch2ebm.IncrementalPredictiveCoding]
+
+
 class Tied(nn.Module):
     """The same layer twice, and one that it is not."""
 
@@ -147,6 +150,23 @@ def bare(algorithm: str, rank: int, by_hand: bool) -> tuple[dict[str, Tensor], l
     ]
 
 
+def learned(algorithm: type, rank: int | None) -> Tensor:
+    """A precision after three steps of its own gradients, which the wrapper of the model does not see."""
+    model: nn.Module = torch2ebm.convert(Tied().double())
+    precision = torch2ebm.Precision(4, start=0.5).double()
+    inner = torch.optim.SGD([*model.parameters(), *precision.parameters()], lr=0.05)
+    called = model if rank is None else DistributedDataParallel(model)
+    optimizer = torch2ebm.EnergyOptimizer(inner, called, algorithm(4, 0.1, precisions={"middle": precision}))
+    for step in range(3):
+        optimizer.zero_grad()
+        x, y = batch(step, torch.float64)
+        if rank is not None:
+            x, y = x.chunk(RANKS)[rank], y.chunk(RANKS)[rank]
+        F.cross_entropy(called(x), y).backward()
+        optimizer.step()
+    return precision.log.detach()
+
+
 def share() -> Tensor:
     """What the demo gives one process of 192 images in two epochs, by number: [epoch, batch, image]."""
     numbered = TensorDataset(torch.arange(192))
@@ -163,6 +183,7 @@ def worker(rank: int, folder: Path) -> None:
         found[f"{algorithm} single precision"] = trained(algorithm, 20, torch.float32, rank=rank)
     for algorithm in HOOKED:
         found |= {f"{algorithm} {name}": gradients(algorithm, rank, hook) for name, (hook, _) in HOOKS.items()}
+    found |= {f"learned by {each.__name__}": learned(each, rank) for each in LEARNERS}
     found["share"] = share()
     found["bare"], found["said"] = bare("PredictiveCoding", rank, by_hand=False)
     found["by hand"], found["said by hand"] = bare("PredictiveCoding", rank, by_hand=True)
@@ -215,6 +236,15 @@ def test_ranks_are_bit_identical_after_twenty_steps(ranks: list[dict[str, Any]],
     start = dict(Tied().state_dict())
     assert not same(first, start)
     assert difference(first, trained(algorithm, 20, torch.float32)) <= 1e-5  # twenty steps of single precision
+
+
+@needs_processes
+@pytest.mark.parametrize("algorithm", LEARNERS)
+def test_a_precision_learns_from_all_processes(ranks: list[dict[str, Any]], algorithm: type) -> None:
+    alone = learned(algorithm, None)
+    for rank in ranks:
+        torch.testing.assert_close(rank[f"learned by {algorithm.__name__}"], alone, rtol=0, atol=EXACT)
+    assert not torch.equal(alone, torch2ebm.Precision(4, start=0.5).double().log)
 
 
 @needs_processes

@@ -11,12 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from torch2ebm.common.setting_names import NamedSettings
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.inference.solver import Solver
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.potentials.energy_parameters import learned_by
 
 
 class Algorithm(NamedSettings, ABC):
@@ -33,6 +36,8 @@ class Algorithm(NamedSettings, ABC):
         defines_output: Whether ``model(x)`` is what ``forward`` relaxes to, under ``no_grad`` too, and not the
             module's own output.
         has_input_gradients: Whether inputs may require a gradient (a converted tail of a larger net).
+        free_inputs: Names of the inputs that are values of their own, ``"input"`` or the arguments' names: what the
+            caller passes is then their prediction.
         weights_move: Whether ``optimizer.step()`` makes further steps, on ``LocalGradients.later``.
         loss_reduction: ``"mean"``: the loss is a mean over the batch, and inference uses the sum over samples, so a
             sample relaxes the same alone or in a batch. ``"sum"``: the loss enters the energy as it is written.
@@ -69,6 +74,7 @@ class Algorithm(NamedSettings, ABC):
     defines_output: ClassVar[bool] = False
     has_input_gradients: ClassVar[bool] = True
     weights_move: ClassVar[bool] = False
+    free_inputs: tuple[str, ...] = ()  # a property, where settings decide
     loss_reduction: str | None = None  # no ClassVar: most algorithms make a field of it
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -150,6 +156,19 @@ class Algorithm(NamedSettings, ABC):
             3
         """
         return self
+
+    @property
+    def learned(self) -> Mapping[str, Tensor]:
+        """Parameters of its own, which the user's optimizer moves: those of its ``energies``, where it has such.
+
+        ``loss.backward()`` fills their ``.grad`` with ``LocalGradients.learned``, by the same names.
+
+        Example:
+            >>> precision = torch2ebm.Precision()
+            >>> list(torch2ebm.PredictiveCoding(precisions={"0": precision}).learned), dict(Sweep().learned)
+            (['0.precision.log'], {})
+        """
+        return learned_by(getattr(self, "energies", {}))
 
     # Copies and pickles hold the settings alone: recorded programs belong to the graphs of one process.
 

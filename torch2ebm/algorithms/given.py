@@ -10,11 +10,12 @@ from torch import Tensor
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.node_energies import check_names, node_energies
+from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import InferenceState, LocalGradients
 from torch2ebm.errors import LossNotRecordedError
 from torch2ebm.inference.curvature import Curvature, check_measurement, measured_curvature
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.potentials.node_energies import check_free, check_names, node_energies
 
 
 def given_to(
@@ -36,7 +37,7 @@ def curvature_of(
     lossy: Callable[[Algorithm], Tensor],
     trained: Sequence[Tensor],
     *,
-    precisions: Mapping[str, float | Tensor] | None = None,
+    precisions: Mapping[str, float | Tensor | Precision] | None = None,
     energies: Mapping[str, Energy] | None = None,
     loss_reduction: str = "mean",
     products: int = 100,
@@ -47,6 +48,7 @@ def curvature_of(
     named = node_energies("model.curvature", precisions or {}, energies or {})
     call, loss = given_to(lossy, trained, loss_reduction)
     check_names("model.curvature", named, call.graph)
+    check_free("model.curvature", named)
     return measured_curvature(call, loss, named, products, tol)
 
 

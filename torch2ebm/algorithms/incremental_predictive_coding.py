@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm
@@ -12,15 +13,18 @@ from torch2ebm.common.checks import check_positive, check_reduction, check_steps
 from torch2ebm.engine.call import Call, NodePass
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.gradients import GradientSum
-from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
+from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import InferenceState, LocalGradients
 from torch2ebm.engine.signal import Cures, steps_to_reach, tell_where_there_is_no_signal
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import Node
+from torch2ebm.inference.history import Collected
 from torch2ebm.inference.relaxation import report
 from torch2ebm.inference.solver import Rest
 from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.potentials.energy_parameters import as_they_are, by_parameter, check_at_forward, check_learned
+from torch2ebm.potentials.node_energies import NodeEnergies, check_free, check_names, node_energies
 
 # where weights decay, a gradient is not zero, though it knows nothing of the loss
 _CURES = Cures(learned="which learn nothing of the loss", behind=1)
@@ -46,6 +50,7 @@ class IncrementalPredictiveCoding(Algorithm):
         steps: Inference steps, and steps of the optimizer, a batch.
         lr: Step size of the values.
         precisions: Node name to precision, a number or a tensor that broadcasts against the node's value; 1 elsewhere.
+            A :class:`Precision` learns in your optimizer, one step for each inference step.
         energies: Node name to energy; Gaussian elsewhere.
         loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
 
@@ -69,11 +74,11 @@ class IncrementalPredictiveCoding(Algorithm):
 
     steps: int = 20
     lr: float = 0.1
-    precisions: InitVar[Mapping[str, float | Tensor] | None] = field(default=None, kw_only=True)
+    precisions: InitVar[Mapping[str, float | Tensor | Precision] | None] = field(default=None, kw_only=True)
     energies: Mapping[str, Energy] = field(default_factory=NodeEnergies, kw_only=True)
     loss_reduction: str = field(default="mean", kw_only=True)
 
-    def __post_init__(self, precisions: Mapping[str, float | Tensor] | None) -> None:
+    def __post_init__(self, precisions: Mapping[str, float | Tensor | Precision] | None) -> None:
         check_steps("IncrementalPredictiveCoding", self.steps)
         check_positive("IncrementalPredictiveCoding", lr=self.lr)
         check_reduction("IncrementalPredictiveCoding", self.loss_reduction)
@@ -90,7 +95,9 @@ class IncrementalPredictiveCoding(Algorithm):
 
     def forward(self, call: Call) -> None:
         check_names("IncrementalPredictiveCoding", self.energies, call.graph)
+        check_free("IncrementalPredictiveCoding", self.energies)
         call.feedforward(keep_graph=False)
+        check_at_forward("IncrementalPredictiveCoding", self.energies, call)
 
     def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         _check_factor(loss)
@@ -104,6 +111,8 @@ class IncrementalPredictiveCoding(Algorithm):
     # lazy: the optimizer moves the weights between two steps
     def _steps(self, inference: ValueInference) -> Iterator[LocalGradients]:
         for step in range(1, self.steps + 1):
+            if step > 1:
+                check_learned("IncrementalPredictiveCoding", self.energies)  # the optimizer has moved them
             # what model.state shows: the first step's after backward, the last one's after optimizer.step()
             shown = step in (1, self.steps)
             inference.measuring = shown
@@ -133,6 +142,7 @@ class _Step:
         self.errors: dict[str, Tensor] = {}
         self.messages: dict[str, Tensor] = {}
         self.unreached: list[str] = []
+        self.collected = Collected()  # of the energies' own parameters
 
     def taken(self, lr: float, step: int, shown: bool) -> LocalGradients:
         self.inference.begin_sweep()
@@ -150,6 +160,7 @@ class _Step:
         evaluated = self.inference.evaluate(node, requires_grad=True)
         errors = self.inference.subtract(node, evaluated.predictions)
         own, cotangents = self.inference.pulls_into_history(node, errors, evaluated.predictions)
+        self._learn(node, errors, evaluated.predictions)
         self._send(evaluated, errors, cotangents)
         return own
 
@@ -158,8 +169,14 @@ class _Step:
         # nodes come in reverse order; the report has them in that of the graph
         self.unreached.insert(0, node.name)
         self.gradients.add_zeros(self.call, node)
-        self.predictions.update({slot: self.inference.values[slot] for slot in node.slots})
+        values = [self.inference.values[slot] for slot in node.slots]
+        self._learn(node, [torch.zeros_like(value) for value in values], values)
+        self.predictions.update(zip(node.slots, values, strict=True))
         return [None] * len(node.slots)
+
+    def _learn(self, node: Node, errors: Sequence[Tensor], predictions: Sequence[Tensor]) -> None:
+        energy = self.inference.energies.get(node.name)
+        self.collected.add_energy(node.name, energy, errors, predictions, self.inference.loss.scale)
 
     def _outputs(self) -> None:
         passes = [self.inference.evaluate(node, requires_grad=True) for node in self.graph.output_nodes]
@@ -206,14 +223,15 @@ class _Step:
             self.errors,
             relaxation=relaxation,
             unreached=tuple(self.unreached),
-            energies=self.inference.energies,
+            energies=as_they_are(self.inference.energies),
             phases=(relaxation,),
             moment=-2 if shown else -1,
             rounds=True,
         )
         clamped = {name: gradient * scale for name, gradient in self.gradients.clamped.items()}
         parameters = {name: gradient * scale for name, gradient in self.gradients.parameters.items()}
-        return LocalGradients(parameters, self.call.input_gradients(clamped), state)
+        learned = by_parameter(self.inference.energies, self.collected.of_energies)
+        return LocalGradients(parameters, self.call.input_gradients(clamped), state, learned=learned)
 
 
 def _check_factor(loss: OutputLoss) -> None:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.clamping.data_loss import WithData
+from torch2ebm.clamping.relaxing import Clamped
+from torch2ebm.clamping.training import check_nudging_of_data, clamped_call
 from torch2ebm.common.checks import check_choice, check_reduction
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.node_energies import NodeEnergies, check_names, node_energies
 from torch2ebm.engine.nudging import Nudging, OneSided, Relative
+from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import LocalGradients
-from torch2ebm.engine.signal import tell_where_there_is_no_signal
+from torch2ebm.engine.signal import tell_of_kinks, tell_where_there_is_no_signal
 from torch2ebm.errors import ConfigurationError, DivergenceError
 from torch2ebm.inference.divergence import check_on_divergence, check_phases, no_gradients, of_phase
 from torch2ebm.inference.nudge_unit import NudgeUnit, carried
-from torch2ebm.inference.relaxation import relax
+from torch2ebm.inference.relaxation import OnStep, relax
 from torch2ebm.loss.output_loss import NudgedLoss, OutputLoss
+from torch2ebm.potentials.energy_parameters import check_at_forward
+from torch2ebm.potentials.node_energies import NodeEnergies, check_free, check_names, node_energies
 from torch2ebm.programs.cache import Programs
 from torch2ebm.solvers import ErrorConjugateGradient, GradientDescent, Solver
 
@@ -71,6 +77,7 @@ class PredictiveCoding(Algorithm):
             twice, or ``Relative(r)``, in units of the curvature. The free phase needs no relaxation: it is the
             feed-forward pass.
         precisions: Node name to precision, a number or a tensor that broadcasts against the node's value; 1 elsewhere.
+            A :class:`Precision` learns in your optimizer.
         energies: Node name to energy, for example :class:`Categorical`; Gaussian elsewhere.
         loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
         batch_statistics: ``"live"``: a batch norm normalises by the statistics of the values that it reads, as they
@@ -80,6 +87,15 @@ class PredictiveCoding(Algorithm):
         compile: Record a step once as a list of ATen calls and run that from then on; the step that repeats goes to
             ``torch.compile``. The same numbers to rounding. What cannot be recorded runs as it is, with a
             ``CompilationWarning``; hooks of submodules run while recording only.
+        clamp: Node name to the value that the node has: a tensor in its shape, or without its batch dimension, or a
+            number; ``(value, mask)`` where a part of it is given, True where it is; or a function without arguments
+            that returns one of these for the batch of the forward, or None for nothing. The name of another node ties
+            two values. Its energy is that of the node, and counts whole: ``nudging`` has to be ``OneSided(1)``.
+        free: Inputs that are values of their own, ``"input"`` or the names of arguments. What you pass is then their
+            prediction, with the energy of the node of that name. Zeros are a prior around zero. The output of another
+            module is an amortised guess, and its error is what that module learns from.
+        on_step: Called with an :class:`InferenceStep` after every step of every phase, under ``compile=True`` too. Each
+            call costs one evaluation of all nodes more. What it raises ends the backward, which leaves no trace.
 
     Raises:
         ConfigurationError: for an illegal step size, number of steps, precision, energy, node name or reduction.
@@ -99,25 +115,37 @@ class PredictiveCoding(Algorithm):
     lr: float | str = RATE
     solver: Solver[Any] = field(default=None, kw_only=True)  # type: ignore[arg-type]  # then made of steps and lr
     nudging: Nudging = field(default=None, kw_only=True)  # type: ignore[assignment]  # OneSided(1), or relative
-    precisions: InitVar[Mapping[str, float | Tensor] | None] = field(default=None, kw_only=True)
+    precisions: InitVar[Mapping[str, float | Tensor | Precision] | None] = field(default=None, kw_only=True)
     energies: Mapping[str, Energy] = field(default_factory=NodeEnergies, kw_only=True)
     loss_reduction: str = field(default="mean", kw_only=True)
     batch_statistics: str = field(default="live", kw_only=True)
     on_divergence: str = field(default="raise", kw_only=True)
     compile: bool = field(default=False, kw_only=True)
+    clamp: Mapping[str, Any] = field(default_factory=dict, kw_only=True, compare=False)  # == of tensors is no bool
+    free: Sequence[str] = field(default=(), kw_only=True)
+    on_step: OnStep | None = field(default=None, kw_only=True, compare=False)  # it looks on, and decides nothing
     _programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
 
-    def __post_init__(self, precisions: Mapping[str, float | Tensor] | None) -> None:
+    def __post_init__(self, precisions: Mapping[str, float | Tensor | Precision] | None) -> None:
         check_reduction("PredictiveCoding", self.loss_reduction)
         check_choice("PredictiveCoding", "batch_statistics", self.batch_statistics, ("live", "frozen"))
         check_on_divergence("PredictiveCoding", self.on_divergence)
         _check_kind("solver", self.solver, Solver, "For example GradientDescent(steps=50).")
         _check_kind("nudging", self.nudging, Nudging, "For example Symmetric(beta=0.1).")
         _check_real(self.nudging)
+        object.__setattr__(self, "free", (self.free,) if isinstance(self.free, str) else tuple(self.free))
+        if self.on_step is not None and not callable(self.on_step):
+            raise ConfigurationError(
+                "PredictiveCoding(on_step=...)",
+                repr(self.on_step),
+                "a function of one InferenceStep",
+                "For example print.",
+            )
         given = {name: number for name in ("steps", "lr") if not isinstance(number := getattr(self, name), _Implied)}
         if given.get("lr", 0) is None and self.solver is not None and not hasattr(self.solver, "lr"):
             del given["lr"]  # what was read off a solver without a step size
         solver, nudging = self._chosen(given)
+        check_nudging_of_data("PredictiveCoding", self.clamp, nudging)
         settings = {
             "solver": solver,
             "steps": _implied(solver.steps, _ImpliedSteps),
@@ -134,9 +162,9 @@ class PredictiveCoding(Algorithm):
         solver = None if given and hasattr(self.solver, _CALIBRATED) else self.solver
         nudging = None if given and hasattr(self.nudging, _CALIBRATED) else self.nudging
         if solver is None and not given:
-            return _marked(ErrorConjugateGradient(), _CALIBRATED), nudging or _marked(
-                Relative(R, largest_error=R), _CALIBRATED
-            )
+            # data and priors are part of the energy, which a small nudge would leave alone
+            usual = OneSided() if self.clamp or self.free else Relative(R, largest_error=R)
+            return _marked(ErrorConjugateGradient(), _CALIBRATED), nudging or _marked(usual, _CALIBRATED)
         if solver is None:
             solver = _marked(GradientDescent(_plain(given.get("steps", STEPS)), _plain(given.get("lr", RATE))), _MADE)
         elif given and hasattr(solver, _MADE):
@@ -157,17 +185,28 @@ class PredictiveCoding(Algorithm):
         parts += [f"nudging={self.nudging!r}"] * (not calibrated and self.nudging != OneSided())
         parts += [f"energies={dict(self.energies)!r}"] * bool(self.energies)
         parts += ["batch_statistics='frozen'"] * (self.batch_statistics == "frozen")
+        parts += [f"clamp={dict(self.clamp)!r}"] * bool(self.clamp) + [f"free={self.free!r}"] * bool(self.free)
         parts += ["compile=True"] * self.compile
         parts += [f"on_divergence={self.on_divergence!r}"] * (self.on_divergence != "raise")
         return f"PredictiveCoding({', '.join(parts)})"
 
-    def forward(self, call: Call) -> None:
+    @property
+    def free_inputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The inputs that are values of their own."""
+        return tuple(self.free)
+
+    def forward(self, call: Call) -> Clamped | None:
         check_names("PredictiveCoding", self.energies, call.graph)
+        check_free("PredictiveCoding", self.energies, self.clamp)
         # a program cannot wind a generator back: dropout masks become its inputs
         frozen = self.batch_statistics == "frozen"
         call.feedforward(keep_graph=False, keep_draws=self.compile, freeze_statistics=frozen)
+        check_at_forward("PredictiveCoding", self.energies, call)
+        return clamped_call("PredictiveCoding", call, self.clamp, self.energies) if self.clamp else None
 
-    def backward(self, call: Call, kept: None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+    def backward(self, call: Call, kept: Clamped | None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
+        if kept is not None:
+            call, loss, retain_graph = kept.call, WithData(loss, kept.loss), True
         try:
             unit = self._unit(call, loss)
             drawn = self.nudging.drawn()  # once: a random sign is drawn
@@ -184,6 +223,7 @@ class PredictiveCoding(Algorithm):
             ("signal", type(self.solver), self.solver.steps),
             lambda: tell_where_there_is_no_signal("PredictiveCoding", found.state, found.parameters),
         )
+        call.graph.once(("kinks of energies",), lambda: tell_of_kinks("PredictiveCoding", found.state))
         return found
 
     def with_steps(self, steps: int) -> PredictiveCoding:
@@ -211,7 +251,7 @@ class PredictiveCoding(Algorithm):
             inference.nudge = None if unit is None else beta * unit.sigma_squared
             # what a relative nudge keeps from call to call is r, up to rounding
             inference.carried_under = (unit is None, self.loss_reduction, float(f"{inference.nudge or beta:.6g}"))
-            found = relax(self.solver, inference, beta, self.programs)
+            found = relax(self.solver, inference, beta, self.programs, self.on_step)
         except DivergenceError as error:
             raise of_phase(error, beta) from error
         return found if unit is None else _with_unit(found, unit)
@@ -235,8 +275,9 @@ def mean_of(phases: list[LocalGradients]) -> LocalGradients:
             parameters[name] = parameters[name] + other.parameters[name]
         parameters[name] = parameters[name] / len(phases)
     inputs = [_mean([phase.inputs[i] for phase in phases]) for i in range(len(first.inputs))]
+    learned = {name: torch.stack([phase.learned[name] for phase in phases]).mean(0) for name in first.learned}
     relaxations = tuple(phase.state.relaxation for phase in phases)
-    return LocalGradients(parameters, inputs, replace(first.state, phases=relaxations))
+    return LocalGradients(parameters, inputs, replace(first.state, phases=relaxations), learned=learned)
 
 
 def _mean(parts: list[Tensor | None]) -> Tensor | None:

@@ -29,6 +29,13 @@ def check_positive(where: str, **numbers: float) -> None:
         _check_number(where, name, number, "a finite number above 0", _is_positive(number))
 
 
+def check_finite(where: str, **numbers: float) -> None:
+    """Refuse a factor of either sign that is no finite number."""
+    for name, number in numbers.items():
+        legal = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+        _check_number(where, name, number, "a finite number", legal)
+
+
 AUTO = "auto"  # what a step size or a number of steps may be beside a number
 
 

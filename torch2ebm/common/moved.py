@@ -27,7 +27,7 @@ MOVED: Final[dict[str, tuple[str, ...]]] = {
     "affine": ("implicit.dense_layers",),
     "agreement": ("reports.agreement",),
     "algorithms.divergence": ("inference.divergence",),
-    "algorithms.node_energies": ("engine.node_energies",),
+    "algorithms.node_energies": ("potentials.node_energies",),
     "arguments": ("model.arguments",),
     "assembly": ("graph.build",),
     "backward": ("model.backward", "model.open_forwards"),

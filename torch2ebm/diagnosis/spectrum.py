@@ -9,16 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch2ebm.analysis.lanczos import MOST_NUMBERS, Ritz
+from torch2ebm.analysis.lanczos import lanczos as ritz_values
 from torch2ebm.common.rows import Rows
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.errors import NonFiniteError
 from torch2ebm.inference.curvature import Product, packed
 from torch2ebm.inference.local_products import LocalProducts
-from torch2ebm.inference.steepness import EnergyHessian, tridiagonal
+from torch2ebm.inference.steepness import EnergyHessian
 from torch2ebm.loss.output_loss import OutputLoss
 
-MOST_NUMBERS = 50_000_000  # that the basis may hold: 200 MB in single precision
 KNOWN = 0.01  # an eigenvalue that is bounded to so much of itself is known
 
 
@@ -87,43 +88,16 @@ def lanczos(
         most: Most products to make.
         not_finite: The error of a product that is not finite, which is raised.
     """
-    vector = start / start.norm(dim=1, keepdim=True)
-    basis = start.new_zeros(start.shape[0], most, start.shape[1])
-    diagonal: list[Tensor] = []
-    beside: list[Tensor] = []
-    tiny = math.sqrt(torch.finfo(start.dtype).eps)
-    while True:
-        basis[:, len(diagonal)] = vector
-        found = product(vector)
-        along = (vector.double() * found.double()).sum(1)
-        if not bool(torch.isfinite(found).all()):
-            raise not_finite()
-        # a row whose space is exhausted repeats an entry that it has: a number inside of its spectrum
-        alive = vector.norm(dim=1) > 0
-        diagonal.append(torch.where(alive, along, diagonal[0] if diagonal else along))
-        made = basis[:, : len(diagonal)]
-        for _ in range(2):  # once more: what is left after the first time is rounding
-            found = found - ((made @ found[:, :, None]).mT @ made)[:, 0]
-        length = found.norm(dim=1)
-        going = alive & (length > tiny * torch.stack(diagonal).abs().amax(0).to(length))
-        beside.append(torch.where(going, length, 0.0).double())
-        at_last = len(diagonal) == most or not bool(going.any())
-        spectrum = _ends(diagonal, beside, at_last)
-        if spectrum is not None:
-            return spectrum
-        vector = torch.where(going[:, None], found / length.clamp_min(torch.finfo(length.dtype).tiny)[:, None], 0.0)
+    found = ritz_values(product, start, most, lambda ritz: not _ends(ritz)[1], not_finite)
+    return _ends(found)[0]
 
 
-def _ends(diagonal: list[Tensor], beside: list[Tensor], at_last: bool) -> Spectrum | None:
-    """From the entries, ``[rows]`` each, of the tridiagonal matrices; None where an end is not known yet."""
-    made, matrix = len(diagonal), tridiagonal(diagonal, beside[:-1]).cpu()
-    values, vectors = torch.linalg.eigh(matrix)
-    bounds = beside[-1].cpu()[:, None] * vectors[:, -1].abs()  # of each eigenvalue, [rows, made]
-    top, bottom = int(values[:, -1].argmax()), int(values[:, 0].argmin())
-    largest, smallest = float(values[top, -1]), float(values[bottom, 0])
+def _ends(ritz: Ritz) -> tuple[Spectrum, bool]:
+    """The ends as they are known, and whether one of them is not known well."""
+    (largest,), (bound,) = ritz.ends(1, "largest")
+    (smallest,), _ = ritz.ends(1, "smallest")
     # another row's smallest one may still come down below the one that is known
-    lowest = float((values[:, 0] - bounds[:, 0]).min())
-    vague = smallest - lowest > KNOWN * abs(smallest)
-    if not at_last and (vague or float(bounds[top, -1]) > KNOWN * abs(largest)):
-        return None
-    return Spectrum(largest, smallest, vague, made)
+    lowest = float((ritz.values[:, 0] - ritz.bounds[:, 0]).min())
+    is_bound = float(smallest) - lowest > KNOWN * abs(float(smallest))
+    vague = is_bound or float(bound) > KNOWN * abs(float(largest))
+    return Spectrum(float(largest), float(smallest), is_bound, ritz.products), vague

@@ -143,8 +143,10 @@ class Call:
         device: torch.device,
         batch_size: int = 1,
         swapped: Mapping[str, Tensor] = MappingProxyType({}),
+        given: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.graph, self.run, self.device, self.batch_size = graph, run, device, batch_size
+        self.given = given  # constants beside those of the run: data in the place of values
         self.parameters: Mapping[str, Tensor] = {**graph.parameters, **swapped}
         self.swapped = swapped
         self.external = {graph.constants[place]: leaf for place, leaf in run.external_leaves.items()}
@@ -180,8 +182,8 @@ class Call:
         drawn = keep_draws and bool(self.graph.draws)
         self.frozen_statistics = freeze_statistics
         with torch.enable_grad():
-            self.environment = self.graph.clamp(self.run)
-            if self.run.followed and cut and not drawn:
+            self.environment = {**self.graph.clamp(self.run), **self.given}
+            if self.run.followed and self.graph.cuts is not None and cut and not drawn:
                 self._adopt(keep_graph)
             else:
                 # the module's own run has moved the buffers already

@@ -347,7 +347,9 @@ class InferenceState:
             )
         # the energy of an output is that of a unit Gaussian: none can be given for it
         energy = self.energies.get(self.graph.owner[slot].name)
-        return gaussian_energy(error) if energy is None else energy.of_samples(error, self._prediction(slot).to(error))
+        if energy is None:
+            return gaussian_energy(error)
+        return energy.of_samples(error, self._prediction(slot).to(error)).detach()  # its own parameters may require one
 
 
 def _sum_of(energy: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -363,6 +365,7 @@ class LocalGradients:
             was written, and no sum over samples of it. A missing one stays without a gradient.
         inputs: One for each of ``Call.tensors``; None for one that requires no gradient.
         state: What ``model.state`` shows.
+        learned: Of the energies' own parameters, by node and name, for example ``"0.precision.log"``.
         later: Further gradients of an algorithm whose weights move with the values: each is asked for, in
             ``optimizer.step()``, once the weights have moved on the one before.
 
@@ -382,3 +385,4 @@ class LocalGradients:
     inputs: Sequence[Tensor | None]
     state: InferenceState
     later: Iterator[LocalGradients] | None = None
+    learned: Mapping[str, Tensor] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch2ebm.common.text import listed
 from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.results import ROUNDING, InferenceState
-from torch2ebm.errors import NoSignalWarning
+from torch2ebm.errors import NoSignalWarning, NotSettledWarning
 from torch2ebm.graph.energy_graph import EnergyGraph
 
 SWALLOWED = 250.0  # in units of rounding: what a step of 1 / 250 makes rounding of
@@ -63,6 +63,19 @@ def tell_where_there_is_no_signal(
     found = list(_findings(state, gradients, state.graph if graph is None else graph, cures))
     if found:
         warnings.warn(NoSignalWarning(f"{where}: {' '.join([*found, DOCTOR])}"), stacklevel=users_level())
+    return True
+
+
+def tell_of_kinks(where: str, state: InferenceState) -> bool:
+    """One warning where values may rest on the jump of an energy; returns True, as the other one."""
+    names = [name for name, energy in state.energies.items() if energy.has_kinks]
+    if names and state.relaxation.on_kinks != 0:  # None where the solver does not tell
+        said = (
+            f"{where}: values of {listed(names)} may rest where the energy's derivative jumps, at an error of zero. "
+            "The gradients of the node's weights are then not those of the equilibrium. Huber(delta, precision) with "
+            "precision=1/(scale*delta) is Laplace(scale) with the jump rounded off."
+        )
+        warnings.warn(NotSettledWarning(said), stacklevel=users_level())
     return True
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torch2ebm.capture.run import Cuts, Run
 from torch2ebm.common.known_names import KnownNames
+from torch2ebm.common.nested import map_leaves
 from torch2ebm.common.text import html_table, short_table
 from torch2ebm.errors import NodeEvaluationError, Torch2EBMError
 
@@ -143,6 +144,17 @@ class OutputReference:
     slot: str | None = None  # a prediction that the loss may act on
     constant: str | None = None  # something fixed by the feed-forward pass
     literal: Any = None
+
+
+def filled(output: Any, leaves: Sequence[Any], references: Sequence[OutputReference]) -> Any:
+    """The module's own output, with the leaves that are predictions in the place of its own."""
+    pairs = iter(zip(leaves, references, strict=True))  # those after the output's are held elsewhere
+
+    def of(leaf: Any) -> Any:
+        ours, reference = next(pairs)
+        return leaf if reference.slot is None else ours
+
+    return map_leaves(of, output)
 
 
 class EnergyGraph:

@@ -79,7 +79,9 @@ class Partition:
         follows these (a loss, a softmax) is no value that could relax."""
         found = {producer for producer in self.producers if self._is_activation(producer)}
         last = self.roots - self.before_a_root
-        return found | last | {self.roles.live[source] for node in found for source in node.all_input_nodes}
+        named = {root for root in self.roots if self._is_named(root)}
+        read = {self.roles.live[source] for node in found for source in node.all_input_nodes}
+        return found | last | read | named
 
     def _is_activation(self, producer: fx.Node) -> bool:
         sources, target = producer.all_input_nodes, producer.target

@@ -17,8 +17,9 @@ from torch2ebm.engine.call import Call, NodePass, at_least_single
 from torch2ebm.engine.energies import Energy, gaussian_energy_of_batch, precision_of
 from torch2ebm.engine.results import InferenceState, LocalGradients, StepSize
 from torch2ebm.graph.energy_graph import Node
-from torch2ebm.inference.history import Collected, largest_entry, relative_length
+from torch2ebm.inference.history import Collected, largest_entry, paired, relative_length
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.potentials.energy_parameters import as_they_are, by_parameter
 
 LOSS = "loss"
 UNIT_GAUSSIAN: Mapping[str, Energy] = MappingProxyType({})  # what nodes without an entry have
@@ -210,7 +211,8 @@ class Inference(ABC):
         if energy is None:
             parts = [gaussian_energy_of_batch(error) for error in errors]
         else:
-            parts = [energy.of_batch(*pair) for pair in _pairs(errors, predictions)]
+            with torch.no_grad():  # its own parameters may require one
+                parts = [energy.of_batch(*pair) for pair in zip(*paired(errors, predictions), strict=True)]
         self.history[-1][node.name] = sum(parts[1:], start=parts[0])
         return self.pulls(node, errors, predictions)
 
@@ -236,8 +238,9 @@ class Inference(ABC):
         if energy is None:
             # phi = 1/2 |e|^2: dphi/dv = -dphi/dmu = e. The very same tensors, by which callers know a unit Gaussian.
             return list(errors), list(errors)
-        own, backward = zip(*[energy.gradients(*pair) for pair in _pairs(errors, predictions)], strict=True)
-        return list(own), list(backward)
+        with torch.no_grad():
+            pulls = [energy.gradients(*pair) for pair in zip(*paired(errors, predictions), strict=True)]
+        return [own for own, _ in pulls], [backward for _, backward in pulls]
 
     def send(self, evaluated: NodePass, cotangents: Sequence[Tensor | None], messages: dict[str, Tensor]) -> None:
         """Add J^T of the cotangents to the message of each parent.
@@ -352,11 +355,12 @@ class Inference(ABC):
             # _collect has multiplied by -scale; a loss times 0 has none
             error_unit=-1 / self.loss.scale if self.loss.scale else 0.0,
             unreached=tuple(result.unreached),
-            energies=self.energies,
+            energies=as_they_are(self.energies),
             rounds=self.rounds,
         )
         inputs = self.call.input_gradients(result.gradients.clamped)
-        return LocalGradients(result.gradients.parameters, inputs, state)
+        learned = by_parameter(self.energies, result.of_energies)
+        return LocalGradients(result.gradients.parameters, inputs, state, learned=learned)
 
     @abstractmethod
     def _collect_all(self, result: Collected) -> None:
@@ -393,8 +397,7 @@ class Inference(ABC):
         """No error has reached the node: its gradients are exactly zero, its predictions its values."""
         result.unreached.insert(0, node.name)  # nodes come in reverse; the report has the graph's order
         result.gradients.add_zeros(self.call, node)
-        result.predictions.update({slot: self.values.pop(slot) for slot in node.slots})
-
-
-def _pairs(errors: Sequence[Tensor], predictions: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return [(error, mu.detach().to(error.dtype)) for error, mu in zip(errors, predictions, strict=True)]
+        values = [self.values.pop(slot) for slot in node.slots]
+        if energy := self.energies.get(node.name):
+            result.add_energy(node.name, energy, [torch.zeros_like(value) for value in values], values, self.scale)
+        result.predictions.update(zip(node.slots, values, strict=True))

@@ -241,32 +241,36 @@ def noise(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {slot: torch.randn(value.shape, generator=generator).to(value) for slot, value in like.items()}
 
 
+def commutes(product: Product, rows: Rows, within: float = 1e-2) -> bool:
+    """Whether signs of samples pass through a product, but for a share that is put down to rounding and differences."""
+    some = rows.pack(noise(rows.like))
+    signs = torch.ones(rows.count, 1).to(some)
+    signs[1::2] = -1
+    by_slot, signed = dict(rows.like), dict(rows.like)
+    rows.unpack(some, by_slot)
+    rows.unpack(some * signs, signed)
+    plain, other = rows.pack(product(by_slot)) * signs, rows.pack(product(signed))
+    # far above rounding and differences, far below a sample that has a say in another
+    return float((plain - other).norm()) <= within * float(plain.norm())
+
+
 def independent(ends: OutputCurvature, rows: Rows) -> bool:
     """Whether no sample's product depends on another sample: signs of samples then pass through every product."""
     local, call = ends.local, ends.local.call
     if rows.count == 1:
         return call.batch_size == 1
 
-    def commutes(product: Product) -> bool:
-        some = rows.pack(noise(rows.like))
-        signs = torch.ones(rows.count, 1).to(some)
-        signs[1::2] = -1
-        by_slot, signed = dict(rows.like), dict(rows.like)
-        rows.unpack(some, by_slot)
-        rows.unpack(some * signs, signed)
-        plain, other = rows.pack(product(by_slot)) * signs, rows.pack(product(signed))
-        # far above rounding and differences, far below a sample that has a say in another
-        return float((plain - other).norm()) <= 1e-2 * float(plain.norm())
-
     def of_graph() -> bool:
         if call.couples_samples:
             return False
         exact, local.exact = local.exact, True  # differences add up over hundreds of nodes
-        separate = commutes(ends.covariance)
+        separate = commutes(ends.covariance, rows)
         local.exact = exact
         return separate
 
-    return commutes(ends.product) and call.graph.once((_SEPARATE, call.batch_size, call.frozen_statistics), of_graph)
+    return commutes(ends.product, rows) and call.graph.once(
+        (_SEPARATE, call.batch_size, call.frozen_statistics), of_graph
+    )
 
 
 def output_hessian(call: Call, loss: OutputLoss) -> Product:

@@ -194,7 +194,9 @@ class ErrorInference(Inference):
             if any(slot in self.errors for slot in node.slots):
                 evaluated = passes.pop(node.name, None) or self.evaluate(node, requires_grad=False)
                 errors = self._errors_of(node)
-                _, cotangents = self.pulls_into_history(node, errors, [self._predictions[slot] for slot in node.slots])
+                predictions = [self._predictions[slot] for slot in node.slots]
+                _, cotangents = self.pulls_into_history(node, errors, predictions)
+                result.add_energy(node.name, self.energies.get(node.name), errors, predictions, self.scale)
                 self._collect(evaluated, errors, cotangents, result)
             else:
                 self._collect_unreached(node, result)

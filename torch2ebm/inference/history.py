@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.gradients import GradientSum
+from torch2ebm.potentials.energy_parameters import gradients_of_energy
 
 
 def energies(history: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:
@@ -26,6 +28,25 @@ class Collected:
     predictions: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, Tensor] = field(default_factory=dict)  # times minus the loss's scale
     unreached: list[str] = field(default_factory=list)
+    of_energies: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by node, then by name of the tensor
+
+    def add_energy(
+        self,
+        name: str,
+        energy: Energy | None,
+        errors: Sequence[Tensor],
+        predictions: Sequence[Tensor],
+        scale: float | Tensor,
+    ) -> None:
+        """What the parameters of a node's energy learn, before its errors are used up."""
+        found = {} if energy is None else gradients_of_energy(energy, *paired(errors, predictions), scale)
+        if found:
+            self.of_energies[name] = found
+
+
+def paired(errors: Sequence[Tensor], predictions: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Errors, and predictions in their dtype, as energies take them."""
+    return list(errors), [mu.detach().to(error.dtype) for error, mu in zip(errors, predictions, strict=True)]
 
 
 def largest_entry(gradient: Tensor, batch_size: int) -> Tensor:

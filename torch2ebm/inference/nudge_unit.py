@@ -11,12 +11,12 @@ from torch import Tensor
 
 from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.call import Call, at_least_single
-from torch2ebm.engine.node_energies import NodeEnergies
 from torch2ebm.engine.nudging import Relative
 from torch2ebm.errors import CurvatureWarning
 from torch2ebm.inference.curvature import BACKPROP, Curvature, measured_curvature
 from torch2ebm.inference.local_products import LocalProducts
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.potentials.node_energies import NodeEnergies
 
 PRODUCTS = 3  # within a few percent on chains and residual nets of 20 to 200 layers
 NOT_CONVEX = 1e-3  # what rounding and differences leave of an eigenvalue of zero, beside the largest

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from torch2ebm.common.checks import AUTO
+from torch2ebm.engine.call import at_least_single
+from torch2ebm.engine.draws import MeanGradients
+from torch2ebm.engine.energies import Gaussian
 from torch2ebm.engine.results import ROUNDING, LocalGradients, Relaxation, StepSize
 from torch2ebm.errors import DivergenceError, NonFiniteError
 from torch2ebm.inference.base import LOSS, Inference
+from torch2ebm.inference.error_inference import ErrorInference
 from torch2ebm.inference.history import energies
 from torch2ebm.inference.runs import EagerRun, ProgramRun
 from torch2ebm.inference.settling import CEILING, Settling, tell_ceiling
@@ -21,7 +29,50 @@ RISE = 1e3  # an energy that has risen by so many times its start is no overshoo
 WATCHED = 100  # steps between two looks at the energy; each waits for the device
 
 
-def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Programs | None = None) -> LocalGradients:
+@dataclass(frozen=True, eq=False)
+class InferenceStep:
+    """Where a relaxation is after one of its steps: what ``PredictiveCoding(on_step=...)`` is called with.
+
+    All tensors are copies, without a graph, and yours to keep.
+
+    Attributes:
+        step: How many steps have been made, from 1.
+        beta: The nudge of this phase.
+        value: Node name to value, of the nodes that have one; a tuple for a node of several slots.
+        error: Node name to value minus prediction, in the same shapes.
+        energy: F, summed over samples: what ``relaxation.energy[step]`` will be.
+        node_energy: The share of each of these nodes.
+        loss: The rest: ``beta`` times the loss.
+
+    Example:
+        >>> import torch, torch2ebm
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> model, seen = torch2ebm.convert(net), []
+        >>> model.attach(torch2ebm.PredictiveCoding(steps=3, on_step=seen.append))
+        >>> torch.nn.functional.mse_loss(model(torch.randn(5, 4)), torch.randn(5, 3)).backward()
+        >>> [step.step for step in seen], seen[-1].value["0"].shape
+        ([1, 2, 3], torch.Size([5, 8]))
+    """
+
+    step: int
+    beta: float
+    value: Mapping[str, Any]
+    error: Mapping[str, Any]
+    energy: float
+    node_energy: Mapping[str, float]
+    loss: float
+
+
+OnStep = Callable[[InferenceStep], object]
+
+
+def relax(
+    solver: Solver[Form],
+    inference: Form,
+    beta: float = 1.0,
+    programs: Programs | None = None,
+    on_step: OnStep | None = None,
+) -> LocalGradients:
     """Relax, take the local gradients where the relaxation ends, and check both.
 
     Args:
@@ -29,6 +80,7 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
         inference: What they are: ``solver.inference(call, loss, energies, retain_call)``.
         beta: The nudge that the report shows. The loss has it already (:class:`NudgedLoss`).
         programs: Where recorded steps are kept, under ``compile=True``; None records none.
+        on_step: Called after every step; each call costs one evaluation of all nodes more.
 
     Returns:
         The local gradients, whose ``state.relaxation`` has steps, residual, convergence and the energy of every step.
@@ -46,7 +98,10 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
         >>> found.state.relaxation.steps, len(found.state.relaxation.energy)
         (10, 11)
     """
+    if solver.samples:
+        programs = None  # a program would have the same noise in every batch
     run = EagerRun(solver, inference) if programs is None else ProgramRun(programs, solver, inference)
+    draws, heat = MeanGradients(), heat_of(solver, inference)
     lr = inference.step_size.used if inference.step_size else getattr(solver, "lr", None)
     tol = tolerance(solver)
     if solver.steps == AUTO:
@@ -57,19 +112,26 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
         # a maximum over all values costs a pass: without a tolerance only the last step is reported
         measured = tol > 0 or steps == most - 1
         inference.measuring = measured and not solver.relative_residual  # which has a measure of its own
-        steps += run.advance(_steps_unwatched(tol, most, steps))
+        steps += run.advance(1 if on_step else _steps_unwatched(tol, most, steps))
+        if on_step:
+            run.show()
+            on_step(step_of(inference, steps, beta))
+        if solver.is_draw(steps):
+            draws.add(_gradients_here(inference))
         if measured:
             rest = run.rest()
             if solver.steps == AUTO:
                 rest = settling.seen(rest)
             if rest.reached:
                 break
-        if steps % WATCHED == 0 and _has_run_away(inference):
+        if steps % WATCHED == 0 and _has_run_away(inference, heat):
             break
     # before the report: the last pass adds the final energy to the history
     gradients = run.local_gradients()
+    if draws.count:
+        gradients = draws.of(gradients)
     try:
-        relaxation = report(inference, steps, rest, tol, beta, solver.remedy)
+        relaxation = report(inference, steps, rest, tol, beta, solver.remedy, heat)
     except DivergenceError:
         correct(solver, inference, rose=True)
         raise
@@ -86,6 +148,51 @@ def relax(solver: Solver[Form], inference: Form, beta: float = 1.0, programs: Pr
     return replace(gradients, state=state)
 
 
+def _gradients_here(inference: Inference) -> LocalGradients:
+    """The local gradients at the values as they are, which go on from there."""
+    moving = inference.moving()
+    found = inference.local_gradients()
+    inference.history.pop()  # the energy here is that of the next step's start
+    inference.restore(moving)
+    return found
+
+
+def step_of(inference: Inference, steps: int, beta: float) -> InferenceStep:
+    """Where a relaxation is now. Nothing of it moves, and no count of it goes on."""
+    call, values = inference.call, dict[str, Tensor]()
+    value: dict[str, Any] = {}
+    error: dict[str, Any] = {}
+    energy: dict[str, float] = {}
+    outputs: dict[str, Tensor] = {}
+    for node in inference.graph.nodes.values():
+        with torch.no_grad():
+            predicted = call.evaluate(node, [values[slot] for slot in node.reads]).predictions
+        if node.is_output:
+            outputs.update(zip(node.slots, predicted, strict=True))
+            continue
+        predictions = [at_least_single(each) for each in predicted]
+        pairs = [_value_and_error(inference, *each) for each in zip(node.slots, predictions, strict=True)]
+        moved, errors = [v for v, _ in pairs], [e for _, e in pairs]
+        values.update((slot, v.to(p.dtype)) for slot, v, p in zip(node.slots, moved, predicted, strict=True))
+        value[node.name], error[node.name] = _one_or_all(moved), _one_or_all(errors)
+        phi = inference.energies.get(node.name, Gaussian())
+        with torch.no_grad():  # its own parameters may require one
+            energy[node.name] = sum(float(phi.of_batch(*pair)) for pair in zip(errors, predictions, strict=True))
+    loss = float(inference.loss.gradients(outputs)[0])
+    return InferenceStep(steps, beta, value, error, loss + sum(energy.values()), energy, loss)
+
+
+def _value_and_error(inference: Inference, slot: str, prediction: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(inference, ErrorInference):
+        return inference.values[slot].clone(), inference.values[slot] - prediction
+    error = inference.errors[slot].clone() if slot in inference.errors else torch.zeros_like(prediction)
+    return prediction + error, error
+
+
+def _one_or_all(slots: list[Tensor]) -> Any:
+    return slots[0] if len(slots) == 1 else tuple(slots)
+
+
 def _steps_unwatched(tol: float, most: int, steps: int) -> int:
     """How many steps may be taken before the residual or the energy is read."""
     # the last step is measured and hence a step, or program, of its own
@@ -99,25 +206,36 @@ def _with_step_size(relaxation: Relaxation, measured: StepSize | None, lr: float
     return replace(relaxation, lr=lr, largest_lr=largest, lr_cost=measured.backprops)
 
 
-def _has_run_away(inference: Inference) -> bool:
+def heat_of(solver: Solver[Any], inference: Inference) -> float:
+    """What the noise of a sampler brings to the energy, up to a factor: its temperature for each entry."""
+    return solver.temperature * sum(value.numel() for value in inference.values.values())
+
+
+def _has_run_away(inference: Inference, heat: float) -> bool:
     """Whether the last energy is past what :func:`report` lets through: the steps that are left would be wasted."""
     first, last = (float(sum(inference.history[i].values())) for i in (0, -1))
-    return not (math.isfinite(last) and last <= _ceiling(first))
+    return not (math.isfinite(last) and last <= _ceiling(first, heat))
 
 
-def _ceiling(first: float) -> float:
-    return first + RISE * abs(first) + 1.0  # + 1: the energy may start at zero; abs: it may be negative
+def _ceiling(first: float, heat: float) -> float:
+    return first + RISE * (abs(first) + heat) + 1.0  # + 1: the energy may start at zero; abs: it may be negative
 
 
 def report(
-    inference: Inference, steps: int, rest: Rest, tol: float, beta: float = 1.0, remedy: str = REMEDY
+    inference: Inference,
+    steps: int,
+    rest: Rest,
+    tol: float,
+    beta: float = 1.0,
+    remedy: str = REMEDY,
+    heat: float = 0.0,
 ) -> Relaxation:
     """How the relaxation went. Raises :class:`NonFiniteError` or :class:`DivergenceError` where it went wrong."""
     names = [node.name for node in inference.graph.hidden_nodes]
     table = energies(inference.history, [*names, LOSS])
     loss = table.pop(LOSS)
     total = tuple(sum(column) for column in zip(loss, *table.values(), strict=True))
-    check_energies(total, {**table, "the loss": loss}, remedy)
+    check_energies(total, {**table, "the loss": loss}, remedy, heat)
     return Relaxation(
         steps,
         rest.reached if tol > 0 else None,
@@ -137,9 +255,11 @@ def report(
     )
 
 
-def check_energies(total: tuple[float, ...], parts: Mapping[str, tuple[float, ...]], remedy: str = REMEDY) -> None:
+def check_energies(
+    total: tuple[float, ...], parts: Mapping[str, tuple[float, ...]], remedy: str = REMEDY, heat: float = 0.0
+) -> None:
     """Raise :class:`NonFiniteError` for a start, :class:`DivergenceError` for a later energy, that went wrong."""
-    ceiling = _ceiling(total[0])
+    ceiling = _ceiling(total[0], heat)
     # not (finite and <=): NaN compares false with everything
     bad = next((step for step, energy in enumerate(total) if not (math.isfinite(energy) and energy <= ceiling)), None)
     if bad is None:

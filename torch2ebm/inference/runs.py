@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2ebm.common.nested import attributes_of, fill, leaves_of, settings_of, template_of
+from torch2ebm.common.nested import fill, leaves_of, settings_of, template_of
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.inference.base import Inference
 from torch2ebm.inference.solver import Rest
+from torch2ebm.potentials.energy_parameters import tensors_of
 from torch2ebm.programs.cache import Chain, Programs
 from torch2ebm.programs.surroundings import fixed_tensors, surroundings
 
@@ -27,6 +28,9 @@ class EagerRun:
         """Take a step, or up to ``limit`` of them; returns how many."""
         self.state = self.solver.step(self.inference, self.state)
         return 1
+
+    def show(self) -> None:
+        """Have the inference be what the steps have made of it."""
 
     def rest(self) -> Rest:
         rest: Rest = self.solver.rest(self.inference, self.state)
@@ -66,6 +70,11 @@ class ProgramRun:
             history, self.inference.driving = fill(others, [*self._leaves, *rest[start : start + each]])
             self.inference.history.append(history)
         return len(rest) // each
+
+    def show(self) -> None:
+        """Have the inference be what the steps have made of it."""
+        if self._chain is not None and not self._chain.is_broken:
+            self._hand_back()
 
     def rest(self) -> Rest:
         if self._chain is not None and not self._chain.is_broken:  # else eager steps have gone on from there
@@ -146,9 +155,9 @@ def _chain(programs: Programs, solver: Any, inference: Inference) -> Chain | Non
     on_loss, tensors = fixed
     # attributes and not the objects: one of a class that is not frozen may have others in the next batch
     energies = tuple((name, settings_of(energy)) for name, energy in inference.energies.items())
-    own = leaves_of([attributes_of(solver), *map(attributes_of, inference.energies.values())])
+    own = [tensor for each in (solver, *inference.energies.values()) for tensor in tensors_of(each)]
     key = (settings_of(solver), on_loss, energies, surroundings(inference.call))
-    return Chain(programs, inference.graph, key, [*tensors, *(leaf for leaf in own if isinstance(leaf, Tensor))])
+    return Chain(programs, inference.graph, key, [*tensors, *own])
 
 
 def _size(structure: Any) -> int:

@@ -67,6 +67,8 @@ class Solver(NamedSettings, ABC, Generic[Form]):
         coordinates: In which the step size is measured: ``"values"``, ``"errors"``, ``"local errors"``; empty where it
             is not.
         descends: Whether a stable step never raises the energy.
+        temperature: What a step adds noise for; 0 for none.
+        samples: Whether its steps draw values, and do not lead to rest; gradients are then the mean over the draws.
         remedy: What to try where it diverges, for the error that says so.
 
     Example:
@@ -84,12 +86,14 @@ class Solver(NamedSettings, ABC, Generic[Form]):
     steps: int | str
     tol: float
     lr: float | str
+    temperature: float = 0.0
     remedy: ClassVar[str] = REMEDY
     # whether one step is along the whole gradient in the errors, which from errors of zero is backprop's
     one_step_is_backprop: ClassVar[bool] = False
     relative_residual: ClassVar[bool] = False  # whether its measure is that over |e|
     coordinates: ClassVar[str] = ""
     descends: ClassVar[bool] = True
+    samples: ClassVar[bool] = False
 
     @abstractmethod
     def inference(self, call: Call, loss: OutputLoss, energies: Mapping[str, Energy], retain_call: bool) -> Form:
@@ -126,6 +130,21 @@ class Solver(NamedSettings, ABC, Generic[Form]):
             >>> solver.with_steps(3)
             GradientDescent(steps=3, lr=0.1, tol=0.0)
         """
+
+    def is_draw(self, step: int) -> bool:
+        """Whether the values after so many steps are a draw.
+
+        Args:
+            step: How many steps have been made, from 1.
+
+        Returns:
+            False for a solver that does not sample.
+
+        Example:
+            >>> torch2ebm.Langevin(burn_in=10, thinning=5).is_draw(15), solver.is_draw(15)
+            (True, False)
+        """
+        return False
 
     def largest_step(self, stability: Stability) -> float:
         """The largest stable step size at the feed-forward pass.

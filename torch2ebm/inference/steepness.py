@@ -147,12 +147,13 @@ class EnergyHessian:
 def _curved(energy: Energy | None, error: Tensor, prediction: Tensor) -> Tensor:
     """The second derivative of a node's energy where the value is the prediction, times a vector."""
     if energy is None or isinstance(energy, Gaussian):
-        return error if energy is None else energy.gradients(error, prediction)[0]
+        return error if energy is None else energy.gradients(error, prediction)[0].detach()
     size = float(error.abs().max())
     if size == 0.0:
         return error
     width = torch.finfo(error.dtype).eps ** (1 / 3) / size
-    above, below = (energy.gradients(sign * width * error, prediction)[0] for sign in (1, -1))
+    with torch.no_grad():
+        above, below = (energy.gradients(sign * width * error, prediction)[0] for sign in (1, -1))
     product: Tensor = (above - below) / (2 * width)
     return product
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch2ebm.common.checks import AUTO
 from torch2ebm.common.text import listed
 from torch2ebm.common.users_code import users_level
-from torch2ebm.engine.node_energies import NodeEnergies
 from torch2ebm.engine.results import InferenceState, Relaxation, StepSize
 from torch2ebm.errors import StepSizeWarning
 from torch2ebm.inference.base import Inference
@@ -23,6 +22,7 @@ from torch2ebm.inference.error_inference import ErrorInference
 from torch2ebm.inference.solver import Solver
 from torch2ebm.inference.steepness import Stability, measured_stability
 from torch2ebm.inference.value_inference import ValueInference
+from torch2ebm.potentials.node_energies import NodeEnergies
 
 EVERY = 10  # calls that one measurement serves: a step of 1 / lambda is stable until lambda has doubled
 PRODUCTS = 3  # lambda to a fifth or better on chains and residual nets of 20 to 200 layers

@@ -265,6 +265,7 @@ class ValueInference(Inference):
         evaluated = self.evaluate(node, requires_grad=False)
         errors = self.subtract(node, evaluated.predictions)
         _, cotangents = self.pulls_into_history(node, errors, evaluated.predictions)
+        result.add_energy(node.name, self.energies.get(node.name), errors, evaluated.predictions, self.scale)
         for slot in node.slots:
             del self.values[slot]  # all its readers are done
         self._collect(evaluated, errors, cotangents, result)

@@ -172,3 +172,9 @@ class Modes:
 # autograd.Function and torch's factories. Reentrant: the user's forward
 # runs under it, and may convert or train another model.
 TRACING = threading.RLock()
+
+
+def exporting() -> bool:
+    """Whether something traces or exports what runs now."""
+    is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # not in torch 2.6
+    return torch._C._get_tracing_state() is not None or is_exporting()

@@ -42,6 +42,7 @@ from torch2ebm.loss.tape import Tape
 from torch2ebm.loss.together import relaxed_together
 from torch2ebm.model.arguments import Arguments, check_finite_inputs
 from torch2ebm.model.open_forwards import OpenForwards
+from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.shards import Shards
 from torch2ebm.model.unchanged import Unchanged
 from torch2ebm.model.verification import check_opaque
@@ -67,17 +68,19 @@ class OpenCall:
         batch: Batch,
         standing: Standing,
         forget: Callable[[], None],
+        replicas: Replicas,
     ) -> None:
         self.call: Call | None = call
         self.kept: Any = None  # what the algorithm's forward returned
         self.algorithm, self.history, self.forwards = algorithm, history, forwards
         self.keep, self.shards, self.arguments, self.standing = keep, shards, arguments, standing
-        self.batch, self.forget = batch, forget
+        self.batch, self.forget, self.replicas = batch, forget, replicas
         self.finite = {**call.parameters, **finite}
         self.tape = Tape(len(call.graph.output_slots), call.device, forwards.undo)
         self.tape.calls.append(weakref.ref(self))
         self.relaxed: tuple[int, LocalGradients] | None = None  # by a backward that reached another call first
         self.parameters = {name: p for name, p in call.parameters.items() if p.requires_grad}
+        self.learned = dict(algorithm.learned)
         self.device = call.device
         self.autocast = Autocast.now(self.device.type)
 
@@ -116,7 +119,16 @@ class OpenCall:
                 gradients = undone_by(modes.restore, lambda: self.gradients(delivered, _retains_graph()))
             synchronised = self.shards.scattered(gradients.parameters)
             of_parameters = [synchronised.get(name) for name in self.parameters]
-            return (None, *of_parameters, *gradients.inputs)
+            learned = self._among_replicas(gradients.learned)
+            of_energies = [learned.get(name) for name in self.learned]
+            return (None, *of_parameters, *of_energies, *gradients.inputs)
+
+    def _among_replicas(self, learned: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The mean over processes: no wrapper of the model sees these parameters."""
+        if not self.learned or self.replicas.wrapper is None:
+            return learned
+        # a batch that gives no gradient here still has to answer the other processes
+        return self.replicas.averaged({n: learned.get(n, torch.zeros_like(t)) for n, t in self.learned.items()})
 
     def gradients(self, delivered: Sequence[Tensor | None], retain_graph: bool) -> LocalGradients:
         """What the algorithm makes of the delivered gradients, checked."""
@@ -251,6 +263,7 @@ class OpenCall:
             {name: torch.full_like(parameter, torch.nan) for name, parameter in self.parameters.items()},
             [torch.full_like(t, torch.nan) for t in call.tensors],
             nothing,
+            learned={name: torch.full_like(tensor, torch.nan) for name, tensor in self.learned.items()},
         )
 
     def _check_parameters(self, gradients: LocalGradients, loss: ReplayedLoss) -> None:
@@ -259,8 +272,8 @@ class OpenCall:
         A larger one may be a scaler's, which skips the step and comes down; ``optimizer.step()`` looks whether it did.
         """
         if not loss.magnified:
-            check_gradients(gradients.parameters)
-        elif first_bad(gradients.parameters) is not None:
+            check_gradients({**gradients.parameters, **gradients.learned})
+        elif first_bad({**gradients.parameters, **gradients.learned}) is not None:
             self.forwards.overflowed.append(self.history)
 
     def _check_returned(self, gradients: object) -> None:

@@ -19,6 +19,7 @@ from torch2ebm.capture.observation import Capture, capture
 from torch2ebm.capture.recording import Place
 from torch2ebm.capture.run import Cuts, Run
 from torch2ebm.capture.running import Subject
+from torch2ebm.clamping.free_inputs import is_current, with_free_inputs
 from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.finite import all_finite
 from torch2ebm.errors import (
@@ -36,6 +37,7 @@ from torch2ebm.graph.lone_node import ALONE, FINER, lone_node
 from torch2ebm.isolation.module_state import BufferSnapshot, is_lazy, tensors_in_place
 from torch2ebm.isolation.torch_modes import TRACING
 from torch2ebm.model.arguments import Arguments
+from torch2ebm.model.shards import Shards
 from torch2ebm.model.verification import same_by_cuts, verify
 
 KEPT = 32  # sequences of operations: branches may differ from batch to batch
@@ -85,13 +87,15 @@ class Captures:
     Raises :class:`ConfigurationError` where ``granularity`` is nothing that a module can be cut by.
     """
 
-    def __init__(self, module: nn.Module, granularity: Granularity) -> None:
-        self.module, self.leaves = module, named_leaves(module, granularity)
+    def __init__(self, module: nn.Module, granularity: Granularity, beside: frozenset[str] = frozenset()) -> None:
+        self.module, self.leaves = module, named_leaves(module, granularity) | beside
         self.granularity: Granularity = granularity if isinstance(granularity, str) else tuple(granularity)
         self.parameters = dict(module.named_parameters())
         self.subject = Subject.of(module)
         self.entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._latest: dict[tuple[Granularity, bool], Cuts] = {}
+        self.inputs: dict[str, Tensor] = {}  # of the call captured last, without any rows, for the other dimensions
+        self._behind: dict[tuple[tuple[str, str], ...], Captures] = {}
         self._paths = {id(parameter): name for name, parameter in self.parameters.items()}
         self._fingerprint = Fingerprint.of(module)
         self._told_of: set[str | type[Warning]] = set()  # paths of opaque modules, and warnings that are given once
@@ -102,6 +106,18 @@ class Captures:
     def know_the_module(self) -> bool:
         """Whether its layers and parameters are those that they were."""
         return Fingerprint.of(self.module).same_objects(self._fingerprint)
+
+    def behind(self, free: Mapping[str, str]) -> Captures:
+        """Those of the module behind free inputs, argument to node, which are values of their own there."""
+        if not free:
+            return self
+        key, names = tuple(free.items()), list(free.values())
+        found = self._behind.get(key)
+        if found is None or not is_current(found.module, self.module, names):
+            view = with_free_inputs(self.module, free)
+            found = self._behind[key] = Captures(view, self.granularity, frozenset(names))
+            is_current(view, self.module, names)
+        return found
 
     def changing_buffers(self) -> dict[str, Tensor]:
         """The buffers that forward may change; all of them before anything is known of it."""
@@ -168,6 +184,8 @@ class Captures:
                 if run.followed and graph not in self._cut_before:
                     self._check_cuts(graph, run, arguments, swapped)
                 return Served(run, graph, swapped, arguments)
+        names = arguments.names()
+        self.inputs = {names[id(t)]: t.new_empty((0, *t.shape[1:])) for t in arguments.tensors if id(t) in names}
         with TRACING:
             graph = self._graph_for(run, granularity, graded, arguments.device, swapped)
         served = Served(run, graph, swapped, arguments)
@@ -348,3 +366,10 @@ def _equal(ours: Any, theirs: Any) -> bool:
     return len(ours) == len(theirs) and all(
         a is b or (type(a) is type(b) and type(a) in (int, float) and a == b) for a, b in zip(ours, theirs, strict=True)
     )
+
+
+def seen(module: nn.Module, granularity: Granularity) -> tuple[Shards, Captures]:
+    """The parameters of a module that are spread over processes, and its captures, with nothing in them yet."""
+    shards = Shards(module)
+    with shards.gathered():
+        return shards, Captures(module, granularity)

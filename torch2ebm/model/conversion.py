@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,15 @@ from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm, check_algorithm
 from torch2ebm.algorithms.given import curvature_of
+from torch2ebm.analysis.energy_function import ByNode
+from torch2ebm.analysis.energy_terms import EnergyTerms, energy_terms
+from torch2ebm.analysis.hessian import Hessian, hessian_of
 from torch2ebm.capture.fingerprint import inside_functional_call
-from torch2ebm.common.nested import leaves_of, map_leaves
+from torch2ebm.clamping.answering import answered, question_settings
+from torch2ebm.clamping.asking import Question
+from torch2ebm.clamping.inferred import Inferred
+from torch2ebm.clamping.inputs import Asked, nodes_of_inputs
+from torch2ebm.common.nested import leaves_of
 from torch2ebm.common.plain_loop import PlainLoop
 from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.batch import GUESSED, Batch, BatchDimension
@@ -23,18 +31,27 @@ from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.engine.standing import Standing
 from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
-from torch2ebm.graph.energy_graph import EnergyGraph, Node, OutputReference
+from torch2ebm.graph.energy_graph import EnergyGraph, Node, filled
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.inference.curvature import Curvature
+from torch2ebm.isolation.forward_mode import without_transforms
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
+from torch2ebm.isolation.torch_modes import exporting
 from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
-from torch2ebm.model.arguments import Arguments, batch_dimension_of, called, check_inputs, of_batch, ordinary
+from torch2ebm.model.arguments import (
+    Arguments,
+    as_arguments,
+    batch_dimension_of,
+    called,
+    check_inputs,
+    of_batch,
+    ordinary,
+)
 from torch2ebm.model.backward import EnergyFunction, OpenCall
-from torch2ebm.model.capture_cache import Captures, Served
+from torch2ebm.model.capture_cache import Captures, Served, seen
 from torch2ebm.model.open_forwards import OpenForwards, nothing_attached
 from torch2ebm.model.replicas import Replicas
-from torch2ebm.model.shards import Shards
 from torch2ebm.model.whole_call import PlainCall
 from torch2ebm.reports.drawing import draw_graph
 from torch2ebm.reports.tables import node_table
@@ -43,8 +60,7 @@ from torch2ebm.reports.tables import node_table
 class Conversion:
     """The energy side of a converted model, at ``model.torch2ebm``; it knows the module, and not the model.
 
-    Every public name of :class:`EnergyModel` is here too, so that it can be reached where the module has an attribute
-    of the same name: ``model.torch2ebm.state`` beside a ``model.state`` of the module's own.
+    Every public name of :class:`EnergyModel` is here too, for modules with an attribute of the same name.
 
     Attributes:
         module: The module that was given to :func:`convert`.
@@ -65,9 +81,10 @@ class Conversion:
         batch: BatchDimension = GUESSED,
     ) -> None:
         self.module, self.algorithm = module, algorithm
-        self.shards, self.captures = _seen(module, granularity)
+        self.shards, self.captures = seen(module, granularity)
         self.forwards, self.replicas = OpenForwards(), Replicas()
         self.standing = Standing()
+        self._seen: Mapping[str, Tensor] = {}
         self.batch = batch
         self._runs: Callable[..., Any] = module
         self.check_every: int | None = None
@@ -82,7 +99,7 @@ class Conversion:
     def answer(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What ``model(*args, **kwargs)`` returns."""
         self._state = None
-        if torch._C._get_tracing_state() is not None or _exporting():
+        if exporting():
             return self.module(*args, **kwargs)
         if self.algorithm is not None and self.algorithm.defines_output and not torch.is_grad_enabled():
             return self._output_alone(self.algorithm, args, kwargs)
@@ -122,7 +139,7 @@ class Conversion:
             call = self._call(served)
             with tensors_in_place(self.module, served.swapped):
                 algorithm.forward(call)
-            return _filled(served.run.output, call.output(), call.graph.outputs)
+            return filled(served.run.output, call.output(), call.graph.outputs)
 
     def feedforward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain module's output, whatever algorithm is attached, with ordinary autograd."""
@@ -157,7 +174,8 @@ class Conversion:
 
         def taped_output() -> Any:
             with exhausted_memory_named("model(...)", algorithm):
-                plain = self._plain_call(args, kwargs) if checked else None
+                run = partial(called, self._runs, self.module, args, kwargs)
+                plain = PlainCall.of(self.module, (args, kwargs), run) if checked else None
                 served = self._served(args, kwargs, algorithm, history.before)
                 if plain is not None:
                     plain.check(served)
@@ -174,18 +192,22 @@ class Conversion:
                     self._batch(served),
                     self.standing,
                     partial(self.captures.forget, served.graph),
+                    self.replicas if forwards is self.forwards else Replicas(),  # a comparison is of one process
                 )
                 for tape in given_from:
                     tape.fed.append(weakref.ref(open_call.tape))
                 outputs = EnergyFunction.apply(  # type: ignore[no-untyped-call]
-                    open_call, *self.shards.in_place_of(open_call.parameters), *served.run.external.values()
+                    open_call,
+                    *self.shards.in_place_of(open_call.parameters),
+                    *open_call.learned.values(),
+                    *served.run.external.values(),
                 )
                 taped = dict(zip(call.graph.output_slots, put_on_new_tape(open_call.tape, outputs), strict=True))
                 leaves = call.graph.output(taped, call.environment)
                 for number, ours in zip(call.graph.held, leaves[len(leaves) - len(call.graph.held) :], strict=True):
                     if number in served.run.kept:
                         stand_for(served.run.kept[number], ours)
-                return _filled(served.run.output, leaves, call.graph.outputs)
+                return filled(served.run.output, leaves, call.graph.outputs)
 
         return forwards.withdrawn_on_error(history, taped_output)
 
@@ -196,12 +218,46 @@ class Conversion:
             trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
             return curvature_of(lambda given: loss_of(self.run(given, args, kwargs)), trained, **settings)
 
+    def infer(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], question: Question, prior: Mapping[str, Any], **how: Any
+    ) -> Inferred:
+        """Values of any node, others given; see :meth:`EnergyModel.infer` for the settings."""
+        self._see_again()
+        self._seen = self.captures.inputs or self._seen
+        solver, energies = question_settings(**how)
+        with self.shards.gathered(), torch.inference_mode(False):
+            inputs = Asked(self.module, args, kwargs, question, prior, self._seen).inputs()
+            captures = self.captures.behind(inputs.nodes)
+            return answered(partial(self.looked_at, captures=captures), inputs, solver, energies)
+
+    def energy(self, values: ByNode, *inputs: Any, **settings: Any) -> EnergyTerms:
+        """The energy at given values; see :meth:`EnergyModel.energy` for the settings."""
+        named = len(inputs) == 1 and isinstance(inputs[0], Mapping)
+        with self._at_rest(*as_arguments(inputs[0] if named else inputs)) as call:
+            found = energy_terms(call, values, **settings)
+        return found if torch.is_grad_enabled() else found.detached()
+
+    def hessian(self, loss_fn: Callable[..., Tensor], batch: Any, **settings: Any) -> Hessian:
+        """The Hessian of the energy; see :meth:`EnergyModel.hessian` for the settings."""
+        args, kwargs, loss_of = of_batch("model.hessian", batch, loss_fn)
+        with self._at_rest(args, kwargs) as call:
+            return hessian_of(call, loss_of, **settings)
+
+    @contextmanager
+    def _at_rest(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Call]:
+        """A call after its feed-forward pass; the module is as before, inside and at the end."""
+        arguments = Arguments.of(self.module, args, kwargs)
+        with self.shards.gathered(), plain_autograd(), untouched(self.module, arguments.device):
+            with without_transforms(arguments.tensors):
+                call = self._call(self._served(args, kwargs, self.algorithm))
+                for place, tensor in call.run.external.items():  # gradients go on into the inputs
+                    call.run.constants[place] = tensor
+                call.feedforward(keep_graph=False)
+            yield call
+
     def new_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """A run of the module, as a call that no algorithm has filled."""
         return self._call(self._captured_run(args, kwargs))
-
-    def _plain_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PlainCall | None:
-        return PlainCall.of(self.module, (args, kwargs), lambda: called(self._runs, self.module, args, kwargs))
 
     def _is_checked(self) -> bool:
         self._calls += 1
@@ -230,12 +286,16 @@ class Conversion:
         with self.shards.gathered():
             self.batch = batch_dimension_of(self.module, args, kwargs, output)
 
-    def looked_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """A recorded run of the module, which is left as it was."""
-        arguments = Arguments.of(self.module, args, kwargs)
-        with self.shards.gathered(), plain_autograd(), untouched(self.module, arguments.device):
-            call = lambda: called(self._runs, self.module, args, kwargs)  # noqa: E731
-            return self._call(self.captures.run(arguments, call, self.algorithm, keep_cuts=False))
+    def looked_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], captures: Captures | None = None) -> Call:
+        """A recorded run of the module, or of a view of it, which is left as it was."""
+        captures = captures or self.captures
+        module = captures.module
+        runs = self._runs if captures is self.captures else module
+        arguments = Arguments.of(module, args, kwargs)
+        check_inputs(module, arguments.tensors)
+        with self.shards.gathered(), plain_autograd(), untouched(module, arguments.device):
+            call = lambda: called(runs, module, args, kwargs)  # noqa: E731
+            return self._call(captures.run(arguments, call, self.algorithm, keep_cuts=False))
 
     def _captured_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Served:
         with self.shards.gathered():
@@ -250,19 +310,29 @@ class Conversion:
     ) -> Served:
         if self.algorithm is None:
             self._see_again()
-        arguments = Arguments.of(self.module, args, kwargs)
+        captures, runs = self._with_free(args, kwargs, () if algorithm is None else algorithm.free_inputs)
+        arguments = Arguments.of(captures.module, args, kwargs)
         check_inputs(self.module, arguments.tensors)
-        call = lambda: called(self._runs, self.module, args, kwargs)  # noqa: E731
-        served = self.captures.run(arguments, call, algorithm, contents=contents)
+        call = lambda: called(runs, captures.module, args, kwargs)  # noqa: E731
+        served = captures.run(arguments, call, algorithm, contents=contents)
         self._latest = served.graph
         return served
+
+    def _with_free(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], free: tuple[str, ...]
+    ) -> tuple[Captures, Callable[..., Any]]:
+        """The graphs that a call needs, and what runs it: a view of the module where inputs are values."""
+        if not free:
+            return self.captures, self._runs
+        captures = self.captures.behind(nodes_of_inputs("PredictiveCoding", self.module, args, kwargs, free))
+        return captures, captures.module
 
     def _see_again(self) -> None:
         """Layers and parameters that were replaced while no optimizer held the old ones are the module's now."""
         with self.shards.gathered():
             known = self.captures.know_the_module()
         if not known and not inside_functional_call():
-            self.shards, self.captures = _seen(self.module, self.captures.granularity)
+            self.shards, self.captures = seen(self.module, self.captures.granularity)
             self._latest = None
 
     # results
@@ -365,29 +435,10 @@ class Conversion:
     # what the optimizer asks
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """By name, as an optimizer has them: shards, where ``fully_shard`` made some."""
-        return {**dict(self.module.named_parameters()), **self.shards.parts}
+        """By name, as an optimizer has them: shards, where ``fully_shard`` made some; the algorithm's own, too."""
+        learned = {} if self.algorithm is None else self.algorithm.learned
+        return {**dict(self.module.named_parameters()), **self.shards.parts, **learned}
 
     def synchronised(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The mean over processes of gradients that no wrapper has seen."""
         return self.shards.scattered(gradients) if self.shards.parts else self.replicas.averaged(gradients)
-
-
-def _seen(module: nn.Module, granularity: Granularity) -> tuple[Shards, Captures]:
-    shards = Shards(module)
-    with shards.gathered():
-        return shards, Captures(module, granularity)
-
-
-_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # not in torch 2.6
-
-
-def _filled(output: Any, leaves: Sequence[Any], references: Sequence[OutputReference]) -> Any:
-    """The module's own output, with the leaves that are predictions in the place of its own."""
-    pairs = iter(zip(leaves, references, strict=True))  # those after the output's are held elsewhere
-
-    def of(leaf: Any) -> Any:
-        ours, reference = next(pairs)
-        return leaf if reference.slot is None else ours
-
-    return map_leaves(of, output)

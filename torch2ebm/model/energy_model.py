@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm
+from torch2ebm.analysis.energy_terms import EnergyTerms
+from torch2ebm.analysis.hessian import Hessian
+from torch2ebm.clamping.asking import Question
+from torch2ebm.clamping.inferred import Inferred
 from torch2ebm.engine.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.engine.energies import Energy
+from torch2ebm.engine.precision import Precision
 from torch2ebm.engine.results import InferenceState
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.inference.curvature import Curvature
+from torch2ebm.inference.solver import Solver
 from torch2ebm.model.arguments import as_arguments
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.module_view import ModuleView
@@ -169,7 +175,7 @@ class EnergyModel(ModuleView):
         loss_fn: Callable[..., Tensor],
         batch: Any,
         *,
-        precisions: Mapping[str, float | Tensor] | None = None,
+        precisions: Mapping[str, float | Tensor | Precision] | None = None,
         energies: Mapping[str, Energy] | None = None,
         loss_reduction: str = "mean",
         products: int = 100,
@@ -188,7 +194,8 @@ class EnergyModel(ModuleView):
             batch: ``(inputs, target)``, inputs being a tensor, a tuple of positional or a dict of keyword arguments;
                 or a dict of keyword arguments.
             precisions: Node name to precision, a number or a tensor that broadcasts against the value; 1 elsewhere.
-            energies: Node name to energy; one that is not Gaussian counts as precision 1.
+            energies: Node name to energy; one that is not Gaussian counts by its ``precision_at_rest()``, a full matrix
+                by its diagonal.
             loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
             products: Most products with the matrix. Five are within a few percent as a rule.
             tol: Stop once the eigenvalue is known to so much of itself.
@@ -216,6 +223,216 @@ class EnergyModel(ModuleView):
             precisions=precisions,
             energies=energies,
             loss_reduction=loss_reduction,
+            products=products,
+            tol=tol,
+        )
+
+    def infer(
+        self,
+        *inputs: Any,
+        clamp: Mapping[str, Any] | None = None,
+        mask: Mapping[str, Tensor] | None = None,
+        free: Sequence[str] = (),
+        start: Mapping[str, Any] | None = None,
+        prior: Mapping[str, Any] | None = None,
+        solver: Solver[Any] | None = None,
+        tol: float | None = None,
+        precisions: Mapping[str, float | Tensor | Precision] | None = None,
+        energies: Mapping[str, Energy] | None = None,
+        **keywords: Any,
+    ) -> Inferred:
+        """Find the values of some nodes, inputs or outputs, with others given. No weight moves.
+
+        The energy has no direction: any value may be given, or found. The values that are free come to rest where the
+        sum of all energies, phi(value, prediction) of each node, is smallest. For example::
+
+            model.infer(x)                                               # the plain output
+            model.infer(x, clamp={"output": y})                          # hidden values, as in training
+            model.infer(clamp={"output": image}, free=["input"], prior={"input": torch2ebm.Gaussian()})   # a latent
+            model.infer(clamp={"output": image}, mask={"output": seen}, free=["input"], ...)              # completion
+
+        Names are those of nodes, ``"input"`` and ``"output"``. Where there are several inputs they have the names of
+        the arguments. Where there are several outputs they have their keys, or ``"output_0"`` and so on.
+
+        Args:
+            *inputs: What the module is called with. A free input may be missing; one that is given begins there.
+            clamp: Name to what is given: a tensor in the shape of the value, or without its batch dimension, or a
+                number. The name of another node ties two values: both predictions then pull on one.
+            mask: Name to a bool tensor in the shape of the value, True where it is given. All else of it is free.
+            free: Names of inputs that are found. Nodes and outputs are free unless they are clamped.
+            start: Name to where a value begins; elsewhere it is the feed-forward pass.
+            prior: Name of a free input to its energy, around zero, or to a pair of an energy and a mean. An input
+                without a prior costs nothing by itself.
+            solver: How values relax; ``ErrorConjugateGradient(tol, steps=200)``, which needs no step size.
+            tol: Where a sample is at rest, in the solver's measure. It is 0.001 where no solver is given.
+            precisions: Name of a node to its precision; 1 elsewhere.
+            energies: Name of a node to its energy; Gaussian elsewhere. That of a clamped node is paid for the data.
+            **keywords: Keyword arguments of the module.
+
+        Returns:
+            Values, predictions, errors and energies of all nodes, and how the relaxation went. Module, buffers,
+            ``.grad`` and generators are as before.
+
+        Raises:
+            ConfigurationError: for clamps that contradict each other, a shape or a mask that does not fit, nothing
+                free, a free input of integers, or one that nothing decides; before anything moves.
+            NonFiniteError: for given values that are not finite.
+            DivergenceError: where the relaxation runs away.
+
+        Example:
+            >>> import torch, torch2ebm
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+            >>> model = torch2ebm.convert(net)
+            >>> x, label = torch.randn(5, 4), torch.eye(3)[[0, 1, 2, 0, 1]]
+            >>> found = model.infer(x, clamp={"output": label})
+            >>> worse = model.infer(x, clamp={"output": label, "0": 0})
+            >>> found.value["0"].shape, bool((found.energy < worse.energy).all())
+            (torch.Size([5, 8]), True)
+        """
+        return self.torch2ebm.infer(
+            inputs,
+            keywords,
+            question=Question(clamp or {}, mask or {}, free, start or {}),
+            prior=prior or {},
+            solver=solver,
+            tol=tol,
+            precisions=precisions or {},
+            energies=energies or {},
+        )
+
+    def energy(
+        self,
+        values: Mapping[str, Any],
+        *inputs: Any,
+        loss_fn: Callable[..., Tensor] | None = None,
+        target: Any = None,
+        beta: float = 1.0,
+        precisions: Mapping[str, float | Tensor | Precision] | None = None,
+        energies: Mapping[str, Energy] | None = None,
+        parameters: bool = False,
+    ) -> EnergyTerms:
+        """The energy F at values that you give, as a function that autograd differentiates.
+
+        A node without a given value has its prediction for one, and costs nothing. The loss acts on the output, which
+        is the prediction of the last node. Where you give a value for an output node, this node has an energy, too, and
+        the loss acts on the value. The module runs once, and it, its buffers, ``.grad`` and all generators are left as
+        they were.
+
+        Args:
+            values: Node name to value, in the shape of ``model.state.value``: a tensor ``[batch, ...]``, or a tuple
+                for a node of several slots. Gradients reach them, and inputs that require a gradient.
+            inputs: What you call the model with; a single dict has keyword arguments.
+            loss_fn: ``loss_fn(output, target)``, or ``loss_fn(output)`` without a target. It returns the loss of each
+                sample, shape ``[batch]``, or one number that is a mean or a sum over samples.
+            target: For the loss.
+            beta: Factor of the loss.
+            precisions: Node name to precision, a number or a tensor that broadcasts against the value; 1 elsewhere.
+            energies: Node name to energy; Gaussian elsewhere.
+            parameters: Whether gradients reach the parameters, too.
+
+        Returns:
+            Frozen, with ``total`` of shape ``[batch]``, ``nodes`` by name, and ``loss``.
+
+        Raises:
+            UnknownNameError: for a name that no node has.
+            ConfigurationError: for a value of another shape, or a loss that joins samples.
+            BatchDimensionError: for a value without a leading batch dimension.
+
+        Example:
+            An optimizer of torch's own moves the values.
+
+            >>> import torch, torch2ebm
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+            >>> model, x, y = torch2ebm.convert(net), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+            >>> loss_fn = torch.nn.functional.cross_entropy
+            >>> hidden = model.energy({}, x).value["0"].detach().requires_grad_()
+            >>> optimizer = torch.optim.Adam([hidden], lr=0.01)
+            >>> for step in range(3):
+            ...     terms = model.energy({"0": hidden}, x, loss_fn=loss_fn, target=y)
+            ...     optimizer.zero_grad()
+            ...     terms.total.sum().backward()
+            ...     optimizer.step()
+            >>> terms.total.shape, net[0].weight.grad is None
+            (torch.Size([5]), True)
+        """
+        return self.torch2ebm.energy(
+            values,
+            *inputs,
+            loss_fn=loss_fn,
+            target=target,
+            beta=beta,
+            precisions=precisions,
+            energies=energies,
+            parameters=parameters,
+        )
+
+    def hessian(
+        self,
+        loss_fn: Callable[..., Tensor],
+        batch: Any,
+        *,
+        at: Mapping[str, Any] | str | None = None,
+        coordinates: str = "values",
+        beta: float = 1.0,
+        precisions: Mapping[str, float | Tensor | Precision] | None = None,
+        energies: Mapping[str, Energy] | None = None,
+        loss_reduction: str = "mean",
+        solver: Solver[Any] | None = None,
+        products: int = 300,
+        tol: float = 1e-9,
+    ) -> Hessian:
+        """The second derivative of the energy F, summed over samples, in values or errors: products and eigenvalues.
+
+        It is exact: second derivatives of all nodes count. Weights, buffers, ``.grad`` and generators are left as they
+        were, and the result stays as it is when weights move.
+
+        Args:
+            loss_fn: ``loss_fn(output, target)``, or ``loss_fn(output)`` where ``batch`` is a dict.
+            batch: ``(inputs, target)``, inputs being a tensor, a tuple of positional or a dict of keyword arguments;
+                or a dict of keyword arguments.
+            at: Node name to the value at which it is taken; a missing one has its prediction, which is the feed-forward
+                pass without ``at``. ``"equilibrium"``: where F is smallest.
+            coordinates: ``"values"``, which solvers as ``GradientDescent`` move, or ``"errors"``, which solvers as
+                ``ErrorDescent`` move: later values then follow.
+            beta: Factor of the loss.
+            precisions: Node name to precision, a number or a tensor that broadcasts against the value; 1 elsewhere.
+            energies: Node name to energy; Gaussian elsewhere.
+            loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
+            solver: What finds the equilibrium; without one ``ErrorConjugateGradient``, to nearly full precision.
+            products: Most products that Lanczos makes; none are needed beyond the entries of a sample.
+            tol: Lanczos stops once an eigenvalue is known to so much of itself.
+
+        Returns:
+            Frozen, with ``product``, ``matrix``, ``spectrum``, ``largest``, ``smallest`` and ``condition_number``.
+
+        Raises:
+            ConfigurationError: for a batch of another form, a name that no node has, an illegal setting.
+            LossNotRecordedError: for a loss that is not one number.
+            NonFiniteError: where a product is not finite.
+
+        Warns:
+            NotSettledWarning: where the solver has not come to rest.
+
+        Example:
+            >>> import torch, torch2ebm
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)).double()
+            >>> batch = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+            >>> half = lambda output, target: 0.5 * (output - target).square().sum()
+            >>> hessian = torch2ebm.convert(net).hessian(half, batch, loss_reduction="sum")
+            >>> largest = torch.linalg.norm(net[1].weight.detach(), 2)  # 1 + W^T W
+            >>> abs(hessian.largest - 1 - float(largest) ** 2) < 1e-9
+            True
+        """
+        return self.torch2ebm.hessian(
+            loss_fn,
+            batch,
+            at=at,
+            coordinates=coordinates,
+            beta=beta,
+            precisions=precisions,
+            energies=energies,
+            loss_reduction=loss_reduction,
+            solver=solver,
             products=products,
             tol=tol,
         )

@@ -66,8 +66,9 @@ class OpenForwards:
         for together in zip(*self.later, strict=False):
             total: dict[str, Tensor] = {}
             for gradients in together:
-                check_gradients(gradients.parameters)
-                for name, gradient in gradients.parameters.items():
+                found = {**gradients.parameters, **gradients.learned}
+                check_gradients(found)
+                for name, gradient in found.items():
                     total[name] = total[name] + gradient if name in total else gradient
             yield total
 

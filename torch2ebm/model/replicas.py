@@ -38,14 +38,17 @@ class Replicas:
     def forward(self, name: str, algorithm: Algorithm) -> None:
         """A forward begins. Raises :class:`UnsynchronisedError` if it passes by a wrapper that was seen before.
 
-        Raises it also inside of ``Join``, for an algorithm that exchanges messages in ``optimizer.step()``: the
+        Raises it also inside of ``Join``, for an algorithm that exchanges messages of its own, by its further
+        steps or by precisions that learn: the
         processes that have run out of batches answer those of the wrapper's backward alone.
 
         Warns :class:`UnsynchronisedWarning`, once, if there are several processes and no wrapper was ever seen.
         """
         active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
         if active is not None:
-            if algorithm.weights_move and getattr(getattr(active, "_join_config", None), "enable", False):
+            if (algorithm.weights_move or algorithm.learned) and getattr(
+                getattr(active, "_join_config", None), "enable", False
+            ):
                 raise _joins(type(algorithm).__name__)
             self._wrapper = weakref.ref(active)
         elif self.wrapper is not None and _initialised():
@@ -78,7 +81,7 @@ def _joins(algorithm: str) -> UnsynchronisedError:
         "processes that may have different numbers of batches",
         "as many batches in every process, since each step exchanges messages of its own",
         "Take a DistributedSampler, which drops or repeats samples, in the place of Join; or take an algorithm without "
-        "further steps, for example torch2ebm.PredictiveCoding().",
+        "further steps and precisions that learn, for example torch2ebm.PredictiveCoding().",
     )
 
 

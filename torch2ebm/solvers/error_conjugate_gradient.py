@@ -114,21 +114,21 @@ class ErrorConjugateGradient(ErrorSolver):
 
     def start(self, inference: ErrorInference) -> Line:
         rows = _rows(inference)
-        zero = rows.pack({})
+        here, zero = rows.pack(inference.errors), rows.pack({})  # errors are zero unless values begin elsewhere
         column, none = zero.new_zeros(len(zero), 1), zero.new_zeros(len(zero), 1, dtype=torch.bool)
         # the curvatures lie between 1 and 1 + r, so no smallest point is farther than 1
         r = inference.nudge or 0.0
         return Line(
             weight=_weight(inference, rows, zero),
-            here=zero,
-            base=zero,
+            here=here,
+            base=here,
             gradient=zero,
             direction=zero.clone(),
             length=column,
             slope=column,
             squared=column,
             reach=column,
-            best=zero,
+            best=here,
             best_gradient=zero,
             best_squared=column,
             best_residual=column + math.inf,
@@ -184,6 +184,7 @@ class ErrorConjugateGradient(ErrorSolver):
         after = _chosen(rose & ~quadratic, back, forward, inference.recorded)
         lowest = _chosen(rose, lambda: _with_lowest(state, after), lambda: after, inference.recorded)
         jumps = inference.graph.once("whether it has kinks", lambda: may_have_kinks(inference.graph))
+        jumps = jumps or any(energy.has_kinks for energy in inference.energies.values())
         after = self._at_rest(state, lowest, energy, ~rose, jumps)
         inference.history[-1] = after.curve
         done = (after.settled | after.on_kink).all() | after.stands | (after.left <= 0)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch2ebm.algorithms.base import Algorithm, check_algorithm
-from torch2ebm.engine.energy_check import check_energy_gradients
 from torch2ebm.errors import AttachmentError
 from torch2ebm.model.energy_model import EnergyModel
+from torch2ebm.potentials.energy_check import check_energy_gradients
 
 WHERE: Final = "EnergyOptimizer(optimizer, model, algorithm)"
 
@@ -94,7 +94,7 @@ def attach(wrapper: Any, model: EnergyModel, algorithm: Algorithm, replace: bool
     others = conversion.holders
     own, models = set(map(id, parameters_of(wrapper))), set(map(id, conversion.trained_parameters().values()))
     if not others or replace:
-        if not own & models:
+        if not own & (models | set(map(id, algorithm.learned.values()))):
             raise _of_others(wrapper.optimizer, model)
         for other in others:
             other.detach()

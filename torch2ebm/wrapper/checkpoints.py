@@ -36,7 +36,11 @@ def identity(algorithm: Algorithm, module: nn.Module, parameters: Sequence[str])
 def _settings(algorithm: Algorithm) -> dict[str, str]:
     if not dataclasses.is_dataclass(algorithm):
         return {}
-    shown = [field.name for field in dataclasses.fields(algorithm) if field.init and not field.name.startswith("_")]
+    shown = [
+        field.name
+        for field in dataclasses.fields(algorithm)
+        if field.init and field.compare and not field.name.startswith("_")
+    ]
     return {name: repr(getattr(algorithm, name)) for name in shown}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch2ebm.engine.energies import Energy, Gaussian, check_precision
+from torch2ebm.engine.precision import Precision
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph
 
@@ -49,6 +50,8 @@ def _are_equal(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
+        if one.requires_grad or other.requires_grad:
+            return False  # what learns is one parameter or another, whatever its numbers are now
         # the device first: torch.equal raises where it differs
         return one.shape == other.shape and one.device == other.device and torch.equal(one, other)
     if dataclasses.is_dataclass(one):
@@ -56,7 +59,9 @@ def _are_equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def node_energies(where: str, precisions: Mapping[str, float | Tensor], energies: Mapping[str, Energy]) -> NodeEnergies:
+def node_energies(
+    where: str, precisions: Mapping[str, float | Tensor | Precision], energies: Mapping[str, Energy]
+) -> NodeEnergies:
     """One mapping of both. Raises :class:`ConfigurationError` for a node in both, or what is no energy."""
     for name, precision in precisions.items():
         check_precision(f"{where}(precisions={{{name!r}: ...}})", precision)
@@ -76,17 +81,29 @@ def node_energies(where: str, precisions: Mapping[str, float | Tensor], energies
     return NodeEnergies({**energies, **{name: Gaussian(precision) for name, precision in precisions.items()}})
 
 
-def check_names(where: str, names: Iterable[str], graph: EnergyGraph) -> None:
-    """Raise :class:`ConfigurationError` unless each is a node with a value of its own."""
+def check_free(where: str, energies: Mapping[str, Energy], clamped: Collection[str] = ()) -> None:
+    """Raise :class:`ConfigurationError` for a free node whose energy is that of data."""
+    wrong = [name for name, energy in energies.items() if energy.observed and name not in clamped]
+    if wrong:
+        raise ConfigurationError(
+            f"{where}(energies={{{wrong[0]!r}: ...}})",
+            f"{energies[wrong[0]]!r}, whose value is data, for a value that moves",
+            "an energy that is smallest where the value is the prediction",
+            "Take the same energy without observed=True, or clamp the node.",
+        )
+
+
+def check_names(where: str, names: Iterable[str], graph: EnergyGraph, outputs: bool = False) -> None:
+    """Raise :class:`ConfigurationError` unless each is a node with a value, or an output where that may be."""
     # an output has no energy of its own: the loss acts on its prediction (mode O1)
     hidden = [node.name for node in graph.hidden_nodes]
-    wrong = [name for name in names if name not in hidden]
+    wrong = [name for name in names if name not in (graph.nodes if outputs else hidden)]
     if wrong:
-        outputs = [name for name in wrong if name in graph.nodes]
-        why = "whose energy is the loss (mode O1)" if outputs else "that no node has"
+        without = [name for name in wrong if name in graph.nodes]
+        why = "whose energy is the loss (mode O1)" if without else "that no node has"
         raise ConfigurationError(
             f"{where}(precisions=..., energies=...)",
-            f"{', '.join(outputs or wrong)}, {why}",
+            f"{', '.join(without or wrong)}, {why}",
             f"names among {', '.join(hidden)}",
             "Look at model.summary() for the names.",
         )

@@ -1,0 +1,286 @@
+"""Values found with others given, against minimisers of the energy written out by hand."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torch2ebm
+from torch2ebm.errors import ConfigurationError, NonFiniteError, UnknownNameError
+
+TIGHT = 1e-9
+
+
+def minimised(energy: Callable[[], Tensor], free: Sequence[Tensor]) -> float:
+    """The lowest energy, found by L-BFGS on leaves that are moved there."""
+    optimizer = torch.optim.LBFGS(
+        free, max_iter=300, tolerance_grad=1e-10, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        found = energy()
+        found.backward()
+        return found
+
+    optimizer.step(closure)
+    return energy().item()
+
+
+def half(error: Tensor) -> Tensor:
+    return 0.5 * error.square().sum()
+
+
+@pytest.fixture(autouse=True)
+def double() -> None:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Chain:
+    """x -> tanh layer -> tanh layer -> output; every part of its energy written out."""
+
+    def __init__(self) -> None:
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.model = torch2ebm.convert(self.net, example_inputs=torch.zeros(2, 4))
+        self.x, self.y = torch.randn(5, 4), torch.randn(5, 3)
+        self.a = torch.zeros(5, 8, requires_grad=True)
+        self.b = torch.zeros(5, 6, requires_grad=True)
+        self.z = torch.zeros(5, 4, requires_grad=True)
+
+    def energy(self, x: Tensor, a: Tensor, b: Tensor, output: Tensor) -> Tensor:
+        net = self.net
+        return half(a - net[1](net[0](x))) + half(b - net[3](net[2](a))) + half(output - net[4](b))
+
+
+SOLVERS = [
+    None,
+    torch2ebm.GradientDescent(steps=600, lr=0.2),
+    torch2ebm.ErrorDescent(steps=400, lr=0.2),
+    torch2ebm.Momentum(steps=300, lr=0.05),
+    torch2ebm.LocalErrorDescent(steps=600, lr=0.2),
+    torch2ebm.AndersonErrorDescent(steps=100),
+]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+def test_a_latent_with_a_prior_and_a_part_of_the_output(solver: torch2ebm.Solver) -> None:
+    chain, seen = Chain(), torch.rand(5, 3) > 0.4
+    found = chain.model.infer(
+        clamp={"output": chain.y},
+        mask={"output": seen},
+        free=["input"],
+        prior={"input": (torch2ebm.Gaussian(2.0), 0.5)},
+        solver=solver,
+        tol=TIGHT if solver is None else None,
+    )
+
+    def energy() -> Tensor:
+        output = torch.where(seen, chain.y, chain.net[4](chain.b))
+        return chain.energy(chain.z, chain.a, chain.b, output) + half((chain.z - 0.5) * 2**0.5)
+
+    assert minimised(energy, [chain.a, chain.b, chain.z]) == pytest.approx(float(found.energy.sum()), rel=1e-6)
+    assert torch.allclose(found.input, chain.z, atol=1e-4)
+    assert torch.allclose(found.value["2"], chain.b, atol=1e-4)
+    assert torch.equal(found.output[seen], chain.y[seen])
+    assert torch.allclose(found.output[~seen], chain.net[4](chain.b)[~seen], atol=1e-4)
+
+
+def test_what_is_not_given_rests_at_the_feedforward_pass() -> None:
+    chain = Chain()
+    found = chain.model.infer(chain.x)
+    assert torch.equal(found.output, chain.net(chain.x)) and float(found.energy.sum()) == 0
+
+
+def test_a_hidden_value_that_is_given_cuts_the_energy_in_two() -> None:
+    chain, h = Chain(), torch.randn(5, 8)
+    found = chain.model.infer(chain.x, clamp={"0": h, "output": chain.y}, tol=TIGHT)
+    energy = minimised(lambda: chain.energy(chain.x, h, chain.b, chain.y), [chain.b])
+    assert energy == pytest.approx(float(found.energy.sum()), rel=1e-9)
+    assert torch.allclose(found.value["2"], chain.b, atol=1e-6) and torch.equal(found.value["0"], h)
+    assert torch.allclose(found.error["0"], h - chain.net[1](chain.net[0](chain.x)))
+
+
+def test_a_hidden_value_that_is_given_in_part() -> None:
+    chain, h, mask = Chain(), torch.randn(5, 8), torch.rand(5, 8) > 0.5
+    found = chain.model.infer(chain.x, clamp={"0": h, "output": chain.y}, mask={"0": mask}, tol=TIGHT)
+    energy = minimised(
+        lambda: chain.energy(chain.x, torch.where(mask, h, chain.a), chain.b, chain.y), [chain.a, chain.b]
+    )
+    assert energy == pytest.approx(float(found.energy.sum()), rel=1e-9)
+    assert torch.allclose(found.value["0"], torch.where(mask, h, chain.a), atol=1e-6)
+
+
+def test_missing_entries_of_an_input_are_found_and_the_rest_stays() -> None:
+    chain, seen = Chain(), torch.rand(5, 4) > 0.5
+    damaged = chain.x.masked_fill(~seen, float("nan"))
+    found = chain.model.infer(
+        damaged, clamp={"output": chain.y}, mask={"input": seen}, prior={"input": torch2ebm.Gaussian()}, tol=TIGHT
+    )
+
+    def energy() -> Tensor:
+        x = torch.where(seen, chain.x, chain.z)
+        return chain.energy(x, chain.a, chain.b, chain.y) + half(x)
+
+    assert minimised(energy, [chain.a, chain.b, chain.z]) == pytest.approx(float(found.energy.sum()), rel=1e-9)
+    assert torch.equal(found.input[seen], chain.x[seen])
+
+
+def test_an_input_without_a_prior_begins_where_it_is_given() -> None:
+    """More data than unknowns decide it, so that it is the plain least-squares problem."""
+    net = nn.Linear(3, 6)
+    model, y = torch2ebm.convert(nn.Sequential(net, nn.Linear(6, 8))), torch.randn(5, 8)
+    found = model.infer(torch.randn(5, 3), clamp={"output": y}, free=["input"], tol=1e-8)
+    first, last = model.torch2ebm.module[0].weight, model.torch2ebm.module[1].weight
+    target = y - model.torch2ebm.module(torch.zeros(5, 3))
+    # integrating the hidden value out: |y - W2 W1 z| in the metric (1 + W2 W2^T)^-1
+    root = torch.linalg.cholesky(torch.linalg.inv(torch.eye(8) + last @ last.T)).T
+    expected = torch.linalg.lstsq(root @ last @ first, root @ target.T).solution.T
+    assert torch.allclose(found.input, expected, atol=1e-5)
+
+
+class Bidirectional(nn.Module):
+    """Two nets between an image and a label, whose hidden values are to be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.down = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def forward(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
+        return {"label": self.up(image), "image": self.down(label)}
+
+
+def test_two_predictions_of_one_value() -> None:
+    net = Bidirectional()
+    image, label, h = torch.randn(5, 4), torch.randn(5, 3), torch.zeros(5, 8, requires_grad=True)
+    found = torch2ebm.convert(net).infer(
+        image,
+        label,
+        clamp={"down.0": "up.0", "label": label, "image": image},
+        precisions={"up.0": 2.0, "down.0": 0.5},
+        tol=TIGHT,
+    )
+
+    def energy() -> Tensor:
+        up = half(h - net.up[1](net.up[0](image))) * 2 + half(label - net.up[2](h))
+        return up + half(h - net.down[1](net.down[0](label))) * 0.5 + half(image - net.down[2](h))
+
+    assert minimised(energy, [h]) == pytest.approx(float(found.energy.sum()), rel=1e-9)
+    assert torch.allclose(found.value["up.0"], h, atol=1e-6) and torch.equal(found.value["down.0"], found.value["up.0"])
+
+
+@pytest.mark.parametrize("nodes", ["layer", "op", "module", "activation", "preactivation", "children"])
+def test_every_kind_of_node(nodes: str) -> None:
+    """However the net is cut, a latent is found, and the module is as before."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3))
+    model, before = torch2ebm.convert(net, nodes=nodes), {k: v.clone() for k, v in net.state_dict().items()}
+    x, y, seen = torch.randn(4, 1, 4, 4), torch.randn(4, 3), torch.rand(4, 1, 4, 4) > 0.3
+    settings = {"clamp": {"output": y}, "mask": {"input": seen}, "prior": {"input": torch2ebm.Gaussian()}}
+    one = model.infer(x, **settings, tol=1e-7)
+    assert one.relaxation.converged and one.relaxation.energy[-1] < 0.9 * one.relaxation.energy[0]
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net[0].weight.grad is None
+    net.eval()  # batch norm in train mode is too stiff for plain descent
+    one, other = (model.infer(x, **settings, solver=solver) for solver in (None, torch2ebm.ErrorDescent(400, lr=0.1)))
+    assert torch.allclose(one.input, other.input, atol=1e-2)
+
+
+def test_start_decides_where_there_are_two_lowest_points() -> None:
+    """(z^2 - 1)^2 has one at 1 and one at -1."""
+
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.scale * z.square()
+
+    model = torch2ebm.convert(Square())
+    for begin in (0.5, -0.5):
+        found = model.infer(torch.full((1, 1), begin), clamp={"output": 1.0}, free=["input"], tol=1e-6)
+        assert found.input.item() == pytest.approx(1 if begin > 0 else -1, abs=1e-4)
+    settings = {"clamp": {"output": 1.0}, "free": ["input"], "prior": {"input": torch2ebm.Gaussian(0.1)}}
+    assert model.infer(torch.zeros(1, 1), **settings).input.item() == 0  # a saddle, where the gradient is zero
+    assert model.infer(torch.zeros(1, 1), **settings, start={"input": 0.5}).input.item() > 0.9
+
+
+def test_an_attached_algorithm_and_inference_mode_change_nothing() -> None:
+    chain = Chain()
+    plain = chain.model.infer(chain.x, clamp={"output": chain.y})
+    optimizer = torch2ebm.EnergyOptimizer(
+        torch.optim.SGD(chain.net.parameters(), lr=0.1), chain.model, torch2ebm.ZeroDivergence()
+    )
+    F.mse_loss(chain.model(chain.x), chain.y).backward()
+    with torch.inference_mode():
+        again = chain.model.infer(chain.x, clamp={"output": chain.y})
+    assert torch.equal(plain.value["0"], again.value["0"])
+    chain.net[0] = nn.Linear(4, 8)
+    optimizer.detach()
+    z = chain.model.infer(clamp={"output": chain.y}, free=["input"], prior={"input": torch2ebm.Gaussian()})
+    assert torch.allclose(z.prediction["0"], chain.net[1](chain.net[0](z.input)))
+
+
+def _chain(**settings: object) -> Callable[[], object]:
+    chain = Chain()
+    return lambda: chain.model.infer(chain.x, **settings)
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens))
+
+
+def _tokens() -> object:
+    model = torch2ebm.convert(Named())
+    return model.infer(torch.tensor([1, 2]), clamp={"output": torch.zeros(2, 3)}, free=["tokens"])
+
+
+Y = torch.zeros(5, 3, dtype=torch.float64)
+WRONG = {
+    "clamped twice": (_chain(clamp={"output": Y, "4": Y}), "clamped to already"),
+    "clamped and free": (_chain(clamp={"output": Y}, free=["output"]), "which is clamped"),
+    "an input given twice": (_chain(clamp={"input": torch.zeros(5, 4)}), "given to the call itself"),
+    "another shape": (_chain(clamp={"output": Y[:, :2]}), r"shape \(5, 2\)"),
+    "numbers of classes": (_chain(clamp={"output": torch.zeros(5).long()}), "one_hot"),
+    "a mask of another shape": (_chain(clamp={"output": Y}, mask={"output": torch.ones(5, 2).bool()}), r"\(5, 2\)"),
+    "a mask of numbers": (_chain(clamp={"output": Y}, mask={"output": Y}), "float64"),
+    "a mask without a value": (_chain(mask={"output": Y.bool()}), "no value"),
+    "nothing free": (_chain(clamp={"output": Y, "0": 0.0, "2": 0.0}), "nothing free"),
+    "integers that would move": (_tokens, "int64"),
+    "nothing that decides": (_chain(clamp={"output": Y}, free=["input"]), "20 free entries"),
+    "a prior of a node": (_chain(prior={"0": torch2ebm.Gaussian()}), "which is no input"),
+    "a prior that is none": (_chain(prior={"input": 1.0}), "an energy"),
+    "a tie to itself": (_chain(clamp={"0": "0"}), "the node itself"),
+    "a tie of another shape": (_chain(clamp={"0": "2"}), "shapes"),
+    "no solver": (_chain(solver="adam"), "a solver object"),
+    "an argument of another name": (_chain(y=1), "unexpected keyword"),
+}
+
+
+@pytest.mark.parametrize(("question", "said"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_is_named_before_anything_moves(question: Callable[[], object], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        question()
+
+
+def test_unknown_names_and_numbers_that_are_none() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'output'"):
+        _chain(clamp={"outptu": Y})()
+    with pytest.raises(NonFiniteError, match="1 of 15"):
+        _chain(clamp={"output": Y.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(float("nan")))})()
+
+
+def test_values_that_would_have_to_be_known_before_themselves() -> None:
+    chain = Chain()
+    square = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    with pytest.raises(ConfigurationError, match="before themselves"):
+        torch2ebm.convert(square).infer(chain.x, clamp={"0": "2", "output": chain.y})

@@ -1,0 +1,151 @@
+"""An answer: the module run, what is free relaxed, and what was found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch2ebm.clamping.asking import check_determined, check_something_moves
+from torch2ebm.clamping.inferred import Found, Inferred
+from torch2ebm.clamping.inputs import Inputs
+from torch2ebm.clamping.places import Places
+from torch2ebm.clamping.relaxing import Answer, Clamped
+from torch2ebm.clamping.sampling import carried, in_chains, repeated
+from torch2ebm.common.checks import check_positive
+from torch2ebm.common.known_names import KnownNames
+from torch2ebm.common.nested import map_leaves
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.energies import Energy
+from torch2ebm.errors import ConfigurationError
+from torch2ebm.graph.energy_graph import EnergyGraph
+from torch2ebm.inference.solver import Solver
+from torch2ebm.isolation.module_state import untouched
+from torch2ebm.potentials.node_energies import NodeEnergies, check_names, node_energies
+from torch2ebm.solvers import ErrorConjugateGradient, Langevin
+
+Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Call]
+TOL, STEPS = 1e-3, 200  # of the solver that is taken where none is given
+
+
+def question_settings(
+    solver: Solver[Any] | None,
+    tol: float | None,
+    precisions: Mapping[str, float | Tensor],
+    energies: Mapping[str, Energy],
+) -> tuple[Solver[Any], NodeEnergies]:
+    """The solver, and the energies by node. Raises :class:`ConfigurationError` for what is neither."""
+    return _chosen(solver, tol), node_energies("model.infer", precisions, energies)
+
+
+def _chosen(solver: Solver[Any] | None, tol: float | None) -> Solver[Any]:
+    if tol is not None:
+        check_positive("model.infer", tol=tol)
+    if solver is None:
+        return ErrorConjugateGradient(tol=TOL if tol is None else tol, steps=STEPS)
+    if not isinstance(solver, Solver):
+        raise ConfigurationError(
+            "model.infer(solver=...)", repr(solver), "a solver object", "For example ErrorConjugateGradient(tol=1e-4)."
+        )
+    return solver if tol is None else replace(solver, tol=tol)  # type: ignore[type-var]
+
+
+def _with_noise(solver: Langevin, device: torch.device) -> Langevin:
+    """A generator for a sampler that was given none: torch's own is as before at the end, but for this one number."""
+    if solver.generator is not None:
+        return solver
+    seed = int(torch.randint(2**62, ()))
+    return replace(solver, generator=torch.Generator(device).manual_seed(seed))
+
+
+def answered(run: Run, inputs: Inputs, solver: Solver[Any], energies: Mapping[str, Energy]) -> Inferred:
+    """Run the module, relax what is free, and say what was found.
+
+    Args:
+        run: From arguments to a call that no algorithm has filled; the module and its generators are left as they were.
+        inputs: What the module is called with.
+        solver: How values relax, or are drawn.
+        energies: By node.
+
+    Raises:
+        ConfigurationError: for a question that contradicts itself, before anything is relaxed.
+    """
+    bound = inputs.bound
+    call = run(bound.args, bound.kwargs)
+    if isinstance(solver, Langevin):
+        solver = _with_noise(solver, call.device)
+    with untouched(call.graph.module, call.device):
+        return _answered(run, call, inputs, solver, energies)
+
+
+def _answered(run: Run, call: Call, inputs: Inputs, solver: Solver[Any], energies: Mapping[str, Energy]) -> Inferred:
+    question, bound = inputs.question, inputs.bound
+    call.feedforward(keep_graph=False)
+    check_names(question.where, energies, call.graph, outputs=True)
+    places = Places.of(call.graph, call.run.output, inputs.places, frozenset(inputs.fixed))
+    pattern = question.pattern(places, call.values, call.batch_size)
+    starts = question.starts(places, call.values, call.batch_size)
+    check_something_moves(question.where, pattern, places)
+    if solver.samples or not set(starts) & {slot for node in inputs.energies for slot in call.graph.nodes[node].slots}:
+        check_determined(question.where, pattern, places, inputs.energies, call.values)
+    chains = solver.chains if isinstance(solver, Langevin) else 1
+    if isinstance(solver, Langevin):
+        pattern, starts = repeated(pattern, starts, call.batch_size, chains)
+        args, kwargs = map_leaves(lambda leaf: in_chains(leaf, call.batch_size, chains), (bound.args, bound.kwargs))
+        call = run(args, kwargs)
+        pattern = replace(pattern, carried=carried(call.graph, pattern))
+    answer = Clamped.of(call, pattern, {**energies, **inputs.energies}, starts).relaxed(solver)
+    return _result(call, answer, inputs, chains)
+
+
+def _result(call: Call, answer: Answer, inputs: Inputs, chains: int) -> Inferred:
+    graph, found = call.graph, answer.found
+    parts = KnownNames({node.name: tuple(found[slot] for slot in node.slots) for node in graph.nodes.values()})
+
+    def of(pick: Callable[[Found], Tensor]) -> Mapping[str, Any]:
+        picked = {name: tuple(map(pick, each)) for name, each in parts.items()}
+        return KnownNames({name: each[0] if len(each) == 1 else each for name, each in picked.items()})
+
+    value = of(lambda each: each.value)
+    given = {name: tensor.detach() for name, tensor in inputs.fixed.items() if name not in value}
+    everything = {a: value[inputs.nodes[a]] if a in inputs.nodes else v for a, v in inputs.bound.arguments.items()}
+    tensors = [each for each in everything.values() if isinstance(each, Tensor)]
+    leaves = [found[o.slot].value if o.slot is not None else None for o in graph.outputs]
+    return Inferred(
+        KnownNames({**given, **value}),
+        of(lambda each: each.prediction),
+        of(lambda each: each.error),
+        tensors[0].detach() if len(tensors) == 1 else everything,
+        filled(call.run.output, leaves),
+        answer.relaxation,
+        samples=_samples(graph, answer.samples, chains),
+        parts=parts,
+    )
+
+
+def _samples(graph: EnergyGraph, drawn: Mapping[str, Tensor], chains: int) -> Mapping[str, Any]:
+    """By node, with a dimension for the chains."""
+    found: dict[str, Any] = {}
+    for node in graph.nodes.values():
+        parts = tuple(
+            each.reshape(len(each), chains, -1, *each.shape[2:])
+            for slot in node.slots
+            if (each := drawn.get(slot)) is not None
+        )
+        if parts:
+            found[node.name] = parts[0] if len(parts) == 1 else parts
+    return KnownNames(found)
+
+
+def filled(output: Any, leaves: Sequence[Any]) -> Any:
+    """What a model returned, with other tensors in it; None keeps its own."""
+    theirs = iter(leaves)  # those after the output's are held elsewhere
+
+    def of(leaf: Any) -> Any:
+        ours = next(theirs)
+        return ours if ours is not None else leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+    return map_leaves(of, output)

@@ -1,0 +1,161 @@
+"""The energies of what is given: each prediction is held against its data, as an output is against a target."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch2ebm.common.nested import attributes_of, leaves_of, settings_of
+from torch2ebm.engine.call import at_least_single
+from torch2ebm.engine.energies import Energy, Gaussian
+from torch2ebm.loss.output_loss import LossExpansion, OutputLoss
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What one prediction is held against.
+
+    Attributes:
+        energy: phi(value, prediction).
+        value: What is given, in the prediction's shape; None where another slot has it.
+        mask: True where it is given; None for everywhere.
+        slot: Where the value is the prediction of another slot (a tie): this one.
+    """
+
+    energy: Energy
+    value: Tensor | None = None
+    mask: Tensor | None = None
+    slot: str = ""
+
+    def error(self, prediction: Tensor, value: Tensor) -> Tensor:
+        """Value minus prediction; zero where nothing is given."""
+        error = value - prediction
+        return error if self.mask is None else torch.where(self.mask, error, 0.0)
+
+
+class DataLoss(OutputLoss):
+    """The sum over samples of phi(data, prediction), for each prediction that is held against data.
+
+    Args:
+        data: By output slot.
+
+    Example:
+        >>> import torch
+        >>> from torch2ebm.clamping.data_loss import Data, DataLoss
+        >>> loss = DataLoss({"output": Data(torch2ebm.Gaussian(), torch.ones(5, 3))})
+        >>> value, gradients = loss.gradients({"output": torch.zeros(5, 3)})
+        >>> float(value), gradients["output"].unique()
+        (7.5, tensor([-1.]))
+    """
+
+    scale, unit, factor = 1.0, 1.0, 1.0
+
+    def __init__(self, data: Mapping[str, Data]) -> None:
+        self.data = data
+        self.delivered: Mapping[str, Tensor] = {}
+
+    def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        total = torch.zeros(())
+        found: dict[str, Tensor] = {}
+        for slot, data in self.data.items():
+            prediction = at_least_single(predictions[slot])
+            error = data.error(prediction, self._value(data, predictions))
+            own, back = data.energy.gradients(error, prediction)
+            total = total.to(prediction) + data.energy.of_batch(error, prediction)
+            _add(found, slot, -back)
+            if data.slot:
+                _add(found, data.slot, own)
+        return total, found
+
+    def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
+        value, gradients = self.gradients(predictions)
+
+        def product(direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            with torch.enable_grad():
+                at = {s: at_least_single(p).requires_grad_() for s, p in predictions.items() if s in gradients}
+                slopes = torch.autograd.grad(self._energy(at), list(at.values()), create_graph=True, allow_unused=True)
+                along = sum(
+                    (
+                        (slope * direction[s].to(slope)).sum()
+                        for s, slope in zip(at, slopes, strict=True)
+                        if s in direction
+                    ),
+                    start=torch.zeros(()),
+                )
+                if not along.requires_grad:
+                    return {s: torch.zeros_like(p) for s, p in at.items()}
+                products = torch.autograd.grad(along, list(at.values()), allow_unused=True)
+            pairs = zip(at.items(), products, strict=True)
+            return {s: torch.zeros_like(p) if found is None else found for (s, p), found in pairs}
+
+        return LossExpansion(value, gradients, product)
+
+    def _energy(self, predictions: Mapping[str, Tensor]) -> Tensor:
+        total = torch.zeros(())
+        for slot, data in self.data.items():
+            prediction = predictions[slot]
+            value = predictions[data.slot] if data.slot else data.value
+            assert value is not None
+            total = total.to(prediction) + data.energy.of_batch(
+                data.error(prediction, value.to(prediction)), prediction
+            )
+        return total
+
+    def _value(self, data: Data, predictions: Mapping[str, Tensor]) -> Tensor:
+        value = predictions[data.slot] if data.slot else data.value
+        assert value is not None
+        return at_least_single(value)
+
+    def program_inputs(self) -> tuple[Hashable, list[Tensor]] | None:
+        kinds = tuple((slot, each.slot, settings_of(each.energy)) for slot, each in self.data.items())
+        own = [leaf for each in self.data.values() for leaf in leaves_of(attributes_of(each.energy))]
+        given = [tensor for each in self.data.values() for tensor in (each.value, each.mask)]
+        return ("data", kinds), [tensor for tensor in [*given, *own] if isinstance(tensor, Tensor)]
+
+
+class WithData(OutputLoss):
+    """A loss, and the energies of what is given beside it.
+
+    Args:
+        loss: That of the user.
+        data: In the units of the energy; it is part of the energy, and no nudge multiplies it.
+    """
+
+    def __init__(self, loss: OutputLoss, data: DataLoss) -> None:
+        self.loss, self.data = loss, data
+        self.delivered, self.factor = loss.delivered, loss.factor
+        self.scale, self.unit = loss.scale, loss.unit
+
+    def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        value, gradients = self.loss.gradients(predictions)
+        more, beside = self.data.gradients(predictions)
+        return value + more.to(value), _sum(gradients, beside)
+
+    def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
+        one, other = self.loss.expanded(predictions), self.data.expanded(predictions)
+        return LossExpansion(
+            one.value + other.value.to(one.value),
+            _sum(one.gradients, other.gradients),
+            lambda direction: _sum(one.hessian_product(direction), other.hessian_product(direction)),
+        )
+
+    def program_inputs(self) -> tuple[Hashable, list[Tensor]] | None:
+        one, other = self.loss.program_inputs(), self.data.program_inputs()
+        return None if one is None or other is None else ((one[0], other[0]), [*one[1], *other[1]])
+
+
+def _sum(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    total = dict(one)
+    for slot, part in other.items():
+        _add(total, slot, part)
+    return total
+
+
+def _add(total: dict[str, Tensor], slot: str, part: Tensor) -> None:
+    total[slot] = total[slot] + part if slot in total else part
+
+
+UNIT = Gaussian()  # what a node without an entry has

@@ -1,0 +1,60 @@
+"""Values that are given while a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from torch2ebm.clamping.asking import Question
+from torch2ebm.clamping.places import Places
+from torch2ebm.clamping.relaxing import Clamped
+from torch2ebm.engine.call import Call
+from torch2ebm.engine.energies import Energy
+from torch2ebm.engine.nudging import Nudging, OneSided
+from torch2ebm.errors import ConfigurationError
+
+
+def check_nudging_of_data(where: str, clamp: Mapping[str, Any], nudging: Nudging) -> None:
+    """Raises :class:`ConfigurationError` for a nudge beside clamps: gradients are divided by it, and data has none."""
+    if clamp and nudging != OneSided():
+        raise ConfigurationError(
+            f"{where}(clamp=..., nudging=...)",
+            repr(nudging),
+            "OneSided(1): the energy of what is given counts whole",
+            "Leave nudging out; precisions= weighs what is given.",
+        )
+
+
+def clamped_call(where: str, call: Call, clamp: Mapping[str, Any], energies: Mapping[str, Energy]) -> Clamped | None:
+    """The call of one batch under what is given for it; None where nothing is.
+
+    Raises:
+        ConfigurationError: for what contradicts itself, or has another shape.
+        NonFiniteError: for given values that are not finite.
+    """
+    given: dict[str, Any] = {}
+    masks: dict[str, Tensor] = {}
+    for name, value in clamp.items():
+        found = value() if callable(value) else value
+        if found is None:
+            continue
+        if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Tensor):
+            found, masks[name] = found
+        given[name] = found
+    if not given:
+        return None
+    question = Question(given, masks, where=where)
+    inputs = {name: name for name in call.graph.nodes}
+    places = Places.of(call.graph, call.run.output, inputs, frozenset())
+    pattern = question.pattern(places, call.values, call.batch_size)
+    outputs = [name for name in given if not set(places.slots(where, name)).isdisjoint(call.graph.output_slots)]
+    if outputs:
+        raise ConfigurationError(
+            question.at("clamp", outputs[0]),
+            "an output",
+            "a node with a value of its own",
+            "The loss says what the output is to be; a part of it, where the loss takes a part.",
+        )
+    return Clamped.of(call, pattern, energies, {})
