@@ -89,6 +89,7 @@ class ErrorConjugateGradient(ErrorSolver):
 
     Example:
         >>> import torch, torch2ebm
+        >>> generator = torch.manual_seed(0)
         >>> net = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(30)])
         >>> model = torch2ebm.convert(net)
         >>> coding = torch2ebm.PredictiveCoding(solver=torch2ebm.ErrorConjugateGradient(tol=1e-3))
