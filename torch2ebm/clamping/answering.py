@@ -85,8 +85,10 @@ def answered(run: Run, inputs: Inputs, solver: Solver[Any], energies: Mapping[st
 def _answered(run: Run, call: Call, inputs: Inputs, solver: Solver[Any], energies: Mapping[str, Energy]) -> Inferred:
     question, bound = inputs.question, inputs.bound
     call.feedforward(keep_graph=False)
-    check_names(question.where, energies, call.graph, outputs=True)
     places = Places.of(call.graph, call.run.output, inputs.places, frozenset(inputs.fixed))
+    energies = NodeEnergies(places.by_node(f"{question.where}(precisions=..., energies=...)", energies))
+    check_names(question.where, energies, call.graph, outputs=True)
+    _check_priors(question.where, energies, inputs.energies)
     pattern = question.pattern(places, call.values, call.batch_size)
     starts = question.starts(places, call.values, call.batch_size)
     whole = [name for name in energies if all(map(pattern.is_whole, call.graph.nodes[name].slots))]
@@ -102,16 +104,27 @@ def _answered(run: Run, call: Call, inputs: Inputs, solver: Solver[Any], energie
         call = run(args, kwargs)
         pattern = replace(pattern, carried=carried(call.graph, pattern))
     answer = Clamped.of(call, pattern, {**energies, **inputs.energies}, starts).relaxed(solver)
-    return _result(call, answer, inputs, chains)
+    return _result(call, answer, inputs, chains, places.also)
 
 
-def _result(call: Call, answer: Answer, inputs: Inputs, chains: int) -> Inferred:
+def _check_priors(where: str, energies: Mapping[str, Energy], priors: Mapping[str, Energy]) -> None:
+    """Raises :class:`ConfigurationError` for a free input with an energy beside its prior: one would be ignored."""
+    for name in energies.keys() & priors.keys():
+        raise ConfigurationError(
+            f"{where}(precisions=..., energies=...)",
+            f"{name!r}, a free input",
+            "names of nodes: the energy of a free input is its prior",
+            f"Give prior={{{name!r}: torch2ebm.Gaussian(precision)}}.",
+        )
+
+
+def _result(call: Call, answer: Answer, inputs: Inputs, chains: int, also: Mapping[str, str]) -> Inferred:
     graph, found = call.graph, answer.found
     parts = KnownNames({node.name: tuple(found[slot] for slot in node.slots) for node in graph.nodes.values()})
 
     def of(pick: Callable[[Found], Tensor]) -> Mapping[str, Any]:
         picked = {name: tuple(map(pick, each)) for name, each in parts.items()}
-        return KnownNames({name: each[0] if len(each) == 1 else each for name, each in picked.items()})
+        return KnownNames({name: each[0] if len(each) == 1 else each for name, each in picked.items()}, also)
 
     value = of(lambda each: each.value)
     given = {name: tensor.detach() for name, tensor in inputs.fixed.items() if name not in value}
@@ -119,18 +132,20 @@ def _result(call: Call, answer: Answer, inputs: Inputs, chains: int) -> Inferred
     tensors = [each for each in everything.values() if isinstance(each, Tensor)]
     leaves = [found[o.slot].value if o.slot is not None else None for o in graph.outputs]
     return Inferred(
-        KnownNames({**given, **value}),
+        KnownNames({**given, **value}, also),
         of(lambda each: each.prediction),
         of(lambda each: each.error),
         tensors[0].detach() if len(tensors) == 1 else everything,
         filled(call.run.output, leaves),
         answer.relaxation,
-        samples=_samples(graph, answer.samples, chains),
+        samples=_samples(graph, answer.samples, chains, also),
         parts=parts,
     )
 
 
-def _samples(graph: EnergyGraph, drawn: Mapping[str, Tensor], chains: int) -> Mapping[str, Any]:
+def _samples(
+    graph: EnergyGraph, drawn: Mapping[str, Tensor], chains: int, also: Mapping[str, str]
+) -> Mapping[str, Any]:
     """By node, with a dimension for the chains."""
     found: dict[str, Any] = {}
     for node in graph.nodes.values():
@@ -141,7 +156,7 @@ def _samples(graph: EnergyGraph, drawn: Mapping[str, Tensor], chains: int) -> Ma
         )
         if parts:
             found[node.name] = parts[0] if len(parts) == 1 else parts
-    return KnownNames(found)
+    return KnownNames(found, also)
 
 
 def filled(output: Any, leaves: Sequence[Any]) -> Any:
