@@ -143,6 +143,15 @@ def test_an_input_without_a_prior_begins_where_it_is_given() -> None:
     assert torch.allclose(found.input, expected, atol=1e-5)
 
 
+def test_without_a_prior_a_start_says_which_of_many_answers() -> None:
+    """Descent on |y - W z|^2 leaves what W does not see of z where it began."""
+    net, y, begin = nn.Sequential(nn.Linear(4, 2, bias=False)), torch.randn(3, 2), torch.randn(3, 4)
+    found = torch2ebm.convert(net).infer(clamp={"output": y}, free=["input"], start={"input": begin}, tol=1e-9)
+    weight = net[0].weight.detach()
+    expected = begin + (y - begin @ weight.T) @ torch.linalg.pinv(weight).T
+    assert torch.allclose(found.input, expected, atol=1e-6)
+
+
 class Bidirectional(nn.Module):
     """Two nets between an image and a label, whose hidden values are to be one."""
 

@@ -133,7 +133,7 @@ class Asked:
             flat = isinstance(own.energy, Flat)
             self.bound.arguments[argument] = begins if flat else mean
             energies[node] = own.energy
-            if not flat:
+            if not flat or argument in started:  # an answer near a start is one of many, and asked for
                 start[node] = begins
             if known is not None:
                 clamp.pop(name, None)
