@@ -224,7 +224,7 @@ class PredictiveCoding(Algorithm):
             lambda: tell_where_there_is_no_signal("PredictiveCoding", found.state, found.parameters),
         )
         call.graph.once(("kinks of energies",), lambda: tell_of_kinks("PredictiveCoding", found.state))
-        return found
+        return found if kept is None else replace(found, state=kept.state_of(found.state))
 
     def with_steps(self, steps: int) -> PredictiveCoding:
         if hasattr(self.solver, _MADE):

@@ -17,7 +17,7 @@ from torch2ebm.clamping.sampling import sampled
 from torch2ebm.clamping.start import begin_at
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy
-from torch2ebm.engine.results import Relaxation
+from torch2ebm.engine.results import InferenceState, Relaxation
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.inference.base import Inference
 from torch2ebm.inference.relaxation import relax
@@ -96,6 +96,23 @@ class Clamped:
         # r and its regime are of a nudge, and nothing is nudged here
         relaxation = replace(state.relaxation, sigma_squared=None)
         return Answer(self._found(state.predictions, errors), relaxation, self._samples(draws))
+
+    def state_of(self, state: InferenceState) -> InferenceState:
+        """A state of the rewritten graph, by the names of the graph as it was captured."""
+        nodes, slots, errors = self.original.nodes, self.original.owner, {}
+        for slot, error in state.errors.items():
+            errors[slot] = error * state.error_unit
+        found = {s: each for s, each in self._found(state.predictions, errors).items() if self.pattern.is_data(s)}
+        predictions = {s: found[s].prediction if s in found else p for s, p in state.predictions.items() if s in slots}
+        own = {slot: error for slot, error in errors.items() if slot in slots}
+        return replace(
+            state,
+            graph=self.original,
+            predictions=predictions,
+            errors={**own, **{slot: each.error for slot, each in found.items()}},
+            error_unit=1.0,
+            unreached=tuple(name for name in state.unreached if name in nodes),
+        )
 
     def _samples(self, draws: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
         """The draws of what is free, by slot of the original graph, shape ``[draws, *value]``."""
