@@ -12,8 +12,8 @@
 # %% [markdown]
 # # 7. Associative memory
 #
-# A decoder learns 30 images by heart. Then you show it half of one, and it brings back the whole. Nothing is trained for
-# this: the pixels that you see are clamped, the others and the latent are free (Salvatori et al. 2021).
+# A decoder learns 30 images by heart. Then you show it half of one, and it brings back the whole. Nothing is trained
+# for this: the pixels that you see are clamped, the others and the latent are free (Salvatori et al. 2021).
 #
 # You will see
 #
@@ -22,8 +22,8 @@
 # 3. what noise on the seen pixels does
 # 4. what happens with 100 and with 300 images
 #
-# It runs in less than a minute on one core. As a script it writes its picture to the folder `tutorial_output`, or to the
-# one that the environment variable `TUTORIAL_OUTPUT` names.
+# It runs in less than a minute on one core. As a script it writes its picture to the folder `tutorial_output`, or to
+# the one that the environment variable `TUTORIAL_OUTPUT` names.
 
 # %%
 import os
@@ -128,8 +128,8 @@ for name, seen in halves.items():
     assert right(found, stored) >= (30 if name in ("upper", "lower") else 28)
 
 # %% [markdown]
-# From the upper or the lower half all 30 are right. The left halves of two digits can be almost the same, so that one of
-# 30 may go wrong there.
+# From the upper or the lower half all 30 are right. The left halves of two digits can be almost the same, so that one
+# of 30 may go wrong there.
 
 # %%
 seen = halves["upper"]
@@ -185,5 +185,5 @@ figure.savefig(PICTURES / "7_memory.png", dpi=150)
 show(PICTURES / "7_memory.png")
 
 # %% [markdown]
-# The memory is a smooth function with 64 latents. It has no 30 separate holes into which everything falls: with noise, or
-# with too many images, the best latent makes a mixture.
+# The memory is a smooth function with 64 latents. It has no 30 separate holes into which everything falls: with noise,
+# or with too many images, the best latent makes a mixture.

@@ -12,9 +12,9 @@
 # %% [markdown]
 # # 8. Two directions
 #
-# Two nets stand side by side in one module: one goes up from an image to a label, the other goes down from a label to an
-# image. A tie makes their hidden layers one value, which both predict. So the two teach each other, and the same module
-# classifies and generates (bidirectional predictive coding, Oliviers et al. 2025).
+# Two nets stand side by side in one module: one goes up from an image to a label, the other goes down from a label to
+# an image. A tie makes their hidden layers one value, which both predict. So the two teach each other, and the same
+# module classifies and generates (bidirectional predictive coding, Oliviers et al. 2025).
 #
 # You will see
 #
@@ -23,8 +23,8 @@
 # 3. both directions together, where half of the image is missing: the label comes out better
 # 4. images from labels
 #
-# It runs in less than a minute on one core. As a script it writes its picture to the folder `tutorial_output`, or to the
-# one that the environment variable `TUTORIAL_OUTPUT` names.
+# It runs in less than a minute on one core. As a script it writes its picture to the folder `tutorial_output`, or to
+# the one that the environment variable `TUTORIAL_OUTPUT` names.
 
 # %%
 import os
@@ -61,8 +61,8 @@ train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.2, stratif
 # %% [markdown]
 # ## 1. The module and the tie
 #
-# The module takes an image and a label, and returns scores and pixels. The names of arguments and outputs differ, so that
-# each is clear in what follows.
+# The module takes an image and a label, and returns scores and pixels. The names of arguments and outputs differ, so
+# that each is clear in what follows.
 
 
 # %%
@@ -168,9 +168,9 @@ control = (train_x.mean(0) - test_x)[:, ~seen].square().mean()
 print(f"control: the mean image at the missing pixels {control:.4f}")
 
 # %% [markdown]
-# Without the tie, the label is found by `down` alone. With it, the label has to fit what `up` makes of the image, too. More
-# labels are right than by either direction alone. The missing pixels are no better for it: what `up` makes of a damaged
-# image pulls on them, too.
+# Without the tie, the label is found by `down` alone. With it, the label has to fit what `up` makes of the image, too.
+# More labels are right than by either direction alone. The missing pixels are no better for it: what `up` makes of a
+# damaged image pulls on them, too.
 #
 # ## 4. Images from labels
 
