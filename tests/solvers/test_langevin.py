@@ -1,5 +1,6 @@
 """Draws against the posterior of a linear Gaussian network, which is known in closed form."""
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -120,6 +121,21 @@ def test_automatic_steps_do_not_run_away_and_too_long_ones_are_told() -> None:
     assert torch.allclose(torch.cov(draws.T), torch.linalg.inv(linear.hessian), atol=0.15)
     with pytest.raises(DivergenceError, match='lr="auto"'):
         linear.draws(steps=300, burn_in=299, lr=2.0)
+
+
+@pytest.mark.parametrize(("factor", "told"), [(0.01, 0), (1e4, 1)])
+def test_chains_that_are_too_short_in_training_are_told_once(factor: float, told: int) -> None:
+    """A factor of 1e4 makes a step of about 1e-5, so that 20 of them move no latent by its prior's width."""
+    net = nn.Sequential(nn.Linear(2, 3))
+    model, y = torch2ebm.convert(net), torch.randn(5, 3)
+    sampler = torch2ebm.Langevin(steps=20, burn_in=10, lr="auto")
+    algorithm = torch2ebm.PredictiveCoding(free=["input"], solver=sampler)
+    torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.0), model, algorithm)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            (factor * 0.5 * (model(torch.zeros(5, 2)) - y).square().sum(1).mean()).backward()
+    assert len(caught) == told and all("Take more steps" in str(each.message) for each in caught)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,21 @@ def look_at_stiffness(solver: Solver[Any], inference: Inference, state: Inferenc
     lr = inference.step_size.used
     if relaxation.steps * lr < STIFF:
         key = ("stiff", type(solver), solver.steps, inference.carried_under)
-        inference.graph.once(key, lambda: _tell_stiffness(solver, state, lr))
+        tell = _tell_short_chains if solver.samples else _tell_stiffness
+        inference.graph.once(key, lambda: tell(solver, state, lr))
+
+
+def _tell_short_chains(solver: Solver[Any], state: InferenceState, lr: float) -> bool:
+    """Progress says nothing of draws, whose gradients do not vanish: the time of a chain does."""
+    time = state.relaxation.steps * lr
+    said = (
+        f'{type(solver).__name__}({solver.steps}, lr="auto"): chains end near where they begin. One steep direction '
+        f"of the energy allows steps of {lr:.2g}, and {state.relaxation.steps} of them make a time of {time:.2g}. A "
+        "value that nothing but its own precision of 1 holds forgets its start in about 1: draws are too narrow there, "
+        "and gradients are of such draws. Take more steps, or a smaller factor in the loss and smaller precisions."
+    )
+    warnings.warn(StepSizeWarning(said), stacklevel=users_level())
+    return True
 
 
 def _tell_stiffness(solver: Solver[Any], state: InferenceState, lr: float) -> bool:
