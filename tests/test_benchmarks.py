@@ -209,7 +209,7 @@ def test_the_loop_of_learning_is_adam_s_own_with_backprop():
 
 
 def test_what_was_told_while_training_is_kept_by_name():
-    rising = learning.Setting("rising", torch2ebm.PredictiveCoding(steps=20, lr=1.2, on_divergence="skip"))
+    rising = learning.Setting("rising", learning.PredictiveCoding(steps=20, lr=1.2, on_divergence="skip"))
     assert "StepSizeWarning" in learning.trained(tiny(small_net), rising, 0).told
 
 
