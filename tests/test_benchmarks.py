@@ -209,8 +209,8 @@ def test_the_loop_of_learning_is_adam_s_own_with_backprop():
 
 
 def test_what_was_told_while_training_is_kept_by_name():
-    rising = learning.Setting("rising", learning.PredictiveCoding(steps=20, lr=1.2, on_divergence="skip"))
-    assert "StepSizeWarning" in learning.trained(tiny(small_net), rising, 0).told
+    rising = learning.Setting("rising", learning.PredictiveCoding(steps=20, lr=9.0, on_divergence="warn"))
+    assert "DivergenceWarning" in learning.trained(tiny(small_net), rising, 0).told
 
 
 def test_what_is_stored_is_not_trained_again(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
