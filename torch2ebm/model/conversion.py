@@ -295,7 +295,10 @@ class Conversion:
         check_inputs(module, arguments.tensors)
         with self.shards.gathered(), plain_autograd(), untouched(module, arguments.device):
             call = lambda: called(runs, module, args, kwargs)  # noqa: E731
-            return self._call(captures.run(arguments, call, self.algorithm, keep_cuts=False))
+            looked = self._call(captures.run(arguments, call, self.algorithm, keep_cuts=False))
+        if captures is self.captures and self._latest is None:
+            self._latest = looked.graph
+        return looked
 
     def _captured_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Served:
         with self.shards.gathered():
