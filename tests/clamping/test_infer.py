@@ -143,6 +143,21 @@ def test_an_input_without_a_prior_begins_where_it_is_given() -> None:
     assert torch.allclose(found.input, expected, atol=1e-5)
 
 
+def test_data_of_a_distribution_by_the_name_of_the_output() -> None:
+    """Binary data under logits: the energy of the output is their negative log-likelihood."""
+    chain, data = Chain(), torch.randint(2, (5, 3)).double()
+    found = chain.model.infer(
+        chain.x, clamp={"output": data}, energies={"output": torch2ebm.Bernoulli(observed=True)}, tol=TIGHT
+    )
+
+    def energy() -> Tensor:
+        hidden = chain.energy(chain.x, chain.a, chain.b, chain.net[4](chain.b))
+        return hidden + F.binary_cross_entropy_with_logits(chain.net[4](chain.b), data, reduction="sum")
+
+    assert minimised(energy, [chain.a, chain.b]) == pytest.approx(float(found.energy.sum()), rel=1e-8)
+    assert torch.allclose(found.value["0"], chain.a, atol=1e-5)
+
+
 class Bidirectional(nn.Module):
     """Two nets between an image and a label, whose hidden values are to be one."""
 
@@ -258,6 +273,11 @@ WRONG = {
     "integers that would move": (_tokens, "int64"),
     "nothing that decides": (_chain(clamp={"output": Y}, free=["input"]), "20 free entries"),
     "a prior of a node": (_chain(prior={"0": torch2ebm.Gaussian()}), "which is no input"),
+    "data that would move": (_chain(energies={"0": torch2ebm.Bernoulli(observed=True)}), "whose value is data"),
+    "an energy beside a prior": (
+        _chain(clamp={"output": Y}, prior={"input": torch2ebm.Gaussian()}, precisions={"input": 2.0}),
+        "a free input",
+    ),
     "a prior that is none": (_chain(prior={"input": 1.0}), "an energy"),
     "a tie to itself": (_chain(clamp={"0": "0"}), "the node itself"),
     "a tie of another shape": (_chain(clamp={"0": "2"}), "shapes"),

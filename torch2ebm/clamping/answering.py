@@ -24,8 +24,9 @@ from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.inference.solver import Solver
 from torch2ebm.isolation.module_state import untouched
+from torch2ebm.potentials.energy_check import check_energy_gradients
 from torch2ebm.potentials.energy_parameters import check_at_forward
-from torch2ebm.potentials.node_energies import NodeEnergies, check_free, check_names, node_energies
+from torch2ebm.potentials.node_energies import NodeEnergies, check_free, node_energies
 from torch2ebm.solvers import ErrorConjugateGradient, Langevin
 
 Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Call]
@@ -39,7 +40,9 @@ def question_settings(
     energies: Mapping[str, Energy],
 ) -> tuple[Solver[Any], NodeEnergies]:
     """The solver, and the energies by node. Raises :class:`ConfigurationError` for what is neither."""
-    return _chosen(solver, tol), node_energies("model.infer", precisions, energies)
+    named = node_energies("model.infer", precisions, energies)
+    check_energy_gradients(named)
+    return _chosen(solver, tol), named
 
 
 def _chosen(solver: Solver[Any] | None, tol: float | None) -> Solver[Any]:
@@ -82,11 +85,24 @@ def answered(run: Run, inputs: Inputs, solver: Solver[Any], energies: Mapping[st
         return _answered(run, call, inputs, solver, energies)
 
 
+def check_priors(where: str, energies: Mapping[str, Energy], inputs: Inputs) -> None:
+    """Raises :class:`ConfigurationError` for the energy of an input that is free: that is its prior."""
+    twice = sorted(energies.keys() & inputs.energies.keys())
+    if twice:
+        raise ConfigurationError(
+            f"{where}(precisions=..., energies=...)",
+            f"an energy of {twice[0]!r}, a free input",
+            "energies of nodes",
+            f"Give it as prior={{{twice[0]!r}: energy}}; its prediction is zero, or the second of a pair.",
+        )
+
+
 def _answered(run: Run, call: Call, inputs: Inputs, solver: Solver[Any], energies: Mapping[str, Energy]) -> Inferred:
     question, bound = inputs.question, inputs.bound
     call.feedforward(keep_graph=False)
-    check_names(question.where, energies, call.graph, outputs=True)
     places = Places.of(call.graph, call.run.output, inputs.places, frozenset(inputs.fixed))
+    energies = NodeEnergies(places.by_node(f"{question.where}(precisions=..., energies=...)", energies))
+    check_priors(question.where, energies, inputs)
     pattern = question.pattern(places, call.values, call.batch_size)
     starts = question.starts(places, call.values, call.batch_size)
     whole = [name for name in energies if all(map(pattern.is_whole, call.graph.nodes[name].slots))]

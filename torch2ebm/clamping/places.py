@@ -83,6 +83,10 @@ class Places:
             )
         raise unknown_name(where, name, [*nodes, *self.inputs, *self.outputs])
 
+    def by_node(self, where: str, named: Mapping[str, Any]) -> dict[str, Any]:
+        """By the name of the node, what is given by any name of it."""
+        return {self.graph.owner[self.slots(where, name)[0]].name: thing for name, thing in named.items()}
+
 
 def _is_follower(graph: EnergyGraph, name: str) -> bool:
     """Whether a node only shows the value of another one: an output that is read inside, too."""
