@@ -32,6 +32,7 @@ def test_all_are_there() -> None:
     assert len(CHOSEN) == len(NAMES)
 
 
+@pytest.mark.filterwarnings("ignore:model.infer. values still move")  # of the gpt
 @pytest.mark.parametrize("problem", CHOSEN, ids=lambda problem: problem.name)
 def test_an_output_is_given_and_an_input_is_free(problem: Problem) -> None:
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.errors import ConfigurationError, NonFiniteError, UnknownNameError
+from torch2ebm.errors import ConfigurationError, NonFiniteError, NotSettledWarning, UnknownNameError
 
 TIGHT = 1e-9
 
@@ -158,6 +158,15 @@ def test_data_of_a_distribution_by_the_name_of_the_output() -> None:
     assert torch.allclose(found.value["0"], chain.a, atol=1e-5)
 
 
+def test_what_has_not_come_to_rest_is_told() -> None:
+    chain = Chain()
+    with pytest.warns(NotSettledWarning, match=r"after 2 steps.*steps=8"):
+        found = chain.model.infer(
+            chain.x, clamp={"output": chain.y}, solver=torch2ebm.ErrorConjugateGradient(tol=1e-6, steps=2)
+        )
+    assert found.relaxation.converged is False
+
+
 class Bidirectional(nn.Module):
     """Two nets between an image and a label, whose hidden values are to be one."""
 
@@ -243,6 +252,18 @@ def test_an_attached_algorithm_and_inference_mode_change_nothing() -> None:
 def _chain(**settings: object) -> Callable[[], object]:
     chain = Chain()
     return lambda: chain.model.infer(chain.x, **settings)
+
+
+def test_a_start_decides_where_nothing_else_does() -> None:
+    """The remedy that the error names: the nearest of the many lowest points. Of samples there is no such thing."""
+    net, begin, y = nn.Linear(6, 3), torch.randn(5, 6), torch.randn(5, 3)
+    model = torch2ebm.convert(nn.Sequential(net))
+    settings = {"clamp": {"output": y}, "free": ["input"], "start": {"input": begin}}
+    nearest = begin + (y - net(begin)) @ torch.linalg.pinv(net.weight).T
+    assert torch.allclose(model.infer(**settings, tol=1e-8).input, nearest, atol=1e-6)
+    for wrong in ({"start": None}, {"solver": torch2ebm.Langevin(steps=10, burn_in=5)}):
+        with pytest.raises(ConfigurationError, match="without a prior"):
+            model.infer(torch.zeros(5, 6), **{**settings, **wrong})
 
 
 class Named(nn.Module):

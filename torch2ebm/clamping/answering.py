@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,9 +19,10 @@ from torch2ebm.clamping.sampling import carried, in_chains, repeated
 from torch2ebm.common.checks import check_positive
 from torch2ebm.common.known_names import KnownNames
 from torch2ebm.common.nested import map_leaves
+from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
-from torch2ebm.errors import ConfigurationError
+from torch2ebm.errors import ConfigurationError, NotSettledWarning
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.inference.solver import Solver
 from torch2ebm.isolation.module_state import untouched
@@ -85,6 +87,20 @@ def answered(run: Run, inputs: Inputs, solver: Solver[Any], energies: Mapping[st
         return _answered(run, call, inputs, solver, energies)
 
 
+def tell_unsettled(where: str, solver: Solver[Any], answer: Answer) -> None:
+    """One warning where the steps were too few; a solver without a tolerance has been asked for its steps alone."""
+    relaxation = answer.relaxation
+    if relaxation.converged is False:
+        warnings.warn(
+            NotSettledWarning(
+                f"{where}: values still move after {relaxation.steps} steps, by a residual of "
+                f"{relaxation.residual:.2g} where {relaxation.tol:.2g} was asked for. Take more steps, for example "
+                f"solver={solver.with_steps(4 * relaxation.steps)!r}, a larger tol, or another start."
+            ),
+            stacklevel=users_level(),
+        )
+
+
 def check_priors(where: str, energies: Mapping[str, Energy], inputs: Inputs) -> None:
     """Raises :class:`ConfigurationError` for the energy of an input that is free: that is its prior."""
     twice = sorted(energies.keys() & inputs.energies.keys())
@@ -109,8 +125,9 @@ def _answered(run: Run, call: Call, inputs: Inputs, solver: Solver[Any], energie
     check_free(question.where, energies, whole)
     check_at_forward(question.where, energies, call)
     check_something_moves(question.where, pattern, places)
-    if solver.samples or not set(starts) & {slot for node in inputs.energies for slot in call.graph.nodes[node].slots}:
-        check_determined(question.where, pattern, places, inputs.energies, call.values)
+    told = frozenset() if solver.samples else inputs.begun  # a start says which of many lowest points is meant
+    undecided = {name: prior for name, prior in inputs.energies.items() if name not in told}
+    check_determined(question.where, pattern, places, undecided, call.values)
     chains = solver.chains if isinstance(solver, Langevin) else 1
     if isinstance(solver, Langevin):
         pattern, starts = repeated(pattern, starts, call.batch_size, chains)
@@ -118,6 +135,7 @@ def _answered(run: Run, call: Call, inputs: Inputs, solver: Solver[Any], energie
         call = run(args, kwargs)
         pattern = replace(pattern, carried=carried(call.graph, pattern))
     answer = Clamped.of(call, pattern, {**energies, **inputs.energies}, starts).relaxed(solver)
+    tell_unsettled(question.where, solver, answer)
     return _result(call, answer, inputs, chains)
 
 

@@ -28,12 +28,14 @@ class Inputs:
         nodes: From the argument of a free input to the name of its node.
         question: The same question, with what was passed for an input that is given in part among its clamps.
         energies: By node, of the priors.
+        begun: The nodes for which ``start`` says where to begin.
     """
 
     bound: inspect.BoundArguments
     nodes: Mapping[str, str]
     question: Question
     energies: Mapping[str, Energy]
+    begun: frozenset[str] = frozenset()
 
     @property
     def places(self) -> dict[str, str]:
@@ -146,7 +148,9 @@ class Asked:
         self.bound.apply_defaults()
         mask = {nodes.get(self.argument(n) or "", n): m for n, m in question.mask.items()}
         free = [nodes.get(self.argument(n) or "", n) for n in question.free]
-        return Inputs(self.bound, nodes, replace(question, clamp=clamp, start=start, mask=mask, free=free), energies)
+        begun = frozenset(node for argument, node in nodes.items() if argument in started)
+        asked = replace(question, clamp=clamp, start=start, mask=mask, free=free)
+        return Inputs(self.bound, nodes, asked, energies, begun)
 
     def _node_of(self, argument: str, name: str) -> str:
         node = INPUT if argument == self.only else argument

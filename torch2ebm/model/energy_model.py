@@ -279,6 +279,9 @@ class EnergyModel(ModuleView):
             NonFiniteError: for given values that are not finite.
             DivergenceError: where the relaxation runs away.
 
+        Warns:
+            NotSettledWarning: where the steps were too few.
+
         Example:
             >>> import torch, torch2ebm
             >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
