@@ -213,6 +213,36 @@ def test_every_kind_of_node(nodes: str) -> None:
     assert torch.allclose(one.input, other.input, atol=1e-2)
 
 
+def test_a_latent_needs_no_shape_once_the_model_has_run_and_one_sample_no_batch() -> None:
+    net, prior = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6)), {"input": torch2ebm.Gaussian()}
+    model, image = torch2ebm.convert(net), torch.randn(5, 6)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = torch2ebm.EnergyOptimizer(sgd, model, torch2ebm.PredictiveCoding(free=["input"]))
+    (model(torch.zeros(5, 3)) - image).square().mean().backward()
+    optimizer.detach()
+    every = model.infer(clamp={"output": image}, free="input", prior=prior, tol=TIGHT)
+    one = model.infer(clamp={"output": image[0]}, free=["input"], prior=prior, tol=TIGHT)
+    assert every.input.shape == (5, 3) and torch.allclose(one.input, every.input[:1], atol=1e-6)
+    mean = torch.ones(3)  # for all samples
+    shifted = model.infer(clamp={"output": image}, prior={"input": (torch2ebm.Gaussian(1e6), mean)})
+    assert torch.allclose(shifted.input, mean.expand(5, 3), atol=1e-3)
+    drawn = model.infer(prior=prior, solver=torch2ebm.Langevin(steps=20, burn_in=10, lr=0.05, chains=7))
+    assert drawn.samples["output"].shape == (10, 7, 1, 6)
+
+
+def test_the_output_has_its_name_everywhere() -> None:
+    chain = Chain()
+    one, other = (
+        chain.model.infer(chain.x, clamp={name: chain.y}, precisions={name: 3.0}, tol=TIGHT) for name in ("output", "4")
+    )
+    assert torch.equal(one.error["output"], other.error["4"])
+    assert torch.equal(one.value["output"], one.output)
+    plain = chain.model.infer(chain.x, clamp={"output": chain.y}, tol=TIGHT)
+    assert not torch.allclose(one.error["4"], plain.error["4"], atol=1e-2)  # the twin: precision 1
+    with pytest.raises(UnknownNameError, match="Did you mean"):
+        one.value["outputs"]
+
+
 def test_start_decides_where_there_are_two_lowest_points() -> None:
     """(z^2 - 1)^2 has one at 1 and one at -1."""
 
@@ -302,6 +332,18 @@ WRONG = {
     "a prior that is none": (_chain(prior={"input": 1.0}), "an energy"),
     "a tie to itself": (_chain(clamp={"0": "0"}), "the node itself"),
     "a tie of another shape": (_chain(clamp={"0": "2"}), "shapes"),
+    "an energy beside a prior": (
+        _chain(free=["input"], prior={"input": torch2ebm.Gaussian()}, precisions={"input": 2.0}),
+        "'input', a free input",
+    ),
+    "energies of one node by two names": (
+        _chain(precisions={"output": 2.0}, energies={"4": torch2ebm.Gaussian()}),
+        "named too",
+    ),
+    "a clamp without a name": (_chain(clamp=Y), r"a Tensor of shape \(5, 3\)"),
+    "a prior without a name": (_chain(prior=torch2ebm.Gaussian()), "a dict by name"),
+    "no tensor": (_chain(clamp={"output": Y.numpy()}), "as_tensor"),
+    "a mask of samples": (_chain(clamp={"output": Y}, mask={"output": torch.ones(5).bool()}), r"expand\(5, 3\)"),
     "no solver": (_chain(solver="adam"), "a solver object"),
     "an argument of another name": (_chain(y=1), "unexpected keyword"),
 }

@@ -163,7 +163,8 @@ def test_what_cannot_be_is_named() -> None:
         ({"clamp": {"2": 0.0}}, "an output"),
         ({"clamp": {"0": torch.zeros(5, 7)}}, r"shape \(5, 7\)"),
         ({"clamp": {"nothing": 0.0}}, "nothing"),
-        ({"clamp": {"0": (torch.zeros(5, 8), torch.zeros(5, 8))}}, "float64"),
+        ({"clamp": {"input": torch.zeros(5, 3)}}, r"free=\['input'\]"),
+        ({"clamp": {"0": (torch.zeros(5, 8), torch.zeros(5, 8))}}, r"\.\.\., mask\)}\).*float64"),
     ):
         optimizer = decoder.trained(algorithm(**settings))
         before = [p.clone() for p in decoder.net.parameters()]

@@ -28,7 +28,7 @@ from torch2ebm.inference.solver import Solver
 from torch2ebm.isolation.module_state import untouched
 from torch2ebm.potentials.energy_check import check_energy_gradients
 from torch2ebm.potentials.energy_parameters import check_at_forward
-from torch2ebm.potentials.node_energies import NodeEnergies, check_free, node_energies
+from torch2ebm.potentials.node_energies import NodeEnergies, check_free, check_names, node_energies
 from torch2ebm.solvers import ErrorConjugateGradient, Langevin
 
 Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Call]
@@ -118,6 +118,7 @@ def _answered(run: Run, call: Call, inputs: Inputs, solver: Solver[Any], energie
     call.feedforward(keep_graph=False)
     places = Places.of(call.graph, call.run.output, inputs.places, frozenset(inputs.fixed))
     energies = NodeEnergies(places.by_node(f"{question.where}(precisions=..., energies=...)", energies))
+    check_names(question.where, energies, call.graph, outputs=True)
     check_priors(question.where, energies, inputs)
     pattern = question.pattern(places, call.values, call.batch_size)
     starts = question.starts(places, call.values, call.batch_size)
@@ -136,16 +137,16 @@ def _answered(run: Run, call: Call, inputs: Inputs, solver: Solver[Any], energie
         pattern = replace(pattern, carried=carried(call.graph, pattern))
     answer = Clamped.of(call, pattern, {**energies, **inputs.energies}, starts).relaxed(solver)
     tell_unsettled(question.where, solver, answer)
-    return _result(call, answer, inputs, chains)
+    return _result(call, answer, inputs, chains, places.also)
 
 
-def _result(call: Call, answer: Answer, inputs: Inputs, chains: int) -> Inferred:
+def _result(call: Call, answer: Answer, inputs: Inputs, chains: int, also: Mapping[str, str]) -> Inferred:
     graph, found = call.graph, answer.found
     parts = KnownNames({node.name: tuple(found[slot] for slot in node.slots) for node in graph.nodes.values()})
 
     def of(pick: Callable[[Found], Tensor]) -> Mapping[str, Any]:
         picked = {name: tuple(map(pick, each)) for name, each in parts.items()}
-        return KnownNames({name: each[0] if len(each) == 1 else each for name, each in picked.items()})
+        return KnownNames({name: each[0] if len(each) == 1 else each for name, each in picked.items()}, also)
 
     value = of(lambda each: each.value)
     given = {name: tensor.detach() for name, tensor in inputs.fixed.items() if name not in value}
@@ -153,18 +154,20 @@ def _result(call: Call, answer: Answer, inputs: Inputs, chains: int) -> Inferred
     tensors = [each for each in everything.values() if isinstance(each, Tensor)]
     leaves = [found[o.slot].value if o.slot is not None else None for o in graph.outputs]
     return Inferred(
-        KnownNames({**given, **value}),
+        KnownNames({**given, **value}, also),
         of(lambda each: each.prediction),
         of(lambda each: each.error),
         tensors[0].detach() if len(tensors) == 1 else everything,
         filled(call.run.output, leaves),
         answer.relaxation,
-        samples=_samples(graph, answer.samples, chains),
+        samples=_samples(graph, answer.samples, chains, also),
         parts=parts,
     )
 
 
-def _samples(graph: EnergyGraph, drawn: Mapping[str, Tensor], chains: int) -> Mapping[str, Any]:
+def _samples(
+    graph: EnergyGraph, drawn: Mapping[str, Tensor], chains: int, also: Mapping[str, str]
+) -> Mapping[str, Any]:
     """By node, with a dimension for the chains."""
     found: dict[str, Any] = {}
     for node in graph.nodes.values():
@@ -175,7 +178,7 @@ def _samples(graph: EnergyGraph, drawn: Mapping[str, Tensor], chains: int) -> Ma
         )
         if parts:
             found[node.name] = parts[0] if len(parts) == 1 else parts
-    return KnownNames(found)
+    return KnownNames(found, also)
 
 
 def filled(output: Any, leaves: Sequence[Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from torch2ebm.clamping.asking import Question
-from torch2ebm.clamping.places import Places
+from torch2ebm.clamping.places import INPUT, Places
 from torch2ebm.clamping.relaxing import Clamped
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy
@@ -50,7 +50,7 @@ def clamped_call(where: str, call: Call, clamp: Mapping[str, Any], energies: Map
         return None
     question = Question(given, masks, where=where)
     inputs = {name: name for name in call.graph.nodes}
-    places = Places.of(call.graph, call.run.output, inputs, frozenset())
+    places = Places.of(call.graph, call.run.output, inputs, frozenset({INPUT} - inputs.keys()))
     pattern = question.pattern(places, call.values, call.batch_size)
     outputs = [name for name in given if not set(places.slots(where, name)).isdisjoint(call.graph.output_slots)]
     if outputs:

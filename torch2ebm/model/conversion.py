@@ -328,6 +328,8 @@ class Conversion:
         if not free:
             return self.captures, self._runs
         captures = self.captures.behind(nodes_of_inputs("PredictiveCoding", self.module, args, kwargs, free))
+        if not self.captures.inputs:
+            self.captures.see(Arguments.of(self.module, args, kwargs))
         return captures, captures.module
 
     def _see_again(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.analysis.energy_terms import EnergyTerms
 from torch2ebm.analysis.hessian import Hessian
-from torch2ebm.clamping.asking import Question
+from torch2ebm.clamping.asking import Question, nothing_is_empty
 from torch2ebm.clamping.inferred import Inferred
 from torch2ebm.engine.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.engine.energies import Energy
@@ -294,8 +294,8 @@ class EnergyModel(ModuleView):
         return self.torch2ebm.infer(
             inputs,
             keywords,
-            question=Question(clamp or {}, mask or {}, free, start or {}),
-            prior=prior or {},
+            question=Question(*map(nothing_is_empty, (clamp, mask, free, start))),
+            prior=nothing_is_empty(prior),
             solver=solver,
             tol=tol,
             precisions=precisions or {},
