@@ -284,3 +284,12 @@ def test_values_that_would_have_to_be_known_before_themselves() -> None:
     square = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     with pytest.raises(ConfigurationError, match="before themselves"):
         torch2ebm.convert(square).infer(chain.x, clamp={"0": "2", "output": chain.y})
+
+
+def test_a_start_says_near_which_of_many_answers_to_look() -> None:
+    """The nearest point to the start that gives the data, by the pseudo-inverse; without a start nothing decides."""
+    net = nn.Linear(4, 3)
+    start, y = torch.randn(5, 4), torch.randn(5, 3)
+    found = torch2ebm.convert(net).infer(free=["input"], clamp={"output": y}, start={"input": start}, tol=1e-9)
+    nearest = start + (y - net(start)).detach() @ torch.linalg.pinv(net.weight.detach()).T
+    assert torch.allclose(found.input, nearest, atol=1e-5)
