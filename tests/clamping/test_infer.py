@@ -332,10 +332,6 @@ WRONG = {
     "a prior that is none": (_chain(prior={"input": 1.0}), "an energy"),
     "a tie to itself": (_chain(clamp={"0": "0"}), "the node itself"),
     "a tie of another shape": (_chain(clamp={"0": "2"}), "shapes"),
-    "an energy beside a prior": (
-        _chain(free=["input"], prior={"input": torch2ebm.Gaussian()}, precisions={"input": 2.0}),
-        "'input', a free input",
-    ),
     "energies of one node by two names": (
         _chain(precisions={"output": 2.0}, energies={"4": torch2ebm.Gaussian()}),
         "named too",
@@ -367,3 +363,12 @@ def test_values_that_would_have_to_be_known_before_themselves() -> None:
     square = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     with pytest.raises(ConfigurationError, match="before themselves"):
         torch2ebm.convert(square).infer(chain.x, clamp={"0": "2", "output": chain.y})
+
+
+def test_a_start_says_near_which_of_many_answers_to_look() -> None:
+    """The nearest point to the start that gives the data, by the pseudo-inverse; without a start nothing decides."""
+    net = nn.Linear(4, 3)
+    start, y = torch.randn(5, 4), torch.randn(5, 3)
+    found = torch2ebm.convert(net).infer(free=["input"], clamp={"output": y}, start={"input": start}, tol=1e-9)
+    nearest = start + (y - net(start)).detach() @ torch.linalg.pinv(net.weight.detach()).T
+    assert torch.allclose(found.input, nearest, atol=1e-5)
