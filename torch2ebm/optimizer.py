@@ -21,7 +21,7 @@ from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.energy_model import EnergyModel
 from torch2ebm.monitor import Monitor, StepMonitor
 from torch2ebm.wrapper.attaching import attach, check_parts, parameters_of, unwrapped
-from torch2ebm.wrapper.checkpoints import OWN_KEY, check_identity, identity, load_wholly, no_dictionary
+from torch2ebm.wrapper.checkpoints import OWN_KEY, VALUES, check_identity, identity, load_wholly, no_dictionary
 from torch2ebm.wrapper.steps_told import StepsTold
 from torch2ebm.wrapper.wrapped import evaluates_again, is_wrappeds, method_of, versions, with_closures
 
@@ -312,8 +312,12 @@ class EnergyOptimizer(Optimizer):
             self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, which it loads itself, and for whom it was made under ``"torch2ebm"``."""
-        return {**self.optimizer.state_dict(), OWN_KEY: self._identity()}
+        """The wrapped optimizer's, which it loads itself, and for whom it was made under ``"torch2ebm"``.
+
+        There, too, are the values at which the next batch begins, under ``start="last"`` and ``start="average"``.
+        """
+        kept = self._conversion.memory.state()
+        return {**self.optimizer.state_dict(), OWN_KEY: {**self._identity(), **({VALUES: kept} if kept else {})}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what this class or the bare optimizer has saved.
@@ -324,8 +328,11 @@ class EnergyOptimizer(Optimizer):
         """
         if not isinstance(state_dict, Mapping):
             raise no_dictionary(state_dict)
-        check_identity(state_dict.get(OWN_KEY), self._identity())
+        own = state_dict.get(OWN_KEY)
+        check_identity(own, self._identity())
         load_wholly(self.optimizer, {key: value for key, value in state_dict.items() if key != OWN_KEY})
+        if own is not None:
+            self._conversion.memory.load(own.get(VALUES, {}))
 
     def _identity(self) -> dict[str, Any]:
         names = {id(parameter): name for name, parameter in self._conversion.trained_parameters().items()}

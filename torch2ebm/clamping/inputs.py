@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.clamping.asking import Question
+from torch2ebm.clamping.asking import Question, by_name
 from torch2ebm.clamping.places import INPUT
 from torch2ebm.clamping.priors import Flat, Prior
 from torch2ebm.engine.energies import Energy
@@ -28,12 +28,14 @@ class Inputs:
         nodes: From the argument of a free input to the name of its node.
         question: The same question, with what was passed for an input that is given in part among its clamps.
         energies: By node, of the priors.
+        begun: Nodes of free inputs whose start was given, to whether by ``start=``, or passed to the call.
     """
 
     bound: inspect.BoundArguments
     nodes: Mapping[str, str]
     question: Question
     energies: Mapping[str, Energy]
+    begun: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def places(self) -> dict[str, str]:
@@ -107,7 +109,7 @@ class Asked:
             ConfigurationError: for an input that cannot be free, or of which nobody knows the shape.
         """
         question = self.question
-        for name in self.prior:
+        for name in by_name("model.infer(prior=...)", self.prior):
             if self.argument(name) is None:
                 raise ConfigurationError(
                     question.at("prior", name),
@@ -120,6 +122,7 @@ class Asked:
         clamp, start = dict(question.clamp), {n: v for n, v in question.start.items() if self.argument(n) is None}
         energies: dict[str, Energy] = {}
         nodes: dict[str, str] = {}
+        begun: dict[str, bool] = {}
         for argument, name in names.items():
             passed = self.bound.arguments.get(argument)
             own = Prior.of(name, self.prior[name]) if name in self.prior else Prior(Flat())
@@ -128,12 +131,14 @@ class Asked:
             known = clamped.pop(argument, (name, passed if name in question.mask else None))[1]
             like = self._like(name, [passed, begins, known, own.mean], argument)
             mean = like_it(0.0 if own.mean is None else own.mean, like, question.at("prior", name))
+            if argument in started or passed is not None:
+                begun[node] = argument in started
             begins = mean if begins is None else like_it(begins, like, question.at("start", name))
             begins = torch.where(torch.isfinite(begins), begins, mean)
             flat = isinstance(own.energy, Flat)
             self.bound.arguments[argument] = begins if flat else mean
             energies[node] = own.energy
-            if not flat:
+            if not flat or argument in started:  # an answer near a start is one of many, and asked for
                 start[node] = begins
             if known is not None:
                 clamp.pop(name, None)
@@ -146,7 +151,8 @@ class Asked:
         self.bound.apply_defaults()
         mask = {nodes.get(self.argument(n) or "", n): m for n, m in question.mask.items()}
         free = [nodes.get(self.argument(n) or "", n) for n in question.free]
-        return Inputs(self.bound, nodes, replace(question, clamp=clamp, start=start, mask=mask, free=free), energies)
+        asked = replace(question, clamp=clamp, start=start, mask=mask, free=free)
+        return Inputs(self.bound, nodes, asked, energies, begun)
 
     def _node_of(self, argument: str, name: str) -> str:
         node = INPUT if argument == self.only else argument
@@ -161,10 +167,12 @@ class Asked:
 
     def _like(self, name: str, sources: Sequence[Any], argument: str) -> Tensor:
         """A tensor in the shape of a free input."""
-        found = next((each for each in sources if isinstance(each, Tensor)), None)
-        if found is None and argument in self.seen:
-            seen = self.seen[argument]
-            found = seen.new_zeros((self._rows(len(seen)), *seen.shape[1:]))
+        seen = self.seen.get(argument)
+        rows_missing = None if seen is None else seen.shape[1:]  # what is given for all samples
+        tensors = (each for each in sources if isinstance(each, Tensor))
+        found = next((each for each in tensors if each.shape != rows_missing or each is sources[0]), None)
+        if found is None and seen is not None:
+            found = seen.new_zeros((self._rows(), *seen.shape[1:]))
         if found is None:
             raise ConfigurationError(
                 f"model.infer(free=[{name!r}])",
@@ -181,10 +189,10 @@ class Asked:
             )
         return found
 
-    def _rows(self, seen: int) -> int:
-        """The number of samples, by what is given."""
+    def _rows(self) -> int:
+        """The number of samples, by what is given; one where that is without a batch dimension."""
         tensors = [value for value in self.question.clamp.values() if isinstance(value, Tensor) and value.ndim > 1]
-        return len(tensors[0]) if tensors else seen
+        return len(tensors[0]) if tensors else 1
 
     def _check_complete(self) -> None:
         parameters = self.signature.parameters.values()
