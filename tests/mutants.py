@@ -503,6 +503,8 @@ AROUND = [
            "bool(taken)", "wrapped_optimizers"),
     Mutant("further steps left out without a word", "optimizer.py", "if self._conversion.forwards.later:",
            "if False:", "wrapped_optimizers"),
+    Mutant("a step beside the weights after it", "monitor.py", "vector_norm(before[name]))", "vector_norm(tensor))",
+           "monitors"),
     Mutant("labels cut off to whole numbers", "mnist.py", "(exact == exact.floor()) & ", "", "stored_numbers"),
     Mutant("what follows the announced numbers forgotten", "common/stored_numbers.py", "if stream.read(1):",
            "if False:", "stored_numbers"),
