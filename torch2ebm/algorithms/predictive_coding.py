@@ -193,7 +193,9 @@ class PredictiveCoding(Algorithm):
         parts += [f"nudging={self.nudging!r}"] * (not calibrated and self.nudging != OneSided())
         parts += [f"energies={dict(self.energies)!r}"] * bool(self.energies)
         parts += ["batch_statistics='frozen'"] * (self.batch_statistics == "frozen")
-        parts += [f"clamp={dict(self.clamp)!r}"] * bool(self.clamp) + [f"free={self.free!r}"] * bool(self.free)
+        parts += [f"clamp={{{', '.join(f'{name!r}: ...' for name in self.clamp)}}}"] * bool(self.clamp) + [
+            f"free={self.free!r}"
+        ] * bool(self.free)
         parts += [f"start={self.start!r}"] * (self.start != FEEDFORWARD) + ["compile=True"] * self.compile
         parts += [f"on_divergence={self.on_divergence!r}"] * (self.on_divergence != "raise")
         return f"PredictiveCoding({', '.join(parts)})"
