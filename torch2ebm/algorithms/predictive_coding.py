@@ -237,7 +237,7 @@ class PredictiveCoding(Algorithm):
             lambda: tell_where_there_is_no_signal("PredictiveCoding", found.state, found.parameters),
         )
         call.graph.once(("kinks of energies",), lambda: tell_of_kinks("PredictiveCoding", found.state))
-        return found
+        return found if kept is None else replace(found, state=kept.state_of(found.state))
 
     def with_steps(self, steps: int) -> PredictiveCoding:
         if hasattr(self.solver, _MADE):
@@ -308,6 +308,11 @@ def _mean(parts: list[Tensor | None]) -> Tensor | None:
     # missing in one phase is zero there, hence the length of all
     found = [part for part in parts if part is not None]
     return sum(found[1:], start=found[0]) / len(parts) if found else None
+
+
+def _shown(clamp: Mapping[str, Any]) -> list[str]:
+    names = ", ".join(f"{name!r}: ..." for name in clamp)  # a tensor would fill the page
+    return [f"clamp={{{names}}}"] if clamp else []
 
 
 def _marked(made: Any, mark: str) -> Any:
