@@ -99,12 +99,14 @@ class Question:
         """In the shape, dtype and device of the value."""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return torch.full_like(prediction, value)
-        shape, got = tuple(prediction.shape), repr(value)
+        shape = tuple(prediction.shape)
         if isinstance(value, Tensor):
             got = f"shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
             if tuple(value.shape) == shape or (shape[:1] == (batch_size,) and tuple(value.shape) == shape[1:]):
                 found = value.detach().to(device=prediction.device, dtype=prediction.dtype)
                 return found.expand(shape).contiguous()
+        else:  # not of a tensor: to write one out takes as long as a step
+            got = repr(value)
         numbers = isinstance(value, Tensor) and not value.is_floating_point() and tuple(value.shape) == shape[:1]
         raise ConfigurationError(
             where,
