@@ -220,6 +220,11 @@ def test_the_loop_of_learning_is_adam_s_own_with_backprop():
     assert default.score > 30 and len(default.sigma_squared) == 3 and all(0 < a < 90 for a in default.angles)
 
 
+def test_what_was_told_while_training_is_kept_by_name():
+    rising = learning.Setting("rising", learning.PredictiveCoding(steps=20, lr=9.0, on_divergence="warn"))
+    assert "DivergenceWarning" in learning.trained(tiny(small_net), rising, 0).told
+
+
 def test_what_is_stored_is_not_trained_again(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(learning, "ROWS", [tiny(small_net)])
     monkeypatch.setattr(sys, "argv", ["learning.py", "--seeds", "2", "--out", str(tmp_path), "--settings", "backprop"])

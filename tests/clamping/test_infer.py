@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.errors import ConfigurationError, NonFiniteError, UnknownNameError
+from torch2ebm.errors import ConfigurationError, NonFiniteError, NotSettledWarning, UnknownNameError
 from torch2ebm.programs.program import Program
 
 TIGHT = 1e-9
@@ -145,6 +145,30 @@ def test_an_input_without_a_prior_begins_where_it_is_given() -> None:
     assert torch.allclose(found.input, expected, atol=1e-5)
 
 
+def test_data_of_a_distribution_by_the_name_of_the_output() -> None:
+    """Binary data under logits: the energy of the output is their negative log-likelihood."""
+    chain, data = Chain(), torch.randint(2, (5, 3)).double()
+    found = chain.model.infer(
+        chain.x, clamp={"output": data}, energies={"output": torch2ebm.Bernoulli(observed=True)}, tol=TIGHT
+    )
+
+    def energy() -> Tensor:
+        hidden = chain.energy(chain.x, chain.a, chain.b, chain.net[4](chain.b))
+        return hidden + F.binary_cross_entropy_with_logits(chain.net[4](chain.b), data, reduction="sum")
+
+    assert minimised(energy, [chain.a, chain.b]) == pytest.approx(float(found.energy.sum()), rel=1e-8)
+    assert torch.allclose(found.value["0"], chain.a, atol=1e-5)
+
+
+def test_what_has_not_come_to_rest_is_told() -> None:
+    chain = Chain()
+    with pytest.warns(NotSettledWarning, match=r"after 2 steps.*steps=8"):
+        found = chain.model.infer(
+            chain.x, clamp={"output": chain.y}, solver=torch2ebm.ErrorConjugateGradient(tol=1e-6, steps=2)
+        )
+    assert found.relaxation.converged is False
+
+
 class Bidirectional(nn.Module):
     """Two nets between an image and a label, whose hidden values are to be one."""
 
@@ -191,6 +215,36 @@ def test_every_kind_of_node(nodes: str) -> None:
     assert torch.allclose(one.input, other.input, atol=1e-2)
 
 
+def test_a_latent_needs_no_shape_once_the_model_has_run_and_one_sample_no_batch() -> None:
+    net, prior = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6)), {"input": torch2ebm.Gaussian()}
+    model, image = torch2ebm.convert(net), torch.randn(5, 6)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = torch2ebm.EnergyOptimizer(sgd, model, torch2ebm.PredictiveCoding(free=["input"]))
+    (model(torch.zeros(5, 3)) - image).square().mean().backward()
+    optimizer.detach()
+    every = model.infer(clamp={"output": image}, free="input", prior=prior, tol=TIGHT)
+    one = model.infer(clamp={"output": image[0]}, free=["input"], prior=prior, tol=TIGHT)
+    assert every.input.shape == (5, 3) and torch.allclose(one.input, every.input[:1], atol=1e-6)
+    mean = torch.ones(3)  # for all samples
+    shifted = model.infer(clamp={"output": image}, prior={"input": (torch2ebm.Gaussian(1e6), mean)})
+    assert torch.allclose(shifted.input, mean.expand(5, 3), atol=1e-3)
+    drawn = model.infer(prior=prior, solver=torch2ebm.Langevin(steps=20, burn_in=10, lr=0.05, chains=7))
+    assert drawn.samples["output"].shape == (10, 7, 1, 6)
+
+
+def test_the_output_has_its_name_everywhere() -> None:
+    chain = Chain()
+    one, other = (
+        chain.model.infer(chain.x, clamp={name: chain.y}, precisions={name: 3.0}, tol=TIGHT) for name in ("output", "4")
+    )
+    assert torch.equal(one.error["output"], other.error["4"])
+    assert torch.equal(one.value["output"], one.output)
+    plain = chain.model.infer(chain.x, clamp={"output": chain.y}, tol=TIGHT)
+    assert not torch.allclose(one.error["4"], plain.error["4"], atol=1e-2)  # the twin: precision 1
+    with pytest.raises(UnknownNameError, match="Did you mean"):
+        one.value["outputs"]
+
+
 def test_start_decides_where_there_are_two_lowest_points() -> None:
     """(z^2 - 1)^2 has one at 1 and one at -1."""
 
@@ -232,6 +286,18 @@ def _chain(**settings: object) -> Callable[[], object]:
     return lambda: chain.model.infer(chain.x, **settings)
 
 
+def test_a_start_decides_where_nothing_else_does() -> None:
+    """The remedy that the error names: the nearest of the many lowest points. Of samples there is no such thing."""
+    net, begin, y = nn.Linear(6, 3), torch.randn(5, 6), torch.randn(5, 3)
+    model = torch2ebm.convert(nn.Sequential(net))
+    settings = {"clamp": {"output": y}, "free": ["input"], "start": {"input": begin}}
+    nearest = begin + (y - net(begin)) @ torch.linalg.pinv(net.weight).T
+    assert torch.allclose(model.infer(**settings, tol=1e-8).input, nearest, atol=1e-6)
+    for wrong in ({"start": None}, {"solver": torch2ebm.Langevin(steps=10, burn_in=5)}):
+        with pytest.raises(ConfigurationError, match="without a prior"):
+            model.infer(torch.zeros(5, 6), **{**settings, **wrong})
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -260,9 +326,22 @@ WRONG = {
     "integers that would move": (_tokens, "int64"),
     "nothing that decides": (_chain(clamp={"output": Y}, free=["input"]), "20 free entries"),
     "a prior of a node": (_chain(prior={"0": torch2ebm.Gaussian()}), "which is no input"),
+    "data that would move": (_chain(energies={"0": torch2ebm.Bernoulli(observed=True)}), "whose value is data"),
+    "an energy beside a prior": (
+        _chain(clamp={"output": Y}, prior={"input": torch2ebm.Gaussian()}, precisions={"input": 2.0}),
+        "a free input",
+    ),
     "a prior that is none": (_chain(prior={"input": 1.0}), "an energy"),
     "a tie to itself": (_chain(clamp={"0": "0"}), "the node itself"),
     "a tie of another shape": (_chain(clamp={"0": "2"}), "shapes"),
+    "energies of one node by two names": (
+        _chain(precisions={"output": 2.0}, energies={"4": torch2ebm.Gaussian()}),
+        "named too",
+    ),
+    "a clamp without a name": (_chain(clamp=Y), r"a Tensor of shape \(5, 3\)"),
+    "a prior without a name": (_chain(prior=torch2ebm.Gaussian()), "a dict by name"),
+    "no tensor": (_chain(clamp={"output": Y.numpy()}), "as_tensor"),
+    "a mask of samples": (_chain(clamp={"output": Y}, mask={"output": torch.ones(5).bool()}), r"expand\(5, 3\)"),
     "no solver": (_chain(solver="adam"), "a solver object"),
     "an argument of another name": (_chain(y=1), "unexpected keyword"),
 }

@@ -13,7 +13,7 @@ from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.clamping.data_loss import WithData
 from torch2ebm.clamping.relaxing import Clamped
 from torch2ebm.clamping.start import NUDGED, NUDGED_BACK, begin_at, ended_at, kept_start
-from torch2ebm.clamping.training import check_nudging_of_data, clamped_call
+from torch2ebm.clamping.training import check_nudging_of_data, clamped_call, with_energies_of_data
 from torch2ebm.common.checks import check_choice, check_reduction
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
@@ -228,6 +228,8 @@ class PredictiveCoding(Algorithm):
         except DivergenceError as error:
             return no_gradients(self.on_divergence, error, call)
         found = mean_of(phases)
+        if kept is not None:
+            found = with_energies_of_data(found, kept, loss.scale)
         call.graph.once(
             ("signal", type(self.solver), self.solver.steps),
             lambda: tell_where_there_is_no_signal("PredictiveCoding", found.state, found.parameters),

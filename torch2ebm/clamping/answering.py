@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,13 +19,15 @@ from torch2ebm.clamping.sampling import carried, in_chains, repeated
 from torch2ebm.common.checks import check_choice, check_positive
 from torch2ebm.common.known_names import KnownNames
 from torch2ebm.common.nested import map_leaves
+from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
-from torch2ebm.errors import ConfigurationError
+from torch2ebm.errors import ConfigurationError, NotSettledWarning
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.inference.solver import Solver
 from torch2ebm.isolation.module_state import untouched
 from torch2ebm.memory.last_values import FEEDFORWARD, LAST, STARTS
+from torch2ebm.potentials.energy_check import check_energy_gradients
 from torch2ebm.potentials.energy_parameters import check_at_forward
 from torch2ebm.potentials.node_energies import NodeEnergies, check_free, check_names, node_energies
 from torch2ebm.programs.cache import Programs
@@ -41,7 +44,9 @@ def question_settings(
     energies: Mapping[str, Energy],
 ) -> tuple[Solver[Any], NodeEnergies]:
     """The solver, and the energies by node. Raises :class:`ConfigurationError` for what is neither."""
-    return _chosen(solver, tol), node_energies("model.infer", precisions, energies)
+    named = node_energies("model.infer", precisions, energies)
+    check_energy_gradients(named)
+    return _chosen(solver, tol), named
 
 
 def _chosen(solver: Solver[Any] | None, tol: float | None) -> Solver[Any]:
@@ -112,22 +117,47 @@ def answered(run: Run, inputs: Inputs, how: How) -> Inferred:
         return _answered(run, call, inputs, how)
 
 
+def tell_unsettled(where: str, solver: Solver[Any], answer: Answer) -> None:
+    """One warning where the steps were too few; a solver without a tolerance has been asked for its steps alone."""
+    relaxation = answer.relaxation
+    if relaxation.converged is False:
+        warnings.warn(
+            NotSettledWarning(
+                f"{where}: values still move after {relaxation.steps} steps, by a residual of "
+                f"{relaxation.residual:.2g} where {relaxation.tol:.2g} was asked for. Take more steps, for example "
+                f"solver={solver.with_steps(4 * relaxation.steps)!r}, a larger tol, or another start."
+            ),
+            stacklevel=users_level(),
+        )
+
+
+def check_priors(where: str, energies: Mapping[str, Energy], inputs: Inputs) -> None:
+    """Raises :class:`ConfigurationError` for the energy of an input that is free: that is its prior."""
+    twice = sorted(energies.keys() & inputs.energies.keys())
+    if twice:
+        raise ConfigurationError(
+            f"{where}(precisions=..., energies=...)",
+            f"an energy of {twice[0]!r}, a free input",
+            "energies of nodes",
+            f"Give it as prior={{{twice[0]!r}: energy}}; its prediction is zero, or the second of a pair.",
+        )
+
+
 def _answered(run: Run, call: Call, inputs: Inputs, how: How) -> Inferred:
     question, bound, solver, energies = inputs.question, inputs.bound, how.solver, how.energies
     call.feedforward(keep_graph=False)
-    check_names(question.where, energies, call.graph, outputs=True)
     places = Places.of(call.graph, call.run.output, inputs.places, frozenset(inputs.fixed))
+    energies = NodeEnergies(places.by_node(f"{question.where}(precisions=..., energies=...)", energies))
+    check_names(question.where, energies, call.graph, outputs=True)
+    check_priors(question.where, energies, inputs)
     pattern = question.pattern(places, call.values, call.batch_size)
     starts = question.starts(places, call.values, call.batch_size)
     whole = [name for name in energies if all(map(pattern.is_whole, call.graph.nodes[name].slots))]
     check_free(question.where, energies, whole)
     check_at_forward(question.where, energies, call)
     check_something_moves(question.where, pattern, places)
-    if solver.samples or not set(starts) & {slot for node in inputs.energies for slot in call.graph.nodes[node].slots}:
-        undecided = {
-            node: each for node, each in inputs.energies.items() if solver.samples or not inputs.begun.get(node)
-        }
-        check_determined(question.where, pattern, places, undecided, call.values)
+    undecided = {n: each for n, each in inputs.energies.items() if solver.samples or not inputs.begun.get(n)}
+    check_determined(question.where, pattern, places, undecided, call.values)
     if how.start != FEEDFORWARD:
         starts = _named_starts(call, inputs, starts)
     chains = solver.chains if isinstance(solver, Langevin) else 1
@@ -138,7 +168,8 @@ def _answered(run: Run, call: Call, inputs: Inputs, how: How) -> Inferred:
         pattern = replace(pattern, carried=carried(call.graph, pattern))
     together, recorded = {**energies, **inputs.energies}, how.programs is not None
     answer = Clamped.of(call, pattern, together, starts, how.start, recorded).relaxed(solver, how.programs)
-    return _result(call, answer, inputs, chains)
+    tell_unsettled(question.where, solver, answer)
+    return _result(call, answer, inputs, chains, places.also)
 
 
 def _named_starts(call: Call, inputs: Inputs, starts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -153,13 +184,13 @@ def _named_starts(call: Call, inputs: Inputs, starts: Mapping[str, Tensor]) -> d
     return found
 
 
-def _result(call: Call, answer: Answer, inputs: Inputs, chains: int) -> Inferred:
+def _result(call: Call, answer: Answer, inputs: Inputs, chains: int, also: Mapping[str, str]) -> Inferred:
     graph, found = call.graph, answer.found
     parts = KnownNames({node.name: tuple(found[slot] for slot in node.slots) for node in graph.nodes.values()})
 
     def of(pick: Callable[[Found], Tensor]) -> Mapping[str, Any]:
         picked = {name: tuple(map(pick, each)) for name, each in parts.items()}
-        return KnownNames({name: each[0] if len(each) == 1 else each for name, each in picked.items()})
+        return KnownNames({name: each[0] if len(each) == 1 else each for name, each in picked.items()}, also)
 
     value = of(lambda each: each.value)
     given = {name: tensor.detach() for name, tensor in inputs.fixed.items() if name not in value}
@@ -167,18 +198,20 @@ def _result(call: Call, answer: Answer, inputs: Inputs, chains: int) -> Inferred
     tensors = [each for each in everything.values() if isinstance(each, Tensor)]
     leaves = [found[o.slot].value if o.slot is not None else None for o in graph.outputs]
     return Inferred(
-        KnownNames({**given, **value}),
+        KnownNames({**given, **value}, also),
         of(lambda each: each.prediction),
         of(lambda each: each.error),
         tensors[0].detach() if len(tensors) == 1 else everything,
         filled(call.run.output, leaves),
         answer.relaxation,
-        samples=_samples(graph, answer.samples, chains),
+        samples=_samples(graph, answer.samples, chains, also),
         parts=parts,
     )
 
 
-def _samples(graph: EnergyGraph, drawn: Mapping[str, Tensor], chains: int) -> Mapping[str, Any]:
+def _samples(
+    graph: EnergyGraph, drawn: Mapping[str, Tensor], chains: int, also: Mapping[str, str]
+) -> Mapping[str, Any]:
     """By node, with a dimension for the chains."""
     found: dict[str, Any] = {}
     for node in graph.nodes.values():
@@ -189,7 +222,7 @@ def _samples(graph: EnergyGraph, drawn: Mapping[str, Tensor], chains: int) -> Ma
         )
         if parts:
             found[node.name] = parts[0] if len(parts) == 1 else parts
-    return KnownNames(found)
+    return KnownNames(found, also)
 
 
 def filled(output: Any, leaves: Sequence[Any]) -> Any:

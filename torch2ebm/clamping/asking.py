@@ -34,7 +34,14 @@ class Question:
     start: Mapping[str, Any] = field(default_factory=dict)
     where: str = "model.infer"
 
+    def __post_init__(self) -> None:
+        for argument in ("clamp", "mask", "start"):
+            by_name(f"{self.where}({argument}=...)", getattr(self, argument))
+        object.__setattr__(self, "free", (self.free,) if isinstance(self.free, str) else tuple(self.free))
+
     def at(self, argument: str, name: str) -> str:
+        if argument == "mask" and self.where != "model.infer":  # there it stands beside the value
+            return f"{self.where}(clamp={{{name!r}: (..., mask)}})"
         return f"{self.where}({argument}={{{name!r}: ...}})"
 
     def pattern(self, places: Places, predictions: Mapping[str, Tensor], batch_size: int) -> Pattern:
@@ -99,22 +106,22 @@ class Question:
         """In the shape, dtype and device of the value."""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return torch.full_like(prediction, value)
-        shape = tuple(prediction.shape)
+        shape, got = tuple(prediction.shape), f"a {type(value).__name__}"
         if isinstance(value, Tensor):
             got = f"shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
             if tuple(value.shape) == shape or (shape[:1] == (batch_size,) and tuple(value.shape) == shape[1:]):
                 found = value.detach().to(device=prediction.device, dtype=prediction.dtype)
                 return found.expand(shape).contiguous()
-        else:  # not of a tensor: to write one out takes as long as a step
-            got = repr(value)
-        numbers = isinstance(value, Tensor) and not value.is_floating_point() and tuple(value.shape) == shape[:1]
+        numbers = isinstance(value, Tensor) and not value.is_floating_point() and value.ndim == len(shape) - 1 == 1
         raise ConfigurationError(
             where,
             got,
             f"a tensor of shape {shape}, one of shape {shape[1:]} for all samples, or a number",
             f"For the numbers of classes: torch.nn.functional.one_hot(labels, {shape[-1]}).float()."
             if numbers
-            else "Give the value of the node itself.",
+            else "Give the value of the node itself."
+            if isinstance(value, Tensor)
+            else "For example torch.as_tensor(value).",
         )
 
     def _tie(
@@ -181,6 +188,21 @@ class Question:
             )
 
 
+def nothing_is_empty(given: Any) -> Any:
+    """An argument that was left out, as an empty mapping."""
+    return {} if given is None else given
+
+
+def by_name(where: str, given: Any) -> Mapping[str, Any]:
+    """Raises :class:`ConfigurationError` for what is no mapping."""
+    if not isinstance(given, Mapping):
+        kind = type(given).__name__
+        got = f"a {kind} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {kind}"
+        argument = where.rpartition("(")[2].removesuffix("=...)")
+        raise ConfigurationError(where, got, "a dict by name", f'For example {argument}={{"output": ...}}.')
+    return given
+
+
 def check_something_moves(where: str, pattern: Pattern, places: Places) -> None:
     """Raises :class:`ConfigurationError` where every value and every output is given."""
     graph = places.graph
@@ -234,8 +256,14 @@ def _as_mask(where: str, mask: Any, value: Tensor, batch_size: int) -> Tensor:
         if short or tuple(mask.shape) == shape:
             return mask.to(value.device).expand(shape)
     got = f"shape {tuple(mask.shape)}, {mask.dtype!s}" if isinstance(mask, Tensor) else type(mask).__name__
+    rows = isinstance(mask, Tensor) and tuple(mask.shape) == shape[:1]
     raise ConfigurationError(
-        where, got, f"a bool tensor of shape {shape}, or of shape {shape[1:]} for all samples", "True is given."
+        where,
+        got,
+        f"a bool tensor of shape {shape}, or of shape {shape[1:]} for all samples",
+        f"One for each sample is mask.reshape({', '.join(['-1', *['1'] * (len(shape) - 1)])}).expand{shape}."
+        if rows
+        else "True is given.",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch2ebm.clamping.asking import Question
+from torch2ebm.clamping.asking import Question, by_name
 from torch2ebm.clamping.places import INPUT
 from torch2ebm.clamping.priors import Flat, Prior
 from torch2ebm.engine.energies import Energy
@@ -109,7 +109,7 @@ class Asked:
             ConfigurationError: for an input that cannot be free, or of which nobody knows the shape.
         """
         question = self.question
-        for name in self.prior:
+        for name in by_name("model.infer(prior=...)", self.prior):
             if self.argument(name) is None:
                 raise ConfigurationError(
                     question.at("prior", name),
@@ -138,7 +138,7 @@ class Asked:
             flat = isinstance(own.energy, Flat)
             self.bound.arguments[argument] = begins if flat else mean
             energies[node] = own.energy
-            if not flat:
+            if not flat or argument in started:  # an answer near a start is one of many, and asked for
                 start[node] = begins
             if known is not None:
                 clamp.pop(name, None)
@@ -167,10 +167,12 @@ class Asked:
 
     def _like(self, name: str, sources: Sequence[Any], argument: str) -> Tensor:
         """A tensor in the shape of a free input."""
-        found = next((each for each in sources if isinstance(each, Tensor)), None)
-        if found is None and argument in self.seen:
-            seen = self.seen[argument]
-            found = seen.new_zeros((self._rows(len(seen)), *seen.shape[1:]))
+        seen = self.seen.get(argument)
+        rows_missing = None if seen is None else seen.shape[1:]  # what is given for all samples
+        tensors = (each for each in sources if isinstance(each, Tensor))
+        found = next((each for each in tensors if each.shape != rows_missing or each is sources[0]), None)
+        if found is None and seen is not None:
+            found = seen.new_zeros((self._rows(), *seen.shape[1:]))
         if found is None:
             raise ConfigurationError(
                 f"model.infer(free=[{name!r}])",
@@ -187,10 +189,10 @@ class Asked:
             )
         return found
 
-    def _rows(self, seen: int) -> int:
-        """The number of samples, by what is given."""
+    def _rows(self) -> int:
+        """The number of samples, by what is given; one where that is without a batch dimension."""
         tensors = [value for value in self.question.clamp.values() if isinstance(value, Tensor) and value.ndim > 1]
-        return len(tensors[0]) if tensors else seen
+        return len(tensors[0]) if tensors else 1
 
     def _check_complete(self) -> None:
         parameters = self.signature.parameters.values()

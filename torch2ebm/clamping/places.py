@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, identity
 
 INPUT, OUTPUT = "input", "output"
+Value = TypeVar("Value")
 
 
 def output_names(output: Any, prefix: str = "") -> Iterator[str]:
@@ -59,6 +60,27 @@ class Places:
         if len(named) == 1:
             named = {**named, OUTPUT: next(iter(named.values()))}
         return Places(graph, inputs, fixed, named)
+
+    @property
+    def also(self) -> dict[str, str]:
+        """Further names of nodes of one value: those of inputs and outputs, to the node's own."""
+        graph, found = self.graph, dict(self.inputs)
+        for name, slot in self.outputs.items():
+            if len(graph.owner[slot].slots) == 1:
+                found.setdefault(name, graph.owner[slot].name)
+        return {name: node for name, node in found.items() if name not in graph.nodes}
+
+    def by_node(self, where: str, named: Mapping[str, Value]) -> dict[str, Value]:
+        """What is given by any name, by the node's own. Raises :class:`ConfigurationError` for a node named twice."""
+        also, found = self.also, dict[str, Value]()
+        for name, value in named.items():
+            node = also.get(name, name)
+            if node in found:
+                raise ConfigurationError(
+                    where, f"{name!r} for the node {node!r}, which is named too", "each node once", "Leave one out."
+                )
+            found[node] = value
+        return found
 
     def slots(self, where: str, name: str) -> tuple[str, ...]:
         """The slots of a name.

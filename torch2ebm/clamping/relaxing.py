@@ -73,13 +73,17 @@ class Clamped:
         under.feedforward(keep_graph=False, keep_draws=keep_draws)
         return Clamped(call.graph, pattern, under, energies, starts, kept)
 
+    def place(self, slot: str) -> str:
+        """The slot of the rewritten graph whose prediction is held against what is given for a slot."""
+        return place_of_data(self.original, self.pattern, slot)
+
     @property
     def loss(self) -> DataLoss:
         """The energies of what is given."""
         found: dict[str, Data] = {}
         for slot in [*self.pattern.given, *self.pattern.ties]:
             node = self.original.owner[slot]
-            found[place_of_data(self.original, self.pattern, slot)] = Data(
+            found[self.place(slot)] = Data(
                 self.energies.get(node.name, UNIT),
                 self.pattern.given.get(slot),
                 self.pattern.masks.get(slot),
@@ -130,14 +134,14 @@ class Clamped:
         slots = [slot for node in self.original.nodes.values() for slot in node.slots]
         found = {s: self._of_slot(s, predictions, errors) for s in slots if s not in pattern.ties}
         for slot, other in pattern.ties.items():
-            prediction = at_least_single(predictions[place_of_data(self.original, pattern, slot)])
+            prediction = at_least_single(predictions[self.place(slot)])
             value = found[other].value.to(prediction)
             found[slot] = self._part(slot, prediction, value - prediction, "tied", value)
         return found
 
     def _of_slot(self, slot: str, predictions: Mapping[str, Tensor], errors: Mapping[str, Tensor]) -> Found:
         pattern, node = self.pattern, self.original.owner[slot]
-        place = place_of_data(self.original, pattern, slot) if slot in pattern.given else slot
+        place = self.place(slot) if slot in pattern.given else slot
         prediction = at_least_single(predictions[place])
         moves = not is_prediction(self.original, pattern, node) and not pattern.is_whole(slot)
         error = errors[slot].to(prediction) if moves and slot in errors else torch.zeros_like(prediction)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from torch2ebm.common.text import listed
@@ -13,15 +13,26 @@ Value = TypeVar("Value")
 
 
 class KnownNames(dict[str, Value]):
-    """A dictionary that says which names it has."""
+    """A dictionary that says which names it has.
 
-    def __missing__(self, name: object) -> Value:
-        raise unknown_name("model.nodes[...]", name, self)
+    Args:
+        entries: By name.
+        also: Further names, to those among ``entries`` that they stand for.
+    """
+
+    def __init__(self, entries: Mapping[str, Value], also: Mapping[str, str] | None = None) -> None:
+        super().__init__(entries)
+        self.also = dict(also or {})
+
+    def __missing__(self, name: str) -> Value:
+        if self.also.get(name) in self:
+            return self[self.also[name]]
+        raise unknown_name("model.nodes[...]", name, [*self, *self.also])
 
 
 def unknown_name(where: str, name: object, known: Iterable[str]) -> UnknownNameError:
     """The error for a name that is none of the known ones."""
-    names = list(known)
+    names = list(dict.fromkeys(known))
     near = difflib.get_close_matches(str(name), names, 3)
     return UnknownNameError(
         where,

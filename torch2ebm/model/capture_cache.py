@@ -119,6 +119,11 @@ class Captures:
             is_current(view, self.module, names)
         return found
 
+    def see(self, arguments: Arguments) -> None:
+        """Remember the shapes of the inputs."""
+        names = arguments.names()
+        self.inputs = {names[id(t)]: t.new_empty((0, *t.shape[1:])) for t in arguments.tensors if id(t) in names}
+
     def changing_buffers(self) -> dict[str, Tensor]:
         """The buffers that forward may change; all of them before anything is known of it."""
         known = [graph for entry in self.entries.values() for graph in entry.graphs.values()]
@@ -184,8 +189,7 @@ class Captures:
                 if run.followed and graph not in self._cut_before:
                     self._check_cuts(graph, run, arguments, swapped)
                 return Served(run, graph, swapped, arguments)
-        names = arguments.names()
-        self.inputs = {names[id(t)]: t.new_empty((0, *t.shape[1:])) for t in arguments.tensors if id(t) in names}
+        self.see(arguments)
         with TRACING:
             graph = self._graph_for(run, granularity, graded, arguments.device, swapped)
         served = Served(run, graph, swapped, arguments)

@@ -318,7 +318,10 @@ class Conversion:
         check_inputs(module, arguments.tensors)
         with self.shards.gathered(), plain_autograd(), untouched(module, arguments.device):
             call = lambda: called(runs, module, args, kwargs)  # noqa: E731
-            return self._call(captures.run(arguments, call, self.algorithm, keep_cuts=False), memory)
+            looked = self._call(captures.run(arguments, call, self.algorithm, keep_cuts=False), memory)
+        if captures is self.captures and self._latest is None:
+            self._latest = looked.graph
+        return looked
 
     def _captured_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Served:
         with self.shards.gathered():
@@ -348,6 +351,8 @@ class Conversion:
         if not free:
             return self.captures, self._runs
         captures = self.captures.behind(nodes_of_inputs("PredictiveCoding", self.module, args, kwargs, free))
+        if not self.captures.inputs:
+            self.captures.see(Arguments.of(self.module, args, kwargs))
         return captures, captures.module
 
     def _see_again(self) -> None:

@@ -12,7 +12,7 @@ from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.analysis.energy_terms import EnergyTerms
 from torch2ebm.analysis.hessian import Hessian
 from torch2ebm.clamping.answering import start_of
-from torch2ebm.clamping.asking import Question
+from torch2ebm.clamping.asking import Question, nothing_is_empty
 from torch2ebm.clamping.inferred import Inferred
 from torch2ebm.engine.batch import GUESSED, BatchDim, BatchDimension
 from torch2ebm.engine.energies import Energy
@@ -286,6 +286,9 @@ class EnergyModel(ModuleView):
             NonFiniteError: for given values that are not finite.
             DivergenceError: where the relaxation runs away.
 
+        Warns:
+            NotSettledWarning: where the steps were too few.
+
         Example:
             >>> import torch, torch2ebm
             >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
@@ -299,8 +302,8 @@ class EnergyModel(ModuleView):
         return self.torch2ebm.infer(
             inputs,
             keywords,
-            question=Question(clamp or {}, mask or {}, free, begin),
-            prior=prior or {},
+            question=Question(*map(nothing_is_empty, (clamp, mask, free, begin))),
+            prior=nothing_is_empty(prior),
             start=kept,
             compile=compile,
             solver=solver,
