@@ -1,6 +1,7 @@
 """Values found with others given, against minimisers of the energy written out by hand."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import torch2ebm
 from torch2ebm.errors import ConfigurationError, NonFiniteError, NotSettledWarning, UnknownNameError
+from torch2ebm.programs.program import Program
 
 TIGHT = 1e-9
 
@@ -296,6 +298,20 @@ def test_a_start_decides_where_nothing_else_does() -> None:
             model.infer(torch.zeros(5, 6), **{**settings, **wrong})
 
 
+def test_an_input_beside_a_layer_of_that_name_has_the_name_of_its_argument() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input, self.head = nn.Linear(3, 4), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.input(x).tanh())
+
+    model, prior = torch2ebm.convert(Net(), example_inputs=torch.zeros(2, 3)), {"x": torch2ebm.Gaussian()}
+    found = model.infer(clamp={"output": torch.ones(2, 5)}, free=["x"], prior=prior)
+    assert list(found.parts) == ["x", "input", "head"] and found.input.shape == (2, 3)
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -372,3 +388,31 @@ def test_a_start_says_near_which_of_many_answers_to_look() -> None:
     found = torch2ebm.convert(net).infer(free=["input"], clamp={"output": y}, start={"input": start}, tol=1e-9)
     nearest = start + (y - net(start)).detach() @ torch.linalg.pinv(net.weight.detach()).T
     assert torch.allclose(found.input, nearest, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", [torch2ebm.GradientDescent(12, 0.1), torch2ebm.ErrorConjugateGradient(tol=1e-8)])
+def test_recorded_steps_are_the_eager_ones_and_none_is_of_the_data_before(
+    solver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with a dropout, a mask, another image, and other weights."""
+    monkeypatch.setattr(Program, "compile", lambda self: None)  # a program as it was recorded
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 6))
+    model, mask = torch2ebm.convert(net), torch.rand(5, 6) > 0.3
+    prior = {"input": torch2ebm.Gaussian()}
+    for number in range(4):
+        image, z = torch.randn(5, 6), torch.randn(5, 3)
+        with torch.no_grad():
+            net[0].weight.mul_(1.1)
+        found = []
+        for compile in (False, True):
+            torch.manual_seed(number)
+            how: dict[str, Any] = {"clamp": {"output": image}, "free": ["input"], "prior": prior}
+            if number % 2:
+                how["mask"] = {"output": mask}
+            found.append(model.infer(z, **how, solver=solver, compile=compile))
+        eager, recorded = found
+        assert torch.allclose(eager.input, recorded.input, rtol=1e-9, atol=1e-12)
+        assert eager.relaxation.steps == recorded.relaxation.steps
+        assert eager.relaxation.energy == pytest.approx(recorded.relaxation.energy, rel=1e-9)
+    graph = next(iter(model.torch2ebm._programs._families.values()))
+    assert graph  # it was recorded
