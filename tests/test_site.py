@@ -130,10 +130,20 @@ def test_the_table_of_settings_is_that_of_the_results(tmp_path: Path) -> None:
     line = '{{"row": "{}", "setting": "{}", "score": {}, "seconds": {}}}\n'
     results.write_text("".join(line.format(*row) for row in rows))
     table = choose.table(results).splitlines()
-    assert table[0] == "| network and data | `Backprop()` | `PredictiveCoding()` | time of the default |"
+    assert table[0] == "| network and data | backprop | default | time |"
     assert table[2:] == ["| net | 91.0 | 90.5 (1) | 3.5 |", "| gpt | 2.500 (1) | 2.250 (1) | 3.0 |"]
     page = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
-    assert choose.MARK in page and "`PredictiveCoding()`" in choose.filled(page)
+    assert choose.MARK in page and "| network and data | backprop | default |" in choose.filled(page)
+    assert all(f"*{name}*" in page for name in choose.SETTINGS.values() if name[0] not in "br")  # explained there
+
+
+def test_a_formula_that_is_not_drawn_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("latex2mathml")
+    formulas = tool("formulas")
+    assert "<mfrac>" in formulas.drawn(r'a <span class="arithmatex">\(\frac{a}{b}\)</span>')
+    assert not caplog.records
+    formulas.drawn(r'<div class="arithmatex">\[\nocommand a\]</div>')
+    assert "nocommand" in caplog.text
 
 
 def test_the_roles_of_docstrings_are_known() -> None:

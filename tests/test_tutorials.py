@@ -101,7 +101,7 @@ def test_a_tutorial_is_cells_that_use_public_names(tutorial: Path):
     assert used <= set(torch2ebm.__all__)
 
 
-LONG = ("3_infinitesimal_limit", "4_implicit_sgd", "5_equilibrium_propagation")
+LONG = ("3_infinitesimal_limit", "4_implicit_sgd", "5_equilibrium_propagation", "7_associative_memory", "9_monte_carlo")
 RUN = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in TUTORIALS]
 
 

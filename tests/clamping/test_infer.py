@@ -298,6 +298,20 @@ def test_a_start_decides_where_nothing_else_does() -> None:
             model.infer(torch.zeros(5, 6), **{**settings, **wrong})
 
 
+def test_an_input_beside_a_layer_of_that_name_has_the_name_of_its_argument() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input, self.head = nn.Linear(3, 4), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.input(x).tanh())
+
+    model, prior = torch2ebm.convert(Net(), example_inputs=torch.zeros(2, 3)), {"x": torch2ebm.Gaussian()}
+    found = model.infer(clamp={"output": torch.ones(2, 5)}, free=["x"], prior=prior)
+    assert list(found.parts) == ["x", "input", "head"] and found.input.shape == (2, 3)
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -84,6 +84,40 @@ def test_a_hidden_value_is_given_in_part(
             decoder.assert_gradients_are_those_of(decoder.energy(x, x, h) / 5)
 
 
+class TwoWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.down = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6))
+
+    def forward(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
+        return {"scores": self.up(image), "pixels": self.down(label)}
+
+
+@pytest.mark.parametrize("solver", [TIGHT, torch2ebm.GradientDescent(steps=600, lr=0.2)], ids=["errors", "values"])
+@pytest.mark.parametrize("given", ["nothing", "tied", "whole", "in part"])
+def test_the_state_has_the_nodes_of_the_model_and_what_was_given(given: str, solver: torch2ebm.Solver) -> None:
+    net, h, mask = TwoWays(), torch.randn(8), torch.arange(8) < 3
+    clamp = {"nothing": None, "tied": "up.0", "whole": h, "in part": (h, mask)}[given]
+    model, image, label = torch2ebm.convert(net), torch.randn(5, 6), torch.randn(5, 3)
+    algorithm = torch2ebm.PredictiveCoding(clamp={} if clamp is None else {"down.0": clamp}, solver=solver)
+    torch2ebm.EnergyOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), model, algorithm)
+    output = model(image, label)
+    (half(output["scores"] - label) / 5 + half(output["pixels"] - image) / 5).backward()
+    value, prediction, error = model.state.value, model.state.prediction, model.state.error
+    assert list(value) == list(model.nodes) == ["up.0", "up.2", "down.0", "down.2"]
+    assert "down.0" in model.summary() and "|data" not in repr(model.state)
+    up, down = value["up.0"], value["down.0"]
+    expected = {"nothing": down, "tied": up, "whole": h.expand(5, 8), "in part": torch.where(mask, h, down)}[given]
+    assert torch.allclose(down, expected) and (given == "tied") == torch.allclose(down, up)
+    assert torch.allclose(prediction["down.0"], net.down[1](net.down[0](label)))
+    assert torch.allclose(prediction["down.2"], net.down[2](down)) and torch.allclose(
+        error["down.2"], image - prediction["down.2"]
+    )
+    energy = sum(each.sum() for each in model.state.energy.values())
+    assert float(energy) == pytest.approx(model.state.relaxation.energy[-1])
+
+
 def test_labels_where_there_are_some() -> None:
     """A generative net from labels to images: those of some samples are given, and those of the others are found."""
     decoder = Decoder()

@@ -193,7 +193,9 @@ class PredictiveCoding(Algorithm):
         parts += [f"nudging={self.nudging!r}"] * (not calibrated and self.nudging != OneSided())
         parts += [f"energies={dict(self.energies)!r}"] * bool(self.energies)
         parts += ["batch_statistics='frozen'"] * (self.batch_statistics == "frozen")
-        parts += [f"clamp={dict(self.clamp)!r}"] * bool(self.clamp) + [f"free={self.free!r}"] * bool(self.free)
+        parts += [f"clamp={{{', '.join(f'{name!r}: ...' for name in self.clamp)}}}"] * bool(self.clamp) + [
+            f"free={self.free!r}"
+        ] * bool(self.free)
         parts += [f"start={self.start!r}"] * (self.start != FEEDFORWARD) + ["compile=True"] * self.compile
         parts += [f"on_divergence={self.on_divergence!r}"] * (self.on_divergence != "raise")
         return f"PredictiveCoding({', '.join(parts)})"
@@ -235,7 +237,7 @@ class PredictiveCoding(Algorithm):
             lambda: tell_where_there_is_no_signal("PredictiveCoding", found.state, found.parameters),
         )
         call.graph.once(("kinks of energies",), lambda: tell_of_kinks("PredictiveCoding", found.state))
-        return found
+        return found if kept is None else replace(found, state=kept.state_of(found.state))
 
     def with_steps(self, steps: int) -> PredictiveCoding:
         if hasattr(self.solver, _MADE):
@@ -306,6 +308,11 @@ def _mean(parts: list[Tensor | None]) -> Tensor | None:
     # missing in one phase is zero there, hence the length of all
     found = [part for part in parts if part is not None]
     return sum(found[1:], start=found[0]) / len(parts) if found else None
+
+
+def _shown(clamp: Mapping[str, Any]) -> list[str]:
+    names = ", ".join(f"{name!r}: ..." for name in clamp)  # a tensor would fill the page
+    return [f"clamp={{{names}}}"] if clamp else []
 
 
 def _marked(made: Any, mark: str) -> Any:

@@ -155,7 +155,7 @@ class Asked:
         return Inputs(self.bound, nodes, asked, energies, begun)
 
     def _node_of(self, argument: str, name: str) -> str:
-        node = INPUT if argument == self.only else argument
+        node = INPUT if argument == self.only and INPUT not in self.layers else argument
         if node not in self.layers:
             return node
         raise ConfigurationError(

@@ -120,6 +120,23 @@ class Clamped:
             memory.offer(AVERAGE, INFERRED, values, size)
         memory.commit()
 
+    def state_of(self, state: InferenceState) -> InferenceState:
+        """A state of the rewritten graph, by the names of the graph as it was captured."""
+        nodes, slots, errors = self.original.nodes, self.original.owner, {}
+        for slot, error in state.errors.items():
+            errors[slot] = error * state.error_unit
+        found = {s: each for s, each in self._found(state.predictions, errors).items() if self.pattern.is_data(s)}
+        predictions = {s: found[s].prediction if s in found else p for s, p in state.predictions.items() if s in slots}
+        own = {slot: error for slot, error in errors.items() if slot in slots}
+        return replace(
+            state,
+            graph=self.original,
+            predictions=predictions,
+            errors={**own, **{slot: each.error for slot, each in found.items()}},
+            error_unit=1.0,
+            unreached=tuple(name for name in state.unreached if name in nodes),
+        )
+
     def _samples(self, draws: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
         """The draws of what is free, by slot of the original graph, shape ``[draws, *value]``."""
         found: dict[str, Tensor] = {}
