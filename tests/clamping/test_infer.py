@@ -416,3 +416,18 @@ def test_recorded_steps_are_the_eager_ones_and_none_is_of_the_data_before(
         assert eager.relaxation.energy == pytest.approx(recorded.relaxation.energy, rel=1e-9)
     graph = next(iter(model.torch2ebm._programs._families.values()))
     assert graph  # it was recorded
+
+
+@pytest.mark.parametrize("solver", [torch2ebm.GradientDescent, torch2ebm.ErrorDescent])
+def test_an_automatic_step_size_knows_of_the_data(solver: Any) -> None:
+    """The Hessian in the one hidden value is 1 + C^T C, in its error, too; 1 without the data."""
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 8))
+    weight = net[1].weight.detach()
+    steepest = float(torch.linalg.eigvalsh(torch.eye(6) + weight.T @ weight).max())
+    z, y = torch.randn(4, 6), torch.randn(4, 8)
+    found = torch2ebm.convert(net).infer(z, clamp={"output": y}, solver=solver("auto", "auto"))
+    assert found.relaxation.converged and found.relaxation.lr == pytest.approx(1 / steepest, rel=0.2)
+    clamped = torch2ebm.convert(nn.Sequential(*net, nn.Linear(8, 3)))
+    clamped.attach(torch2ebm.PredictiveCoding(solver=solver("auto", "auto"), clamp={"1": y}))
+    (0.5 * (clamped(z) - torch.ones(4, 3)).square().sum(1).mean()).backward()  # of this nothing moves "0"
+    assert clamped.state.relaxation.lr == pytest.approx(1 / steepest, rel=0.2)

@@ -95,18 +95,18 @@ def energy_at(cell: Cell, before: Tensor, z: Tensor, x: Tensor, beta: float = 1.
 
 
 def test_it_begins_where_the_last_inference_has_ended_or_at_the_mean() -> None:
-    cell, x = Cell(), torch.randn(3, 4, 8)
+    cell, x = Cell(), torch.randn(4, 4, 8)
     z = torch.randn(4, 6)
     for start in ("last", "average"):
         model = torch2ebm.convert(cell)
-        found = [model.infer(z, clamp={"output": each}, start=start) for each in x[:2]]
+        found = [model.infer(z, clamp={"output": each}, start=start) for each in x[:3]]
         values = [each.value["dynamics"] for each in found]
-        begun = values[1] if start == "last" else torch.stack(values).mean((0, 1)).expand(4, 6)
-        third = model.infer(z, clamp={"output": x[2]}, start=start)
-        assert third.relaxation.energy[0] == pytest.approx(energy_at(cell, z, begun, x[2]), rel=1e-12)
+        begun = values[2] if start == "last" else torch.stack(values).mean((0, 1)).expand(4, 6)
+        fourth = model.infer(z, clamp={"output": x[3]}, start=start)
+        assert fourth.relaxation.energy[0] == pytest.approx(energy_at(cell, z, begun, x[3]), rel=1e-12)
         model.forget()
-        anew = model.infer(z, clamp={"output": x[2]}, start=start).relaxation.energy[0]
-        assert anew == pytest.approx(energy_at(cell, z, cell.dynamics(z), x[2]), rel=1e-12)
+        anew = model.infer(z, clamp={"output": x[3]}, start=start).relaxation.energy[0]
+        assert anew == pytest.approx(energy_at(cell, z, cell.dynamics(z), x[3]), rel=1e-12)
 
 
 def test_what_is_given_by_name_begins_there_and_the_rest_where_it_was() -> None:

@@ -89,7 +89,7 @@ class Clamped:
                 self.pattern.masks.get(slot),
                 value_name(slot) if slot in self.pattern.ties else "",
             )
-        return DataLoss(found)
+        return DataLoss(found, self.call.values)
 
     def inference(self, solver: Solver[Any], loss: OutputLoss | None = None) -> Inference:
         """What the solver moves, at its start."""
