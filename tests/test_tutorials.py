@@ -101,8 +101,8 @@ def test_a_tutorial_is_cells_that_use_public_names(tutorial: Path):
     assert used <= set(torch2ebm.__all__)
 
 
-LONG = ("3_infinitesimal_limit", "4_implicit_sgd", "5_equilibrium_propagation", "7_associative_memory", "9_monte_carlo")
-RUN = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in TUTORIALS]
+FAST = ("1_first_network", "2_what_inference_does", "8_two_directions")
+RUN = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem not in FAST)) for path in TUTORIALS]
 
 
 @pytest.mark.parametrize("tutorial", RUN, ids=named)

@@ -159,7 +159,7 @@ def asked(model, clamp):
 for name, clamp in {"tied": TIE, "apart": {}}.items():
     model, found = models[name], asked(models[name], clamp)
     with torch.no_grad():
-        up = model.torch2ebm.module.up(damaged)
+        up = model(damaged, torch.zeros(len(damaged), 10))["scores"]
     print(
         f"{name}: up alone {accuracy(up):.1%}, down alone or both {accuracy(found.value['label']):.1%}, "
         f"missing pixels {(found.output['pixels'] - test_x)[:, ~seen].square().mean():.4f}"
