@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-oldest mutants bench papers clean
+.PHONY: help install demo docs test test-all test-oldest mutants bench papers clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -18,6 +18,11 @@ install: $(STAMP) ## create the environment in .venv (the other targets do so to
 
 demo: $(STAMP) ## train a small network by energy-based learning; its pictures go to demo_output
 	$(VENV)/bin/python -m torch2ebm demo
+
+docs: $(STAMP) ## build the site in the folder site; a broken link or an unknown name stops it
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python website/tutorials.py
+	$(VENV)/bin/python -m mkdocs build --strict
 
 test: PYTEST_ARGS :=
 test-all: PYTEST_ARGS := -m ""

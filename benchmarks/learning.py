@@ -180,7 +180,7 @@ def trained(row: Row, setting: Setting, seed: int) -> Run:
         _mean([r.on_kinks for r in found if r.on_kinks is not None]),
         [measured[0], measured[len(measured) // 2], measured[-1]] if measured else [],
         training.angles,
-        sorted({w.category.__name__ for w in told if issubclass(w.category, torch2ebm.errors.Torch2ebmWarning)}),
+        sorted({w.category.__name__ for w in told if w.category.__module__.startswith("torch2ebm")}),
     )
 
 

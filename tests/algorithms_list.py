@@ -49,6 +49,8 @@ ROWS = (
             batch_statistics="frozen",
             on_divergence="skip",
             compile=True,
+            free=("input",),
+            start="last",
         ),
         {"loss_reduction": "mean"},
     ),
@@ -106,6 +108,7 @@ ROWS = (
             readout=True,
             loss_reduction="sum",
             compile=True,
+            start="last",
         ),
         {"feedback": 0.2},
     ),
@@ -116,20 +119,22 @@ ROWS = (
     Row(
         "ContrastiveHebbian",
         torch2ebm.ContrastiveHebbian(0.3, free_steps=8, clamped_steps=6),
-        settings=torch2ebm.ContrastiveHebbian(0.3, 7, 5, damping=0.1, tol=1e-3),
+        settings=torch2ebm.ContrastiveHebbian(0.3, 7, 5, damping=0.1, tol=1e-3, start="last"),
         change={"clamped_steps": 9},
     ),
     Row(
         "CoupledLearning",
         torch2ebm.CoupledLearning(0.25, free_steps=8, clamped_steps=4, feedback=0.1),
-        settings=torch2ebm.CoupledLearning(0.3, 7, 5, feedback=0.5, damping=0.1, tol=1e-3),
+        settings=torch2ebm.CoupledLearning(0.3, 7, 5, feedback=0.5, damping=0.1, tol=1e-3, start="last"),
         change={"beta": 0.1},
     ),
     Row(
         "RecurrentBackprop",
         torch2ebm.RecurrentBackprop(torch2ebm.Neumann(4), free_steps=12, feedback=0.05),
         ("test_faults", "test_steady"),
-        torch2ebm.RecurrentBackprop(torch2ebm.Neumann(4), 7, 1e-3, feedback=0.5, damping=0.1, readout=True),
+        torch2ebm.RecurrentBackprop(
+            torch2ebm.Neumann(4), 7, 1e-3, feedback=0.5, damping=0.1, readout=True, start="last"
+        ),
         {"tol": 1e-6},
     ),
     Row(

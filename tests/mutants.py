@@ -503,6 +503,8 @@ AROUND = [
            "bool(taken)", "wrapped_optimizers"),
     Mutant("further steps left out without a word", "optimizer.py", "if self._conversion.forwards.later:",
            "if False:", "wrapped_optimizers"),
+    Mutant("a step beside the weights after it", "monitor.py", "vector_norm(before[name]))", "vector_norm(tensor))",
+           "monitors"),
     Mutant("labels cut off to whole numbers", "mnist.py", "(exact == exact.floor()) & ", "", "stored_numbers"),
     Mutant("what follows the announced numbers forgotten", "common/stored_numbers.py", "if stream.read(1):",
            "if False:", "stored_numbers"),
@@ -535,8 +537,51 @@ AROUND = [
            "False", "resume"),
 ]  # fmt: skip
 
+# model.infer, clamps in training, and samples.
+CLAMPING = [
+    Mutant("readers of a part that is given read the wrong part", "clamping/rewriting.py",
+           "torch.where(arguments[mask], arguments[given], arguments[here])",
+           "torch.where(arguments[mask], arguments[here], arguments[given])", "infer"),
+    Mutant("all of a value is held against what is given in part", "clamping/data_loss.py",
+           "torch.where(self.mask, error, 0.0)", "torch.where(self.mask, error, error)", "infer"),
+    Mutant("the other sign of the pull of data", "clamping/data_loss.py", "_add(found, slot, -back)",
+           "_add(found, slot, back)", "infer"),
+    Mutant("a tie pulls on one of the two predictions", "clamping/data_loss.py", "_add(found, data.slot, own)",
+           "_add(found, data.slot, own * 0)", "infer::two_predictions_of_one_value"),
+    Mutant("no energy of what is given in the state's gradients", "clamping/data_loss.py",
+           "_sum(gradients, beside)", "_sum(gradients, {})", "training::a_hidden_value_is_given_in_part"),
+    Mutant("the mean over batches as the mean of means", "memory/last_values.py", "batch_size / total", "0.5", "start"),
+    Mutant("one sign of the nudge for both", "algorithms/predictive_coding.py",
+           "return NUDGED if beta > 0 else NUDGED_BACK", "return NUDGED", "start"),
+    Mutant("values of another shape are begun at", "memory/last_values.py",
+           "all(value.shape == shapes[slot] for slot, value in found.items())", "True", "start"),
+    Mutant("a step size that does not know of the data", "clamping/relaxing.py",
+           "DataLoss(found, self.call.values)", "DataLoss(found)",
+           "infer::an_automatic_step_size_knows_of_the_data"),
+    Mutant("a start that is not taken", "clamping/start.py", "inference.values[slot] = value.detach().clone()",
+           "inference.values[slot] = prediction", "infer"),
+    Mutant("a prior without its mean", "clamping/inputs.py", "0.0 if own.mean is None else own.mean", "0.0",
+           "infer::a_latent_with_a_prior_and_a_part_of_the_output"),
+    Mutant("conjugate gradients that forget where they begin", "solvers/error_conjugate_gradient.py",
+           "here, zero = rows.pack(inference.errors), rows.pack({})", "here, zero = rows.pack({}), rows.pack({})",
+           "infer::start_decides_where_there_are_two_lowest_points"),
+    Mutant("noise of half the variance", "solvers/langevin.py", "(2 * rate * self.temperature).sqrt()",
+           "(rate * self.temperature).sqrt()", "langevin"),
+    Mutant("noise that knows no temperature", "solvers/langevin.py", "(2 * rate * self.temperature).sqrt()",
+           "(2 * rate).sqrt()", "langevin"),
+    Mutant("values that no gradient reaches are not drawn", "solvers/langevin.py",
+           "for slot, direction in ahead.items():", "for slot, direction in list(ahead.items())[1:]:", "langevin"),
+    Mutant("the sum of the draws in place of their mean", "engine/draws.py", "total / self.count for name, total in "
+           "self._parameters", "total for name, total in self._parameters", "training"),
+    Mutant("no gradient of the precision of what is given", "clamping/training.py",
+           "found.learned[n] + g if n in found.learned else g", "0 * g",
+           "training::the_precision_of_a_given_value_learns"),
+]  # fmt: skip
+
+
 MUTANTS = [*ENERGIES, *POTENTIALS, *VALUES_AND_ERRORS, *STANDING_STILL, *CALIBRATED, *STEP_SIZES, *LOSS, *EXACT,
-           *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA, *PROGRAMS, *RUNS, *AGREEMENT, *DIAGNOSIS, *AROUND]  # fmt: skip
+           *SOLVERS, *WEIGHTS_MOVE, *EQUILIBRIA, *PROGRAMS, *RUNS, *AGREEMENT, *DIAGNOSIS,
+           *CLAMPING, *AROUND]  # fmt: skip
 
 
 # Running them ---------------------------------------------------------------------------------------------------------

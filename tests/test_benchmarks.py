@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import contenders  # noqa: E402
 import growth  # noqa: E402
+import latents  # noqa: E402
 import learning  # noqa: E402
 import learning_rows  # noqa: E402
 import memory  # noqa: E402
@@ -24,6 +25,8 @@ from arithmetic import node_costs, strict_flops  # noqa: E402
 from cases import Case, mlp, residual_mlp_case  # noqa: E402
 from contenders import ERRORS, EXACT, FIXED, FULL, REFERENCE, STEPS, STRICT, Contest, Setting  # noqa: E402
 from measure import flops  # noqa: E402
+
+from torch2ebm.programs.program import Program  # noqa: E402
 
 WIDTHS, BATCH = (6, 7, 5, 4, 10), 3
 TINY = Case("a", "tiny", lambda: mlp(WIDTHS, nn.Tanh), (BATCH, WIDTHS[0]))
@@ -88,6 +91,15 @@ def test_the_table_of_the_readme_has_eager_and_compiled_figures():
     rows = [speed.Row("a", "float32", name, REFERENCE, 1.0, 2.0, 1.5, 2.5, arithmetic=7.4) for name in names]
     assert "| 2.00 (1.50 to 2.50) / 2.00 (1.50 to 2.50) |" in speed.readme_table(rows)
     assert speed.readme_table(rows).splitlines()[-1].endswith("| 7.4 |")
+
+
+def test_inference_beside_pcx_takes_the_same_steps_to_the_same_values(monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(Program, "compile", lambda self: None)
+    monkeypatch.setitem(sys.modules, "jax", None)
+    eager, compiled, watched, free = latents.rows_of(8, rounds=2)
+    assert eager["steps"] == compiled["steps"] == watched["steps"] > free["steps"]
+    assert max(compiled["distance"], watched["distance"]) < 1e-5
+    assert "PCX: not installed" in capsys.readouterr().out
 
 
 def test_peers_that_are_not_there_are_left_out_with_a_line(capsys: pytest.CaptureFixture[str], monkeypatch):
@@ -206,6 +218,11 @@ def test_the_loop_of_learning_is_adam_s_own_with_backprop():
     assert backprop.angles == pytest.approx([0.0] * 3, abs=1e-2) and not backprop.sigma_squared
     assert head.score < backprop.score
     assert default.score > 30 and len(default.sigma_squared) == 3 and all(0 < a < 90 for a in default.angles)
+
+
+def test_what_was_told_while_training_is_kept_by_name():
+    rising = learning.Setting("rising", learning.PredictiveCoding(steps=20, lr=9.0, on_divergence="warn"))
+    assert "DivergenceWarning" in learning.trained(tiny(small_net), rising, 0).told
 
 
 def test_what_is_stored_is_not_trained_again(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):

@@ -209,7 +209,7 @@ def test_a_missing_package_is_named_before_any_training(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert main(["demo", "--epochs", "1"]) == 2
-    assert "pip install torch2ebm[tutorials]" in capsys.readouterr().err
+    assert "pip install torch2ebm[demo]" in capsys.readouterr().err
 
 
 def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ WINGS = (
     "isolation",
     "capture",
     "graph",
+    "memory",
     "engine",
     "potentials",
     "loss",

@@ -132,9 +132,19 @@ def test_the_wheel_asks_for_torch_and_numpy_alone(wheel: Path) -> None:
     found = metadata_of(wheel)
     required = found.get_all("Requires-Dist", [])
     assert sorted(line for line in required if "extra" not in line) == ["numpy", "torch>=2.6"]
-    assert {"ode", "plot", "tutorials", "docs", "test"} == set(found.get_all("Provides-Extra", []))
+    extras = {"demo", "plot", "ode", "tensorboard", "wandb", "tutorials", "docs", "test"}
+    assert extras == set(found.get_all("Provides-Extra", []))
     assert found["Requires-Python"] == ">=3.10" and found["Name"] == "torch2ebm"
     assert str(found.get_payload()).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+
+
+def test_the_wheel_says_its_licence_and_where_the_project_is(wheel: Path) -> None:
+    found = metadata_of(wheel)
+    assert found["License-Expression"] == "MIT" and found["License-File"] == "LICENSE" and "License" not in found
+    assert not [line for line in found.get_all("Classifier", []) if line.startswith("License")]  # PEP 639: one or other
+    urls = dict(line.split(", ", 1) for line in found.get_all("Project-URL", []))
+    assert {"Documentation", "Source", "Issues", "Changelog"} <= urls.keys()
+    assert all(url.startswith("https://") for url in urls.values())
 
 
 def test_without_extras_a_net_learns_and_a_picture_names_what_to_install(environment: Path) -> None:

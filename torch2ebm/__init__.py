@@ -41,7 +41,7 @@ from torch2ebm.mq import MQ
 from torch2ebm.optimizer import EnergyOptimizer
 from torch2ebm.potentials.discrete import Bernoulli, Poisson
 from torch2ebm.potentials.function import FunctionEnergy
-from torch2ebm.potentials.robust import Huber, Laplace, StudentT
+from torch2ebm.potentials.robust import Huber, Laplace, StudentT, VonMises
 from torch2ebm.reports.agreement import Agreement
 from torch2ebm.reports.findings import Finding
 from torch2ebm.solvers import (
@@ -120,6 +120,7 @@ __all__ = [
     "StudentT",
     "Symmetric",
     "Torch2EBMError",
+    "VonMises",
     "ZeroDivergence",
     "check",
     "compare",

@@ -89,7 +89,8 @@ def run(epochs: int, output: str, seed: int) -> None:
     folder = Path(output)
     if first_process():
         folder.mkdir(parents=True, exist_ok=True)
-    require("matplotlib", "plot")  # not after a minute of training
+    for each in ("matplotlib", "sklearn", "tqdm"):  # not after a minute of training
+        require(each, "demo")
     digits, net = load_digits(seed), initial_net(seed)
     with one_thread(), processes():
         trained = {name: train_by(rule, net, digits, name, epochs, seed) for name, rule in algorithms().items()}
@@ -145,7 +146,7 @@ def algorithms() -> dict[str, Algorithm | None]:
 
 
 def load_digits(seed: int) -> Digits:
-    data, selection = require("sklearn.datasets", "tutorials"), require("sklearn.model_selection", "tutorials")
+    data, selection = require("sklearn.datasets", "demo"), require("sklearn.model_selection", "demo")
     pixels, labels = data.load_digits(return_X_y=True)
     x = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     y = torch.tensor(labels, dtype=torch.int64)
@@ -170,9 +171,7 @@ def train_by(
     optimizer: Optimizer = Adam(net.parameters(), lr=2e-3)
     if algorithm is not None:
         optimizer = EnergyOptimizer(optimizer, model, algorithm)
-    progress = require("tqdm", "tutorials").tqdm(
-        range(epochs), desc=f"{name:16}", unit="epoch", disable=not first_process()
-    )
+    progress = require("tqdm", "demo").tqdm(range(epochs), desc=f"{name:16}", unit="epoch", disable=not first_process())
     train(model, optimizer, *batches_and_epochs(digits.train, progress, seed))
     return net
 

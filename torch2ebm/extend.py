@@ -17,7 +17,7 @@ a nudging               :class:`Nudging`
 an equilibrium's step   :class:`Update`. It is given an :class:`Equilibrium`, an :class:`Influence` and an
                         :class:`UpdateHistory`. It returns a :class:`Step`, as :func:`synchronous_step` does.
 a linear solver         :class:`LinearSolver`. It is given a :class:`System`, and returns a :class:`Solution`.
-a monitor               :class:`Monitor`
+a monitor               :class:`Monitor`; or :class:`StepMonitor`, which also sees the model around each step
 ======================  ====================================================================================
 
 Settings are checked by :func:`check_positive`, :func:`check_steps`, :func:`check_tolerance` and :func:`check_choice`.
@@ -45,7 +45,7 @@ from torch2ebm.inference.solver import ErrorSolver, Rest, Solver, ValueSolver
 from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.loss.output_loss import LossExpansion, NudgedLoss, OutputLoss
 from torch2ebm.model.trial import call_and_loss
-from torch2ebm.monitor import Monitor
+from torch2ebm.monitor import Monitor, StepMonitor
 from torch2ebm.potentials.function import FunctionEnergy
 
 __all__ = [
@@ -77,6 +77,7 @@ __all__ = [
     "Solution",
     "Solver",
     "Step",
+    "StepMonitor",
     "Swept",
     "System",
     "UnsupportedError",

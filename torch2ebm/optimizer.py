@@ -19,9 +19,9 @@ from torch2ebm.isolation.interrupts import InterruptsDeferred
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.energy_model import EnergyModel
-from torch2ebm.monitor import Monitor
+from torch2ebm.monitor import Monitor, StepMonitor
 from torch2ebm.wrapper.attaching import attach, check_parts, parameters_of, unwrapped
-from torch2ebm.wrapper.checkpoints import OWN_KEY, check_identity, identity, load_wholly, no_dictionary
+from torch2ebm.wrapper.checkpoints import OWN_KEY, VALUES, check_identity, identity, load_wholly, no_dictionary
 from torch2ebm.wrapper.steps_told import StepsTold
 from torch2ebm.wrapper.wrapped import evaluates_again, is_wrappeds, method_of, versions, with_closures
 
@@ -49,7 +49,8 @@ class EnergyOptimizer(Optimizer):
         model: The converted model, or a wrapper of it (``DistributedDataParallel``, ``torch.compile``).
         algorithm: What computes the gradients.
         monitor: Called in every ``step()``, as ``monitor(name, value, step)``, with the energy of each node, their sum
-            with the loss, and how the relaxation went. ``SummaryWriter.add_scalar`` of TensorBoard fits as it is.
+            with the loss, and how the relaxation went. ``torch2ebm.monitor`` has ready ones for TensorBoard, W&B and
+            CSV files, and one that measures steps and angles.
         replace: Take the place of the optimizer that is attached, as where a notebook's cell runs again.
         accumulation: What your loop divides the loss by because it accumulates gradients over so many batches. The
             division then scales gradients and is no part of the loss: 4 batches of 8 learn as one of 32. Left at 1,
@@ -182,6 +183,8 @@ class EnergyOptimizer(Optimizer):
         if closure is None:
             self._check_backward()
             self._check_skipped()
+        if isinstance(self.monitor, StepMonitor):
+            self.monitor.before_step(self.model, self.monitored)
         given: list[Any] = [*([] if closure is None and not args else [closure]), *args]
         with InterruptsDeferred() as section, self._whole(closure is not None), self._steps.own():
             given, kwargs = with_closures(given, kwargs, lambda each: section.lifted_in(self._checked(each)))
@@ -274,6 +277,8 @@ class EnergyOptimizer(Optimizer):
         with suppress(NoStateError):
             for name, value in self._conversion.state.scalars().items():
                 self.monitor(name, value, self.monitored)
+        if isinstance(self.monitor, StepMonitor):
+            self.monitor.after_step(self.model, self.monitored)
         self.monitored += 1
 
     def _check_backward(self) -> None:
@@ -307,8 +312,12 @@ class EnergyOptimizer(Optimizer):
             self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, which it loads itself, and for whom it was made under ``"torch2ebm"``."""
-        return {**self.optimizer.state_dict(), OWN_KEY: self._identity()}
+        """The wrapped optimizer's, which it loads itself, and for whom it was made under ``"torch2ebm"``.
+
+        There, too, are the values at which the next batch begins, under ``start="last"`` and ``start="average"``.
+        """
+        kept = self._conversion.memory.state()
+        return {**self.optimizer.state_dict(), OWN_KEY: {**self._identity(), **({VALUES: kept} if kept else {})}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what this class or the bare optimizer has saved.
@@ -319,8 +328,11 @@ class EnergyOptimizer(Optimizer):
         """
         if not isinstance(state_dict, Mapping):
             raise no_dictionary(state_dict)
-        check_identity(state_dict.get(OWN_KEY), self._identity())
+        own = state_dict.get(OWN_KEY)
+        check_identity(own, self._identity())
         load_wholly(self.optimizer, {key: value for key, value in state_dict.items() if key != OWN_KEY})
+        if own is not None:
+            self._conversion.memory.load(own.get(VALUES, {}))
 
     def _identity(self) -> dict[str, Any]:
         names = {id(parameter): name for name, parameter in self._conversion.trained_parameters().items()}

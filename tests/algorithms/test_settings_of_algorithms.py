@@ -18,7 +18,7 @@ import torch2ebm
 from torch2ebm.errors import ConfigurationError
 
 SETTINGS = {row.name: row.settings for row in ROWS if row.settings is not None}
-EXCLUDED = {"update", "schedule"}  # by a damping, and by compile
+EXCLUDED = {"update", "schedule", "clamp", "on_step"}  # by a damping, compile, a nudging; it only looks on
 MADE: dict[str, tuple[torch2ebm.Algorithm, Mapping[str, Any]]] = {
     **{row.name: (row.settings, row.change) for row in ROWS if row.settings is not None},
     "precisions": (torch2ebm.PredictiveCoding(precisions={"0": torch.tensor([2.0, 3.0])}), {"on_divergence": "skip"}),

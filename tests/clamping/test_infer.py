@@ -1,6 +1,7 @@
 """Values found with others given, against minimisers of the energy written out by hand."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch2ebm
-from torch2ebm.errors import ConfigurationError, NonFiniteError, UnknownNameError
+from torch2ebm.errors import ConfigurationError, NonFiniteError, NotSettledWarning, UnknownNameError
+from torch2ebm.programs.program import Program
 
 TIGHT = 1e-9
 
@@ -143,13 +145,28 @@ def test_an_input_without_a_prior_begins_where_it_is_given() -> None:
     assert torch.allclose(found.input, expected, atol=1e-5)
 
 
-def test_without_a_prior_a_start_says_which_of_many_answers() -> None:
-    """Descent on |y - W z|^2 leaves what W does not see of z where it began."""
-    net, y, begin = nn.Sequential(nn.Linear(4, 2, bias=False)), torch.randn(3, 2), torch.randn(3, 4)
-    found = torch2ebm.convert(net).infer(clamp={"output": y}, free=["input"], start={"input": begin}, tol=1e-9)
-    weight = net[0].weight.detach()
-    expected = begin + (y - begin @ weight.T) @ torch.linalg.pinv(weight).T
-    assert torch.allclose(found.input, expected, atol=1e-6)
+def test_data_of_a_distribution_by_the_name_of_the_output() -> None:
+    """Binary data under logits: the energy of the output is their negative log-likelihood."""
+    chain, data = Chain(), torch.randint(2, (5, 3)).double()
+    found = chain.model.infer(
+        chain.x, clamp={"output": data}, energies={"output": torch2ebm.Bernoulli(observed=True)}, tol=TIGHT
+    )
+
+    def energy() -> Tensor:
+        hidden = chain.energy(chain.x, chain.a, chain.b, chain.net[4](chain.b))
+        return hidden + F.binary_cross_entropy_with_logits(chain.net[4](chain.b), data, reduction="sum")
+
+    assert minimised(energy, [chain.a, chain.b]) == pytest.approx(float(found.energy.sum()), rel=1e-8)
+    assert torch.allclose(found.value["0"], chain.a, atol=1e-5)
+
+
+def test_what_has_not_come_to_rest_is_told() -> None:
+    chain = Chain()
+    with pytest.warns(NotSettledWarning, match=r"after 2 steps.*steps=8"):
+        found = chain.model.infer(
+            chain.x, clamp={"output": chain.y}, solver=torch2ebm.ErrorConjugateGradient(tol=1e-6, steps=2)
+        )
+    assert found.relaxation.converged is False
 
 
 class Bidirectional(nn.Module):
@@ -269,6 +286,32 @@ def _chain(**settings: object) -> Callable[[], object]:
     return lambda: chain.model.infer(chain.x, **settings)
 
 
+def test_a_start_decides_where_nothing_else_does() -> None:
+    """The remedy that the error names: the nearest of the many lowest points. Of samples there is no such thing."""
+    net, begin, y = nn.Linear(6, 3), torch.randn(5, 6), torch.randn(5, 3)
+    model = torch2ebm.convert(nn.Sequential(net))
+    settings = {"clamp": {"output": y}, "free": ["input"], "start": {"input": begin}}
+    nearest = begin + (y - net(begin)) @ torch.linalg.pinv(net.weight).T
+    assert torch.allclose(model.infer(**settings, tol=1e-8).input, nearest, atol=1e-6)
+    for wrong in ({"start": None}, {"solver": torch2ebm.Langevin(steps=10, burn_in=5)}):
+        with pytest.raises(ConfigurationError, match="without a prior"):
+            model.infer(torch.zeros(5, 6), **{**settings, **wrong})
+
+
+def test_an_input_beside_a_layer_of_that_name_has_the_name_of_its_argument() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input, self.head = nn.Linear(3, 4), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.input(x).tanh())
+
+    model, prior = torch2ebm.convert(Net(), example_inputs=torch.zeros(2, 3)), {"x": torch2ebm.Gaussian()}
+    found = model.infer(clamp={"output": torch.ones(2, 5)}, free=["x"], prior=prior)
+    assert list(found.parts) == ["x", "input", "head"] and found.input.shape == (2, 3)
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -297,13 +340,14 @@ WRONG = {
     "integers that would move": (_tokens, "int64"),
     "nothing that decides": (_chain(clamp={"output": Y}, free=["input"]), "20 free entries"),
     "a prior of a node": (_chain(prior={"0": torch2ebm.Gaussian()}), "which is no input"),
+    "data that would move": (_chain(energies={"0": torch2ebm.Bernoulli(observed=True)}), "whose value is data"),
+    "an energy beside a prior": (
+        _chain(clamp={"output": Y}, prior={"input": torch2ebm.Gaussian()}, precisions={"input": 2.0}),
+        "a free input",
+    ),
     "a prior that is none": (_chain(prior={"input": 1.0}), "an energy"),
     "a tie to itself": (_chain(clamp={"0": "0"}), "the node itself"),
     "a tie of another shape": (_chain(clamp={"0": "2"}), "shapes"),
-    "an energy beside a prior": (
-        _chain(free=["input"], prior={"input": torch2ebm.Gaussian()}, precisions={"input": 2.0}),
-        "'input', a free input",
-    ),
     "energies of one node by two names": (
         _chain(precisions={"output": 2.0}, energies={"4": torch2ebm.Gaussian()}),
         "named too",
@@ -335,3 +379,55 @@ def test_values_that_would_have_to_be_known_before_themselves() -> None:
     square = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     with pytest.raises(ConfigurationError, match="before themselves"):
         torch2ebm.convert(square).infer(chain.x, clamp={"0": "2", "output": chain.y})
+
+
+def test_a_start_says_near_which_of_many_answers_to_look() -> None:
+    """The nearest point to the start that gives the data, by the pseudo-inverse; without a start nothing decides."""
+    net = nn.Linear(4, 3)
+    start, y = torch.randn(5, 4), torch.randn(5, 3)
+    found = torch2ebm.convert(net).infer(free=["input"], clamp={"output": y}, start={"input": start}, tol=1e-9)
+    nearest = start + (y - net(start)).detach() @ torch.linalg.pinv(net.weight.detach()).T
+    assert torch.allclose(found.input, nearest, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", [torch2ebm.GradientDescent(12, 0.1), torch2ebm.ErrorConjugateGradient(tol=1e-8)])
+def test_recorded_steps_are_the_eager_ones_and_none_is_of_the_data_before(
+    solver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with a dropout, a mask, another image, and other weights."""
+    monkeypatch.setattr(Program, "compile", lambda self: None)  # a program as it was recorded
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 6))
+    model, mask = torch2ebm.convert(net), torch.rand(5, 6) > 0.3
+    prior = {"input": torch2ebm.Gaussian()}
+    for number in range(4):
+        image, z = torch.randn(5, 6), torch.randn(5, 3)
+        with torch.no_grad():
+            net[0].weight.mul_(1.1)
+        found = []
+        for compile in (False, True):
+            torch.manual_seed(number)
+            how: dict[str, Any] = {"clamp": {"output": image}, "free": ["input"], "prior": prior}
+            if number % 2:
+                how["mask"] = {"output": mask}
+            found.append(model.infer(z, **how, solver=solver, compile=compile))
+        eager, recorded = found
+        assert torch.allclose(eager.input, recorded.input, rtol=1e-9, atol=1e-12)
+        assert eager.relaxation.steps == recorded.relaxation.steps
+        assert eager.relaxation.energy == pytest.approx(recorded.relaxation.energy, rel=1e-9)
+    graph = next(iter(model.torch2ebm._programs._families.values()))
+    assert graph  # it was recorded
+
+
+@pytest.mark.parametrize("solver", [torch2ebm.GradientDescent, torch2ebm.ErrorDescent])
+def test_an_automatic_step_size_knows_of_the_data(solver: Any) -> None:
+    """The Hessian in the one hidden value is 1 + C^T C, in its error, too; 1 without the data."""
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 8))
+    weight = net[1].weight.detach()
+    steepest = float(torch.linalg.eigvalsh(torch.eye(6) + weight.T @ weight).max())
+    z, y = torch.randn(4, 6), torch.randn(4, 8)
+    found = torch2ebm.convert(net).infer(z, clamp={"output": y}, solver=solver("auto", "auto"))
+    assert found.relaxation.converged and found.relaxation.lr == pytest.approx(1 / steepest, rel=0.2)
+    clamped = torch2ebm.convert(nn.Sequential(*net, nn.Linear(8, 3)))
+    clamped.attach(torch2ebm.PredictiveCoding(solver=solver("auto", "auto"), clamp={"1": y}))
+    (0.5 * (clamped(z) - torch.ones(4, 3)).square().sum(1).mean()).backward()  # of this nothing moves "0"
+    assert clamped.state.relaxation.lr == pytest.approx(1 / steepest, rel=0.2)

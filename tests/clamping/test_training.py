@@ -206,3 +206,22 @@ def test_what_cannot_be_is_named() -> None:
             decoder.model(torch.zeros(5, 3))
         assert all(map(torch.equal, before, decoder.net.parameters()))
         optimizer.detach()
+
+
+def test_the_precision_of_a_given_value_learns() -> None:
+    """Its gradient is that of 1/2 pi e^2 - 1/2 log pi in log pi, per entry and sample, over the batch."""
+    decoder, h, x = Decoder(), torch.randn(5, 8), torch.randn(5, 3)
+    precision = torch2ebm.Precision(8, start=2.0)
+    algorithm = torch2ebm.PredictiveCoding(clamp={"0": h}, precisions={"0": precision}, solver=TIGHT)
+    sgd = torch.optim.SGD([*decoder.net.parameters(), *precision.parameters()], lr=0.1)
+    torch2ebm.EnergyOptimizer(sgd, decoder.model, algorithm)
+    (decoder.model(x) - decoder.image).square().mul(0.5).sum(1).mean().backward()
+    error = (h - decoder.net[:2](x)).detach()
+    (parameter,) = precision.parameters()
+    assert parameter.grad is not None
+    assert torch.allclose(parameter.grad, (0.5 * 2 * error.square() - 0.5).mean(0), atol=1e-12)
+    part = torch2ebm.PredictiveCoding(clamp={"0": (h, h > 0)}, precisions={"0": precision}, solver=TIGHT)
+    other = torch2ebm.convert(decoder.net)
+    torch2ebm.EnergyOptimizer(torch.optim.SGD(decoder.net.parameters(), lr=0.1), other, part)
+    with pytest.raises(ConfigurationError, match="whose precision learns"):
+        other(x)

@@ -34,6 +34,7 @@ ROWS: dict[str, tuple[Energy, Callable[[Tensor, Tensor], Tensor]]] = {
     "Laplace": (torch2ebm.Laplace(0.4), against_density(lambda mu: D.Laplace(mu, 0.4))),
     "Huber": (torch2ebm.Huber(0.7, 2.5), huber),
     "StudentT": (torch2ebm.StudentT(3.5, 0.4), against_density(lambda mu: D.StudentT(3.5, mu, 0.4))),
+    "VonMises": (torch2ebm.VonMises(2.5), against_density(lambda mu: D.VonMises(mu, torch.tensor(2.5).to(mu)))),
     "Bernoulli": (
         torch2ebm.Bernoulli(),
         lambda value, mu: D.kl_divergence(D.Bernoulli(logits=value), D.Bernoulli(logits=mu)),
@@ -234,6 +235,7 @@ def test_the_precision_at_rest_is_the_second_derivative_there(energy: Energy, fo
         lambda: torch2ebm.Huber(precision=float("inf")),
         lambda: torch2ebm.StudentT(degrees=0),
         lambda: torch2ebm.StudentT(scale=-2.0),
+        lambda: torch2ebm.VonMises(0.0),
     ],
 )
 def test_an_illegal_setting_is_refused(make: Callable[[], Energy]) -> None:

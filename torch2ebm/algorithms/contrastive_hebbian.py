@@ -17,6 +17,7 @@ from torch2ebm.equilibrium.settling_checks import check_signal
 from torch2ebm.equilibrium.updates import Update
 from torch2ebm.errors import PartitionError
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.memory.last_values import FEEDFORWARD
 
 FLOOR = 1e3  # times the precision: below it rounding is more than about a hundredth of the signal
 
@@ -41,6 +42,8 @@ class ContrastiveHebbian(Algorithm):
         tol: Largest change of a state at which a phase ends early; 0 takes all steps.
         update: How the states move where not all at once: ``AndersonMixing(memory)`` for nets that settle slowly, or
             ``GaussSeidel()``.
+        start: Where the free phase starts in training: at the feed-forward pass, or, with ``"last"``, where that of the
+            batch before has settled, as persistent particles do; with ``"average"`` at the mean over batches.
 
     Raises:
         ConfigurationError: for an illegal setting, and at the first call where gamma^depth, the signal that reaches
@@ -70,6 +73,7 @@ class ContrastiveHebbian(Algorithm):
     damping: float = field(default=0.0, kw_only=True)
     tol: float = field(default=0.0, kw_only=True)
     update: Update | None = field(default=None, kw_only=True)
+    start: str = field(default=FEEDFORWARD, kw_only=True)
     free_phase: FreePhase = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from torch2ebm.equilibrium.free_phase import FreePhase
 from torch2ebm.equilibrium.settling import Free
 from torch2ebm.equilibrium.updates import Update
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.memory.last_values import FEEDFORWARD
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,6 +41,8 @@ class CoupledLearning(Algorithm):
         tol: Largest change of a state at which a phase ends early; 0 takes all steps.
         update: How the states move where not all at once: ``AndersonMixing(memory)`` for nets that settle slowly, or
             ``GaussSeidel()``.
+        start: Where the free phase starts in training: at the feed-forward pass, or, with ``"last"``, where that of the
+            batch before has settled, as persistent particles do; with ``"average"`` at the mean over batches.
 
     Raises:
         ConfigurationError: for an illegal setting.
@@ -68,6 +71,7 @@ class CoupledLearning(Algorithm):
     damping: float = field(default=0.0, kw_only=True)
     tol: float = field(default=0.0, kw_only=True)
     update: Update | None = field(default=None, kw_only=True)
+    start: str = field(default=FEEDFORWARD, kw_only=True)
     free_phase: FreePhase = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

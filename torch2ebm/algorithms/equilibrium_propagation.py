@@ -25,6 +25,7 @@ from torch2ebm.errors import ConfigurationError, DivergenceError
 from torch2ebm.inference.divergence import of_phase
 from torch2ebm.isolation.torch_modes import entered
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.memory.last_values import FEEDFORWARD
 
 FLOOR = 1.0  # times the precision: below it nothing of the nudge is left at the first states
 
@@ -54,6 +55,8 @@ class EquilibriumPropagation(Algorithm):
         loss_reduction: ``"mean"`` for a loss that is a mean over the batch, ``"sum"`` to take it as it is written.
         update: How the states move where not all at once: ``AndersonMixing(memory)`` for nets that settle slowly, or
             ``GaussSeidel()``.
+        start: Where the free phase starts in training: at the feed-forward pass, or, with ``"last"``, where that of the
+            batch before has settled, as persistent particles do; with ``"average"`` at the mean over batches.
         compile: Record a step once as a list of ATen calls and run that from then on, through ``torch.compile``.
 
     Raises:
@@ -85,6 +88,7 @@ class EquilibriumPropagation(Algorithm):
     readout: bool = field(default=False, kw_only=True)
     loss_reduction: str = field(default="mean", kw_only=True)
     update: Update | None = field(default=None, kw_only=True)
+    start: str = field(default=FEEDFORWARD, kw_only=True)
     compile: bool = field(default=False, kw_only=True)
     free_phase: FreePhase = field(init=False, repr=False, compare=False)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.clamping.data_loss import WithData
 from torch2ebm.clamping.relaxing import Clamped
-from torch2ebm.clamping.training import check_nudging_of_data, clamped_call
+from torch2ebm.clamping.start import NUDGED, NUDGED_BACK, begin_at, ended_at, kept_start
+from torch2ebm.clamping.training import check_nudging_of_data, clamped_call, with_energies_of_data
 from torch2ebm.common.checks import check_choice, check_reduction
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
@@ -25,6 +26,7 @@ from torch2ebm.inference.divergence import check_on_divergence, check_phases, no
 from torch2ebm.inference.nudge_unit import NudgeUnit, carried
 from torch2ebm.inference.relaxation import OnStep, relax
 from torch2ebm.loss.output_loss import NudgedLoss, OutputLoss
+from torch2ebm.memory.last_values import FEEDFORWARD, STARTS
 from torch2ebm.potentials.energy_parameters import check_at_forward
 from torch2ebm.potentials.node_energies import NodeEnergies, check_free, check_names, node_energies
 from torch2ebm.programs.cache import Programs
@@ -94,6 +96,10 @@ class PredictiveCoding(Algorithm):
         free: Inputs that are values of their own, ``"input"`` or the names of arguments. What you pass is then their
             prediction, with the energy of the node of that name. Zeros are a prior around zero. The output of another
             module is an amortised guess, and its error is what that module learns from.
+        start: Where the values begin. ``"feedforward"``: at the feed-forward pass. ``"last"``: where those of the batch
+            before have ended, as suits the next frame of a sequence. ``"average"``: at their mean over all samples
+            since. Where there is none, or a shape is another, it is the feed-forward pass. ``model.forget()`` begins
+            anew, checkpoints of the optimizer keep the values, and ``detach()`` drops them.
         on_step: Called with an :class:`InferenceStep` after every step of every phase, under ``compile=True`` too. Each
             call costs one evaluation of all nodes more. What it raises ends the backward, which leaves no trace.
 
@@ -123,6 +129,7 @@ class PredictiveCoding(Algorithm):
     compile: bool = field(default=False, kw_only=True)
     clamp: Mapping[str, Any] = field(default_factory=dict, kw_only=True, compare=False)  # == of tensors is no bool
     free: Sequence[str] = field(default=(), kw_only=True)
+    start: str = field(default=FEEDFORWARD, kw_only=True)
     on_step: OnStep | None = field(default=None, kw_only=True, compare=False)  # it looks on, and decides nothing
     _programs: Programs = field(default_factory=Programs, init=False, repr=False, compare=False)
 
@@ -130,6 +137,7 @@ class PredictiveCoding(Algorithm):
         check_reduction("PredictiveCoding", self.loss_reduction)
         check_choice("PredictiveCoding", "batch_statistics", self.batch_statistics, ("live", "frozen"))
         check_on_divergence("PredictiveCoding", self.on_divergence)
+        check_choice("PredictiveCoding", "start", self.start, STARTS)
         _check_kind("solver", self.solver, Solver, "For example GradientDescent(steps=50).")
         _check_kind("nudging", self.nudging, Nudging, "For example Symmetric(beta=0.1).")
         _check_real(self.nudging)
@@ -185,8 +193,10 @@ class PredictiveCoding(Algorithm):
         parts += [f"nudging={self.nudging!r}"] * (not calibrated and self.nudging != OneSided())
         parts += [f"energies={dict(self.energies)!r}"] * bool(self.energies)
         parts += ["batch_statistics='frozen'"] * (self.batch_statistics == "frozen")
-        parts += [f"clamp={dict(self.clamp)!r}"] * bool(self.clamp) + [f"free={self.free!r}"] * bool(self.free)
-        parts += ["compile=True"] * self.compile
+        parts += [f"clamp={{{', '.join(f'{name!r}: ...' for name in self.clamp)}}}"] * bool(self.clamp) + [
+            f"free={self.free!r}"
+        ] * bool(self.free)
+        parts += [f"start={self.start!r}"] * (self.start != FEEDFORWARD) + ["compile=True"] * self.compile
         parts += [f"on_divergence={self.on_divergence!r}"] * (self.on_divergence != "raise")
         return f"PredictiveCoding({', '.join(parts)})"
 
@@ -214,11 +224,14 @@ class PredictiveCoding(Algorithm):
             # only the last phase may free the feed-forward values, from which each starts
             phases = [self._phase(call, loss, beta, unit, retain_call=True) for beta in others]
             phases.append(self._phase(call, loss, last, unit, retain_call=retain_graph))
+            self._keep(call, phases)
             # before the mean: a phase that has lost its minimum would spoil it silently
             check_phases([phase.state.relaxation for phase in phases])
         except DivergenceError as error:
             return no_gradients(self.on_divergence, error, call)
         found = mean_of(phases)
+        if kept is not None:
+            found = with_energies_of_data(found, kept, loss.scale)
         call.graph.once(
             ("signal", type(self.solver), self.solver.steps),
             lambda: tell_where_there_is_no_signal("PredictiveCoding", found.state, found.parameters),
@@ -242,6 +255,11 @@ class PredictiveCoding(Algorithm):
         memory = carried(call, NodeEnergies(self.energies), self.loss_reduction, self.nudging)
         return memory.unit(call, loss, NodeEnergies(self.energies), self.nudging)
 
+    def _keep(self, call: Call, phases: list[LocalGradients]) -> None:
+        for found in phases if self.start != FEEDFORWARD else ():
+            phase = phase_of(found.state.relaxation.beta)
+            call.memory.offer(self.start, phase, ended_at(found.state), call.batch_size)
+
     def _phase(
         self, call: Call, loss: OutputLoss, beta: float, unit: NudgeUnit | None, retain_call: bool
     ) -> LocalGradients:
@@ -251,10 +269,16 @@ class PredictiveCoding(Algorithm):
             inference.nudge = None if unit is None else beta * unit.sigma_squared
             # what a relative nudge keeps from call to call is r, up to rounding
             inference.carried_under = (unit is None, self.loss_reduction, float(f"{inference.nudge or beta:.6g}"))
+            begin_at(inference, kept_start(inference, self.start, phase_of(beta)))
             found = relax(self.solver, inference, beta, self.programs, self.on_step)
         except DivergenceError as error:
             raise of_phase(error, beta) from error
         return found if unit is None else _with_unit(found, unit)
+
+
+def phase_of(beta: float) -> str:
+    """The name under which a phase's values are kept: a nudge the other way leads to other values."""
+    return NUDGED if beta > 0 else NUDGED_BACK
 
 
 def _with_unit(found: LocalGradients, unit: NudgeUnit) -> LocalGradients:
@@ -284,6 +308,11 @@ def _mean(parts: list[Tensor | None]) -> Tensor | None:
     # missing in one phase is zero there, hence the length of all
     found = [part for part in parts if part is not None]
     return sum(found[1:], start=found[0]) / len(parts) if found else None
+
+
+def _shown(clamp: Mapping[str, Any]) -> list[str]:
+    names = ", ".join(f"{name!r}: ..." for name in clamp)  # a tensor would fill the page
+    return [f"clamp={{{names}}}"] if clamp else []
 
 
 def _marked(made: Any, mark: str) -> Any:

@@ -22,6 +22,7 @@ from torch2ebm.equilibrium.settling import Free
 from torch2ebm.equilibrium.updates import Update
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.memory.last_values import FEEDFORWARD
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,6 +42,8 @@ class RecurrentBackprop(Algorithm):
         readout: The outputs are read out of the states and have none.
         update: How the states move where not all at once: ``AndersonMixing(memory)`` for nets that settle slowly, or
             ``GaussSeidel()``.
+        start: Where the free phase starts in training: at the feed-forward pass, or, with ``"last"``, where that of the
+            batch before has settled, as persistent particles do; with ``"average"`` at the mean over batches.
 
     Raises:
         ConfigurationError: for an illegal setting.
@@ -69,6 +72,7 @@ class RecurrentBackprop(Algorithm):
     damping: float = field(default=0.0, kw_only=True)
     readout: bool = field(default=False, kw_only=True)
     update: Update | None = field(default=None, kw_only=True)
+    start: str = field(default=FEEDFORWARD, kw_only=True)
     free_phase: FreePhase = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

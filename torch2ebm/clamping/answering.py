@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,17 +16,21 @@ from torch2ebm.clamping.inputs import Inputs
 from torch2ebm.clamping.places import Places
 from torch2ebm.clamping.relaxing import Answer, Clamped
 from torch2ebm.clamping.sampling import carried, in_chains, repeated
-from torch2ebm.common.checks import check_positive
+from torch2ebm.common.checks import check_choice, check_positive
 from torch2ebm.common.known_names import KnownNames
 from torch2ebm.common.nested import map_leaves
+from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
-from torch2ebm.errors import ConfigurationError
+from torch2ebm.errors import ConfigurationError, NotSettledWarning
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.inference.solver import Solver
 from torch2ebm.isolation.module_state import untouched
+from torch2ebm.memory.last_values import FEEDFORWARD, LAST, STARTS
+from torch2ebm.potentials.energy_check import check_energy_gradients
 from torch2ebm.potentials.energy_parameters import check_at_forward
 from torch2ebm.potentials.node_energies import NodeEnergies, check_free, check_names, node_energies
+from torch2ebm.programs.cache import Programs
 from torch2ebm.solvers import ErrorConjugateGradient, Langevin
 
 Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Call]
@@ -39,7 +44,9 @@ def question_settings(
     energies: Mapping[str, Energy],
 ) -> tuple[Solver[Any], NodeEnergies]:
     """The solver, and the energies by node. Raises :class:`ConfigurationError` for what is neither."""
-    return _chosen(solver, tol), node_energies("model.infer", precisions, energies)
+    named = node_energies("model.infer", precisions, energies)
+    check_energy_gradients(named)
+    return _chosen(solver, tol), named
 
 
 def _chosen(solver: Solver[Any] | None, tol: float | None) -> Solver[Any]:
@@ -54,6 +61,18 @@ def _chosen(solver: Solver[Any] | None, tol: float | None) -> Solver[Any]:
     return solver if tol is None else replace(solver, tol=tol)  # type: ignore[type-var]
 
 
+def start_of(start: Mapping[str, Any] | str) -> tuple[Mapping[str, Any], str]:
+    """Where named values begin, and where all others do. Raises :class:`ConfigurationError` for another word."""
+    if isinstance(start, str):
+        check_choice("model.infer", "start", start, STARTS)
+        return {}, start
+    if not isinstance(start, Mapping):
+        raise ConfigurationError(
+            "model.infer(start=...)", type(start).__name__, "a mapping of names, or a word", f"For example {LAST!r}."
+        )
+    return start, FEEDFORWARD
+
+
 def _with_noise(solver: Langevin, device: torch.device) -> Langevin:
     """A generator for a sampler that was given none: torch's own is as before at the end, but for this one number."""
     if solver.generator is not None:
@@ -62,60 +81,107 @@ def _with_noise(solver: Langevin, device: torch.device) -> Langevin:
     return replace(solver, generator=torch.Generator(device).manual_seed(seed))
 
 
-def answered(run: Run, inputs: Inputs, solver: Solver[Any], energies: Mapping[str, Energy]) -> Inferred:
+@dataclass(frozen=True)
+class How:
+    """How an answer is found.
+
+    Attributes:
+        solver: How values relax, or are drawn.
+        energies: By node.
+        start: Where values begin that have no start of their own.
+        programs: Where recorded steps are kept; None records none.
+    """
+
+    solver: Solver[Any]
+    energies: Mapping[str, Energy]
+    start: str = FEEDFORWARD
+    programs: Programs | None = None
+
+
+def answered(run: Run, inputs: Inputs, how: How) -> Inferred:
     """Run the module, relax what is free, and say what was found.
 
     Args:
         run: From arguments to a call that no algorithm has filled; the module and its generators are left as they were.
         inputs: What the module is called with.
-        solver: How values relax, or are drawn.
-        energies: By node.
+        how: The solver, the energies, and where values begin.
 
     Raises:
         ConfigurationError: for a question that contradicts itself, before anything is relaxed.
     """
     bound = inputs.bound
     call = run(bound.args, bound.kwargs)
-    if isinstance(solver, Langevin):
-        solver = _with_noise(solver, call.device)
+    if isinstance(how.solver, Langevin):
+        how = replace(how, solver=_with_noise(how.solver, call.device))
     with untouched(call.graph.module, call.device):
-        return _answered(run, call, inputs, solver, energies)
+        return _answered(run, call, inputs, how)
 
 
-def _answered(run: Run, call: Call, inputs: Inputs, solver: Solver[Any], energies: Mapping[str, Energy]) -> Inferred:
-    question, bound = inputs.question, inputs.bound
+def tell_unsettled(where: str, solver: Solver[Any], answer: Answer) -> None:
+    """One warning where the steps were too few; a solver without a tolerance has been asked for its steps alone."""
+    relaxation = answer.relaxation
+    if relaxation.converged is False:
+        warnings.warn(
+            NotSettledWarning(
+                f"{where}: values still move after {relaxation.steps} steps, by a residual of "
+                f"{relaxation.residual:.2g} where {relaxation.tol:.2g} was asked for. Take more steps, for example "
+                f"solver={solver.with_steps(4 * relaxation.steps)!r}, a larger tol, or another start."
+            ),
+            stacklevel=users_level(),
+        )
+
+
+def check_priors(where: str, energies: Mapping[str, Energy], inputs: Inputs) -> None:
+    """Raises :class:`ConfigurationError` for the energy of an input that is free: that is its prior."""
+    twice = sorted(energies.keys() & inputs.energies.keys())
+    if twice:
+        raise ConfigurationError(
+            f"{where}(precisions=..., energies=...)",
+            f"an energy of {twice[0]!r}, a free input",
+            "energies of nodes",
+            f"Give it as prior={{{twice[0]!r}: energy}}; its prediction is zero, or the second of a pair.",
+        )
+
+
+def _answered(run: Run, call: Call, inputs: Inputs, how: How) -> Inferred:
+    question, bound, solver, energies = inputs.question, inputs.bound, how.solver, how.energies
     call.feedforward(keep_graph=False)
     places = Places.of(call.graph, call.run.output, inputs.places, frozenset(inputs.fixed))
     energies = NodeEnergies(places.by_node(f"{question.where}(precisions=..., energies=...)", energies))
     check_names(question.where, energies, call.graph, outputs=True)
-    _check_priors(question.where, energies, inputs.energies)
+    check_priors(question.where, energies, inputs)
     pattern = question.pattern(places, call.values, call.batch_size)
     starts = question.starts(places, call.values, call.batch_size)
     whole = [name for name in energies if all(map(pattern.is_whole, call.graph.nodes[name].slots))]
     check_free(question.where, energies, whole)
     check_at_forward(question.where, energies, call)
     check_something_moves(question.where, pattern, places)
-    if solver.samples or not set(starts) & {slot for node in inputs.energies for slot in call.graph.nodes[node].slots}:
-        check_determined(question.where, pattern, places, inputs.energies, call.values)
+    undecided = {n: each for n, each in inputs.energies.items() if solver.samples or not inputs.begun.get(n)}
+    check_determined(question.where, pattern, places, undecided, call.values)
+    if how.start != FEEDFORWARD:
+        starts = _named_starts(call, inputs, starts)
     chains = solver.chains if isinstance(solver, Langevin) else 1
     if isinstance(solver, Langevin):
         pattern, starts = repeated(pattern, starts, call.batch_size, chains)
         args, kwargs = map_leaves(lambda leaf: in_chains(leaf, call.batch_size, chains), (bound.args, bound.kwargs))
         call = run(args, kwargs)
         pattern = replace(pattern, carried=carried(call.graph, pattern))
-    answer = Clamped.of(call, pattern, {**energies, **inputs.energies}, starts).relaxed(solver)
+    together, recorded = {**energies, **inputs.energies}, how.programs is not None
+    answer = Clamped.of(call, pattern, together, starts, how.start, recorded).relaxed(solver, how.programs)
+    tell_unsettled(question.where, solver, answer)
     return _result(call, answer, inputs, chains, places.also)
 
 
-def _check_priors(where: str, energies: Mapping[str, Energy], priors: Mapping[str, Energy]) -> None:
-    """Raises :class:`ConfigurationError` for a free input with an energy beside its prior: one would be ignored."""
-    for name in energies.keys() & priors.keys():
-        raise ConfigurationError(
-            f"{where}(precisions=..., energies=...)",
-            f"{name!r}, a free input",
-            "names of nodes: the energy of a free input is its prior",
-            f"Give prior={{{name!r}: torch2ebm.Gaussian(precision)}}.",
-        )
+def _named_starts(call: Call, inputs: Inputs, starts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The starts that somebody has given: a prior's mean gives way to where the input was, and a value stays."""
+    found = dict(starts)
+    for argument, node in inputs.nodes.items():
+        for slot in call.graph.nodes[node].slots if node in inputs.energies else ():
+            if node not in inputs.begun:
+                found.pop(slot, None)
+            else:
+                found.setdefault(slot, inputs.bound.arguments[argument])
+    return found
 
 
 def _result(call: Call, answer: Answer, inputs: Inputs, chains: int, also: Mapping[str, str]) -> Inferred:

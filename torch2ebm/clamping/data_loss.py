@@ -42,6 +42,7 @@ class DataLoss(OutputLoss):
 
     Args:
         data: By output slot.
+        predictions: By slot, where ``delivered`` is taken; without them nothing is delivered.
 
     Example:
         >>> import torch, torch2ebm
@@ -54,9 +55,10 @@ class DataLoss(OutputLoss):
 
     scale, unit, factor = 1.0, 1.0, 1.0
 
-    def __init__(self, data: Mapping[str, Data]) -> None:
+    def __init__(self, data: Mapping[str, Data], predictions: Mapping[str, Tensor] | None = None) -> None:
         self.data = data
-        self.delivered: Mapping[str, Tensor] = {}
+        # which outputs it reads: a curvature is measured on these
+        self.delivered: Mapping[str, Tensor] = {} if predictions is None else self.gradients(predictions)[1]
 
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         total = torch.zeros(())
@@ -128,7 +130,7 @@ class WithData(OutputLoss):
 
     def __init__(self, loss: OutputLoss, data: DataLoss) -> None:
         self.loss, self.data = loss, data
-        self.delivered, self.factor = loss.delivered, loss.factor
+        self.delivered, self.factor = {**data.delivered, **loss.delivered}, loss.factor
         self.scale, self.unit = loss.scale, loss.unit
 
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,12 +28,14 @@ class Inputs:
         nodes: From the argument of a free input to the name of its node.
         question: The same question, with what was passed for an input that is given in part among its clamps.
         energies: By node, of the priors.
+        begun: Nodes of free inputs whose start was given, to whether by ``start=``, or passed to the call.
     """
 
     bound: inspect.BoundArguments
     nodes: Mapping[str, str]
     question: Question
     energies: Mapping[str, Energy]
+    begun: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def places(self) -> dict[str, str]:
@@ -120,6 +122,7 @@ class Asked:
         clamp, start = dict(question.clamp), {n: v for n, v in question.start.items() if self.argument(n) is None}
         energies: dict[str, Energy] = {}
         nodes: dict[str, str] = {}
+        begun: dict[str, bool] = {}
         for argument, name in names.items():
             passed = self.bound.arguments.get(argument)
             own = Prior.of(name, self.prior[name]) if name in self.prior else Prior(Flat())
@@ -128,6 +131,8 @@ class Asked:
             known = clamped.pop(argument, (name, passed if name in question.mask else None))[1]
             like = self._like(name, [passed, begins, known, own.mean], argument)
             mean = like_it(0.0 if own.mean is None else own.mean, like, question.at("prior", name))
+            if argument in started or passed is not None:
+                begun[node] = argument in started
             begins = mean if begins is None else like_it(begins, like, question.at("start", name))
             begins = torch.where(torch.isfinite(begins), begins, mean)
             flat = isinstance(own.energy, Flat)
@@ -146,10 +151,11 @@ class Asked:
         self.bound.apply_defaults()
         mask = {nodes.get(self.argument(n) or "", n): m for n, m in question.mask.items()}
         free = [nodes.get(self.argument(n) or "", n) for n in question.free]
-        return Inputs(self.bound, nodes, replace(question, clamp=clamp, start=start, mask=mask, free=free), energies)
+        asked = replace(question, clamp=clamp, start=start, mask=mask, free=free)
+        return Inputs(self.bound, nodes, asked, energies, begun)
 
     def _node_of(self, argument: str, name: str) -> str:
-        node = INPUT if argument == self.only else argument
+        node = INPUT if argument == self.only and INPUT not in self.layers else argument
         if node not in self.layers:
             return node
         raise ConfigurationError(

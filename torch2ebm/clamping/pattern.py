@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from torch2ebm.graph.energy_graph import EnergyGraph
-
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
@@ -49,12 +47,6 @@ class Pattern:
     def is_data(self, slot: str) -> bool:
         """Whether the slot's prediction is held against something that is given."""
         return slot in self.given or slot in self.ties
-
-    def is_free(self, graph: EnergyGraph, slot: str) -> bool:
-        """Whether some of the slot's value may move."""
-        if slot in graph.output_slots:
-            return slot in self.carried
-        return not self.is_whole(slot)
 
 
 def given_name(slot: str) -> str:

@@ -14,7 +14,7 @@ from torch2ebm.clamping.inferred import Found
 from torch2ebm.clamping.pattern import Pattern, given_name, mask_name, value_name
 from torch2ebm.clamping.rewriting import clamped_graph, is_prediction, place_of_data
 from torch2ebm.clamping.sampling import sampled
-from torch2ebm.clamping.start import begin_at
+from torch2ebm.clamping.start import INFERRED, NUDGED, begin_at, ended_at, kept_start
 from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.results import InferenceState, Relaxation
@@ -23,6 +23,8 @@ from torch2ebm.inference.base import Inference
 from torch2ebm.inference.relaxation import relax
 from torch2ebm.inference.solver import Solver
 from torch2ebm.loss.output_loss import OutputLoss
+from torch2ebm.memory.last_values import AVERAGE, FEEDFORWARD, LAST
+from torch2ebm.programs.cache import Programs
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,7 @@ class Clamped:
         call: That of the rewritten graph, after its feed-forward pass.
         energies: By node.
         starts: By slot, where a value begins.
+        kept: ``"last"`` or ``"average"``: where the other values begin, and that this is kept for the next one.
     """
 
     original: EnergyGraph
@@ -51,16 +54,28 @@ class Clamped:
     call: Call
     energies: Mapping[str, Energy] = field(default_factory=dict)
     starts: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: str = FEEDFORWARD
 
     @staticmethod
-    def of(call: Call, pattern: Pattern, energies: Mapping[str, Energy], starts: Mapping[str, Tensor]) -> Clamped:
+    def of(
+        call: Call,
+        pattern: Pattern,
+        energies: Mapping[str, Energy],
+        starts: Mapping[str, Tensor],
+        kept: str = FEEDFORWARD,
+        keep_draws: bool = False,
+    ) -> Clamped:
         """The call under the pattern, from one that no algorithm has filled."""
         given = {given_name(slot): value for slot, value in pattern.given.items()}
         given |= {mask_name(slot): mask for slot, mask in pattern.masks.items()}
         graph = clamped_graph(call.graph, pattern)
-        under = Call(graph, call.run, call.device, call.batch_size, call.swapped, given)
-        under.feedforward(keep_graph=False)
-        return Clamped(call.graph, pattern, under, energies, starts)
+        under = Call(graph, call.run, call.device, call.batch_size, call.swapped, given, call.memory)
+        under.feedforward(keep_graph=False, keep_draws=keep_draws)
+        return Clamped(call.graph, pattern, under, energies, starts, kept)
+
+    def place(self, slot: str) -> str:
+        """The slot of the rewritten graph whose prediction is held against what is given for a slot."""
+        return place_of_data(self.original, self.pattern, slot)
 
     @property
     def loss(self) -> DataLoss:
@@ -68,34 +83,42 @@ class Clamped:
         found: dict[str, Data] = {}
         for slot in [*self.pattern.given, *self.pattern.ties]:
             node = self.original.owner[slot]
-            found[place_of_data(self.original, self.pattern, slot)] = Data(
+            found[self.place(slot)] = Data(
                 self.energies.get(node.name, UNIT),
                 self.pattern.given.get(slot),
                 self.pattern.masks.get(slot),
                 value_name(slot) if slot in self.pattern.ties else "",
             )
-        return DataLoss(found)
+        return DataLoss(found, self.call.values)
 
     def inference(self, solver: Solver[Any], loss: OutputLoss | None = None) -> Inference:
         """What the solver moves, at its start."""
         inference: Inference = solver.inference(self.call, loss or self.loss, self.energies, True)
-        begin_at(inference, self.starts)
+        begin_at(inference, {**kept_start(inference, self.kept, INFERRED, NUDGED), **self.starts})
         return inference
 
-    def relaxed(self, solver: Solver[Any]) -> Answer:
-        """What the solver has found."""
+    def relaxed(self, solver: Solver[Any], programs: Programs | None = None) -> Answer:
+        """What the solver has found; with programs its steps are recorded."""
         if not self.call.graph.hidden_nodes:
             values = {slot: at_least_single(value) for slot, value in self.call.values.items()}
             total, _ = self.loss.gradients(values)
             return Answer(self._found(values, {}), Relaxation(converged=True, energy=(float(total),)))
         inference = self.inference(solver)
         draws: dict[str, list[Tensor]] = {}
-        found = relax(solver, inference) if not solver.samples else sampled(solver, inference, draws)
+        found = relax(solver, inference, 1.0, programs) if not solver.samples else sampled(solver, inference, draws)
         state = found.state
+        self._keep(state)
         errors = {slot: error * state.error_unit for slot, error in state.errors.items()}
         # r and its regime are of a nudge, and nothing is nudged here
         relaxation = replace(state.relaxation, sigma_squared=None)
         return Answer(self._found(state.predictions, errors), relaxation, self._samples(draws))
+
+    def _keep(self, state: InferenceState) -> None:
+        memory, values, size = self.call.memory, ended_at(state), self.call.batch_size
+        memory.offer(LAST, INFERRED, values, size, asked=self.kept != FEEDFORWARD)  # the next call may ask for it
+        if self.kept == AVERAGE:
+            memory.offer(AVERAGE, INFERRED, values, size)
+        memory.commit()
 
     def state_of(self, state: InferenceState) -> InferenceState:
         """A state of the rewritten graph, by the names of the graph as it was captured."""
@@ -128,14 +151,14 @@ class Clamped:
         slots = [slot for node in self.original.nodes.values() for slot in node.slots]
         found = {s: self._of_slot(s, predictions, errors) for s in slots if s not in pattern.ties}
         for slot, other in pattern.ties.items():
-            prediction = at_least_single(predictions[place_of_data(self.original, pattern, slot)])
+            prediction = at_least_single(predictions[self.place(slot)])
             value = found[other].value.to(prediction)
             found[slot] = self._part(slot, prediction, value - prediction, "tied", value)
         return found
 
     def _of_slot(self, slot: str, predictions: Mapping[str, Tensor], errors: Mapping[str, Tensor]) -> Found:
         pattern, node = self.pattern, self.original.owner[slot]
-        place = place_of_data(self.original, pattern, slot) if slot in pattern.given else slot
+        place = self.place(slot) if slot in pattern.given else slot
         prediction = at_least_single(predictions[place])
         moves = not is_prediction(self.original, pattern, node) and not pattern.is_whole(slot)
         error = errors[slot].to(prediction) if moves and slot in errors else torch.zeros_like(prediction)

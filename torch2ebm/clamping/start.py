@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from torch2ebm.engine.call import at_least_single
+from torch2ebm.engine.results import InferenceState
 from torch2ebm.inference.base import Inference
 from torch2ebm.inference.error_inference import ErrorInference
 from torch2ebm.inference.value_inference import ValueInference
+
+INFERRED, NUDGED, NUDGED_BACK = "inferred", "nudged", "nudged back"  # the phases whose values are kept
 
 
 def begin_at(inference: Inference, starts: Mapping[str, Tensor]) -> None:
@@ -32,6 +35,28 @@ def begin_at(inference: Inference, starts: Mapping[str, Tensor]) -> None:
             if slot in starts:
                 changed.add(slot)
                 _put(inference, slot, starts[slot].to(prediction), prediction)
+
+
+def kept_start(inference: Inference, kind: str, *phases: str) -> Mapping[str, Tensor]:
+    """By slot, where the values of the batch before have ended; nothing where there is none that fits.
+
+    Args:
+        inference: The values, or the errors, where the feed-forward pass has left them.
+        kind: ``"feedforward"``, ``"last"`` or ``"average"``.
+        phases: Whose values; the first that is there.
+    """
+    shapes = {slot: value.shape for slot, value in inference.values.items()}
+    return inference.call.memory.start(kind, phases, shapes)
+
+
+def ended_at(state: InferenceState) -> dict[str, Tensor]:
+    """Where the values have ended, by slot. Those that no error has reached are not among them: they follow."""
+    hidden = {slot for node in state.graph.hidden_nodes for slot in node.slots}
+    return {
+        slot: state.predictions[slot].detach() + error.detach() * state.error_unit
+        for slot, error in state.errors.items()
+        if slot in hidden
+    }
 
 
 def _put(inference: Inference, slot: str, value: Tensor, prediction: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch2ebm.clamping.asking import Question
 from torch2ebm.clamping.places import INPUT, Places
 from torch2ebm.clamping.relaxing import Clamped
-from torch2ebm.engine.call import Call
+from torch2ebm.engine.call import Call, at_least_single
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.nudging import Nudging, OneSided
+from torch2ebm.engine.results import LocalGradients
 from torch2ebm.errors import ConfigurationError
+from torch2ebm.potentials.energy_parameters import by_parameter, gradients_of_energy, learned_of
 
 
 def check_nudging_of_data(where: str, clamp: Mapping[str, Any], nudging: Nudging) -> None:
@@ -57,4 +60,30 @@ def clamped_call(where: str, call: Call, clamp: Mapping[str, Any], energies: Map
             "a node with a value of its own",
             "The loss says what the output is to be; a part of it, where the loss takes a part.",
         )
+    for slot in pattern.masks:
+        name = call.graph.owner[slot].name
+        if name in energies and learned_of(energies[name]):
+            raise ConfigurationError(
+                question.at("clamp", name),
+                "a value that is given in part, of a node whose precision learns",
+                "one of the two",
+                "Give the whole value, or a precision that is a number.",
+            )
     return Clamped.of(call, pattern, energies, {})
+
+
+def with_energies_of_data(found: LocalGradients, kept: Clamped, scale: float) -> LocalGradients:
+    """The gradients of energies' own parameters, with those of the nodes whose values are given."""
+    of_nodes: dict[str, dict[str, Tensor]] = {}
+    for node in kept.original.nodes.values():
+        given = [slot for slot in node.slots if kept.pattern.is_whole(slot) and slot in kept.pattern.given]
+        if node.name in kept.energies and given and learned_of(kept.energies[node.name]):
+            predictions = [at_least_single(found.state.predictions[kept.place(slot)]) for slot in given]
+            pairs = zip(given, predictions, strict=True)
+            errors = [kept.pattern.given[slot].to(prediction) - prediction for slot, prediction in pairs]
+            of_nodes[node.name] = gradients_of_energy(kept.energies[node.name], errors, predictions, scale)
+    if not of_nodes:
+        return found
+    more = by_parameter(kept.energies, of_nodes)
+    learned = {**found.learned, **{n: found.learned[n] + g if n in found.learned else g for n, g in more.items()}}
+    return replace(found, learned=learned)

@@ -1,4 +1,4 @@
 """One call, evaluated: its values, node by node; energies, nudging, local gradients and results.
 
-May import `errors`, `common`, `isolation`, `capture`, `graph`.
+May import `errors`, `common`, `isolation`, `capture`, `graph`, `memory`.
 """

@@ -25,6 +25,7 @@ from torch2ebm.isolation.interrupts import within
 from torch2ebm.isolation.module_state import BufferSnapshot, nothing_packed
 from torch2ebm.isolation.random_numbers import Draws, RandomState, Repeated
 from torch2ebm.isolation.torch_modes import entered
+from torch2ebm.memory.last_values import CallMemory
 
 _ENGINE = torch.autograd.Variable._execution_engine  # what torch.autograd.grad calls; its checks cost 20 us a node
 
@@ -121,6 +122,7 @@ class Call:
             puts others in their place, which then are ``swapped``).
         environment: Clamped inputs and what else the feed-forward pass fixed, by name.
         passes: With ``keep_graph``, the evaluation of every node.
+        memory: Where the values of the model's calls before have ended.
         frozen_statistics: Whether later evaluations keep the batch statistics of the feed-forward pass.
 
     Example:
@@ -144,8 +146,10 @@ class Call:
         batch_size: int = 1,
         swapped: Mapping[str, Tensor] = MappingProxyType({}),
         given: Mapping[str, Tensor] = MappingProxyType({}),
+        memory: CallMemory | None = None,
     ) -> None:
         self.graph, self.run, self.device, self.batch_size = graph, run, device, batch_size
+        self.memory = CallMemory() if memory is None else memory
         self.given = given  # constants beside those of the run: data in the place of values
         self.parameters: Mapping[str, Tensor] = {**graph.parameters, **swapped}
         self.swapped = swapped

@@ -21,21 +21,24 @@ class MeanGradients:
     def __init__(self) -> None:
         self.count = 0
         self._parameters: dict[str, Tensor] = {}
+        self._learned: dict[str, Tensor] = {}
         self._inputs: list[Tensor | None] = []
 
     def add(self, found: LocalGradients) -> None:
         """One draw."""
         self.count += 1
-        for name, gradient in found.parameters.items():
-            self._parameters[name] = self._parameters[name] + gradient if name in self._parameters else gradient
+        for total, gradients in ((self._parameters, found.parameters), (self._learned, found.learned)):
+            for name, gradient in gradients.items():
+                total[name] = total[name] + gradient if name in total else gradient
         sums = self._inputs or [None] * len(found.inputs)
         self._inputs = [_sum(*pair) for pair in zip(sums, found.inputs, strict=True)]
 
     def of(self, last: LocalGradients) -> LocalGradients:
         """The mean of all draws, with the state of the last one."""
         parameters = {name: total / self.count for name, total in self._parameters.items()}
+        learned = {name: total / self.count for name, total in self._learned.items()}
         inputs = [None if total is None else total / self.count for total in self._inputs]
-        return replace(last, parameters=parameters, inputs=inputs)
+        return replace(last, parameters=parameters, inputs=inputs, learned=learned)
 
 
 def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2ebm.common.checks import check_steps, check_tolerance
+from torch2ebm.common.checks import check_choice, check_steps, check_tolerance
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.results import Relaxation
 from torch2ebm.equilibrium.dynamics import Equilibrium, Influence, States
@@ -20,7 +20,10 @@ from torch2ebm.equilibrium.settling import Free, Settled, settle
 from torch2ebm.equilibrium.settling_checks import are_finite, warn_if_unsettled
 from torch2ebm.equilibrium.updates import Damped, GaussSeidel, Synchronous, Update
 from torch2ebm.errors import ConfigurationError
+from torch2ebm.memory.last_values import FEEDFORWARD, STARTS
 from torch2ebm.programs.cache import Programs
+
+FREE = "free"  # the phase under which the states are kept
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class FreePhase:
         tol: Largest change at which the phase ends early; 0 takes all steps.
         readout: Whether the outputs are read out of the states, and have none.
         update: How a step moves the states; None for all at once.
+        start: Where the states begin: ``"feedforward"``, or where those of the batch before have settled.
         programs: Where recorded steps are kept; None records none.
     """
 
@@ -43,6 +47,7 @@ class FreePhase:
     tol: float = 0.0
     readout: bool = False
     update: Update | None = None
+    start: str = FEEDFORWARD
     programs: Programs | None = field(default=None, compare=False)
 
     @classmethod
@@ -58,6 +63,7 @@ class FreePhase:
             algorithm.tol,
             getattr(algorithm, "readout", False),
             algorithm.update,
+            algorithm.start,
             Programs() if getattr(algorithm, "compile", False) else None,
         )
         phase.check(type(algorithm).__name__)
@@ -65,7 +71,7 @@ class FreePhase:
 
     def as_settings(self) -> dict[str, Any]:
         """As the algorithms name them; the reverse of :meth:`of`."""
-        names = ("feedback", "damping", "tol", "readout", "update")
+        names = ("feedback", "damping", "tol", "readout", "update", "start")
         found = {name: getattr(self, name) for name in names}
         return {**found, "free_steps": self.steps, "compile": self.programs is not None}
 
@@ -73,6 +79,7 @@ class FreePhase:
         """Raise :class:`ConfigurationError` for an illegal setting of the algorithm ``where``."""
         check_steps(where, self.steps)
         check_tolerance(where, self.tol)
+        check_choice(where, "start", self.start, STARTS)
         _check_between(where, "feedback", self.feedback, 0 < self.feedback <= 1 if _number(self.feedback) else False)
         _check_between(where, "damping", self.damping, 0 <= self.damping < 1 if _number(self.damping) else False)
         if self.update is not None and not isinstance(self.update, Update):
@@ -89,11 +96,12 @@ class FreePhase:
         parts += [f"damping={self.damping:g}"] * (self.damping != 0)
         parts += [f"tol={self.tol:g}"] * (self.tol != 0) + ["readout=True"] * self.readout
         parts += [f"update={self.update!r}"] * (self.update is not None)
+        parts += [f"start={self.start!r}"] * (self.start != FEEDFORWARD)
         parts += ["compile=True"] * (self.programs is not None)
         return ", ".join(parts)
 
     def run(self, call: Call) -> Free:
-        """Feed-forward, then relax; the call's values become the equilibrium's.
+        """Feed-forward, then relax from there, or from ``start``; the call's values become the equilibrium's.
 
         Raises :class:`DivergenceError` where the states run away, :class:`NoEquilibriumError` and
         :class:`PartitionError` where the graph has no energy.
@@ -105,6 +113,9 @@ class FreePhase:
         equilibrium = Equilibrium(call, hopfield, self.feedback)
         # before the relaxation: call.values will be those of the equilibrium
         feedforward = {slot: call.values[slot].detach() for slot in call.graph.output_slots}
+        shapes = {slot: state.shape for slot, state in equilibrium.states.items()}
+        for slot, state in call.memory.start(self.start, (FREE,), shapes).items():
+            equilibrium.states[slot] = state.to(equilibrium.states[slot])
         update, settled = self._settled(equilibrium)
         if not settled.unsettled:  # NaN is unsettled
             minima = MinimumCheck.of(call).look(equilibrium, settled.states, update)
@@ -114,8 +125,14 @@ class FreePhase:
             outputs[slot] = value.to(call.values[slot].dtype)  # model(x) has the dtype that the module gives
         if math.isfinite(settled.relaxation.residual):  # else the feed-forward values say where it began
             self._leave(call, equilibrium, settled)
+            self._offer(call, settled)
         call.values.update(outputs)
         return Free(equilibrium, settled, update, _distance(outputs, feedforward))
+
+    def _offer(self, call: Call, settled: Settled) -> None:
+        if self.start != FEEDFORWARD:  # copies: the state that the model shows is the user's
+            states = {slot: state.detach().clone() for slot, state in settled.states.items()}
+            call.memory.offer(self.start, FREE, states, call.batch_size)
 
     def _leave(self, call: Call, equilibrium: Equilibrium, settled: Settled) -> None:
         """The feed-forward values go: where the states have settled is what the call is about."""

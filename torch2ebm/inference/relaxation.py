@@ -100,6 +100,7 @@ def relax(
     """
     if solver.samples:
         programs = None  # a program would have the same noise in every batch
+    from_feedforward = not (isinstance(inference, ErrorInference) and inference.errors)
     run = EagerRun(solver, inference) if programs is None else ProgramRun(programs, solver, inference)
     draws, heat = MeanGradients(), heat_of(solver, inference)
     lr = inference.step_size.used if inference.step_size else getattr(solver, "lr", None)
@@ -137,7 +138,7 @@ def relax(
         raise
     relaxation = replace(
         _with_step_size(relaxation, inference.step_size, lr),
-        is_backprop=solver.one_step_is_backprop and steps == 1,
+        is_backprop=solver.one_step_is_backprop and steps == 1 and from_feedforward,
         is_relative=solver.relative_residual or solver.steps == AUTO,
     )
     look_at_rises(solver, inference, relaxation)

@@ -148,6 +148,7 @@ class OpenCall:
             self._check_inputs(call, gradients)
             self._check_parameters(gradients, loss)
         self._keep(gradients.state, loss)
+        call.memory.commit()
         self.forwards.closed(self.history)
         if gradients.later is not None:
             self.forwards.later.append(self._later(call, gradients.later, loss))

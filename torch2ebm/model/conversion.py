@@ -19,10 +19,11 @@ from torch2ebm.analysis.energy_function import ByNode
 from torch2ebm.analysis.energy_terms import EnergyTerms, energy_terms
 from torch2ebm.analysis.hessian import Hessian, hessian_of
 from torch2ebm.capture.fingerprint import inside_functional_call
-from torch2ebm.clamping.answering import answered, question_settings
+from torch2ebm.clamping.answering import How, answered, question_settings
 from torch2ebm.clamping.asking import Question
 from torch2ebm.clamping.inferred import Inferred
 from torch2ebm.clamping.inputs import Asked, nodes_of_inputs
+from torch2ebm.clamping.start import INFERRED, ended_at
 from torch2ebm.common.nested import leaves_of
 from torch2ebm.common.plain_loop import PlainLoop
 from torch2ebm.common.users_code import users_level
@@ -39,6 +40,7 @@ from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plai
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
 from torch2ebm.isolation.torch_modes import exporting
 from torch2ebm.loss.taped_tensor import put_on_new_tape, stand_for, taken_off
+from torch2ebm.memory.last_values import FEEDFORWARD, LAST, CallMemory, LastValues
 from torch2ebm.model.arguments import (
     Arguments,
     as_arguments,
@@ -53,6 +55,7 @@ from torch2ebm.model.capture_cache import Captures, Served, seen
 from torch2ebm.model.open_forwards import OpenForwards, nothing_attached
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.whole_call import PlainCall
+from torch2ebm.programs.cache import Programs
 from torch2ebm.reports.drawing import draw_graph
 from torch2ebm.reports.tables import node_table
 
@@ -93,6 +96,7 @@ class Conversion:
         self._plain = PlainLoop()
         self._latest: EnergyGraph | None = None
         self._state: InferenceState | None = None
+        self.memory, self._programs = LastValues(), Programs()
 
     # calls
 
@@ -179,7 +183,7 @@ class Conversion:
                 served = self._served(args, kwargs, algorithm, history.before)
                 if plain is not None:
                     plain.check(served)
-                call = self._call(served)
+                call = self._call(served, self.memory if forwards is self.forwards else None)
                 open_call = OpenCall(
                     call,
                     algorithm,
@@ -219,16 +223,29 @@ class Conversion:
             return curvature_of(lambda given: loss_of(self.run(given, args, kwargs)), trained, **settings)
 
     def infer(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], question: Question, prior: Mapping[str, Any], **how: Any
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        question: Question,
+        prior: Mapping[str, Any],
+        start: str = FEEDFORWARD,
+        compile: bool = False,
+        **how: Any,
     ) -> Inferred:
         """Values of any node, others given; see :meth:`EnergyModel.infer` for the settings."""
         self._see_again()
         self._seen = self.captures.inputs or self._seen
-        solver, energies = question_settings(**how)
+        settings = How(*question_settings(**how), start, self._programs if compile else None)
         with self.shards.gathered(), torch.inference_mode(False):
             inputs = Asked(self.module, args, kwargs, question, prior, self._seen).inputs()
             captures = self.captures.behind(inputs.nodes)
-            return answered(partial(self.looked_at, captures=captures), inputs, solver, energies)
+            if start == LAST and self._state is not None:
+                self.memory.last.setdefault(INFERRED, ended_at(self._state))
+            found = answered(partial(self.looked_at, captures=captures, memory=self.memory), inputs, settings)
+        # a free input may be missing from now on
+        tensors = {n: each for n, each in inputs.bound.arguments.items() if isinstance(each, Tensor) and each.ndim}
+        self._seen = {**self._seen, **{n: each.new_empty((0, *each.shape[1:])) for n, each in tensors.items()}}
+        return found
 
     def energy(self, values: ByNode, *inputs: Any, **settings: Any) -> EnergyTerms:
         """The energy at given values; see :meth:`EnergyModel.energy` for the settings."""
@@ -263,9 +280,9 @@ class Conversion:
         self._calls += 1
         return self.check_every is not None and self._calls % self.check_every == 0
 
-    def _call(self, served: Served) -> Call:
-        arguments = served.arguments
-        return Call(served.graph, served.run, arguments.device, self._batch(served).size, served.swapped)
+    def _call(self, served: Served, memory: LastValues | None = None) -> Call:
+        device, size = served.arguments.device, self._batch(served).size
+        return Call(served.graph, served.run, device, size, served.swapped, memory=CallMemory(memory))
 
     def _batch(self, served: Served) -> Batch:
         return self.batch.of(served.arguments.tensors, served.arguments.names, served.run.output)
@@ -286,7 +303,13 @@ class Conversion:
         with self.shards.gathered():
             self.batch = batch_dimension_of(self.module, args, kwargs, output)
 
-    def looked_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], captures: Captures | None = None) -> Call:
+    def looked_at(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        captures: Captures | None = None,
+        memory: LastValues | None = None,
+    ) -> Call:
         """A recorded run of the module, or of a view of it, which is left as it was."""
         captures = captures or self.captures
         module = captures.module
@@ -295,7 +318,10 @@ class Conversion:
         check_inputs(module, arguments.tensors)
         with self.shards.gathered(), plain_autograd(), untouched(module, arguments.device):
             call = lambda: called(runs, module, args, kwargs)  # noqa: E731
-            return self._call(captures.run(arguments, call, self.algorithm, keep_cuts=False))
+            looked = self._call(captures.run(arguments, call, self.algorithm, keep_cuts=False), memory)
+        if captures is self.captures and self._latest is None:
+            self._latest = looked.graph
+        return looked
 
     def _captured_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Served:
         with self.shards.gathered():
@@ -378,6 +404,10 @@ class Conversion:
             )
         return self._state
 
+    def forget(self) -> None:
+        """What ``start="last"`` and ``start="average"`` begin at goes: a new sequence begins."""
+        self.memory.forget()
+
     def summary(self) -> str:
         """A table of the nodes."""
         return f"{node_table(self.graph, self._state)}\n{self.batch}"
@@ -414,7 +444,7 @@ class Conversion:
         self._holders = [weakref.ref(self if optimizer is None else optimizer)]
         self._plain.end()
         self.algorithm, self._state, self._latest = algorithm, None, None
-        self.forwards, self.replicas = OpenForwards(), Replicas()
+        self.forwards, self.replicas, self.memory = OpenForwards(), Replicas(), LastValues()
         self._calls, self.check_every = 0, type(self).check_every_by_default
 
     def attach_beside(self, optimizer: object) -> None:
@@ -432,7 +462,7 @@ class Conversion:
     def detach(self) -> None:
         """End the attachment."""
         self.algorithm, self._holders, self._state = None, [], None
-        self.forwards, self.replicas = OpenForwards(), Replicas()
+        self.forwards, self.replicas, self.memory = OpenForwards(), Replicas(), LastValues()
 
     # what the optimizer asks
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.analysis.energy_terms import EnergyTerms
 from torch2ebm.analysis.hessian import Hessian
+from torch2ebm.clamping.answering import start_of
 from torch2ebm.clamping.asking import Question, nothing_is_empty
 from torch2ebm.clamping.inferred import Inferred
 from torch2ebm.engine.batch import GUESSED, BatchDim, BatchDimension
@@ -233,12 +234,13 @@ class EnergyModel(ModuleView):
         clamp: Mapping[str, Any] | None = None,
         mask: Mapping[str, Tensor] | None = None,
         free: Sequence[str] = (),
-        start: Mapping[str, Any] | None = None,
+        start: Mapping[str, Any] | str | None = None,
         prior: Mapping[str, Any] | None = None,
         solver: Solver[Any] | None = None,
         tol: float | None = None,
         precisions: Mapping[str, float | Tensor | Precision] | None = None,
         energies: Mapping[str, Energy] | None = None,
+        compile: bool = False,
         **keywords: Any,
     ) -> Inferred:
         """Find the values of some nodes, inputs or outputs, with others given. No weight moves.
@@ -260,13 +262,18 @@ class EnergyModel(ModuleView):
                 number. The name of another node ties two values: both predictions then pull on one.
             mask: Name to a bool tensor in the shape of the value, True where it is given. All else of it is free.
             free: Names of inputs that are found. Nodes and outputs are free unless they are clamped.
-            start: Name to where a value begins; elsewhere it is the feed-forward pass.
+            start: Name to where a value begins; elsewhere it is the feed-forward pass. ``"last"``: values begin where
+                those of the last ``infer`` have ended, or those of the last backward, as suits a sequence's next frame.
+                ``"average"``: at their mean over all samples that were inferred so. Where there is none, or a shape is
+                another, it is the feed-forward pass; :meth:`forget` begins anew.
             prior: Name of a free input to its energy, around zero, or to a pair of an energy and a mean. An input
                 without a prior costs nothing by itself.
             solver: How values relax; ``ErrorConjugateGradient(tol, steps=200)``, which needs no step size.
             tol: Where a sample is at rest, in the solver's measure. It is 0.001 where no solver is given.
             precisions: Name of a node to its precision; 1 elsewhere.
             energies: Name of a node to its energy; Gaussian elsewhere. That of a clamped node is paid for the data.
+            compile: Record a step once as a list of ATen calls and run that from then on; the step that repeats goes to
+                ``torch.compile``. It pays off from the second call with the same shapes on.
             **keywords: Keyword arguments of the module.
 
         Returns:
@@ -279,6 +286,9 @@ class EnergyModel(ModuleView):
             NonFiniteError: for given values that are not finite.
             DivergenceError: where the relaxation runs away.
 
+        Warns:
+            NotSettledWarning: where the steps were too few.
+
         Example:
             >>> import torch, torch2ebm
             >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
@@ -288,11 +298,14 @@ class EnergyModel(ModuleView):
             >>> found.value["0"].shape, bool(found.relaxation.energy[-1] < found.relaxation.energy[0])
             (torch.Size([5, 8]), True)
         """
+        begin, kept = start_of(start or {})
         return self.torch2ebm.infer(
             inputs,
             keywords,
-            question=Question(*map(nothing_is_empty, (clamp, mask, free, start))),
+            question=Question(*map(nothing_is_empty, (clamp, mask, free, begin))),
             prior=nothing_is_empty(prior),
+            start=kept,
+            compile=compile,
             solver=solver,
             tol=tol,
             precisions=precisions or {},
@@ -435,6 +448,20 @@ class EnergyModel(ModuleView):
             products=products,
             tol=tol,
         )
+
+    def forget(self) -> None:
+        """A new sequence begins: the next batch starts at the feed-forward pass.
+
+        It drops the values that ``PredictiveCoding(start="last")``, ``start="average"`` and ``model.infer`` keep from
+        batch to batch. Weights, algorithm and optimizer are as before.
+
+        Example:
+            >>> import torch, torch2ebm
+            >>> model, x = torch2ebm.convert(torch.nn.Linear(4, 3)), torch.randn(5, 4)
+            >>> found = model.infer(free=["input"], clamp={"output": torch.ones(5, 3)}, start={"input": x})
+            >>> model.forget()
+        """
+        self.torch2ebm.forget()
 
     # attaching
 

@@ -151,3 +151,37 @@ class StudentT(_OfErrors):
                 ratio.abs() > 1, ratio.sign() / (size + size.reciprocal()), ratio / (1 + ratio.clamp(-1, 1).square())
             )
         )
+
+
+@dataclass(frozen=True)
+class VonMises(_OfErrors):
+    """``concentration * (1 - cos(error))``: for angles in radians, which are the same after a whole turn.
+
+    It is the negative log-likelihood of the distribution of von Mises (1918). Near zero it is half the squared error
+    times the concentration. It is not convex beyond a quarter of a turn.
+
+    Args:
+        concentration: Inverse variance of small errors.
+
+    Raises:
+        ConfigurationError: for a concentration that is not positive and finite.
+
+    Example:
+        >>> import math, torch, torch2ebm
+        >>> torch2ebm.VonMises().of_samples(torch.tensor([[math.pi / 2], [math.pi]]), torch.zeros(2, 1))
+        tensor([1.0000, 2.0000])
+    """
+
+    concentration: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("VonMises", concentration=self.concentration)
+
+    def precision_at_rest(self) -> float:
+        return self.concentration
+
+    def _each(self, error: Tensor) -> Tensor:
+        return 2 * self.concentration * torch.sin(error / 2).square()  # 1 - cos(e) without cancellation
+
+    def _slope(self, error: Tensor) -> Tensor:
+        return self.concentration * torch.sin(error)

@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.common.users_code import users_level
 from torch2ebm.errors import CheckpointError, CheckpointWarning, first_line
+from torch2ebm.memory.last_values import is_state
 
 OWN_KEY: Final = "torch2ebm"  # in a state_dict; the bare optimizer does not look at it
+VALUES: Final = "values"  # under OWN_KEY: where the next batch begins
 _WHERE: Final = "EnergyOptimizer.load_state_dict"
 _ALL_THE_SAME: Final = f"Attach what it was saved with, or remove its entry '{OWN_KEY}' to load it all the same."
 _OF_ANOTHER_SHAPE: Final = ("LBFGS", "Adafactor")  # torch's optimizers whose state is not shaped as the parameter
@@ -73,12 +75,13 @@ def _well_formed(saved: object) -> Mapping[str, Any]:
         names, settings = saved.get("parameters"), saved.get("settings", {})
         if isinstance(names, (list, tuple)) and isinstance(settings, Mapping):
             texts = (saved.get("algorithm"), saved.get("model"), *names, *settings.keys(), *settings.values())
-            if all(isinstance(text, str) for text in texts):
+            if all(isinstance(text, str) for text in texts) and is_state(saved.get(VALUES, {})):
                 return {**saved, "parameters": list(names)}
     raise CheckpointError(
         _WHERE,
         f"an entry '{OWN_KEY}' that is {_short(saved)}",
-        "algorithm and model as text, parameters as a list of text, settings as a dictionary of text",
+        "algorithm and model as text, parameters as a list of text, settings as a dictionary of text, values as "
+        "dictionaries of tensors",
         f"Load what state_dict() has returned, or remove its entry '{OWN_KEY}'.",
     )
 
