@@ -40,7 +40,8 @@ UNTRACED := $(patsubst %,tests/%.py,test_tutorials programs/test_programs progra
 	properties/test_steady properties/test_all_algorithms capture/test_kinds_of_forward properties/test_families \
 	properties/test_random_modules algorithms/test_algorithms graph/test_graph test_wheel \
 	properties/test_faults properties/test_own_extensions implicit/test_parameter_steps programs/test_program_settings \
-	model/test_join)
+	model/test_join clamping/test_infer_on_architectures inference/test_on_step potentials/test_relaxations \
+	test_guides test_sdist test_diagnose)
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -q
 
 OLDEST := .venv-oldest

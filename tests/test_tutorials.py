@@ -63,7 +63,12 @@ def test_blocks_are_found_and_marked_ones_are_left_out(tmp_path: Path):
     assert {name: namespace[name] for name in namespace if not name.startswith("__")} == {"b": 1, "c": 2, "e": 3}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=named)
+LONG = ("from_bogacz",)  # pages that train for many seconds
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in PAGES], ids=named
+)
 @pytest.mark.filterwarnings(*LIGHTNINGS_OWN_WARNINGS, *COMPILERS_OWN_WARNINGS)
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for framework in FRAMEWORKS.get(page.stem, ()):
@@ -101,7 +106,7 @@ def test_a_tutorial_is_cells_that_use_public_names(tutorial: Path):
     assert used <= set(torch2ebm.__all__)
 
 
-FAST = ("1_first_network", "2_what_inference_does", "8_two_directions")
+FAST = ("1_first_network", "2_what_inference_does")
 RUN = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem not in FAST)) for path in TUTORIALS]
 
 

@@ -68,7 +68,9 @@ def test_a_nudge_alone_is_relaxed_to_the_equilibrium() -> None:
 
 @pytest.mark.parametrize("activation", [nn.ReLU, pytest.param(nn.Tanh, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "nudging", [torch2ebm.Relative(0.1), torch2ebm.Relative(1.0, torch2ebm.Symmetric(0.5))], ids=repr
+    "nudging",
+    [torch2ebm.Relative(0.1), pytest.param(torch2ebm.Relative(1.0, torch2ebm.Symmetric(0.5)), marks=pytest.mark.slow)],
+    ids=repr,
 )
 def test_programs_compute_what_eager_steps_do(activation, nudging) -> None:
     """A program computes both sides of each choice, and eager steps one; later calls carry the curvature."""
@@ -142,7 +144,7 @@ def test_on_a_residual_net_with_batch_norm_a_signal_arrives_in_the_first_layer()
 
 
 @pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # of the strict one
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_with_nothing_set_a_deep_net_learns(dtype: torch.dtype) -> None:
     def make() -> nn.Module:
         layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(20)]

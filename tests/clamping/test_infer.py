@@ -431,3 +431,13 @@ def test_an_automatic_step_size_knows_of_the_data(solver: Any) -> None:
     clamped.attach(torch2ebm.PredictiveCoding(solver=solver("auto", "auto"), clamp={"1": y}))
     (0.5 * (clamped(z) - torch.ones(4, 3)).square().sum(1).mean()).backward()  # of this nothing moves "0"
     assert clamped.state.relaxation.lr == pytest.approx(1 / steepest, rel=0.2)
+
+
+def test_a_start_of_what_does_not_move_is_named() -> None:
+    for start, said in (
+        ({"input": 0.0}, "is given"),
+        ({"output": 0.0}, "does not move"),
+        ({"0": 0.0}, "does not move"),
+    ):
+        with pytest.raises(ConfigurationError, match=said):
+            _chain(clamp={"output": Y, "0": 0.0}, start=start)()

@@ -67,7 +67,7 @@ def test_a_free_input_and_the_module_that_guesses_it_both_learn() -> None:
 
 
 @pytest.mark.parametrize("solver", [TIGHT, torch2ebm.GradientDescent(steps=600, lr=0.2)], ids=["errors", "values"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compile"])
 def test_a_hidden_value_is_given_in_part(
     solver: torch2ebm.Solver, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,3 +225,51 @@ def test_the_precision_of_a_given_value_learns() -> None:
     torch2ebm.EnergyOptimizer(torch.optim.SGD(decoder.net.parameters(), lr=0.1), other, part)
     with pytest.raises(ConfigurationError, match="whose precision learns"):
         other(x)
+
+
+def test_data_of_a_distribution_has_to_be_there() -> None:
+    """A label where there is one: without, an energy of data has no lowest point."""
+    decoder, given = Decoder(), iter([torch.eye(8)[:5], None, (torch.eye(8)[:5], torch.eye(5, 8) > 0)])
+    energies = {"0": torch2ebm.Categorical(observed=True)}
+    decoder.trained(algorithm(clamp={"0": lambda: next(given)}, energies=energies))
+    (decoder.model(torch.zeros(5, 3)) - decoder.image).square().mean().backward()
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=r"whose value is data|joins the entries"):
+            decoder.model(torch.zeros(5, 3))
+
+
+def test_a_part_of_a_value_whose_entries_are_joined_is_refused() -> None:
+    decoder, mask = Decoder(), torch.rand(5, 8) > 0.5
+    joined = [
+        torch2ebm.Gaussian(torch2ebm.Precision(8, full=True)),
+        torch2ebm.Categorical(),
+        torch2ebm.FunctionEnergy(lambda value, prediction: (value - prediction).sum(1).square()),
+    ]
+    for energy in joined:
+        with pytest.raises(ConfigurationError, match="joins the entries"):
+            decoder.model.infer(
+                torch.zeros(5, 3), clamp={"0": torch.zeros(5, 8)}, mask={"0": mask}, energies={"0": energy}
+            )
+
+
+def test_what_was_given_may_change_before_the_backward() -> None:
+    """The clamp is that of the forward."""
+    decoder, buffer, x = Decoder(), torch.zeros(5, 8), torch.randn(5, 3)
+    decoder.trained(algorithm(clamp={"0": lambda: buffer}, solver=TIGHT, loss_reduction="sum"))
+    loss = half(decoder.model(x) - decoder.image)
+    buffer.fill_(7.0)
+    loss.backward()
+    decoder.assert_gradients_are_those_of(decoder.energy(x, x, torch.zeros(5, 8)))
+
+
+def test_a_sampler_keeps_its_measured_step() -> None:
+    """Noise raises an energy, whatever the step: that shortens no step, and is no reason to warn."""
+    decoder = Decoder()
+    for lr in ("auto", 0.001):
+        optimizer = decoder.trained(algorithm(free=["input"], solver=torch2ebm.Langevin(steps=40, lr=lr, burn_in=20)))
+        steps = []
+        for _ in range(6):
+            (decoder.model(torch.zeros(5, 3)) - decoder.image).square().mean().backward()
+            steps.append(decoder.model.state.relaxation.lr)
+        assert steps[-1] == steps[0]
+        optimizer.detach()

@@ -159,3 +159,21 @@ def test_illegal_settings_are_named(settings: dict[str, float]) -> None:
 
 def test_fewer_steps_keep_a_draw() -> None:
     assert torch2ebm.Langevin(steps=1000, burn_in=800, thinning=50).with_steps(10).burn_in == 5
+
+
+def test_chains_of_what_counts_something_else_are_refused() -> None:
+    """A context whose length happens to be the batch's would be there once for each chain."""
+
+    class WithContext(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, context: Tensor) -> Tensor:
+            return self.last(self.first(x) + context.sum(0))
+
+    model, context = torch2ebm.convert(WithContext()), torch.randn(4, 3)
+    sampler = torch2ebm.Langevin(steps=10, burn_in=5, chains=3)
+    with pytest.raises(ConfigurationError, match="chains=3"):
+        model.infer(torch.randn(4, 3), context, solver=sampler)
+    assert model.infer(torch.randn(6, 3), context, solver=sampler).samples["first"].shape == (5, 3, 6, 3)

@@ -207,12 +207,13 @@ class PredictiveCoding(Algorithm):
 
     def forward(self, call: Call) -> Clamped | None:
         check_names("PredictiveCoding", self.energies, call.graph)
-        check_free("PredictiveCoding", self.energies, self.clamp)
         # a program cannot wind a generator back: dropout masks become its inputs
         frozen = self.batch_statistics == "frozen"
         call.feedforward(keep_graph=False, keep_draws=self.compile, freeze_statistics=frozen)
         check_at_forward("PredictiveCoding", self.energies, call)
-        return clamped_call("PredictiveCoding", call, self.clamp, self.energies) if self.clamp else None
+        clamped = clamped_call("PredictiveCoding", call, self.clamp, self.energies) if self.clamp else None
+        check_free("PredictiveCoding", self.energies, () if clamped is None else clamped.whole)
+        return clamped
 
     def backward(self, call: Call, kept: Clamped | None, loss: OutputLoss, retain_graph: bool) -> LocalGradients:
         if kept is not None:
@@ -308,11 +309,6 @@ def _mean(parts: list[Tensor | None]) -> Tensor | None:
     # missing in one phase is zero there, hence the length of all
     found = [part for part in parts if part is not None]
     return sum(found[1:], start=found[0]) / len(parts) if found else None
-
-
-def _shown(clamp: Mapping[str, Any]) -> list[str]:
-    names = ", ".join(f"{name!r}: ..." for name in clamp)  # a tensor would fill the page
-    return [f"clamp={{{names}}}"] if clamp else []
 
 
 def _marked(made: Any, mark: str) -> Any:

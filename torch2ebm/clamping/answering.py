@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2ebm.clamping.asking import check_determined, check_something_moves
+from torch2ebm.clamping.asking import check_determined, check_parts, check_something_moves
 from torch2ebm.clamping.inferred import Found, Inferred
 from torch2ebm.clamping.inputs import Inputs
 from torch2ebm.clamping.places import Places
@@ -22,13 +22,13 @@ from torch2ebm.common.nested import map_leaves
 from torch2ebm.common.users_code import users_level
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
-from torch2ebm.errors import ConfigurationError, NotSettledWarning
+from torch2ebm.errors import ConfigurationError, NotSettledWarning, Torch2EBMError
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.inference.solver import Solver
 from torch2ebm.isolation.module_state import untouched
 from torch2ebm.memory.last_values import FEEDFORWARD, LAST, STARTS
 from torch2ebm.potentials.energy_check import check_energy_gradients
-from torch2ebm.potentials.energy_parameters import check_at_forward
+from torch2ebm.potentials.energy_parameters import check_at_forward, tensors_of
 from torch2ebm.potentials.node_energies import NodeEnergies, check_free, check_names, node_energies
 from torch2ebm.programs.cache import Programs
 from torch2ebm.solvers import ErrorConjugateGradient, Langevin
@@ -144,17 +144,18 @@ def check_priors(where: str, energies: Mapping[str, Energy], inputs: Inputs) -> 
 
 
 def _answered(run: Run, call: Call, inputs: Inputs, how: How) -> Inferred:
-    question, bound, solver, energies = inputs.question, inputs.bound, how.solver, how.energies
+    question, solver, energies = inputs.question, how.solver, how.energies
     call.feedforward(keep_graph=False)
     places = Places.of(call.graph, call.run.output, inputs.places, frozenset(inputs.fixed))
     energies = NodeEnergies(places.by_node(f"{question.where}(precisions=..., energies=...)", energies))
     check_names(question.where, energies, call.graph, outputs=True)
     check_priors(question.where, energies, inputs)
     pattern = question.pattern(places, call.values, call.batch_size)
-    starts = question.starts(places, call.values, call.batch_size)
+    starts = question.starts(places, pattern, call.values, call.batch_size)
     whole = [name for name in energies if all(map(pattern.is_whole, call.graph.nodes[name].slots))]
     check_free(question.where, energies, whole)
     check_at_forward(question.where, energies, call)
+    check_parts(question.where, pattern, call.graph, {**energies, **inputs.energies})
     check_something_moves(question.where, pattern, places)
     undecided = {n: each for n, each in inputs.energies.items() if solver.samples or not inputs.begun.get(n)}
     check_determined(question.where, pattern, places, undecided, call.values)
@@ -163,13 +164,48 @@ def _answered(run: Run, call: Call, inputs: Inputs, how: How) -> Inferred:
     chains = solver.chains if isinstance(solver, Langevin) else 1
     if isinstance(solver, Langevin):
         pattern, starts = repeated(pattern, starts, call.batch_size, chains)
-        args, kwargs = map_leaves(lambda leaf: in_chains(leaf, call.batch_size, chains), (bound.args, bound.kwargs))
-        call = run(args, kwargs)
+        call = beside_each_other(run, call, inputs, chains, {**energies, **inputs.energies})
         pattern = replace(pattern, carried=carried(call.graph, pattern))
     together, recorded = {**energies, **inputs.energies}, how.programs is not None
     answer = Clamped.of(call, pattern, together, starts, how.start, recorded).relaxed(solver, how.programs)
     tell_unsettled(question.where, solver, answer)
     return _result(call, answer, inputs, chains, places.also)
+
+
+def beside_each_other(run: Run, call: Call, inputs: Inputs, chains: int, energies: Mapping[str, Energy]) -> Call:
+    """A call of several chains: the batch so many times. It has to compute what the one chain does, so many times.
+
+    Raises:
+        ConfigurationError: where an input, a precision or a value counts something else than samples.
+    """
+    size, bound = call.batch_size, inputs.bound
+    if chains == 1:
+        return run(bound.args, bound.kwargs)
+    args, kwargs = map_leaves(lambda leaf: in_chains(leaf, size, chains), (bound.args, bound.kwargs))
+    per_sample = any(t.ndim > 1 and len(t) == size > 1 for energy in energies.values() for t in tensors_of(energy))
+    try:
+        several = run(args, kwargs)
+        several.feedforward(keep_graph=False)
+        same = not per_sample and all(_is_repeated(call, several, slot, chains) for slot in call.values)
+    except (Torch2EBMError, RuntimeError):
+        same = False
+    if not same:
+        raise ConfigurationError(
+            f"Langevin(chains={chains})",
+            "inputs, precisions or values of which dimension 0 is not the samples of the batch alone",
+            "a module that computes each sample by itself, along dimension 0",
+            "Take chains=1 on a batch that has each sample several times.",
+        )
+    return run(args, kwargs)
+
+
+def _is_repeated(one: Call, several: Call, slot: str, chains: int) -> bool:
+    value, other = one.values[slot], several.values[slot]
+    if value.ndim == 0 or len(value) != one.batch_size or other.shape != (chains * len(value), *value.shape[1:]):
+        return False
+    if any(node.random for node in one.graph.order):  # other masks
+        return True
+    return torch.allclose(other, value.repeat(chains, *[1] * (value.ndim - 1)), rtol=1e-3, atol=1e-5)
 
 
 def _named_starts(call: Call, inputs: Inputs, starts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -201,7 +237,7 @@ def _result(call: Call, answer: Answer, inputs: Inputs, chains: int, also: Mappi
         KnownNames({**given, **value}, also),
         of(lambda each: each.prediction),
         of(lambda each: each.error),
-        tensors[0].detach() if len(tensors) == 1 else everything,
+        tensors[0].detach().clone() if len(tensors) == 1 else everything,
         filled(call.run.output, leaves),
         answer.relaxation,
         samples=_samples(graph, answer.samples, chains, also),

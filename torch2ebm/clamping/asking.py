@@ -14,6 +14,7 @@ from torch2ebm.clamping.places import Places
 from torch2ebm.clamping.priors import Flat
 from torch2ebm.engine.energies import Energy
 from torch2ebm.errors import ConfigurationError, NonFiniteError
+from torch2ebm.graph.energy_graph import EnergyGraph
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +86,19 @@ class Question:
         given |= more
         return Pattern(given, masks, ties)
 
-    def starts(self, places: Places, predictions: Mapping[str, Tensor], batch_size: int) -> dict[str, Tensor]:
+    def starts(
+        self, places: Places, pattern: Pattern, predictions: Mapping[str, Tensor], batch_size: int
+    ) -> dict[str, Tensor]:
         """By slot, where values begin."""
         found: dict[str, Tensor] = {}
         for name, value in self.start.items():
             where = self.at("start", name)
             slots = places.slots(where, name)
             for slot, part in zip(slots, self._parts(where, slots, value), strict=True):
+                if pattern.is_whole(slot) or slot in places.graph.output_slots:
+                    raise ConfigurationError(
+                        where, "a value that does not move", "a free node or a free input", "Leave it out."
+                    )
                 found[slot] = self._like(where, part, predictions[slot], batch_size)
                 _check_finite(where, found[slot], None)
         return found
@@ -111,7 +118,7 @@ class Question:
             got = f"shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
             if tuple(value.shape) == shape or (shape[:1] == (batch_size,) and tuple(value.shape) == shape[1:]):
                 found = value.detach().to(device=prediction.device, dtype=prediction.dtype)
-                return found.expand(shape).contiguous()
+                return found.expand(shape).clone(memory_format=torch.contiguous_format)  # the user's may change
         numbers = isinstance(value, Tensor) and not value.is_floating_point() and value.ndim == len(shape) - 1 == 1
         raise ConfigurationError(
             where,
@@ -201,6 +208,20 @@ def by_name(where: str, given: Any) -> Mapping[str, Any]:
         argument = where.rpartition("(")[2].removesuffix("=...)")
         raise ConfigurationError(where, got, "a dict by name", f'For example {argument}={{"output": ...}}.')
     return given
+
+
+def check_parts(where: str, pattern: Pattern, graph: EnergyGraph, energies: Mapping[str, Energy]) -> None:
+    """Raises :class:`ConfigurationError` for a value that is given in part and whose energy joins its entries."""
+    for slot in pattern.masks:
+        name = graph.owner[slot].name
+        energy = energies.get(name)
+        if energy is not None and not energy.entrywise:
+            raise ConfigurationError(
+                f"{where}, a part of {name!r}",
+                f"{energy!r}, which joins the entries of a value",
+                "an energy that is a sum over entries, for example Gaussian(precision)",
+                "Give the whole value, or another energy; one of your own may set entrywise = True.",
+            )
 
 
 def check_something_moves(where: str, pattern: Pattern, places: Places) -> None:

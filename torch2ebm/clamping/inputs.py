@@ -117,6 +117,7 @@ class Asked:
                     f"a free input: {', '.join(self.arguments)}",
                     "The energy of a node is given by energies= or precisions=.",
                 )
+        self._check_starts()
         names = {a: n for n in [*question.free, *question.mask, *self.prior] if (a := self.argument(n)) is not None}
         clamped, started = self._by_argument(question.clamp), self._by_argument(question.start)
         clamp, start = dict(question.clamp), {n: v for n, v in question.start.items() if self.argument(n) is None}
@@ -153,6 +154,17 @@ class Asked:
         free = [nodes.get(self.argument(n) or "", n) for n in question.free]
         asked = replace(question, clamp=clamp, start=start, mask=mask, free=free)
         return Inputs(self.bound, nodes, asked, energies, begun)
+
+    def _check_starts(self) -> None:
+        free = {self.argument(name) for name in [*self.question.free, *self.question.mask, *self.prior]}
+        for name in self.question.start:
+            if self.argument(name) is not None and self.argument(name) not in free:
+                raise ConfigurationError(
+                    self.question.at("start", name),
+                    f"{name!r}, an input that is given",
+                    "an input that is free",
+                    f"Add free=[{name!r}], or pass the input itself.",
+                )
 
     def _node_of(self, argument: str, name: str) -> str:
         node = INPUT if argument == self.only and INPUT not in self.layers else argument

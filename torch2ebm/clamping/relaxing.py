@@ -73,6 +73,12 @@ class Clamped:
         under.feedforward(keep_graph=False, keep_draws=keep_draws)
         return Clamped(call.graph, pattern, under, energies, starts, kept)
 
+    @property
+    def whole(self) -> list[str]:
+        """The nodes of which nothing is left to move."""
+        nodes = self.original.nodes.values()
+        return [node.name for node in nodes if all(map(self.pattern.is_whole, node.slots))]
+
     def place(self, slot: str) -> str:
         """The slot of the rewritten graph whose prediction is held against what is given for a slot."""
         return place_of_data(self.original, self.pattern, slot)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch2ebm.clamping.asking import Question
+from torch2ebm.clamping.asking import Question, check_parts
 from torch2ebm.clamping.places import INPUT, Places
 from torch2ebm.clamping.relaxing import Clamped
 from torch2ebm.engine.call import Call, at_least_single
@@ -60,6 +60,7 @@ def clamped_call(where: str, call: Call, clamp: Mapping[str, Any], energies: Map
             "a node with a value of its own",
             "The loss says what the output is to be; a part of it, where the loss takes a part.",
         )
+    check_parts(where, pattern, call.graph, energies)
     for slot in pattern.masks:
         name = call.graph.owner[slot].name
         if name in energies and learned_of(energies[name]):

@@ -298,6 +298,7 @@ class Examination:
         if trial.state is None or not relaxes(self.algorithm) or went_all_the_way(trial.state.relaxation):
             return {}
         kept = {n: getattr(self.algorithm, n) for n in ("energies", "loss_reduction")}
+        kept |= {n: getattr(self.algorithm, n) for n in ("free", "clamp") if getattr(self.algorithm, n, None)}
         rest = PredictiveCoding(
             solver=ErrorConjugateGradient(tol=1e-3, steps=100),
             nudging=OneSided(abs(trial.state.relaxation.beta)),

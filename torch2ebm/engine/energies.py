@@ -41,6 +41,7 @@ class Energy(NamedSettings, ABC):
     Attributes:
         observed: Whether the value is data, for a node that is clamped to it: the energy is then a negative
             log-likelihood, which need not be zero or smallest anywhere. A free node takes none of these.
+        entrywise: Whether it is a sum over entries of what each costs alone. Only then a part of a value can be given.
         has_kinks: Whether a derivative jumps where the value is the prediction, so that a value may rest on the jump.
 
     Example:
@@ -117,6 +118,7 @@ class Energy(NamedSettings, ABC):
 
     observed: bool = False
     has_kinks: ClassVar[bool] = False
+    entrywise: ClassVar[bool] = False
 
     def of_parameters(self, error: Tensor, prediction: Tensor) -> Tensor:
         """What the energy's own parameters learn from: :meth:`of_batch`, with what is constant in the values.
@@ -185,6 +187,11 @@ class Gaussian(Energy):
     """
 
     precision: float | Tensor | Precision = 1.0
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        """A full matrix joins entries."""
+        return not self._is_matrix
 
     def __post_init__(self) -> None:
         check_precision("Gaussian(precision=...)", self.precision)

@@ -84,7 +84,7 @@ def descend(
 
 def look_at_rises(solver: Solver[Any], inference: Inference, relaxation: Relaxation) -> None:
     """Tell once of a graph that a fixed step size raises the energy; shorten an automatic one where it does."""
-    if not solver.coordinates:
+    if not solver.coordinates or solver.samples:  # noise raises an energy, whatever the step
         return
     rise = _largest_rise(relaxation.energy)
     fall = relaxation.energy[0] - min(relaxation.energy)

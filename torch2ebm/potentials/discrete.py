@@ -20,6 +20,8 @@ from torch2ebm.engine.energies import Energy
 class _OfParameter(Energy):
     """Each entry on its own."""
 
+    entrywise = True
+
     def of_samples(self, error: Tensor, prediction: Tensor) -> Tensor:
         each = self._each(error, prediction)
         return each.flatten(1).sum(1) if each.ndim > 1 else each

@@ -17,6 +17,8 @@ from torch2ebm.engine.energies import Energy
 class _OfErrors(Energy):
     """Each entry of the error on its own."""
 
+    entrywise = True
+
     def of_samples(self, error: Tensor, prediction: Tensor) -> Tensor:
         each = self._each(error)
         return each.flatten(1).sum(1) if each.ndim > 1 else each
