@@ -338,7 +338,7 @@ WRONG = {
     "a mask without a value": (_chain(mask={"output": Y.bool()}), "no value"),
     "nothing free": (_chain(clamp={"output": Y, "0": 0.0, "2": 0.0}), "nothing free"),
     "integers that would move": (_tokens, "int64"),
-    "nothing that decides": (_chain(clamp={"output": Y}, free=["input"]), "20 free entries"),
+    "nothing that decides": (_chain(clamp={"output": Y}, free=["input"]), "4 free entries a sample"),
     "a prior of a node": (_chain(prior={"0": torch2ebm.Gaussian()}), "which is no input"),
     "data that would move": (_chain(energies={"0": torch2ebm.Bernoulli(observed=True)}), "whose value is data"),
     "an energy beside a prior": (
@@ -441,3 +441,18 @@ def test_a_start_of_what_does_not_move_is_named() -> None:
     ):
         with pytest.raises(ConfigurationError, match=said):
             _chain(clamp={"output": Y, "0": 0.0}, start=start)()
+
+
+def test_a_sample_that_nothing_decides_is_named_among_others() -> None:
+    model, mask = torch2ebm.convert(nn.Sequential(nn.Linear(2, 6))), torch.ones(3, 6, dtype=torch.bool)
+    mask[1] = False
+    with pytest.raises(ConfigurationError, match=r"in 1 of 3 samples \(1, "):
+        model.infer(torch.zeros(3, 2), clamp={"output": torch.ones(3, 6)}, mask={"output": mask}, free=["input"])
+
+
+def test_an_input_that_is_made_has_the_precision_of_the_module() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)).to(torch.bfloat16)
+    found = torch2ebm.convert(net).infer(
+        clamp={"output": torch.ones(2, 5)}, prior={"input": (torch2ebm.Gaussian(), torch.zeros(2, 3))}
+    )
+    assert found.input.shape == (2, 3)

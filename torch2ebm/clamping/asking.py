@@ -238,7 +238,7 @@ def check_something_moves(where: str, pattern: Pattern, places: Places) -> None:
 def check_determined(
     where: str, pattern: Pattern, places: Places, energies: Mapping[str, Energy], sizes: Mapping[str, Tensor]
 ) -> None:
-    """Whether a free input without a prior has a lowest energy of its own.
+    """Whether a free input without a prior has a lowest energy of its own, in every sample.
 
     Raises:
         ConfigurationError: where it has more entries than there are data that could decide them.
@@ -246,28 +246,39 @@ def check_determined(
     for node in places.graph.hidden_nodes:
         if not isinstance(energies.get(node.name), Flat):
             continue
-        free = sum(_entries(pattern, sizes, slot) for slot in node.slots)
-        known = sum(_given(pattern, slot) for slot in pattern.given if slot not in node.slots)
-        if free > known:
+        rows = len(sizes[node.slots[0]]) if sizes[node.slots[0]].ndim else 1
+        free = sum((_free(pattern, sizes[slot], slot, rows) for slot in node.slots), start=torch.zeros(rows))
+        others = [slot for slot in pattern.given if slot not in node.slots]
+        known = sum((_given(pattern, slot, rows) for slot in others), start=torch.zeros(rows))
+        lacking = torch.nonzero(free > known).flatten().tolist()
+        if lacking:
+            in_samples = "" if len(lacking) == rows else f" in {len(lacking)} of {rows} samples ({lacking[0]}, ...)"
             raise ConfigurationError(
                 f"{where}(free=[{node.name!r}])",
-                f"{free} free entries without a prior, and {known} given ones that could decide them",
+                f"{int(free[lacking[0]])} free entries a sample without a prior, and {int(known[lacking[0]])} given "
+                f"ones that could decide them{in_samples}",
                 "an energy with one lowest point",
                 f"Give a prior, for example prior={{{node.name!r}: torch2ebm.Gaussian()}}, or say by start= near which "
                 "point to look.",
             )
 
 
-def _entries(pattern: Pattern, sizes: Mapping[str, Tensor], slot: str) -> int:
-    mask = pattern.masks.get(slot)
-    if mask is not None:
-        return int((~mask).sum())
-    return 0 if pattern.is_whole(slot) else sizes[slot].numel()
+def _free(pattern: Pattern, value: Tensor, slot: str, rows: int) -> Tensor:
+    """How many entries of each sample are free."""
+    if pattern.is_whole(slot):
+        return torch.zeros(rows)
+    return _in_rows(~pattern.masks.get(slot, torch.zeros(value.shape, dtype=torch.bool)), rows)
 
 
-def _given(pattern: Pattern, slot: str) -> int:
-    mask = pattern.masks.get(slot)
-    return pattern.given[slot].numel() if mask is None else int(mask.sum())
+def _given(pattern: Pattern, slot: str, rows: int) -> Tensor:
+    """How many entries of each sample are given."""
+    return _in_rows(pattern.masks.get(slot, torch.ones(pattern.given[slot].shape, dtype=torch.bool)), rows)
+
+
+def _in_rows(which: Tensor, rows: int) -> Tensor:
+    batched = which.ndim > 0 and len(which) == rows
+    counts = which.reshape(rows, -1).sum(1) if batched else which.sum().expand(rows)
+    return counts.to(device="cpu", dtype=torch.float32)
 
 
 def _as_mask(where: str, mask: Any, value: Tensor, batch_size: int) -> Tensor:

@@ -199,7 +199,12 @@ class Asked:
                 "an input of floating point numbers, which can move",
                 "Free the value of the embedding instead: it is a node.",
             )
-        return found
+        # an input that is made here has the precision of the module
+        return found if found is sources[0] else found.to(self._dtype(found) if seen is None else seen.dtype)
+
+    def _dtype(self, found: Tensor) -> torch.dtype:
+        floats = (p.dtype for p in self.module.parameters() if p.is_floating_point())
+        return next(floats, found.dtype)
 
     def _rows(self) -> int:
         """The number of samples, by what is given; one where that is without a batch dimension."""
