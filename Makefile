@@ -41,7 +41,7 @@ UNTRACED := $(patsubst %,tests/%.py,test_tutorials programs/test_programs progra
 	properties/test_random_modules algorithms/test_algorithms graph/test_graph test_wheel \
 	properties/test_faults properties/test_own_extensions implicit/test_parameter_steps programs/test_program_settings \
 	model/test_join clamping/test_infer_on_architectures inference/test_on_step potentials/test_relaxations \
-	test_guides test_sdist test_diagnose)
+	test_guides test_sdist)
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -q
 
 OLDEST := .venv-oldest

@@ -112,7 +112,8 @@ def _ritz_values(product: Callable[[Tensor], Tensor], start: Tensor, products: i
     matrix = tridiagonal(
         [each[:, 0].double().cpu() for each in diagonal], [each[:, 0].double().cpu() for each in beside[1:-1]]
     )
-    values: Tensor = torch.linalg.eigvalsh(matrix)
+    finite = torch.isfinite(matrix).all(-1).all(-1)  # numbers that are none are told by whoever meets them
+    values: Tensor = torch.linalg.eigvalsh(torch.where(finite[:, None, None], matrix, 0.0))
     return values
 
 
