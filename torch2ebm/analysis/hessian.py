@@ -303,7 +303,13 @@ def _point(
     graph, call = function.graph, function.call
     hidden = {slot: call.values[slot] for node in graph.hidden_nodes for slot in node.slots}
     if isinstance(at, str):
-        check_choice(_WHERE, "at", at, ("equilibrium",))
+        if at != "equilibrium":
+            raise ConfigurationError(
+                f"{_WHERE}(at=...)",
+                repr(at),
+                "'equilibrium', values by the names of nodes, or nothing for the feed-forward pass",
+                "For example at='equilibrium'.",
+            )
         given = _at_rest(function, loss, beta, solver or _exact(next(iter(hidden.values()), torch.zeros(()))))
     else:
         check_names(f"{_WHERE}(at=...)", at or {}, graph)

@@ -180,7 +180,7 @@ def beside_each_other(run: Run, call: Call, inputs: Inputs, chains: int, energie
     """
     size, bound = call.batch_size, inputs.bound
     if chains == 1:
-        return run(bound.args, bound.kwargs)
+        return call
     args, kwargs = map_leaves(lambda leaf: in_chains(leaf, size, chains), (bound.args, bound.kwargs))
     per_sample = any(t.ndim > 1 and len(t) == size > 1 for energy in energies.values() for t in tensors_of(energy))
     try:
@@ -196,7 +196,7 @@ def beside_each_other(run: Run, call: Call, inputs: Inputs, chains: int, energie
             "a module that computes each sample by itself, along dimension 0",
             "Take chains=1 on a batch that has each sample several times.",
         )
-    return run(args, kwargs)
+    return several
 
 
 def _is_repeated(one: Call, several: Call, slot: str, chains: int) -> bool:

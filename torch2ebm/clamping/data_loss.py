@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,17 +61,14 @@ class DataLoss(OutputLoss):
         self.delivered: Mapping[str, Tensor] = {} if predictions is None else self.gradients(predictions)[1]
 
     def gradients(self, predictions: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        total = torch.zeros(())
-        found: dict[str, Tensor] = {}
-        for slot, data in self.data.items():
-            prediction = at_least_single(predictions[slot])
-            error = data.error(prediction, self._value(data, predictions))
-            with torch.no_grad():  # the energy's own parameters may require one
+        total, found = torch.zeros(()), dict[str, Tensor]()
+        with torch.no_grad():  # the energy's own parameters may require one
+            for slot, data, prediction, error in self._held(predictions):
                 own, back = data.energy.gradients(error, prediction)
                 total = total.to(prediction) + data.energy.of_batch(error, prediction)
-            _add(found, slot, -back)
-            if data.slot:
-                _add(found, data.slot, own)
+                _add(found, slot, -back)
+                if data.slot:
+                    _add(found, data.slot, own)
         return total, found
 
     def expanded(self, predictions: Mapping[str, Tensor]) -> LossExpansion:
@@ -99,19 +96,17 @@ class DataLoss(OutputLoss):
 
     def _energy(self, predictions: Mapping[str, Tensor]) -> Tensor:
         total = torch.zeros(())
-        for slot, data in self.data.items():
-            prediction = predictions[slot]
-            value = predictions[data.slot] if data.slot else data.value
-            assert value is not None
-            total = total.to(prediction) + data.energy.of_batch(
-                data.error(prediction, value.to(prediction)), prediction
-            )
+        for _, data, prediction, error in self._held(predictions):
+            total = total.to(prediction) + data.energy.of_batch(error, prediction)
         return total
 
-    def _value(self, data: Data, predictions: Mapping[str, Tensor]) -> Tensor:
-        value = predictions[data.slot] if data.slot else data.value
-        assert value is not None
-        return at_least_single(value)
+    def _held(self, predictions: Mapping[str, Tensor]) -> Iterator[tuple[str, Data, Tensor, Tensor]]:
+        """Each prediction by its slot, with what it is held against and its error."""
+        for slot, data in self.data.items():
+            prediction = at_least_single(predictions[slot], detach=False)
+            value = predictions[data.slot] if data.slot else data.value
+            assert value is not None
+            yield slot, data, prediction, data.error(prediction, value.to(prediction))
 
     def program_inputs(self) -> tuple[Hashable, list[Tensor]] | None:
         kinds = tuple((slot, each.slot, settings_of(each.energy)) for slot, each in self.data.items())

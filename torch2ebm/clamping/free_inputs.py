@@ -51,7 +51,6 @@ def with_free_inputs(module: nn.Module, names: Mapping[str, str]) -> nn.Module:
 
 
 def is_current(view: nn.Module, module: nn.Module, names: Sequence[str]) -> bool:
-    """Whether a view still has the layers of its module; its mode becomes the module's."""
-    view.training = module.training
+    """Whether a view still has the layers of its module."""
     own = {name: child for name, child in view._modules.items() if name not in names}
     return own.keys() == module._modules.keys() and all(own[name] is module._modules[name] for name in own)

@@ -127,7 +127,7 @@ class Asked:
         for argument, name in names.items():
             passed = self.bound.arguments.get(argument)
             own = Prior.of(name, self.prior[name]) if name in self.prior else Prior(Flat())
-            node = nodes[argument] = self._node_of(argument, name)
+            node = nodes[argument] = self.node_of(argument, name)
             begins = started.get(argument, (name, passed))[1]
             known = clamped.pop(argument, (name, passed if name in question.mask else None))[1]
             like = self._like(name, [passed, begins, known, own.mean], argument)
@@ -166,7 +166,8 @@ class Asked:
                     f"Add free=[{name!r}], or pass the input itself.",
                 )
 
-    def _node_of(self, argument: str, name: str) -> str:
+    def node_of(self, argument: str, name: str) -> str:
+        """What the value node of an input is called. Raises :class:`ConfigurationError` where a layer is called so."""
         node = INPUT if argument == self.only and INPUT not in self.layers else argument
         if node not in self.layers:
             return node
@@ -245,7 +246,7 @@ def nodes_of_inputs(
                 f"an input of floating point numbers among {', '.join(asked.arguments)}",
                 "Free the value of an embedding by its node: it is free as it is.",
             )
-        found[argument] = asked._node_of(argument, name)
+        found[argument] = asked.node_of(argument, name)
     return found
 
 

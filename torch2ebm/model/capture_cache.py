@@ -116,7 +116,7 @@ class Captures:
         if found is None or not is_current(found.module, self.module, names):
             view = with_free_inputs(self.module, free)
             found = self._behind[key] = Captures(view, self.granularity, frozenset(names))
-            is_current(view, self.module, names)
+        found.module.training = self.module.training
         return found
 
     def see(self, arguments: Arguments) -> None:
