@@ -115,8 +115,9 @@ def test_a_tutorial_is_cut_where_its_cells_are(tmp_path: Path) -> None:
     printed = tutorials.run(source)
     assert list(printed.values()) == ["2\n", "6\n"]
     assert [source.read_text().splitlines()[line] for line in printed] == ["a = 2", "print(a * 3)"]
-    page = tutorials.page(source, "https://r")
-    assert page.startswith("# Title\n\ntext\n\n```python\na = 2\nprint(a)\n```")
+    page = tutorials.page(source, "https://r", "https://c")
+    links = "[Open in Colab](https://c) · [Download the notebook](1_x.ipynb)"
+    assert page.startswith(f"# Title\n\n{links}\n\ntext\n\n```python\na = 2\nprint(a)\n```")
     assert "```text" not in page  # nothing has been kept
     code = tutorials._code(cells[1], "2\npicture: x/y.png\n", source)
     assert code.endswith("```\n\n```text\n2\n```\n\n![what this cell draws](1_x/y.png)")
