@@ -133,9 +133,33 @@ def test_the_table_of_settings_is_that_of_the_results(tmp_path: Path) -> None:
     table = choose.table(results).splitlines()
     assert table[0] == "| network and data | backprop | default | time |"
     assert table[2:] == ["| net | 91.0 | 90.5 (1) | 3.5 |", "| gpt | 2.500 (1) | 2.250 (1) | 3.0 |"]
+    every = choose.every(results).splitlines()
+    assert every[0] == "| setting | net | gpt |"
+    assert every[2:] == ["| `backprop` | 91.0 | 2.500 (1) |", "| `default` | 90.5 (1) | 2.250 (1) |"]
     page = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
-    assert choose.MARK in page and "| network and data | backprop | default |" in choose.filled(page)
+    assert (
+        choose.MARK in page
+        and choose.EVERY in page
+        and "| network and data | backprop | default |" in choose.filled(page)
+    )
     assert all(f"*{name}*" in page for name in choose.SETTINGS.values() if name[0] not in "br")  # explained there
+
+
+def test_the_tables_take_new_settings_seeds_that_ran_again_and_trainings_that_diverged(tmp_path: Path) -> None:
+    choose = tool("choose")
+    results = tmp_path / "learning.jsonl"
+    rows = [("backprop", seed, 90.0) for seed in range(3)] + [("newest", 0, "NaN"), ("newest", 1, 80.0)]
+    rows += [("backprop", 0, 93.0), ("strict-.1", 0, "NaN")]
+    line = '{{"row": "net, data", "setting": "{}", "seed": {}, "score": {}, "seconds": 1}}\n'
+    results.write_text("".join(line.format(*row) for row in rows))
+    assert choose.table(results).splitlines()[2] == "| net, data | 91.0 |  |  | diverged |"
+    assert choose.every(results).splitlines()[2:] == [
+        "| `backprop` | 91.0 |",
+        "| `strict-.1` | diverged |",
+        "| `newest` | 80.0 (1), 1 diverged |",
+    ]
+    folded = [row for row in choose.filled(f"{choose.MARK}\n\n{choose.EVERY}\n").splitlines() if "`strict-auto`" in row]
+    assert folded and folded[0].startswith("    | ")  # of the committed results, in no column of the first table
 
 
 def test_a_formula_that_is_not_drawn_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import choose
 import formulas
+import gallery
 import links
 import notebooks
 from mkdocs.config.defaults import MkDocsConfig
@@ -74,7 +75,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     places |= {f"tutorials/{path.name}": f"tutorials/{path.stem}.md" for path in tutorials.scripts()}
     places |= FROM_ROOT
     markdown = links.led(markdown, source, page.file.src_uri, places, config.repo_url or "")
-    return choose.filled(markdown)
+    here = {file.src_uri for file in files}
+    return gallery.filled(choose.filled(markdown), here, config.repo_url or "")
 
 
 def on_page_content(html: str, **_: Any) -> str:
