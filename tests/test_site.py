@@ -162,6 +162,32 @@ def test_the_tables_take_new_settings_seeds_that_ran_again_and_trainings_that_di
     assert folded and folded[0].startswith("    | ")  # of the committed results, in no column of the first table
 
 
+def test_every_picture_of_the_gallery_is_drawn_by_the_code_that_it_names() -> None:
+    gallery = tool("gallery")
+    pictures = [picture for section in gallery.SECTIONS.values() for picture in section]
+    assert len({picture.place for picture in pictures}) == len(pictures) > 15
+    tutorials = {path.stem for path in (ROOT / "tutorials").glob("*.py")}
+    assert tutorials == {Path(picture.source).stem for picture in pictures if picture.source.startswith("tutorials/")}
+    for picture in pictures:
+        name = Path(picture.place).name
+        source = (ROOT / picture.source).read_text(encoding="utf-8")
+        assert name in source or picture.source.startswith("benchmarks/"), picture
+        if picture.source.startswith("benchmarks/"):
+            assert (ROOT / picture.place).exists(), picture
+        if picture.source.startswith("website/"):
+            assert (ROOT / "docs" / picture.place).exists(), picture
+
+
+def test_a_picture_that_the_site_has_not_is_told() -> None:
+    gallery = tool("gallery")
+    text = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    page = gallery.filled(text, {"pictures/relaxation.svg"}, "https://r")
+    assert "](pictures/relaxation.svg)" in page and page.count("![") == 1
+    lines = [line for line in page.splitlines() if line.endswith("(Not drawn in this build.)")]
+    assert len(lines) == sum(map(len, gallery.SECTIONS.values())) - 1
+    assert "[`benchmarks/solvers.py`](https://r/blob/main/benchmarks/solvers.py)" in page
+
+
 def test_a_formula_that_is_not_drawn_is_told(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("latex2mathml")
     formulas = tool("formulas")
