@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from torch2ebm.model.arguments import called, check_not_meta, of_batch
 from torch2ebm.model.energy_model import EnergyModel, convert
 from torch2ebm.reports.agreement import Agreement, agreement
 from torch2ebm.reports.plots import plot_comparison
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Gradients = Mapping[str, Tensor]
 _HEADER = ("parameter", "algorithm", "cosine", "angle [deg]", "relative error", "norm ratio", "same sign")
@@ -88,9 +92,25 @@ class GradientComparison:
             }
         return result
 
-    def plot(self, path: str) -> None:
-        """Angle and relative error per layer, one line an algorithm, to a picture file. Needs matplotlib."""
-        plot_comparison(self, path)
+    def plot(self, path: str | os.PathLike[str] | None = None, *, ax: Any = None) -> Figure:
+        """Angle and relative error per parameter, one kind of point an algorithm. Needs matplotlib.
+
+        Parameters are categories: no line joins them. Inference steps are joined. An error of exactly zero lies below a
+        break of the logarithmic axis, an infinite one above a break.
+
+        Args:
+            path: Picture file, in the format of its suffix; None writes none.
+            ax: Axes of yours to draw into, where nothing outside of them is touched: a pair, for the angle and for the
+                relative error. With ``steps``, also four, in the order of ``subplots(2, 2)``: angle, angle along the
+                steps, error, error along the steps.
+
+        Returns:
+            The figure: a new one, which a notebook shows, or that of ``ax``.
+
+        Raises:
+            ConfigurationError: if matplotlib is not installed, or for another number of axes.
+        """
+        return plot_comparison(self, path, ax=ax)
 
 
 def compare(
