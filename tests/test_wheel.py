@@ -21,7 +21,7 @@ SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "torch2ebm", "
 OPTIONAL = ("matplotlib", "sklearn", "transformers", "scipy", "torchdiffeq", "tqdm", "hypothesis", "pytest")
 
 STEP = f"""
-import importlib.util, pathlib, sys
+import importlib.util, os, pathlib, sys
 import torch, torch2ebm
 
 assert pathlib.Path(torch2ebm.__file__).is_relative_to(sys.prefix), torch2ebm.__file__
@@ -39,12 +39,14 @@ for _ in range(20):
     optimizer.step()
     losses.append(loss.item())
 assert losses[-1] < losses[0] / 2, losses
+assert "n0 -> n1;" in model.draw().dot
+os.environ["PATH"] = ""  # no Graphviz either
 try:
     model.draw("graph.png")
 except torch2ebm.errors.ConfigurationError as error:
     assert "pip install torch2ebm[plot]" in str(error), error
 else:
-    raise AssertionError("there was matplotlib")
+    raise AssertionError("there was matplotlib, or Graphviz")
 print(model.summary())
 """
 

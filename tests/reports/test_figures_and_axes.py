@@ -1,7 +1,5 @@
 """What a plot gives back and where it draws: figures that notebooks show, and axes of the user's."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,17 +110,12 @@ def test_what_is_no_right_number_of_axes_is_refused() -> None:
 
 
 def test_axes_of_pyplot_serve_and_are_the_only_ones() -> None:
-    """In a process of its own, since pyplot keeps its figures; and plots do not import it themselves."""
-    program = """
-import sys
-from torch2ebm.reports import plots
-plots.plot_energy({"mine": (3.0, 2.0)})
-assert "matplotlib.pyplot" not in sys.modules
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-figure, axes = plt.subplots()
-assert plots.plot_energy({"mine": (3.0, 2.0)}, ax=axes) is figure
-assert plt.get_fignums() == [1] and plt.gca() is axes
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
+    import matplotlib.pyplot as plt  # here: that plots do without it is looked at elsewhere, in another process
+
+    plt.switch_backend("Agg")
+    figure, axes = plt.subplots()
+    try:
+        assert plots.plot_energy({"mine": (3.0, 2.0)}, ax=axes) is figure
+        assert plt.get_fignums() == [figure.number] and plt.gca() is axes
+    finally:
+        plt.close(figure)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 MOST_ROWS: Final = 10  # of what is shown in a console unasked
+MOST_CHARACTERS: Final = 32  # of what a node does, in a picture
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -47,3 +48,13 @@ def html_text(text: str) -> str:
 def listed(names: Sequence[str], most: int = 20) -> str:
     """The names, or the first of them and how many follow."""
     return ", ".join(names) if len(names) <= most else f"{', '.join(names[:most])}, ... and {len(names) - most} more"
+
+
+def abridged(description: str) -> str:
+    """First operations and the last one: ``Linear > chunk > … > reshape``."""
+    operations = description.split(" > ")
+    kept = operations
+    while len(" > ".join(kept)) > MOST_CHARACTERS and len(operations) > 2:
+        operations = [*operations[:-2], operations[-1]]
+        kept = [*operations[:-1], "…", operations[-1]]
+    return " > ".join(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -56,7 +57,7 @@ from torch2ebm.model.open_forwards import OpenForwards, nothing_attached
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.whole_call import PlainCall
 from torch2ebm.programs.cache import Programs
-from torch2ebm.reports.drawing import draw_graph
+from torch2ebm.reports.picture import GraphPicture, draw_graph
 from torch2ebm.reports.tables import node_table
 
 
@@ -412,9 +413,9 @@ class Conversion:
         """A table of the nodes."""
         return f"{node_table(self.graph, self._state)}\n{self.batch}"
 
-    def draw(self, path: str) -> None:
-        """Draw the graph to a picture file."""
-        draw_graph(self.graph, path)
+    def draw(self, path: str | os.PathLike[str] | None = None, *, depth: int | None = None) -> GraphPicture:
+        """The picture of the graph, written to a file where there is a path."""
+        return draw_graph(self.graph, path, depth)
 
     # attaching
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from io import BytesIO
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which people with any colour vision can tell apart
 PALETTE: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
+STYLES: Final = {  # kind of a box -> fill, edge, line width
+    "input": ("#EEEEEE", "#666666", 1.0),
+    "node": ("#DCEBF5", PALETTE[0], 1.2),
+    "module": ("#E3F1EA", PALETTE[2], 1.2),
+    "output": ("#FBE3D0", PALETTE[1], 2.2),
+}
 MOST_PIXELS: Final = 60_000  # Agg refuses 2 ** 16 a side
 
 
@@ -62,12 +68,17 @@ def finished(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write the file. Raises :class:`ConfigurationError` for a suffix that is no format of matplotlib."""
-    formats, suffix = figure.canvas.get_supported_filetypes(), Path(path).suffix[1:].lower()
+    formats, suffix = supported(figure), Path(path).suffix[1:].lower()
     if suffix not in formats:
         raise ConfigurationError(
             "path", repr(os.fspath(path)), f"a file ending in one of {', '.join(formats)}", "Try .png."
         )
     figure.savefig(path, dpi=_dots(figure))
+
+
+def supported(figure: Figure) -> Mapping[str, str]:
+    """The formats that a figure can be written in, by suffix."""
+    return figure.canvas.get_supported_filetypes()
 
 
 def given_axes(where: str, ax: object, counts: tuple[int, ...], what: str) -> list[Axes]:
