@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "torch2ebm", "tests", "tutorials")
-OPTIONAL = ("matplotlib", "sklearn", "transformers", "scipy", "torchdiffeq", "tqdm", "hypothesis", "pytest")
+OPTIONAL = ("matplotlib", "pandas", "sklearn", "transformers", "scipy", "torchdiffeq", "tqdm", "hypothesis", "pytest")
 
 STEP = f"""
 import importlib.util, os, pathlib, sys
@@ -134,7 +134,7 @@ def test_the_wheel_asks_for_torch_and_numpy_alone(wheel: Path) -> None:
     found = metadata_of(wheel)
     required = found.get_all("Requires-Dist", [])
     assert sorted(line for line in required if "extra" not in line) == ["numpy", "torch>=2.6"]
-    extras = {"demo", "plot", "ode", "tensorboard", "wandb", "tutorials", "docs", "test"}
+    extras = {"demo", "plot", "ode", "pandas", "tensorboard", "wandb", "tutorials", "docs", "test"}
     assert extras == set(found.get_all("Provides-Extra", []))
     assert found["Requires-Python"] == ">=3.10" and found["Name"] == "torch2ebm"
     assert str(found.get_payload()).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()

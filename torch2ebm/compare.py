@@ -6,9 +6,9 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm, check_algorithm
 from torch2ebm.common.checks import check_steps
-from torch2ebm.common.text import aligned, html_table, short_table
+from torch2ebm.common.text import aligned, data_frame, html_table, short_table
 from torch2ebm.errors import ConfigurationError, LossIndependentError, NoSignalWarning, PartitionError, ShardingError
 from torch2ebm.isolation.module_state import plain_autograd, untouched
 from torch2ebm.model.arguments import called, check_not_meta, of_batch
@@ -26,6 +26,7 @@ from torch2ebm.reports.plots import plot_comparison
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 Gradients = Mapping[str, Tensor]
 _HEADER = ("parameter", "algorithm", "cosine", "angle [deg]", "relative error", "norm ratio", "same sign")
@@ -91,6 +92,24 @@ class GradientComparison:
                 name: {step: _numbers(self.along[name][step]) for step in self.steps} for name in self.algorithms
             }
         return result
+
+    def to_dataframe(self) -> DataFrame:
+        """A tidy table, one row a parameter, algorithm and step.
+
+        Its columns are ``parameter``, ``algorithm``, ``step`` and the measures of :class:`Agreement`. ``step`` is
+        missing (``<NA>``) for an algorithm as it was given, and a number of steps where ``steps`` were looked at.
+
+        Raises:
+            ConfigurationError: if pandas is not installed (``pip install torch2ebm[pandas]``).
+        """
+        measures = tuple(each.name for each in fields(Agreement))
+        return data_frame(("parameter", "algorithm", "step", *measures), self._measured())
+
+    def _measured(self) -> Iterator[tuple[Any, ...]]:
+        for name in self.algorithms:
+            given: list[tuple[int | None, Mapping[str, Agreement]]] = [(None, self.agreement[name])]
+            for step, found in [*given, *self.along.get(name, {}).items()]:
+                yield from ((parameter, name, step, *astuple(found[parameter])) for parameter in self.parameters)
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, ax: Any = None) -> Figure:
         """Angle and relative error per parameter, one kind of point an algorithm. Needs matplotlib.

@@ -1,10 +1,15 @@
-"""Tables of text and of HTML, and lists that stay short."""
+"""Tables as text, as HTML and as data frames, and lists that stay short."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
+
+from torch2ebm.common.checks import require
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 MOST_ROWS: Final = 10  # of what is shown in a console unasked
 MOST_CHARACTERS: Final = 32  # of what a node does, in a picture
@@ -38,6 +43,16 @@ def html_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]])
 
     body = "".join(line(row, "td") for row in rows)
     return f"<p>{html.escape(title)}</p><table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def data_frame(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> DataFrame:
+    """A table of pandas. Whole numbers that may be missing stay whole: the column ``step``.
+
+    Raises:
+        ConfigurationError: if pandas is not installed.
+    """
+    frame: DataFrame = require("pandas", "pandas").DataFrame(list(rows), columns=list(columns))
+    return frame.astype({"step": "Int64"}) if "step" in columns else frame
 
 
 def html_text(text: str) -> str:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from torch2ebm.common.text import MOST_ROWS, html_table, short_table
+from torch2ebm.common.text import MOST_ROWS, data_frame, html_table, short_table
 from torch2ebm.engine.call import at_least_single
 from torch2ebm.engine.energies import Energy, gaussian_energy
 from torch2ebm.engine.per_node import PerNode
 from torch2ebm.engine.progress import progress_of
 from torch2ebm.errors import BatchDimensionError, NoStateError
 from torch2ebm.graph.energy_graph import EnergyGraph
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _HEADER = ("node", "value", "|error|", "energy")
 
@@ -137,6 +140,21 @@ class Relaxation:
         parts += [] if self.settled is None else [f"settled={self.settled:.0%}"]
         parts += [f"regime={self.regime!r}"] * bool(self.regime)
         return f"Relaxation({', '.join(parts)})"
+
+    def to_dataframe(self) -> DataFrame:
+        """The energies as a table, one row a step and node: the columns ``step``, ``node`` and ``energy``.
+
+        Step 0 is the start. The node ``(loss)`` is lambda times the loss, so that the energies of a step sum to F.
+
+        Raises:
+            ConfigurationError: if pandas is not installed (``pip install torch2ebm[pandas]``).
+        """
+        return data_frame(("step", "node", "energy"), self._steps())
+
+    def _steps(self) -> Iterator[tuple[int, str, float]]:
+        curves = {**self.node_energy, **({"(loss)": self.loss} if self.loss else {})}
+        for step in range(max(map(len, curves.values()), default=0)):
+            yield from ((step, name, curve[step]) for name, curve in curves.items())
 
     @property
     def sample_converged(self) -> Tensor | None:
@@ -310,6 +328,18 @@ class InferenceState:
             "relaxation/steps": float(last.steps),
             "relaxation/residual": last.residual,
         }
+
+    def to_dataframe(self) -> DataFrame:
+        """The energies as a table, one row a step and node: ``phase``, ``step``, ``node`` and ``energy``.
+
+        A phase is a relaxation, counted from 0 as in ``phases``. See :meth:`Relaxation.to_dataframe`.
+
+        Raises:
+            ConfigurationError: if pandas is not installed (``pip install torch2ebm[pandas]``).
+        """
+        phases = enumerate(self.phases or (self.relaxation,))
+        rows = ((phase, *row) for phase, relaxation in phases for row in relaxation._steps())
+        return data_frame(("phase", "step", "node", "energy"), rows)
 
     def _is_rounding(self, slots: Sequence[str]) -> bool:
         found = [slot for slot in slots if slot in self.errors and slot in self.predictions]

@@ -1,16 +1,15 @@
-"""Packages that only pictures and tutorials need, imported when they are used; and the figures made with them."""
+"""Figures that no global registry knows of, the axes that people give, and how both look."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from importlib import import_module
 from io import BytesIO
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
+from torch2ebm.common.checks import require as require  # for pictures
 from torch2ebm.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -28,16 +27,6 @@ STYLES: Final = {  # kind of a box -> fill, edge, line width
     "output": ("#FBE3D0", PALETTE[1], 2.2),
 }
 MOST_PIXELS: Final = 60_000  # Agg refuses 2 ** 16 a side
-
-
-def require(module: str, extra: str) -> ModuleType:
-    """The imported module. Raises :class:`ConfigurationError` that names the extra to install."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ConfigurationError(
-            f"import {module}", str(error), "an optional package of torch2ebm", f"Run pip install torch2ebm[{extra}]."
-        ) from error
 
 
 def new_figure(width: float, height: float) -> Figure:
