@@ -36,6 +36,7 @@ from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, filled
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.inference.curvature import Curvature
+from torch2ebm.inference.relaxation import OnStep
 from torch2ebm.isolation.forward_mode import without_transforms
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
@@ -231,12 +232,13 @@ class Conversion:
         prior: Mapping[str, Any],
         start: str = FEEDFORWARD,
         compile: bool = False,
+        on_step: OnStep | None = None,
         **how: Any,
     ) -> Inferred:
         """Values of any node, others given; see :meth:`EnergyModel.infer` for the settings."""
         self._see_again()
         self._seen = self.captures.inputs or self._seen
-        settings = How(*question_settings(**how), start, self._programs if compile else None)
+        settings = How(*question_settings(**how), start, self._programs if compile else None, on_step)
         with self.shards.gathered(), torch.inference_mode(False):
             inputs = Asked(self.module, args, kwargs, question, prior, self._seen).inputs()
             captures = self.captures.behind(inputs.nodes)

@@ -23,6 +23,7 @@ from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.inference.curvature import Curvature
+from torch2ebm.inference.relaxation import OnStep
 from torch2ebm.inference.solver import Solver
 from torch2ebm.model.arguments import as_arguments
 from torch2ebm.model.conversion import Conversion
@@ -269,6 +270,7 @@ class EnergyModel(ModuleView):
         precisions: Mapping[str, float | Tensor | Precision] | None = None,
         energies: Mapping[str, Energy] | None = None,
         compile: bool = False,
+        on_step: OnStep | None = None,
         **keywords: Any,
     ) -> Inferred:
         """Find the values of some nodes, inputs or outputs, with others given. No weight moves.
@@ -302,6 +304,9 @@ class EnergyModel(ModuleView):
             energies: Name of a node to its energy; Gaussian elsewhere. That of a clamped node is paid for the data.
             compile: Record a step once as a list of ATen calls and run that from then on; the step that repeats goes to
                 ``torch.compile``. It pays off from the second call with the same shapes on.
+            on_step: Called with an :class:`InferenceStep` after every step, for example
+                ``torch2ebm.monitor.Progress()``. It has the values and errors of the nodes of which nothing is given;
+                all other energies are its ``loss``.
             **keywords: Keyword arguments of the module.
 
         Returns:
@@ -334,6 +339,7 @@ class EnergyModel(ModuleView):
             prior=nothing_is_empty(prior),
             start=kept,
             compile=compile,
+            on_step=on_step,
             solver=solver,
             tol=tol,
             precisions=precisions or {},
