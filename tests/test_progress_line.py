@@ -12,7 +12,7 @@ from torch import nn
 import torch2ebm
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.inference import relaxation
-from torch2ebm.monitor import Progress
+from torch2ebm.monitor import Progress, Several
 
 X, Y = torch.linspace(-1, 1, 24).reshape(6, 4).double(), torch.tensor([0, 1, 2, 0, 1, 2])
 
@@ -191,6 +191,16 @@ def test_a_sampler_shows_its_steps_and_draws_the_same() -> None:
 
     assert torch.equal(drawn(on_step=seen.append), drawn())
     assert [each.step for each in seen] == [1, 2, 3, 4, 5, 6] and [each.last for each in seen] == [False] * 5 + [True]
+
+
+def test_a_line_is_no_monitor() -> None:
+    model = torch2ebm.convert(net())
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    algorithm = torch2ebm.PredictiveCoding()
+    with pytest.raises(torch2ebm.errors.AttachmentError, match=r"PredictiveCoding\(on_step=Progress\(\)\)"):
+        torch2ebm.EnergyOptimizer(sgd, model, algorithm, monitor=Progress())
+    with pytest.raises(ConfigurationError, match=r"Several"):
+        Several(print, Progress())
 
 
 def test_what_is_no_function_is_refused_before_anything_moves() -> None:

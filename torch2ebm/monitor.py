@@ -315,7 +315,7 @@ def _trained(model: EnergyModel) -> dict[str, Tensor]:
 
 
 def _check_callable(where: str, monitor: object) -> None:
-    if not callable(monitor):
+    if not callable(monitor) or isinstance(monitor, Progress):
         raise ConfigurationError(
             where, repr(monitor), "a function of (name, value, step)", "For example CSVFile(path)."
         )

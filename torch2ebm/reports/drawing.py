@@ -258,7 +258,8 @@ def _draw_box(axes: Axes, placed: Layout, key: str) -> None:
     below = 0.1 if item.shapes else 0.0
     axes.text(x, y + 0.08 + below, item.name, fontsize=8, fontweight="bold", **style_of_text)
     axes.text(x, y - 0.1 + below, item.description, fontsize=7.5, color="#333333", **style_of_text)
-    axes.text(x, y - 0.17, item.shapes, fontsize=7, color="#666666", **style_of_text)
+    if item.shapes:
+        axes.text(x, y - 0.17, item.shapes, fontsize=7, color="#666666", **style_of_text)
 
 
 def _draw_line(axes: Axes, placed: Layout, start: str, end: str) -> None:
