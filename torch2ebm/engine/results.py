@@ -177,7 +177,8 @@ class InferenceState:
             the gradients of their parameters are exactly zero.
         moment: Which entry of the relaxation's energies these values belong to: the last, and the one before it under
             ``IncrementalPredictiveCoding``, whose values move once more.
-        rounds: Whether errors are differences of stored values, which round: then small ones have no digits.
+        rounded: By slot, whether the rounding of its value or prediction is in its error: then a small one has no
+            digits. A missing one has all of them.
         energies: Energy by node; a missing one is Gaussian of precision 1.
         phases: One relaxation for each nudged phase; the first of them, whose values these are, is ``relaxation``.
         feedforward_distance: |equilibrium - feed-forward| / |feed-forward| of the outputs; None without a free phase.
@@ -210,7 +211,7 @@ class InferenceState:
     feedforward_distance: float | None = None
     loss_weight: float | None = None
     loss_terms: float = 1.0
-    rounds: bool = False
+    rounded: Mapping[str, Tensor | bool] = field(default_factory=dict)
     moment: int = -1
 
     def __repr__(self) -> str:
@@ -242,7 +243,7 @@ class InferenceState:
         An optimizer as Adam scales noise to full steps. A solver that stores errors, for example
         ``ErrorConjugateGradient``, keeps their digits.
         """
-        return tuple(node.name for node in self.graph.hidden_nodes if self.rounds and self._is_rounding(node.slots))
+        return tuple(node.name for node in self.graph.hidden_nodes if self._is_rounding(node.slots))
 
     @property
     def relative_residual(self) -> Tensor | None:
@@ -342,6 +343,8 @@ class InferenceState:
         return data_frame(("phase", "step", "node", "energy"), rows)
 
     def _is_rounding(self, slots: Sequence[str]) -> bool:
+        if not any(self.rounded.get(slot, False) for slot in slots):
+            return False
         found = [slot for slot in slots if slot in self.errors and slot in self.predictions]
         pairs = [(self._error(slot), self._prediction(slot)) for slot in found]
         largest = [

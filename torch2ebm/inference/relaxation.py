@@ -23,6 +23,7 @@ from torch2ebm.inference.runs import EagerRun, ProgramRun
 from torch2ebm.inference.settling import CEILING, Settling, tell_ceiling
 from torch2ebm.inference.solver import REMEDY, Form, Rest, Solver, tolerance
 from torch2ebm.inference.step_size import correct, look_at_rises, look_at_stiffness
+from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.programs.cache import Programs
 
 RISE = 1e3  # an energy that has risen by so many times its start is no overshoot any more
@@ -197,10 +198,13 @@ def step_of(
 
 
 def _value_and_error(inference: Inference, slot: str, prediction: Tensor) -> tuple[Tensor, Tensor]:
-    if not isinstance(inference, ErrorInference):
-        return inference.values[slot].clone(), inference.values[slot] - prediction
-    error = inference.errors[slot].clone() if slot in inference.errors else torch.zeros_like(prediction)
-    return prediction + error, error
+    if isinstance(inference, ErrorInference):
+        error = inference.errors[slot].clone() if slot in inference.errors else torch.zeros_like(prediction)
+        return prediction + error, error
+    value = inference.values[slot].clone()
+    if isinstance(inference, ValueInference):
+        return value, inference.values.minus(slot, prediction)
+    return value, value - prediction
 
 
 def _one_or_all(slots: list[Tensor]) -> Any:
