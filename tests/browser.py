@@ -28,12 +28,22 @@ class Opened:
         errors: What the console said as an error or a warning, and uncaught exceptions.
         requests: Addresses of all that was asked for, but the page itself.
         failed: Addresses that gave no answer, or one of 400 or more.
+        address: Of the page itself.
     """
 
     page: Any
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    address: str = ""
+
+    def go(self, address: str) -> None:
+        """On to another page, to its end; what was wrong with the one before is forgotten."""
+        for seen in (self.errors, self.requests, self.failed):
+            seen.clear()
+        self.address = address
+        self.page.goto(address, wait_until="load")
+        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
 
     def overflow(self) -> int:
         """Pixels by which the page is wider than the window."""
@@ -71,11 +81,11 @@ def opened(chromium: Any, address: str, width: int = 1280, scheme: str = "light"
     found.page.set_default_timeout(20_000)
     found.page.on("console", lambda said: _told(found, said))
     found.page.on("pageerror", lambda error: found.errors.append(str(error)))
-    found.page.on("request", lambda request: request.url != address and found.requests.append(request.url))
+    found.page.on("request", lambda request: request.url != found.address and found.requests.append(request.url))
     found.page.on("requestfailed", lambda request: found.failed.append(f"{request.url}: {request.failure}"))
     found.page.on("response", lambda answer: _answered(found, answer))
     try:
-        found.page.goto(address, wait_until="load")
+        found.go(address)
         yield found
     finally:
         with suppress(Exception):  # the browser may be gone, and the test has said why
