@@ -109,6 +109,9 @@ def test_every_node_has_a_box_and_the_loss_has_one_below_them() -> None:
     coloured = {attributes["data-kind"]: attributes["data-column"] for attributes in page.having("data-column")}
     assert coloured["loss"] == str(len(page.data["run"]["names"]))  # the last column
     assert set(model.nodes) <= set(page.texts)
+    assert "an output: the loss acts on its prediction" in page.texts
+    all_coloured = run_of(torch2ebm.ZeroDivergence())
+    assert "an output: the loss acts" not in torch2ebm.report(all_coloured).to_html()
 
 
 def test_the_angles_are_those_of_the_comparison() -> None:

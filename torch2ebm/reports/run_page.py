@@ -143,7 +143,7 @@ def _relaxation_panel(state: InferenceState, columns: Columns) -> Panel:
         '<button type="button" id="larger" aria-label="larger">+</button>'
         '<button type="button" id="whole">Whole</button></div>'
         f'<div class="scroll graph" tabindex="0" role="region" aria-label="graph">{picture}</div>'
-        f"{_legend(columns)}</div>"
+        f"{_legend(columns, not state.graph.nodes.keys() <= columns.of_node.keys())}</div>"
     )
     if not columns.slides:
         return Panel(
@@ -154,7 +154,7 @@ def _relaxation_panel(state: InferenceState, columns: Columns) -> Panel:
         )
     energy = chart("energy", "Energy", ("total", "of the errors", "of the loss"))
     explained = (
-        '<p class="says">Relaxing trades loss against errors: the total falls until no value can lower it any more. '
+        '<p class="says">Relaxing trades loss against errors: as a rule the total falls until nothing lowers it more. '
         "The dashed line is the step of the slider.</p>"
     )
     return Panel(
@@ -184,10 +184,12 @@ def _slider(columns: Columns) -> str:
     )
 
 
-def _legend(columns: Columns) -> str:
+def _legend(columns: Columns, without_value: bool) -> str:
     low, high = _range(columns)
     energies = [energy for column in [*columns.of_node.values(), columns.loss] for energy in column]
     keys = '<span class="key"><i></i>exactly 0: no error is there</span>'
+    if without_value:
+        keys += '<span class="key"><i class="open"></i>an output: the loss acts on its prediction</span>'
     if any(energy is not None and energy < 0 for energy in energies):
         keys += '<span class="key"><i class="below"></i>below 0</span>'
     if not high:
