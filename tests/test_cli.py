@@ -79,6 +79,10 @@ def test_demo_prints_accuracies_and_exact_gradients_and_writes_three_pictures(
     assert min(accuracies.values()) > 30  # one epoch; by chance 10
     exact = [angle for (_, algorithm), angle in angles(printed).items() if algorithm == "ZeroDivergence"]
     assert exact == ["0.00"] * (parameters + 1)  # each of them, and all
+    assert f"Report, to open in a browser: {Path('pictures', 'report.html')}" in printed
+    page = (folder / "pictures" / "report.html").read_text(encoding="utf-8")
+    own = {name: angle for (name, algorithm), angle in angles(printed).items() if algorithm == "PredictiveCoding"}
+    assert len(own) == parameters + 1 and all(f">{angle}</span></td>" in page for angle in own.values())
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -135,6 +139,7 @@ def test_demo_as_a_user_runs_it_learns_the_digits(folder: Path) -> None:
     accuracies = [float(row[1].rstrip("%")) for row in rows if len(row) == 2 and row[1].endswith("%")]
     assert len(accuracies) == 3
     assert min(accuracies) >= 95
+    assert (folder / "demo_output" / "report.html").is_file()
     assert pictures(folder / "demo_output") == ["angles.png", "energy.png", "errors.png"]
 
 
@@ -150,6 +155,16 @@ def test_compare_prints_the_table_and_writes_the_picture(
     assert pictures(folder) == ["angles.png"]
 
 
+def test_compare_writes_a_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "users_models:net", "--input-shape", "4,6", "--html", "page.html"]) == 0
+    printed = capsys.readouterr().out
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    assert "Page: page.html" in printed and len(angles(printed)) == 15
+    assert all(f">{angle}</span></td>" in page for angle in angles(printed).values())
+    assert main(["compare", "users_models:net", "--input-shape", "4,6", "--html", "absent/page.html"]) == 2
+    assert "absent" in capsys.readouterr().err
+
+
 def test_compare_takes_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "users_models:Words", "--input-shape", "3,7", "--input-dtype", "int64", "--double"]) == 0
     assert angles(capsys.readouterr().out)[("embedding.weight", "ZeroDivergence")] == "0.00"
@@ -161,6 +176,15 @@ def test_graph_prints_the_nodes_and_draws_them(folder: Path, capsys: pytest.Capt
     assert "Linear > Tanh" in printed
     assert "graph.png" in printed
     assert pictures(folder) == ["graph.png"]
+
+
+def test_graph_collapses_modules_deeper_than_it_is_told(folder: Path) -> None:
+    command = ["graph", "users_models:net", "--input-shape", "4,6", "--output", "graph.dot", "--depth"]
+    assert main([*command, "1"]) == 0
+    every = (folder / "graph.dot").read_text()
+    assert main([*command, "0"]) == 0
+    assert "Sequential, " not in every and "nodes\\n(4, " in (folder / "graph.dot").read_text()
+    assert main([*command, "-1"]) == 2
 
 
 def test_graph_cuts_where_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_demo)
     parser.add_argument("--epochs", type=_count, default=12, help="passes over the digits")
-    parser.add_argument("--output", type=_path, default="demo_output", help="folder of the pictures")
+    parser.add_argument("--output", type=_path, default="demo_output", help="folder of the pictures and of the page")
     parser.add_argument("--seed", type=_seed, default=0, help="of the weights and of the order of the digits")
 
 
@@ -119,6 +119,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="step size of the inference")
     parser.add_argument("--double", action="store_true", help="in float64")
     parser.add_argument("--output", type=_path, help="picture file")
+    parser.add_argument("--html", type=_path, metavar="PATH", help="page with all tables, to open in a browser")
 
 
 def _graph_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +128,8 @@ def _graph_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nodes", type=_nodes, default="auto", help=f"one of {', '.join(GRANULARITIES)}, or submodule names: a,b"
     )
-    parser.add_argument("--output", type=_path, default="graph.png", help="picture file")
+    parser.add_argument("--output", type=_path, default="graph.png", help="picture file, .dot for the text of Graphviz")
+    parser.add_argument("--depth", type=_depth, help="modules deeper than this are one box each; default: every node")
 
 
 def _diagnose_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +152,10 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)
+
+
+def _depth(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 def _seed(text: str) -> int:
@@ -183,7 +189,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    picture = os.path.abspath(arguments.output) if arguments.output else None  # the factory may change the folder
+    # the factory may change the folder
+    picture, page = (os.path.abspath(path) if path else None for path in (arguments.output, arguments.html))
     model, x = _model_and_input(arguments)
     target = _classes(arguments, _logits(_output(model, x)))
     algorithms = [
@@ -194,9 +201,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     comparison = _run(lambda: compare(model, _cross_entropy, (x, target), algorithms))
     if picture:
         comparison.plot(picture)
+    if page:
+        comparison.to_html(page)
     print(comparison.table())
     if arguments.output:
         print(f"\nPicture: {arguments.output}")
+    if arguments.html:
+        print(f"\nPage: {arguments.html}")
     return 0
 
 
@@ -205,7 +216,7 @@ def _graph(arguments: argparse.Namespace) -> int:
     model, x = _model_and_input(arguments)
     _output(model, x)
     converted = _run(lambda: convert(model, arguments.nodes, example_inputs=x))
-    converted.torch2ebm.draw(picture)
+    converted.torch2ebm.draw(picture, depth=arguments.depth)
     print(_run(lambda: check(model, x, arguments.nodes)))
     print(f"\nPicture: {arguments.output}")
     return 0
