@@ -89,6 +89,11 @@ def test_a_tutorial_that_was_not_run_is_a_notebook_without_outputs(notebooks: Mo
     assert outputs(read(notebooks.notebook(script))) == [[], [], []]
 
 
+def test_tutorials_come_in_the_order_of_their_numbers(notebooks: ModuleType) -> None:
+    numbers = [int(path.stem.split("_")[0]) for path in notebooks.tutorials.scripts()]
+    assert numbers == list(range(1, len(numbers) + 1)) and numbers[-1] >= 10  # by their names, 10 would be first
+
+
 def test_the_first_cell_installs_what_the_tutorials_need(notebooks: ModuleType) -> None:
     setup = (ROOT / "setup.cfg").read_text(encoding="utf-8")
     (address,) = re.findall(r"^url = (\S+)$", setup, re.M)
