@@ -43,12 +43,12 @@ PICTURES.mkdir(parents=True, exist_ok=True)
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with any colour vision
 
 
-def show(path):
+def show(path, width=760):
     """Show a picture below the cell; a script has only the file."""
     if "get_ipython" in globals():
         from IPython.display import Image, display
 
-        display(Image(str(path), width=760))
+        display(Image(str(path), width=width))
     else:
         print("picture:", path)
 
@@ -114,11 +114,13 @@ def resnet():
 
 model = torch2ebm.convert(resnet(), example_inputs=train_x[:64])
 print(model.summary())
+model.draw(PICTURES / "10_graph.png")
+show(PICTURES / "10_graph.png", width=420)
 
 # %% [markdown]
-# Each line is a node, with a value of its own. A convolution is one, and so is a batch norm with the ReLU behind it.
-# The sum and its ReLU belong to the node of the last norm: a value is what comes out of the block. Pooling that follows
-# belongs there, too.
+# Each line, and each box, is a node with a value of its own. A convolution is one, and so is a batch norm with the ReLU
+# behind it. The sum and its ReLU belong to the node of the last norm: a value is what comes out of the block. Pooling
+# that follows belongs there, too.
 #
 # *reads* says where a prediction comes from. A node that reads two others sends a message to each.
 #

@@ -50,6 +50,7 @@ SECTIONS = {
         tutorial(IMPLICIT, "4_stability", "IL-prox learns at any learning rate."),
     ),
     "Convolutions and attention": (
+        tutorial(DEEPER, "10_graph", "The nodes of a small ResNet, drawn by `model.draw`."),
         tutorial(DEEPER, "10_accuracy", "A ResNet and a transformer learn beside backprop."),
         tutorial(DEEPER, "10_errors", "Where a ResNet's errors are, when a wrong answer is shown."),
     ),
