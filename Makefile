@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs test test-all test-oldest mutants bench papers clean
+.PHONY: help install demo docs test test-all browser test-oldest mutants bench papers clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -28,11 +28,17 @@ test: PYTEST_ARGS :=
 test-all: PYTEST_ARGS := -m ""
 test: ## lint, check the types, run the tests
 test-all: ## the same with the slow tests
+test-all: browser
 test test-all: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(PYTEST) --cov --cov-report=term --cov-fail-under=95 $(PYTEST_ARGS) $(addprefix --ignore=,$(UNTRACED))
 	$(PYTEST) $(PYTEST_ARGS) $(UNTRACED)
+
+# For the slow tests of pages: the site is built without the outputs of tutorials where `make docs` has not run, and
+# opened in the Chromium of the system (apt-get install chromium), or Playwright's own.
+browser: $(STAMP)
+	$(PIP) install -q -c constraints.txt -e '.[browser,docs]'
 
 # Branch coverage makes tests half as slow again. These run the same lines for many modules, many times, or in other
 # processes: they go without, and what the others reach is at the gate. The longest come first, so that none is last.

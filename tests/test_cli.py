@@ -79,6 +79,10 @@ def test_demo_prints_accuracies_and_exact_gradients_and_writes_three_pictures(
     assert min(accuracies.values()) > 30  # one epoch; by chance 10
     exact = [angle for (_, algorithm), angle in angles(printed).items() if algorithm == "ZeroDivergence"]
     assert exact == ["0.00"] * (parameters + 1)  # each of them, and all
+    assert f"Report, to open in a browser: {Path('pictures', 'report.html')}" in printed
+    page = (folder / "pictures" / "report.html").read_text(encoding="utf-8")
+    own = {name: angle for (name, algorithm), angle in angles(printed).items() if algorithm == "PredictiveCoding"}
+    assert len(own) == parameters + 1 and all(f">{angle}</span></td>" in page for angle in own.values())
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -135,6 +139,7 @@ def test_demo_as_a_user_runs_it_learns_the_digits(folder: Path) -> None:
     accuracies = [float(row[1].rstrip("%")) for row in rows if len(row) == 2 and row[1].endswith("%")]
     assert len(accuracies) == 3
     assert min(accuracies) >= 95
+    assert (folder / "demo_output" / "report.html").is_file()
     assert pictures(folder / "demo_output") == ["angles.png", "energy.png", "errors.png"]
 
 
@@ -148,6 +153,16 @@ def test_compare_prints_the_table_and_writes_the_picture(
     assert found[("0.weight", "FixedPrediction")] == "0.00"
     assert float(found[("0.weight", "PredictiveCoding")]) > 0
     assert pictures(folder) == ["angles.png"]
+
+
+def test_compare_writes_a_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "users_models:net", "--input-shape", "4,6", "--html", "page.html"]) == 0
+    printed = capsys.readouterr().out
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    assert "Page: page.html" in printed and len(angles(printed)) == 15
+    assert all(f">{angle}</span></td>" in page for angle in angles(printed).values())
+    assert main(["compare", "users_models:net", "--input-shape", "4,6", "--html", "absent/page.html"]) == 2
+    assert "absent" in capsys.readouterr().err
 
 
 def test_compare_takes_tokens(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,7 @@ except torch2ebm.errors.ConfigurationError as error:
     assert "pip install torch2ebm[plot]" in str(error), error
 else:
     raise AssertionError("there was matplotlib, or Graphviz")
+assert "</html>" in torch2ebm.report(model).to_html("run.html")  # style and script are in the wheel, too
 print(model.summary())
 """
 
@@ -125,7 +126,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     information = {name for name in names if ".dist-info/" in name}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "torch2ebm").rglob("*.py")}
+    kinds = ("*.py", "*.css", "*.js")
+    sources = {str(path.relative_to(ROOT)) for kind in kinds for path in (ROOT / "torch2ebm").rglob(kind)}
     assert names - information == {*sources, "torch2ebm/py.typed"}
     assert any(name.endswith("/LICENSE") for name in information)
 
@@ -134,7 +136,7 @@ def test_the_wheel_asks_for_torch_and_numpy_alone(wheel: Path) -> None:
     found = metadata_of(wheel)
     required = found.get_all("Requires-Dist", [])
     assert sorted(line for line in required if "extra" not in line) == ["numpy", "torch>=2.6"]
-    extras = {"demo", "plot", "ode", "pandas", "tensorboard", "wandb", "tutorials", "docs", "test"}
+    extras = {"demo", "plot", "ode", "pandas", "tensorboard", "wandb", "tutorials", "browser", "docs", "test"}
     assert extras == set(found.get_all("Provides-Extra", []))
     assert found["Requires-Python"] == ">=3.10" and found["Name"] == "torch2ebm"
     assert str(found.get_payload()).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()

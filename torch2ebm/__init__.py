@@ -42,6 +42,7 @@ from torch2ebm.optimizer import EnergyOptimizer
 from torch2ebm.potentials.discrete import Bernoulli, Poisson
 from torch2ebm.potentials.function import FunctionEnergy
 from torch2ebm.potentials.robust import Huber, Laplace, StudentT, VonMises
+from torch2ebm.report import Report, report
 from torch2ebm.reports.agreement import Agreement
 from torch2ebm.reports.findings import Finding
 from torch2ebm.solvers import (
@@ -115,6 +116,7 @@ __all__ = [
     "RecurrentBackprop",
     "Relative",
     "Relaxation",
+    "Report",
     "SequentialDescent",
     "Solver",
     "StudentT",
@@ -130,6 +132,7 @@ __all__ = [
     "extend",
     "load_mnist",
     "read_idx",
+    "report",
     "theory",
     "torch2pc",
 ]

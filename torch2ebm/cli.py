@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_demo)
     parser.add_argument("--epochs", type=_count, default=12, help="passes over the digits")
-    parser.add_argument("--output", type=_path, default="demo_output", help="folder of the pictures")
+    parser.add_argument("--output", type=_path, default="demo_output", help="folder of the pictures and of the page")
     parser.add_argument("--seed", type=_seed, default=0, help="of the weights and of the order of the digits")
 
 
@@ -119,6 +119,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="step size of the inference")
     parser.add_argument("--double", action="store_true", help="in float64")
     parser.add_argument("--output", type=_path, help="picture file")
+    parser.add_argument("--html", type=_path, metavar="PATH", help="page with all tables, to open in a browser")
 
 
 def _graph_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,7 +189,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    picture = os.path.abspath(arguments.output) if arguments.output else None  # the factory may change the folder
+    # the factory may change the folder
+    picture, page = (os.path.abspath(path) if path else None for path in (arguments.output, arguments.html))
     model, x = _model_and_input(arguments)
     target = _classes(arguments, _logits(_output(model, x)))
     algorithms = [
@@ -199,9 +201,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     comparison = _run(lambda: compare(model, _cross_entropy, (x, target), algorithms))
     if picture:
         comparison.plot(picture)
+    if page:
+        comparison.to_html(page)
     print(comparison.table())
     if arguments.output:
         print(f"\nPicture: {arguments.output}")
+    if arguments.html:
+        print(f"\nPage: {arguments.html}")
     return 0
 
 

@@ -22,6 +22,8 @@ from torch2ebm.isolation.module_state import plain_autograd, untouched
 from torch2ebm.model.arguments import called, check_not_meta, of_batch
 from torch2ebm.model.energy_model import EnergyModel, convert
 from torch2ebm.reports.agreement import Agreement, agreement
+from torch2ebm.reports.comparison_page import comparison_page
+from torch2ebm.reports.page import written
 from torch2ebm.reports.plots import plot_comparison
 
 if TYPE_CHECKING:
@@ -130,6 +132,13 @@ class GradientComparison:
             ConfigurationError: if matplotlib is not installed, or for another number of axes.
         """
         return plot_comparison(self, path, ax=ax)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """One page that loads nothing from elsewhere: sorted tables with bars, and curves where steps were asked for.
+
+        The text, written to the file where a path is given. Raises :class:`ConfigurationError` for a path that is none.
+        """
+        return written(comparison_page(self), path)
 
 
 def compare(

@@ -29,6 +29,7 @@ from torch2ebm.engine.results import Relaxation
 from torch2ebm.model.energy_model import convert
 from torch2ebm.model.replicas import process_count
 from torch2ebm.optimizer import EnergyOptimizer
+from torch2ebm.report import report as page_of
 from torch2ebm.reports.figures import require
 from torch2ebm.reports.plots import plot_energy, plot_error_map
 
@@ -82,7 +83,7 @@ class Digits:
 
 
 def run(epochs: int, output: str, seed: int) -> None:
-    """Train, compare the gradients, print what came out, and write three pictures to the folder ``output``.
+    """Train, compare the gradients, print what came out, and write three pictures and a page to the folder ``output``.
 
     Under ``torchrun`` the processes train together, each on its part of every batch, and the first one reports.
     """
@@ -107,6 +108,7 @@ def report(epochs: int, folder: Path, net: nn.Module, trained: Mapping[str, nn.M
     print(comparison.table())
     write_pictures(folder, comparison, relaxation_of(net, digits), relaxation_of(trained["PredictiveCoding"], digits))
     print(f"\nPictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+    print(f"Report, to open in a browser: {write_page(folder, net, digits)}")
 
 
 def first_process() -> bool:
@@ -199,9 +201,14 @@ def accuracy(model: nn.Module, digits: Digits) -> float:
     return float(correct.double().mean())
 
 
+def first_batch(digits: Digits) -> tuple[Tensor, Tensor]:
+    """In float64, where rounding is no part of what is seen."""
+    return digits.test_x[:BATCH].double(), digits.test_y[:BATCH]
+
+
 def compare_gradients(net: nn.Module, digits: Digits) -> GradientComparison:
-    batch = digits.test_x[:BATCH].double(), digits.test_y[:BATCH]
-    return compare(copy.deepcopy(net).double(), F.cross_entropy, batch, [ZeroDivergence(), PredictiveCoding()])
+    algorithms = [ZeroDivergence(), PredictiveCoding()]
+    return compare(copy.deepcopy(net).double(), F.cross_entropy, first_batch(digits), algorithms)
 
 
 def relaxation_of(net: nn.Module, digits: Digits) -> Relaxation:
@@ -217,3 +224,12 @@ def write_pictures(folder: Path, comparison: GradientComparison, before: Relaxat
     plot_energy(curves, str(folder / "energy.png"))
     plot_error_map(before, str(folder / "errors.png"))
     comparison.plot(str(folder / "angles.png"))
+
+
+def write_page(folder: Path, net: nn.Module, digits: Digits) -> Path:
+    """One step of predictive coding from the initial weights, as the training makes it, on the first test images."""
+    model, (x, y) = convert(copy.deepcopy(net).double()), first_batch(digits)
+    model.attach(PredictiveCoding())
+    F.cross_entropy(model(x), y).backward()
+    page_of(model, F.cross_entropy, (x, y)).to_html(folder / "report.html")
+    return folder / "report.html"

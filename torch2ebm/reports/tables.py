@@ -41,12 +41,17 @@ def _remarks(state: InferenceState) -> Iterator[str]:
     if state.loss_weight is not None:
         terms = f", a mean of {state.loss_terms:.4g} terms: each pulls with 1 over their number"
         yield f"weight of a sample's loss in the energy: {state.loss_weight:.4g}{terms if state.loss_terms > 1 else ''}"
+    yield from troubles(state)
+    if regime := ", ".join(_regime(state)):
+        yield f"regime: {regime}"
+
+
+def troubles(state: InferenceState) -> Iterator[str]:
+    """What went wrong in the last relaxation, and what to take instead."""
     if state.unreached:
         yield f"no error has reached {', '.join(state.unreached)}: their gradients are exactly zero; take more steps"
     if lost := state.without_signal:
         yield f"errors are nothing but rounding in {', '.join(lost)}: take a solver of errors, or nothing set"
-    if regime := ", ".join(_regime(state)):
-        yield f"regime: {regime}"
     energy = state.relaxation.energy
     if energy and energy[-1] > energy[0]:
         yield f"the energy rose from {energy[0]:.4g} to {energy[-1]:.4g}; take a smaller step size"
