@@ -289,6 +289,8 @@ ROWS: Sequence[Row] = (
     Row("VGG-5, Fashion-MNIST", vgg5, _few, 2, 64, 2e-3, ("13.",)),
     Row("ResNet of 3 blocks with batch norm, digits", resnet, digits, 4, 32, 1e-3, ("8.",)),
     Row("ResNet-18 of width 8, Fashion-MNIST", lambda: resnet(8, (2, 2, 2, 2)), _few, 1, 64, 2e-3, ("13.",)),
+    Row("VGG-5, Fashion-MNIST 60k", vgg5, fashion, 1, 64, 2e-3, ("13.",)),
+    Row("ResNet-18 of width 8, Fashion-MNIST 60k", lambda: resnet(8, (2, 2, 2, 2)), fashion, 1, 64, 2e-3, ("13.",)),
     Row("vision transformer of 2 blocks, digits", VisionTransformer, digits, 10, 32, 2e-3, ("head.",)),
     Row("GPT of 2 blocks, characters", Gpt, characters, 2, 32, 2e-3, ("head.",), score="loss"),
     Row("BERT of 2 layers, comparisons", bert, comparisons, 8, 32, 2e-3, ("classifier.",), _logits),

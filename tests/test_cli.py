@@ -178,6 +178,15 @@ def test_graph_prints_the_nodes_and_draws_them(folder: Path, capsys: pytest.Capt
     assert pictures(folder) == ["graph.png"]
 
 
+def test_graph_collapses_modules_deeper_than_it_is_told(folder: Path) -> None:
+    command = ["graph", "users_models:net", "--input-shape", "4,6", "--output", "graph.dot", "--depth"]
+    assert main([*command, "1"]) == 0
+    every = (folder / "graph.dot").read_text()
+    assert main([*command, "0"]) == 0
+    assert "Sequential, " not in every and "nodes\\n(4, " in (folder / "graph.dot").read_text()
+    assert main([*command, "-1"]) == 2
+
+
 def test_graph_cuts_where_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["graph", "users_models:net", "--input-shape", "4,6", "--nodes", "op"]) == 0
     assert "Linear > Tanh" not in capsys.readouterr().out

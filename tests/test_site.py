@@ -115,8 +115,9 @@ def test_a_tutorial_is_cut_where_its_cells_are(tmp_path: Path) -> None:
     printed = tutorials.run(source)
     assert list(printed.values()) == ["2\n", "6\n"]
     assert [source.read_text().splitlines()[line] for line in printed] == ["a = 2", "print(a * 3)"]
-    page = tutorials.page(source, "https://r")
-    assert page.startswith("# Title\n\ntext\n\n```python\na = 2\nprint(a)\n```")
+    page = tutorials.page(source, "https://r", "https://c")
+    links = "[Open in Colab](https://c) · [Download the notebook](1_x.ipynb)"
+    assert page.startswith(f"# Title\n\n{links}\n\ntext\n\n```python\na = 2\nprint(a)\n```")
     assert "```text" not in page  # nothing has been kept
     code = tutorials._code(cells[1], "2\npicture: x/y.png\n", source)
     assert code.endswith("```\n\n```text\n2\n```\n\n![what this cell draws](1_x/y.png)")
@@ -132,9 +133,59 @@ def test_the_table_of_settings_is_that_of_the_results(tmp_path: Path) -> None:
     table = choose.table(results).splitlines()
     assert table[0] == "| network and data | backprop | default | time |"
     assert table[2:] == ["| net | 91.0 | 90.5 (1) | 3.5 |", "| gpt | 2.500 (1) | 2.250 (1) | 3.0 |"]
+    every = choose.every(results).splitlines()
+    assert every[0] == "| setting | net | gpt |"
+    assert every[2:] == ["| `backprop` | 91.0 | 2.500 (1) |", "| `default` | 90.5 (1) | 2.250 (1) |"]
     page = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
-    assert choose.MARK in page and "| network and data | backprop | default |" in choose.filled(page)
+    assert (
+        choose.MARK in page
+        and choose.EVERY in page
+        and "| network and data | backprop | default |" in choose.filled(page)
+    )
     assert all(f"*{name}*" in page for name in choose.SETTINGS.values() if name[0] not in "br")  # explained there
+
+
+def test_the_tables_take_new_settings_seeds_that_ran_again_and_trainings_that_diverged(tmp_path: Path) -> None:
+    choose = tool("choose")
+    results = tmp_path / "learning.jsonl"
+    rows = [("backprop", seed, 90.0) for seed in range(3)] + [("newest", 0, "NaN"), ("newest", 1, 80.0)]
+    rows += [("backprop", 0, 93.0), ("strict-.1", 0, "NaN")]
+    line = '{{"row": "net, data", "setting": "{}", "seed": {}, "score": {}, "seconds": 1}}\n'
+    results.write_text("".join(line.format(*row) for row in rows))
+    assert choose.table(results).splitlines()[2] == "| net, data | 91.0 |  |  | diverged |"
+    assert choose.every(results).splitlines()[2:] == [
+        "| `backprop` | 91.0 |",
+        "| `strict-.1` | diverged |",
+        "| `newest` | 80.0 (1), 1 diverged |",
+    ]
+    folded = [row for row in choose.filled(f"{choose.MARK}\n\n{choose.EVERY}\n").splitlines() if "`strict-auto`" in row]
+    assert folded and folded[0].startswith("    | ")  # of the committed results, in no column of the first table
+
+
+def test_every_picture_of_the_gallery_is_drawn_by_the_code_that_it_names() -> None:
+    gallery = tool("gallery")
+    pictures = [picture for section in gallery.SECTIONS.values() for picture in section]
+    assert len({picture.place for picture in pictures}) == len(pictures) > 15
+    tutorials = {path.stem for path in (ROOT / "tutorials").glob("*.py")}
+    assert tutorials == {Path(picture.source).stem for picture in pictures if picture.source.startswith("tutorials/")}
+    for picture in pictures:
+        name = Path(picture.place).name
+        source = (ROOT / picture.source).read_text(encoding="utf-8")
+        assert name in source or picture.source.startswith("benchmarks/"), picture
+        if picture.source.startswith("benchmarks/"):
+            assert (ROOT / picture.place).exists(), picture
+        if picture.source.startswith("website/"):
+            assert (ROOT / "docs" / picture.place).exists(), picture
+
+
+def test_a_picture_that_the_site_has_not_is_told() -> None:
+    gallery = tool("gallery")
+    text = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    page = gallery.filled(text, {"pictures/relaxation.svg"}, "https://r")
+    assert "](pictures/relaxation.svg)" in page and page.count("![") == 1
+    lines = [line for line in page.splitlines() if line.endswith("(Not drawn in this build.)")]
+    assert len(lines) == sum(map(len, gallery.SECTIONS.values())) - 1
+    assert "[`benchmarks/solvers.py`](https://r/blob/main/benchmarks/solvers.py)" in page
 
 
 def test_a_formula_that_is_not_drawn_is_told(caplog: pytest.LogCaptureFixture) -> None:

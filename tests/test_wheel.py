@@ -18,10 +18,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "torch2ebm", "tests", "tutorials")
-OPTIONAL = ("matplotlib", "sklearn", "transformers", "scipy", "torchdiffeq", "tqdm", "hypothesis", "pytest")
+OPTIONAL = ("matplotlib", "pandas", "sklearn", "transformers", "scipy", "torchdiffeq", "tqdm", "hypothesis", "pytest")
 
 STEP = f"""
-import importlib.util, pathlib, sys
+import importlib.util, os, pathlib, sys
 import torch, torch2ebm
 
 assert pathlib.Path(torch2ebm.__file__).is_relative_to(sys.prefix), torch2ebm.__file__
@@ -39,12 +39,14 @@ for _ in range(20):
     optimizer.step()
     losses.append(loss.item())
 assert losses[-1] < losses[0] / 2, losses
+assert "n0 -> n1;" in model.draw().dot
+os.environ["PATH"] = ""  # no Graphviz either
 try:
     model.draw("graph.png")
 except torch2ebm.errors.ConfigurationError as error:
     assert "pip install torch2ebm[plot]" in str(error), error
 else:
-    raise AssertionError("there was matplotlib")
+    raise AssertionError("there was matplotlib, or Graphviz")
 assert "</html>" in torch2ebm.report(model).to_html("run.html")  # style and script are in the wheel, too
 print(model.summary())
 """
@@ -134,7 +136,7 @@ def test_the_wheel_asks_for_torch_and_numpy_alone(wheel: Path) -> None:
     found = metadata_of(wheel)
     required = found.get_all("Requires-Dist", [])
     assert sorted(line for line in required if "extra" not in line) == ["numpy", "torch>=2.6"]
-    extras = {"demo", "plot", "ode", "tensorboard", "wandb", "tutorials", "browser", "docs", "test"}
+    extras = {"demo", "plot", "ode", "pandas", "tensorboard", "wandb", "tutorials", "browser", "docs", "test"}
     assert extras == set(found.get_all("Provides-Extra", []))
     assert found["Requires-Python"] == ">=3.10" and found["Name"] == "torch2ebm"
     assert str(found.get_payload()).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -18,7 +18,10 @@ from torch2ebm.graph.granularity import Granularity
 from torch2ebm.graph.lone_node import ALONE, FINER, lone_node
 from torch2ebm.model.arguments import as_arguments
 from torch2ebm.model.energy_model import EnergyModel, convert
-from torch2ebm.reports.findings import Finding
+from torch2ebm.reports.findings import Finding, findings_frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,6 +43,14 @@ class CheckReport:
     def of_kind(self, kind: str) -> tuple[Finding, ...]:
         """The findings of one kind, for example ``"opaque"``."""
         return tuple(finding for finding in self.findings if finding.kind == kind)
+
+    def to_dataframe(self) -> DataFrame:
+        """The findings as a table: ``kind``, ``place``, ``text`` and ``remedy``.
+
+        Raises:
+            ConfigurationError: if pandas is not installed (``pip install torch2ebm[pandas]``).
+        """
+        return findings_frame(self.findings)
 
     def __repr__(self) -> str:
         kinds = ", ".join(sorted({finding.kind for finding in self.findings})) or "nothing to report"

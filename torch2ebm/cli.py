@@ -128,7 +128,8 @@ def _graph_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nodes", type=_nodes, default="auto", help=f"one of {', '.join(GRANULARITIES)}, or submodule names: a,b"
     )
-    parser.add_argument("--output", type=_path, default="graph.png", help="picture file")
+    parser.add_argument("--output", type=_path, default="graph.png", help="picture file, .dot for the text of Graphviz")
+    parser.add_argument("--depth", type=_depth, help="modules deeper than this are one box each; default: every node")
 
 
 def _diagnose_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +152,10 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)
+
+
+def _depth(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 def _seed(text: str) -> int:
@@ -211,7 +216,7 @@ def _graph(arguments: argparse.Namespace) -> int:
     model, x = _model_and_input(arguments)
     _output(model, x)
     converted = _run(lambda: convert(model, arguments.nodes, example_inputs=x))
-    converted.torch2ebm.draw(picture)
+    converted.torch2ebm.draw(picture, depth=arguments.depth)
     print(_run(lambda: check(model, x, arguments.nodes)))
     print(f"\nPicture: {arguments.output}")
     return 0

@@ -6,17 +6,17 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, astuple, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm, check_algorithm
 from torch2ebm.common.checks import check_steps
-from torch2ebm.common.text import aligned, html_table, short_table
+from torch2ebm.common.text import aligned, data_frame, html_table, short_table
 from torch2ebm.errors import ConfigurationError, LossIndependentError, NoSignalWarning, PartitionError, ShardingError
 from torch2ebm.isolation.module_state import plain_autograd, untouched
 from torch2ebm.model.arguments import called, check_not_meta, of_batch
@@ -25,6 +25,10 @@ from torch2ebm.reports.agreement import Agreement, agreement
 from torch2ebm.reports.comparison_page import comparison_page
 from torch2ebm.reports.page import written
 from torch2ebm.reports.plots import plot_comparison
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 Gradients = Mapping[str, Tensor]
 _HEADER = ("parameter", "algorithm", "cosine", "angle [deg]", "relative error", "norm ratio", "same sign")
@@ -91,9 +95,43 @@ class GradientComparison:
             }
         return result
 
-    def plot(self, path: str) -> None:
-        """Angle and relative error per layer, one line an algorithm, to a picture file. Needs matplotlib."""
-        plot_comparison(self, path)
+    def to_dataframe(self) -> DataFrame:
+        """A tidy table, one row a parameter, algorithm and step.
+
+        Its columns are ``parameter``, ``algorithm``, ``step`` and the measures of :class:`Agreement`. ``step`` is
+        missing (``<NA>``) for an algorithm as it was given, and a number of steps where ``steps`` were looked at.
+
+        Raises:
+            ConfigurationError: if pandas is not installed (``pip install torch2ebm[pandas]``).
+        """
+        measures = tuple(each.name for each in fields(Agreement))
+        return data_frame(("parameter", "algorithm", "step", *measures), self._measured())
+
+    def _measured(self) -> Iterator[tuple[Any, ...]]:
+        for name in self.algorithms:
+            given: list[tuple[int | None, Mapping[str, Agreement]]] = [(None, self.agreement[name])]
+            for step, found in [*given, *self.along.get(name, {}).items()]:
+                yield from ((parameter, name, step, *astuple(found[parameter])) for parameter in self.parameters)
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, ax: Any = None) -> Figure:
+        """Angle and relative error per parameter, one kind of point an algorithm. Needs matplotlib.
+
+        Parameters are categories: no line joins them. Inference steps are joined. An error of exactly zero lies below a
+        break of the logarithmic axis, an infinite one above a break.
+
+        Args:
+            path: Picture file, in the format of its suffix; None writes none.
+            ax: Axes of yours to draw into, where nothing outside of them is touched: a pair, for the angle and for the
+                relative error. With ``steps``, also four, in the order of ``subplots(2, 2)``: angle, angle along the
+                steps, error, error along the steps.
+
+        Returns:
+            The figure: a new one, which a notebook shows, or that of ``ax``.
+
+        Raises:
+            ConfigurationError: if matplotlib is not installed, or for another number of axes.
+        """
+        return plot_comparison(self, path, ax=ax)
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """One page that loads nothing from elsewhere: sorted tables with bars, and curves where steps were asked for.

@@ -1,4 +1,4 @@
-"""What is told how each step went: functions of your own, and ready objects for TensorBoard, W&B and a CSV file."""
+"""What is told how each step went: functions of your own, and ready objects for TensorBoard, W&B, a file, a line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, Final, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from torch2ebm.common.checks import check_steps
+from torch2ebm.common.checks import check_steps, require
 from torch2ebm.compare import compare
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.model.energy_model import EnergyModel
-from torch2ebm.reports.figures import require
+from torch2ebm.reports.progress_line import Progress
 
-__all__ = ["CSVFile", "Monitor", "Several", "StepDetails", "StepMonitor", "TensorBoard", "WeightsAndBiases"]
+__all__ = ["CSVFile", "Monitor", "Progress", "Several", "StepDetails", "StepMonitor", "TensorBoard", "WeightsAndBiases"]
 
 COLUMNS: Final = ("step", "name", "value")
 
@@ -315,7 +315,7 @@ def _trained(model: EnergyModel) -> dict[str, Tensor]:
 
 
 def _check_callable(where: str, monitor: object) -> None:
-    if not callable(monitor):
+    if not callable(monitor) or isinstance(monitor, Progress):
         raise ConfigurationError(
             where, repr(monitor), "a function of (name, value, step)", "For example CSVFile(path)."
         )

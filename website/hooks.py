@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import choose
 import formulas
+import gallery
 import links
+import notebooks
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -52,9 +54,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, target in FROM_ROOT.items():
         files.append(File.generated(config, target, content=(ROOT / source).read_text(encoding="utf-8")))
     for path in tutorials.scripts():
-        files.append(
-            File.generated(config, f"tutorials/{path.stem}.md", content=tutorials.page(path, config.repo_url or ""))
-        )
+        page = tutorials.page(path, config.repo_url or "", notebooks.colab(path, config.repo_url or ""))
+        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=page))
+        files.append(File.generated(config, f"tutorials/{path.stem}.ipynb", content=notebooks.notebook(path)))
         for picture in tutorials.pictures(path):
             target = f"tutorials/{path.stem}/{picture.name}"
             files.append(File.generated(config, target, abs_src_path=str(picture)))
@@ -73,7 +75,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     places |= {f"tutorials/{path.name}": f"tutorials/{path.stem}.md" for path in tutorials.scripts()}
     places |= FROM_ROOT
     markdown = links.led(markdown, source, page.file.src_uri, places, config.repo_url or "")
-    return choose.filled(markdown)
+    here = {file.src_uri for file in files}
+    return gallery.filled(choose.filled(markdown), here, config.repo_url or "")
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -47,19 +47,28 @@ def cells(path: Path) -> list[Cell]:
     ]
 
 
-def page(path: Path, repository: str) -> str:
-    """The tutorial in Markdown, with what it printed and drew when it was run."""
-    outputs = _outputs(path)
-    parts = [_text(cell) if cell.is_text else _code(cell, outputs.get(cell.line, ""), path) for cell in cells(path)]
+def page(path: Path, repository: str, colab: str) -> str:
+    """The tutorial in Markdown, with what it printed and drew when it was run.
+
+    Args:
+        path: Its script.
+        repository: The address of the sources.
+        colab: The address at which Colab opens its notebook.
+    """
+    kept = outputs(path)
+    parts = [text(cell) if cell.is_text else _code(cell, kept.get(cell.line, ""), path) for cell in cells(path)]
+    title, *below = parts[0].split("\n", 1)
+    links = f"[Open in Colab]({colab}) · [Download the notebook]({path.stem}.ipynb)"
     address = f"{repository}/blob/main/tutorials/{path.name}"
-    return "\n\n".join([*parts, "---", f"This page is made from [`tutorials/{path.name}`]({address})."])
+    end = f"This page is made from [`tutorials/{path.name}`]({address})."
+    return "\n\n".join([title, links, *(part.strip("\n") for part in below), *parts[1:], "---", end])
 
 
 def pictures(path: Path) -> Sequence[Path]:
-    return sorted(_folder(path).glob("*.png"))
+    return sorted(folder(path).glob("*.png"))
 
 
-def _text(cell: Cell) -> str:
+def text(cell: Cell) -> str:
     return "\n".join(re.sub(r"^# ?", "", line) for line in cell.content.strip().splitlines())
 
 
@@ -74,14 +83,14 @@ def _code(cell: Cell, output: str, path: Path) -> str:
     return shown + "".join(f"\n\n![what this cell draws]({path.stem}/{name})" for name in drawn)
 
 
-def _folder(path: Path) -> Path:
+def folder(path: Path) -> Path:
     """Named after the text, so that a tutorial that has changed has not been run."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return KEPT / f"{path.stem}-{digest}"
 
 
-def _outputs(path: Path) -> dict[int, str]:
-    kept = _folder(path) / "printed.json"
+def outputs(path: Path) -> dict[int, str]:
+    kept = folder(path) / "printed.json"
     if not kept.exists():
         return {}
     return {int(line): output for line, output in json.loads(kept.read_text(encoding="utf-8")).items()}
@@ -103,14 +112,13 @@ def main(arguments: Sequence[str]) -> None:
     if arguments:
         path = Path(arguments[0])
         printed = run(path)
-        (_folder(path) / "printed.json").write_text(json.dumps(printed, indent=1), encoding="utf-8")
+        (folder(path) / "printed.json").write_text(json.dumps(printed, indent=1), encoding="utf-8")
         return
     for path in scripts():
-        if not _outputs(path):
+        if not outputs(path):
             print("running", path.name, flush=True)
-            folder = _folder(path)
-            folder.mkdir(parents=True, exist_ok=True)
-            environment = {**os.environ, "TUTORIAL_OUTPUT": str(folder)}
+            folder(path).mkdir(parents=True, exist_ok=True)
+            environment = {**os.environ, "TUTORIAL_OUTPUT": str(folder(path))}
             subprocess.run([sys.executable, __file__, str(path)], cwd=ROOT, env=environment, check=True)
 
 

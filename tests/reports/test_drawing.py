@@ -115,12 +115,18 @@ def test_only_what_is_made_of_an_input_s_contents_is_drawn_as_an_input() -> None
     assert boxes == ["x"]
 
 
+@pytest.fixture
+def no_graphviz(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+
+
 def ink(path: Path) -> np.ndarray:
     pixels = image.imread(path)[..., :3]
     assert pixels.std() > 0.02, "a blank picture"
     return pixels
 
 
+@pytest.mark.usefixtures("no_graphviz")
 @cases
 def test_the_picture_is_a_png_that_grows_with_the_graph(problem: Problem, tmp_path: Path) -> None:
     heights = []
@@ -133,12 +139,15 @@ def test_the_picture_is_a_png_that_grows_with_the_graph(problem: Problem, tmp_pa
     assert heights == sorted(heights)
 
 
+@pytest.mark.usefixtures("no_graphviz")
 def test_drawing_knows_nothing_of_pyplot(tmp_path: Path) -> None:
     """In a process of its own: another test of this one may have imported it."""
     drawing = """
 import sys, torch, torch2ebm
 net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
 torch2ebm.convert(net, example_inputs=torch.zeros(2, 4)).draw(sys.argv[1])
+from torch2ebm.reports import plots
+plots.plot_energy({"mine": (3.0, 2.0)})
 sys.exit("matplotlib.pyplot" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", drawing, str(tmp_path / "graph.svg")], check=True)
@@ -150,6 +159,7 @@ def test_a_suffix_that_is_no_format_is_refused(tmp_path: Path) -> None:
         converted(DRAWN[0], "layer").draw(str(tmp_path / "graph.nix"))
 
 
+@pytest.mark.usefixtures("no_graphviz")
 def test_without_matplotlib_the_message_names_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = torch2ebm.convert(nn.Linear(2, 2), example_inputs=torch.randn(1, 2))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -1,4 +1,4 @@
-"""The pictures of gradients and energies: files with ink, and the numbers that stand behind the lines."""
+"""The pictures of gradients and energies: files with ink, and the numbers that stand behind points and lines."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,27 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import torch2ebm
-from torch2ebm.reports import figures as extras
 from torch2ebm.reports import plots
 
 pytest.importorskip("matplotlib")
 from matplotlib import image
-from matplotlib.figure import Figure
 
 STEPS = 12
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved, to look at what is in them."""
-    figures: list[Figure] = []
-
-    def save(figure: Figure, path: str) -> None:
-        figures.append(figure)
-        extras.save(figure, path)
-
-    monkeypatch.setattr(plots, "save", save)
-    return figures
 
 
 def net() -> nn.Sequential:
@@ -71,65 +56,72 @@ def lines(axes: Any) -> dict[str, list[float]]:
     return {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
 
 
-def test_the_comparison_has_a_line_for_each_algorithm_over_the_parameters(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_the_comparison_has_points_for_each_algorithm_over_the_parameters(tmp_path: Path) -> None:
     comparison = compared()
-    comparison.plot(str(tmp_path / "angles.png"))
+    figure = comparison.plot(str(tmp_path / "angles.png"))
     assert_picture(tmp_path / "angles.png")
-    angles, errors = drawn[0].axes
+    angles, errors = figure.axes
     expected = {n: [comparison.agreement[n][p].angle for p in comparison.parameters] for n in comparison.algorithms}
     assert lines(angles) == expected
-    assert errors.get_yscale() == "log"
-    assert all(error > 0 for curve in lines(errors).values() for error in curve)
+    expected = {n: [comparison.agreement[n][p].relative_error for p in comparison.parameters] for n in lines(errors)}
+    assert lines(errors) == expected
     assert [label.get_text() for label in errors.get_xticklabels()] == list(comparison.parameters)
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == list(comparison.algorithms)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(comparison.algorithms)
     assert len({line.get_marker() for line in angles.get_lines()}) == 2
 
 
-def test_steps_that_were_looked_at_add_two_panels(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_parameters_are_categories_without_a_line_and_steps_have_one() -> None:
+    panels = np.reshape(compared(steps=[2, 6, 20]).plot().axes, (2, 2))
+    styles = [[{line.get_linestyle() for line in panel.get_lines()} for panel in column] for column in panels.T]
+    assert styles == [[{"None"}, {"None"}], [{"-"}, {"-"}]]
+    assert all(line.get_marker() not in ("None", "") for panel in panels.flat for line in panel.get_lines())
+
+
+def test_steps_that_were_looked_at_add_two_panels(tmp_path: Path) -> None:
     comparison = compared(steps=[2, 6, 20])
-    comparison.plot(str(tmp_path / "angles.png"))
+    figure = comparison.plot(str(tmp_path / "angles.png"))
     assert_picture(tmp_path / "angles.png")
-    along = drawn[0].axes[1]
+    along = figure.axes[1]
     means = [np.mean([a.angle for a in comparison.along["PredictiveCoding"][n].values()]) for n in (2, 6, 20)]
-    assert len(drawn[0].axes) == 4
+    assert len(figure.axes) == 4
     assert lines(along)["PredictiveCoding"] == pytest.approx(means)
     assert list(along.get_lines()[0].get_xdata()) == [2, 6, 20]
 
 
 @pytest.mark.parametrize(("curve", "scale"), [((8.0, 5.0, 4.0), "linear"), ((90.0, 5.0, 1.0), "log")])
 def test_the_energy_axis_is_logarithmic_where_it_spans_decades(
-    curve: tuple[float, ...], scale: str, tmp_path: Path, drawn: list[Figure]
+    curve: tuple[float, ...], scale: str, tmp_path: Path
 ) -> None:
-    plots.plot_energy({"PredictiveCoding": curve}, str(tmp_path / "energy.png"))
+    figure = plots.plot_energy({"PredictiveCoding": curve}, str(tmp_path / "energy.png"))
     assert_picture(tmp_path / "energy.png")
-    assert drawn[0].axes[0].get_yscale() == scale
-    assert lines(drawn[0].axes[0]) == {"PredictiveCoding": list(curve)}
+    assert figure.axes[0].get_yscale() == scale
+    assert lines(figure.axes[0]) == {"PredictiveCoding": list(curve)}
 
 
-def test_an_energy_that_reaches_zero_has_a_linear_axis(tmp_path: Path, drawn: list[Figure]) -> None:
-    plots.plot_energy({"PredictiveCoding": (5.0, 0.0)}, str(tmp_path / "energy.png"))
-    assert drawn[0].axes[0].get_yscale() == "linear"
+def test_an_energy_that_reaches_zero_has_a_linear_axis(tmp_path: Path) -> None:
+    figure = plots.plot_energy({"PredictiveCoding": (5.0, 0.0)}, str(tmp_path / "energy.png"))
+    assert figure.axes[0].get_yscale() == "linear"
 
 
 @pytest.mark.parametrize("of", [lambda state: state, lambda state: state.relaxation], ids=["state", "relaxation"])
-def test_the_error_map_shows_the_wave_front(of: Callable[[Any], Any], tmp_path: Path, drawn: list[Figure]) -> None:
+def test_the_error_map_shows_the_wave_front(of: Callable[[Any], Any], tmp_path: Path) -> None:
     state = relaxed()
-    plots.plot_error_map(of(state), str(tmp_path / "errors.png"))
+    figure = plots.plot_error_map(of(state), str(tmp_path / "errors.png"))
     assert_picture(tmp_path / "errors.png")
-    shown = drawn[0].axes[0].get_images()[0].get_array()
+    shown = figure.axes[0].get_images()[0].get_array()
     hidden = list(state.graph.hidden_nodes)
     assert shown.shape == (len(hidden), STEPS + 1)
     # one level a step: a node is without error (masked, hence grey) until the step that is its level
     first = [int(np.argmin(np.ma.getmaskarray(np.ma.masked_invalid(row)))) for row in shown]
     assert first == [node.level for node in hidden]
-    assert [label.get_text() for label in drawn[0].axes[0].get_yticklabels()] == [node.name for node in hidden]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [node.name for node in hidden]
 
 
-def test_many_nodes_have_labels_that_can_be_read(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_many_nodes_have_labels_that_can_be_read(tmp_path: Path) -> None:
     relaxation = torch2ebm.Relaxation(node_energy={f"layers.{i}": (0.0, 1.0, 2.0) for i in range(100)})
-    plots.plot_error_map(relaxation, str(tmp_path / "errors.png"))
+    figure = plots.plot_error_map(relaxation, str(tmp_path / "errors.png"))
     assert_picture(tmp_path / "errors.png")
-    assert len(drawn[0].axes[0].get_yticks()) <= plots.MOST_LABELS
+    assert len(figure.axes[0].get_yticks()) <= plots.MOST_LABELS
 
 
 def test_a_report_without_energies_is_refused(tmp_path: Path) -> None:

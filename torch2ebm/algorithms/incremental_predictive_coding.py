@@ -213,7 +213,7 @@ class _Step:
         rest = self._rest()
         if shown:
             self._end()
-        relaxation = report(self.inference, step, rest, tol=0.0)
+        relaxation, values = report(self.inference, step, rest, tol=0.0), self.inference.values
         if shown:
             self.inference.history.pop()  # the next step begins with this line, at the weights of then
         state = InferenceState(
@@ -226,7 +226,7 @@ class _Step:
             energies=as_they_are(self.inference.energies),
             phases=(relaxation,),
             moment=-2 if shown else -1,
-            rounds=True,
+            rounded={slot: values.is_rounded(slot, self.predictions[slot]) for slot in self.errors if slot in values},
         )
         clamped = {name: gradient * scale for name, gradient in self.gradients.clamped.items()}
         parameters = {name: gradient * scale for name, gradient in self.gradients.parameters.items()}

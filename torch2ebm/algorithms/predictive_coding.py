@@ -101,7 +101,8 @@ class PredictiveCoding(Algorithm):
             since. Where there is none, or a shape is another, it is the feed-forward pass. ``model.forget()`` begins
             anew, checkpoints of the optimizer keep the values, and ``detach()`` drops them.
         on_step: Called with an :class:`InferenceStep` after every step of every phase, under ``compile=True`` too. Each
-            call costs one evaluation of all nodes more. What it raises ends the backward, which leaves no trace.
+            call costs one evaluation of all nodes more. What it raises ends the backward, which leaves no trace. One
+            with a method ``wants(step, last)``, as :class:`torch2ebm.monitor.Progress`, is asked first.
 
     Raises:
         ConfigurationError: for an illegal step size, number of steps, precision, energy, node name or reduction.

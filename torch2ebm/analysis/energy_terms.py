@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,12 +20,16 @@ from torch2ebm.analysis.energy_function import (
 )
 from torch2ebm.common.checks import check_finite
 from torch2ebm.common.nested import leaves_of, map_leaves
+from torch2ebm.common.text import data_frame
 from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.precision import Precision
 from torch2ebm.errors import BatchDimensionError, ConfigurationError, LossNotRecordedError
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.potentials.node_energies import node_energies
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 LossFunction = Callable[..., Tensor]
 _WHERE = "model.energy(loss_fn=...)"
@@ -67,6 +71,18 @@ class EnergyTerms:
         """
         found: EnergyTerms = map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, self)
         return found
+
+    def to_dataframe(self) -> DataFrame:
+        """A table, one row a sample and node: ``sample``, ``node`` and ``energy``; the node ``(loss)`` is the loss.
+
+        Raises:
+            ConfigurationError: if pandas is not installed (``pip install torch2ebm[pandas]``).
+        """
+        terms = {**self.nodes, **({} if self.loss is None else {"(loss)": self.loss})}
+        columns = {name: energy.detach().tolist() for name, energy in terms.items()}
+        samples = range(len(self.total))
+        rows = ((sample, name, column[sample]) for sample in samples for name, column in columns.items())
+        return data_frame(("sample", "node", "energy"), rows)
 
 
 def energy_terms(

@@ -24,6 +24,7 @@ from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.errors import ConfigurationError, NotSettledWarning, Torch2EBMError
 from torch2ebm.graph.energy_graph import EnergyGraph
+from torch2ebm.inference.relaxation import OnStep
 from torch2ebm.inference.solver import Solver
 from torch2ebm.isolation.module_state import untouched
 from torch2ebm.memory.last_values import FEEDFORWARD, LAST, STARTS
@@ -90,12 +91,23 @@ class How:
         energies: By node.
         start: Where values begin that have no start of their own.
         programs: Where recorded steps are kept; None records none.
+        on_step: Called after every step.
     """
 
     solver: Solver[Any]
     energies: Mapping[str, Energy]
     start: str = FEEDFORWARD
     programs: Programs | None = None
+    on_step: OnStep | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_step is not None and not callable(self.on_step):
+            raise ConfigurationError(
+                "model.infer(on_step=...)",
+                repr(self.on_step),
+                "a function of one InferenceStep",
+                "For example torch2ebm.monitor.Progress().",
+            )
 
 
 def answered(run: Run, inputs: Inputs, how: How) -> Inferred:
@@ -167,7 +179,7 @@ def _answered(run: Run, call: Call, inputs: Inputs, how: How) -> Inferred:
         call = beside_each_other(run, call, inputs, chains, {**energies, **inputs.energies})
         pattern = replace(pattern, carried=carried(call.graph, pattern))
     together, recorded = {**energies, **inputs.energies}, how.programs is not None
-    answer = Clamped.of(call, pattern, together, starts, how.start, recorded).relaxed(solver, how.programs)
+    answer = Clamped.of(call, pattern, together, starts, how.start, recorded).relaxed(solver, how.programs, how.on_step)
     tell_unsettled(question.where, solver, answer)
     return _result(call, answer, inputs, chains, places.also)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from torch2ebm.common.known_names import KnownNames
-from torch2ebm.common.text import MOST_ROWS, html_table, short_table
+from torch2ebm.common.text import MOST_ROWS, data_frame, html_table, short_table
 from torch2ebm.engine.results import Relaxation
 from torch2ebm.errors import BatchDimensionError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _HEADER = ("node", "value", "given", "|error|", "energy")
 
@@ -109,10 +113,28 @@ class Inferred:
     def _title(self) -> str:
         return f"Inferred: {self.relaxation!r}"
 
-    def _row(self, name: str) -> list[str]:
+    def to_dataframe(self) -> DataFrame:
+        """A table, one row a node or input: ``node``, ``shape``, ``given``, ``error`` and ``energy``.
+
+        ``error`` is the norm over all entries, ``energy`` the sum over samples, NaN where it is not per sample.
+        ``relaxation.to_dataframe()`` has the energies of every step.
+
+        Raises:
+            ConfigurationError: if pandas is not installed (``pip install torch2ebm[pandas]``).
+        """
+        return data_frame(("node", "shape", "given", "error", "energy"), map(self._measured, self.parts))
+
+    def _measured(self, name: str) -> tuple[str, str, str, float, float]:
         parts = self.parts[name]
         error = float(sum(part.error.double().square().sum() for part in parts) ** 0.5)
         energies = [part.energy for part in parts if part.energy is not None]
-        energy = f"{float(sum(each.sum() for each in energies)):.4g}" if len(energies) == len(parts) else "?"
+        energy = float(sum(each.sum() for each in energies)) if len(energies) == len(parts) else math.nan
         shapes = " ".join(str(list(part.value.shape)) for part in parts)
-        return [name, shapes, ", ".join(dict.fromkeys(part.given for part in parts)), f"{error:.4g}", energy]
+        return name, shapes, ", ".join(dict.fromkeys(part.given for part in parts)), error, energy
+
+    def _row(self, name: str) -> list[str]:
+        *words, error, energy = self._measured(name)
+        return [*map(str, words), f"{error:.4g}", f"{energy:.4g}" if self._is_of_samples(name) else "?"]
+
+    def _is_of_samples(self, name: str) -> bool:
+        return all(part.energy is not None for part in self.parts[name])

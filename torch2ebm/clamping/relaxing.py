@@ -20,7 +20,7 @@ from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.results import InferenceState, Relaxation
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.inference.base import Inference
-from torch2ebm.inference.relaxation import relax
+from torch2ebm.inference.relaxation import InferenceStep, OnStep, is_wanted, relax
 from torch2ebm.inference.solver import Solver
 from torch2ebm.loss.output_loss import OutputLoss
 from torch2ebm.memory.last_values import AVERAGE, FEEDFORWARD, LAST
@@ -34,6 +34,25 @@ class Answer:
     found: Mapping[str, Found]
     relaxation: Relaxation
     samples: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class FreeSteps:
+    """Shows the steps of a rewritten graph, of its nodes those that stand in the captured one as they are."""
+
+    on_step: OnStep
+    free: frozenset[str]
+
+    def wants(self, step: int, last: bool) -> bool:
+        return is_wanted(self.on_step, step, last)
+
+    def __call__(self, step: InferenceStep) -> None:
+        value, error, energy = (
+            {name: each for name, each in found.items() if name in self.free}
+            for found in (step.value, step.error, step.node_energy)
+        )
+        rest = step.energy - sum(energy.values())
+        self.on_step(replace(step, value=value, error=error, node_energy=energy, loss=rest))
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,21 +122,30 @@ class Clamped:
         begin_at(inference, {**kept_start(inference, self.kept, INFERRED, NUDGED), **self.starts})
         return inference
 
-    def relaxed(self, solver: Solver[Any], programs: Programs | None = None) -> Answer:
-        """What the solver has found; with programs its steps are recorded."""
+    def relaxed(self, solver: Solver[Any], programs: Programs | None = None, on_step: OnStep | None = None) -> Answer:
+        """What the solver has found; with programs its steps are recorded. ``on_step`` sees what is wholly free."""
         if not self.call.graph.hidden_nodes:
             values = {slot: at_least_single(value) for slot, value in self.call.values.items()}
             total, _ = self.loss.gradients(values)
             return Answer(self._found(values, {}), Relaxation(converged=True, energy=(float(total),)))
         inference = self.inference(solver)
         draws: dict[str, list[Tensor]] = {}
-        found = relax(solver, inference, 1.0, programs) if not solver.samples else sampled(solver, inference, draws)
+        shown = None if on_step is None else FreeSteps(on_step, self._free())
+        if solver.samples:
+            found = sampled(solver, inference, draws, shown)
+        else:
+            found = relax(solver, inference, 1.0, programs, shown)
         state = found.state
         self._keep(state)
         errors = {slot: error * state.error_unit for slot, error in state.errors.items()}
         # r and its regime are of a nudge, and nothing is nudged here
         relaxation = replace(state.relaxation, sigma_squared=None)
         return Answer(self._found(state.predictions, errors), relaxation, self._samples(draws))
+
+    def _free(self) -> frozenset[str]:
+        """The nodes of which nothing is given: they are the same in the rewritten graph."""
+        held = self.pattern.given.keys() | self.pattern.ties.keys()
+        return frozenset(name for name, node in self.original.nodes.items() if held.isdisjoint(node.slots))
 
     def _keep(self, state: InferenceState) -> None:
         memory, values, size = self.call.memory, ended_at(state), self.call.batch_size

@@ -13,7 +13,7 @@ from torch2ebm.clamping.pattern import Pattern
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.inference.base import Inference
-from torch2ebm.inference.relaxation import heat_of, report
+from torch2ebm.inference.relaxation import OnStep, heat_of, is_wanted, report, step_of
 from torch2ebm.inference.solver import Rest, Solver
 
 
@@ -40,7 +40,9 @@ def carried(graph: EnergyGraph, pattern: Pattern) -> frozenset[str]:
     return frozenset(slot for slot in free if graph.owner[slot].operations)  # another only shows a value
 
 
-def sampled(solver: Solver[Any], inference: Inference, draws: dict[str, list[Tensor]]) -> LocalGradients:
+def sampled(
+    solver: Solver[Any], inference: Inference, draws: dict[str, list[Tensor]], on_step: OnStep | None = None
+) -> LocalGradients:
     """Run a solver that samples; each draw is added to ``draws``, by slot.
 
     Returns:
@@ -55,6 +57,8 @@ def sampled(solver: Solver[Any], inference: Inference, draws: dict[str, list[Ten
         if solver.is_draw(step):
             for slot, value in inference.values.items():
                 draws.setdefault(slot, []).append(value.clone())
+        if on_step and is_wanted(on_step, step, step == solver.steps):
+            on_step(step_of(inference, step, 1.0, last=step == solver.steps))
     found = inference.local_gradients()
     relaxation = report(inference, int(solver.steps), Rest(math.nan, False), 0.0, remedy=solver.remedy, heat=heat)
     return replace(found, state=replace(found.state, relaxation=relaxation, phases=(relaxation,)))

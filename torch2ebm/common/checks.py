@@ -1,12 +1,24 @@
-"""Checks of the numbers and choices that people pass. Each raises the same four-part error."""
+"""Checks of the numbers and choices that people pass, and of packages. Each raises the same four-part error."""
 
 from __future__ import annotations
 
 import math
+from importlib import import_module
+from types import ModuleType
 
 from torch2ebm.errors import ConfigurationError
 
 REDUCTIONS = ("mean", "sum")
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """The imported module. Raises :class:`ConfigurationError` that names the extra to install."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"import {module}", str(error), "an optional package of torch2ebm", f"Run pip install torch2ebm[{extra}]."
+        ) from error
 
 
 def check_positive(where: str, **numbers: float) -> None:

@@ -1,12 +1,18 @@
-"""Tables of text and of HTML, and lists that stay short."""
+"""Tables as text, as HTML and as data frames, and lists that stay short."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
+
+from torch2ebm.common.checks import require
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 MOST_ROWS: Final = 10  # of what is shown in a console unasked
+MOST_CHARACTERS: Final = 32  # of what a node does, in a picture
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -39,6 +45,16 @@ def html_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]])
     return f"<p>{html.escape(title)}</p><table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
+def data_frame(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> DataFrame:
+    """A table of pandas. Whole numbers that may be missing stay whole: the column ``step``.
+
+    Raises:
+        ConfigurationError: if pandas is not installed.
+    """
+    frame: DataFrame = require("pandas", "pandas").DataFrame(list(rows), columns=list(columns))
+    return frame.astype({"step": "Int64"}) if "step" in columns else frame
+
+
 def html_text(text: str) -> str:
     """Text for a notebook, its lines as they are."""
     return f"<pre>{html.escape(text)}</pre>"
@@ -47,3 +63,13 @@ def html_text(text: str) -> str:
 def listed(names: Sequence[str], most: int = 20) -> str:
     """The names, or the first of them and how many follow."""
     return ", ".join(names) if len(names) <= most else f"{', '.join(names[:most])}, ... and {len(names) - most} more"
+
+
+def abridged(description: str) -> str:
+    """First operations and the last one: ``Linear > chunk > … > reshape``."""
+    operations = description.split(" > ")
+    kept = operations
+    while len(" > ".join(kept)) > MOST_CHARACTERS and len(operations) > 2:
+        operations = [*operations[:-2], operations[-1]]
+        kept = [*operations[:-1], "…", operations[-1]]
+    return " > ".join(kept)

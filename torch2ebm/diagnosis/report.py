@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch2ebm.algorithms.base import Algorithm
 from torch2ebm.common.text import html_text, listed
@@ -12,7 +13,10 @@ from torch2ebm.diagnosis.loss_scale import LossScale
 from torch2ebm.diagnosis.reach import Reach
 from torch2ebm.diagnosis.spectrum import Spectrum
 from torch2ebm.reports.agreement import Agreement
-from torch2ebm.reports.findings import Finding
+from torch2ebm.reports.findings import Finding, findings_frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 WEAK, STRONG = 0.1, 10.0  # r below and above which a nudge is called infinitesimal, and clamped
 
@@ -139,6 +143,15 @@ class Diagnosis:
     def of_kind(self, kind: str) -> tuple[Finding, ...]:
         """The problems and notes of one kind, for example ``"step size"``."""
         return tuple(finding for finding in (*self.problems, *self.notes) if finding.kind == kind)
+
+    def to_dataframe(self) -> DataFrame:
+        """The problems, then the notes, as a table: ``kind``, ``place``, ``text``, ``remedy`` and ``is_problem``.
+
+        Raises:
+            ConfigurationError: if pandas is not installed (``pip install torch2ebm[pandas]``).
+        """
+        frame = findings_frame((*self.problems, *self.notes))
+        return frame.assign(is_problem=[True] * len(self.problems) + [False] * len(self.notes))
 
     def __repr__(self) -> str:
         kinds = ", ".join(dict.fromkeys(finding.kind for finding in self.problems)) or "nothing wrong"

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from torch2ebm.common.text import MOST_ROWS, html_table, short_table
+from torch2ebm.common.text import MOST_ROWS, data_frame, html_table, short_table
 from torch2ebm.engine.call import at_least_single
 from torch2ebm.engine.energies import Energy, gaussian_energy
 from torch2ebm.engine.per_node import PerNode
 from torch2ebm.engine.progress import progress_of
 from torch2ebm.errors import BatchDimensionError, NoStateError
 from torch2ebm.graph.energy_graph import EnergyGraph
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _HEADER = ("node", "value", "|error|", "energy")
 
@@ -138,6 +141,21 @@ class Relaxation:
         parts += [f"regime={self.regime!r}"] * bool(self.regime)
         return f"Relaxation({', '.join(parts)})"
 
+    def to_dataframe(self) -> DataFrame:
+        """The energies as a table, one row a step and node: the columns ``step``, ``node`` and ``energy``.
+
+        Step 0 is the start. The node ``(loss)`` is lambda times the loss, so that the energies of a step sum to F.
+
+        Raises:
+            ConfigurationError: if pandas is not installed (``pip install torch2ebm[pandas]``).
+        """
+        return data_frame(("step", "node", "energy"), self._steps())
+
+    def _steps(self) -> Iterator[tuple[int, str, float]]:
+        curves = {**self.node_energy, **({"(loss)": self.loss} if self.loss else {})}
+        for step in range(max(map(len, curves.values()), default=0)):
+            yield from ((step, name, curve[step]) for name, curve in curves.items())
+
     @property
     def sample_converged(self) -> Tensor | None:
         """Which samples met ``tol``, shape ``[batch]``; None where no ``tol`` was asked for."""
@@ -159,7 +177,8 @@ class InferenceState:
             the gradients of their parameters are exactly zero.
         moment: Which entry of the relaxation's energies these values belong to: the last, and the one before it under
             ``IncrementalPredictiveCoding``, whose values move once more.
-        rounds: Whether errors are differences of stored values, which round: then small ones have no digits.
+        rounded: By slot, whether the rounding of its value or prediction is in its error: then a small one has no
+            digits. A missing one has all of them.
         energies: Energy by node; a missing one is Gaussian of precision 1.
         phases: One relaxation for each nudged phase; the first of them, whose values these are, is ``relaxation``.
         feedforward_distance: |equilibrium - feed-forward| / |feed-forward| of the outputs; None without a free phase.
@@ -192,7 +211,7 @@ class InferenceState:
     feedforward_distance: float | None = None
     loss_weight: float | None = None
     loss_terms: float = 1.0
-    rounds: bool = False
+    rounded: Mapping[str, Tensor | bool] = field(default_factory=dict)
     moment: int = -1
 
     def __repr__(self) -> str:
@@ -224,7 +243,7 @@ class InferenceState:
         An optimizer as Adam scales noise to full steps. A solver that stores errors, for example
         ``ErrorConjugateGradient``, keeps their digits.
         """
-        return tuple(node.name for node in self.graph.hidden_nodes if self.rounds and self._is_rounding(node.slots))
+        return tuple(node.name for node in self.graph.hidden_nodes if self._is_rounding(node.slots))
 
     @property
     def relative_residual(self) -> Tensor | None:
@@ -311,7 +330,21 @@ class InferenceState:
             "relaxation/residual": last.residual,
         }
 
+    def to_dataframe(self) -> DataFrame:
+        """The energies as a table, one row a step and node: ``phase``, ``step``, ``node`` and ``energy``.
+
+        A phase is a relaxation, counted from 0 as in ``phases``. See :meth:`Relaxation.to_dataframe`.
+
+        Raises:
+            ConfigurationError: if pandas is not installed (``pip install torch2ebm[pandas]``).
+        """
+        phases = enumerate(self.phases or (self.relaxation,))
+        rows = ((phase, *row) for phase, relaxation in phases for row in relaxation._steps())
+        return data_frame(("phase", "step", "node", "energy"), rows)
+
     def _is_rounding(self, slots: Sequence[str]) -> bool:
+        if not any(self.rounded.get(slot, False) for slot in slots):
+            return False
         found = [slot for slot in slots if slot in self.errors and slot in self.predictions]
         pairs = [(self._error(slot), self._prediction(slot)) for slot in found]
         largest = [

@@ -124,8 +124,8 @@ def _is_rounding(state: InferenceState, slot: str, times: float = 1.0) -> bool:
 
 def _swallowed(state: InferenceState, graph: EnergyGraph) -> Iterator[str]:
     """Nodes without an error next to one whose error is so small that a step of a part of it moves no value."""
-    for node in graph.nodes.values() if state.rounds else ():
-        small = all(_is_rounding(state, slot, SWALLOWED) for slot in node.slots)
+    for node in graph.nodes.values():
+        small = all(state.rounded.get(slot) and _is_rounding(state, slot, SWALLOWED) for slot in node.slots)
         if small and any(bool(state.errors[slot].any()) for slot in node.slots if slot in state.errors):
             parents = {graph.owner[slot] for slot in node.reads}
             yield from (each.name for each in parents if not _with_error(state, graph, [each.name]))

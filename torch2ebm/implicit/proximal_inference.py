@@ -195,7 +195,7 @@ class ProximalInference:
             point.errors,
             relaxation=report,
             unreached=unreached,
-            rounds=True,
+            rounded=dict.fromkeys(point.errors, True),
         )
         return LocalGradients(gradients.parameters, [None] * len(self.call.tensors), state)
 

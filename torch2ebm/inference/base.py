@@ -6,7 +6,7 @@ Each node is evaluated on leaves, so an autograd graph covers one node and never
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -78,7 +78,7 @@ class Inference(ABC):
     ) -> None:
         self.call, self.graph, self.loss, self.energies = call, call.graph, loss, energies
         hidden = [slot for node in self.graph.hidden_nodes for slot in node.slots]
-        self.values = {slot: at_least_single(call.values[slot]) for slot in hidden}
+        self.values: MutableMapping[str, Tensor] = {slot: at_least_single(call.values[slot]) for slot in hidden}
         # the nodes read what the module computed: half precision, for example, under autocast
         self._read_as = {slot: call.values[slot].dtype for slot in hidden}
         if not retain_call:  # the feed-forward values go as soon as the values have left them
@@ -356,7 +356,7 @@ class Inference(ABC):
             error_unit=-1 / self.loss.scale if self.loss.scale else 0.0,
             unreached=tuple(result.unreached),
             energies=as_they_are(self.energies),
-            rounds=self.rounds,
+            rounded=result.rounded,
         )
         inputs = self.call.input_gradients(result.gradients.clamped)
         learned = by_parameter(self.energies, result.of_energies)

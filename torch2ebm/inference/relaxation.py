@@ -23,6 +23,7 @@ from torch2ebm.inference.runs import EagerRun, ProgramRun
 from torch2ebm.inference.settling import CEILING, Settling, tell_ceiling
 from torch2ebm.inference.solver import REMEDY, Form, Rest, Solver, tolerance
 from torch2ebm.inference.step_size import correct, look_at_rises, look_at_stiffness
+from torch2ebm.inference.value_inference import ValueInference
 from torch2ebm.programs.cache import Programs
 
 RISE = 1e3  # an energy that has risen by so many times its start is no overshoot any more
@@ -43,6 +44,9 @@ class InferenceStep:
         energy: F, summed over samples: what ``relaxation.energy[step]`` will be.
         node_energy: The share of each of these nodes.
         loss: The rest: ``beta`` times the loss.
+        residual: As :attr:`Relaxation.residual`, after this step; NaN where it was not measured. Without a ``tol`` only
+            the last step is measured.
+        last: Whether the relaxation ends here.
 
     Example:
         >>> import torch, torch2ebm
@@ -61,9 +65,17 @@ class InferenceStep:
     energy: float
     node_energy: Mapping[str, float]
     loss: float
+    residual: float = math.nan
+    last: bool = False
 
 
 OnStep = Callable[[InferenceStep], object]
+
+
+def is_wanted(on_step: OnStep | None, step: int, last: bool) -> bool:
+    """Whether a step is to be shown. An object with ``wants(step, last)`` is asked, and what it passes over is free."""
+    wants = getattr(on_step, "wants", None)
+    return on_step is not None and (wants is None or bool(wants(step, last)))
 
 
 def relax(
@@ -80,7 +92,8 @@ def relax(
         inference: What they are: ``solver.inference(call, loss, energies, retain_call)``.
         beta: The nudge that the report shows. The loss has it already (:class:`NudgedLoss`).
         programs: Where recorded steps are kept, under ``compile=True``; None records none.
-        on_step: Called after every step; each call costs one evaluation of all nodes more.
+        on_step: Called after every step; each call costs one evaluation of all nodes more. One that has a method
+            ``wants(step, last)`` is asked first.
 
     Returns:
         The local gradients, whose ``state.relaxation`` has steps, residual, convergence and the energy of every step.
@@ -114,18 +127,17 @@ def relax(
         measured = tol > 0 or steps == most - 1
         inference.measuring = measured and not solver.relative_residual  # which has a measure of its own
         steps += run.advance(1 if on_step else _steps_unwatched(tol, most, steps))
-        if on_step:
-            run.show()
-            on_step(step_of(inference, steps, beta))
         if solver.is_draw(steps):
             draws.add(_gradients_here(inference))
         if measured:
             rest = run.rest()
             if solver.steps == AUTO:
                 rest = settling.seen(rest)
-            if rest.reached:
-                break
-        if steps % WATCHED == 0 and _has_run_away(inference, heat):
+        ends = rest.reached or steps >= most or (steps % WATCHED == 0 and _has_run_away(inference, heat))
+        if on_step and is_wanted(on_step, steps, ends):
+            run.show()
+            on_step(step_of(inference, steps, beta, rest.residual if measured else math.nan, ends))
+        if ends:
             break
     # before the report: the last pass adds the final energy to the history
     gradients = run.local_gradients()
@@ -158,7 +170,9 @@ def _gradients_here(inference: Inference) -> LocalGradients:
     return found
 
 
-def step_of(inference: Inference, steps: int, beta: float) -> InferenceStep:
+def step_of(
+    inference: Inference, steps: int, beta: float, residual: float = math.nan, last: bool = False
+) -> InferenceStep:
     """Where a relaxation is now. Nothing of it moves, and no count of it goes on."""
     call, values = inference.call, dict[str, Tensor]()
     value: dict[str, Any] = {}
@@ -180,14 +194,17 @@ def step_of(inference: Inference, steps: int, beta: float) -> InferenceStep:
         with torch.no_grad():  # its own parameters may require one
             energy[node.name] = sum(float(phi.of_batch(*pair)) for pair in zip(errors, predictions, strict=True))
     loss = float(inference.loss.gradients(outputs)[0])
-    return InferenceStep(steps, beta, value, error, loss + sum(energy.values()), energy, loss)
+    return InferenceStep(steps, beta, value, error, loss + sum(energy.values()), energy, loss, residual, last)
 
 
 def _value_and_error(inference: Inference, slot: str, prediction: Tensor) -> tuple[Tensor, Tensor]:
-    if not isinstance(inference, ErrorInference):
-        return inference.values[slot].clone(), inference.values[slot] - prediction
-    error = inference.errors[slot].clone() if slot in inference.errors else torch.zeros_like(prediction)
-    return prediction + error, error
+    if isinstance(inference, ErrorInference):
+        error = inference.errors[slot].clone() if slot in inference.errors else torch.zeros_like(prediction)
+        return prediction + error, error
+    value = inference.values[slot].clone()
+    if isinstance(inference, ValueInference):
+        return value, inference.values.minus(slot, prediction)
+    return value, value - prediction
 
 
 def _one_or_all(slots: list[Tensor]) -> Any:

@@ -6,11 +6,15 @@ synchronous update, and only one node's autograd graph exists at a time.
 
 From a feed-forward start all errors are zero until the output's error reaches them, one level a step. A node that has
 not moved, and whose parents have not, has an error of exactly zero: it is not evaluated (the wave front).
+
+A value is kept as its origin, where it began, plus its displacement. In single precision v - mu of stored values loses
+all that is below 1e-7 of v, and errors of first layers are far below. (origin - mu) + displacement keeps it: as long as
+the parents' bits are those of the feed-forward pass, mu is the origin, and the error is the displacement, exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +29,57 @@ from torch2ebm.inference.history import Collected, relative_length
 from torch2ebm.loss.output_loss import OutputLoss
 
 
+class DisplacedValues(MutableMapping[str, Tensor]):
+    """By slot, origin plus displacement. A value that is read is a tensor of its own: writing to it moves nothing."""
+
+    def __init__(self, origins: Mapping[str, Tensor], displacements: Mapping[str, Tensor] | None = None) -> None:
+        self.origins, self.displacements = dict(origins), dict(displacements or {})
+
+    def __getitem__(self, slot: str) -> Tensor:
+        if slot not in self.displacements:
+            return self.origins[slot]
+        return self.origins[slot] + self.displacements[slot]
+
+    def __setitem__(self, slot: str, value: Tensor) -> None:
+        self.displacements.pop(slot, None)
+        self.origins[slot] = value
+
+    def __delitem__(self, slot: str) -> None:
+        self.displacements.pop(slot, None)
+        del self.origins[slot]
+
+    def __contains__(self, slot: object) -> bool:
+        return slot in self.origins  # the mixin would add the two up
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.origins)
+
+    def __len__(self) -> int:
+        return len(self.origins)
+
+    def move(self, slot: str, direction: Tensor, rate: float) -> None:
+        """``value += rate * direction``; the origin is never written."""
+        if slot in self.displacements:
+            self.displacements[slot].add_(direction, alpha=rate)
+        else:
+            self.displacements[slot] = torch.mul(direction, rate).to(self.origins[slot].dtype)
+
+    def minus(self, slot: str, prediction: Tensor) -> Tensor:
+        """The value minus a prediction, a new tensor with the digits of the displacement."""
+        difference = self.origins[slot] - prediction
+        return difference.add_(self.displacements[slot]) if slot in self.displacements else difference
+
+    def is_rounded(self, slot: str, prediction: Tensor) -> Tensor:
+        """Whether rounding is in :meth:`minus`: a prediction with all the bits of the origin brings none."""
+        return (prediction.detach() != self.origins[slot]).any()
+
+
 class ValueInference(Inference):
     """The moving values of one call, and F's gradient in them. Arguments and words are those of ``Inference``.
 
     Attributes:
-        values: Value of every slot that can move, in its shape, for example ``[batch, features]``.
+        values: Value of every slot that can move, in its shape, for example ``[batch, features]``. What you read is a
+            copy: :meth:`move` it, or put another value there.
         moved: Slots that have left their feed-forward value.
 
     Example:
@@ -47,6 +97,7 @@ class ValueInference(Inference):
     """
 
     rounds = True
+    values: DisplacedValues
 
     def __init__(
         self,
@@ -56,6 +107,7 @@ class ValueInference(Inference):
         retain_call: bool = True,
     ) -> None:
         super().__init__(call, loss, energies, retain_call)
+        self.values = DisplacedValues(self.values)
         self.moved: set[str] = set()
         # fed by clamped inputs only: these predictions cannot change
         self._fixed = {slot: self.values[slot] for n in self.graph.hidden_nodes if not n.reads for slot in n.slots}
@@ -68,9 +120,10 @@ class ValueInference(Inference):
 
         Example:
             >>> list(inference.moving())
-            ['values', 'moved', 'fixed']
+            ['origins', 'displacements', 'moved', 'fixed']
         """
-        return {"values": dict(self.values), "moved": frozenset(self.moved), "fixed": dict(self._fixed)}
+        tensors = {"origins": dict(self.values.origins), "displacements": dict(self.values.displacements)}
+        return {**tensors, "moved": frozenset(self.moved), "fixed": dict(self._fixed)}
 
     def restore(self, moving: Mapping[str, Any]) -> None:
         """Be as when :meth:`moving` gave this.
@@ -81,8 +134,8 @@ class ValueInference(Inference):
         Example:
             >>> inference.restore(inference.moving())
         """
-        self.values, self.moved = dict(moving["values"]), set(moving["moved"])
-        self._fixed = dict(moving["fixed"])
+        self.values = DisplacedValues(moving["origins"], moving["displacements"])
+        self.moved, self._fixed = set(moving["moved"]), dict(moving["fixed"])
 
     def move(self, slot: str, direction: Tensor, rate: float) -> None:
         """``value += rate * direction``; the feed-forward value itself is never written.
@@ -98,11 +151,8 @@ class ValueInference(Inference):
             >>> torch.allclose(inference.values[slot], before - 0.5), slot in inference.moved
             (True, True)
         """
-        if slot in self.moved:
-            self.values[slot].add_(direction, alpha=rate)
-        else:
-            self.values[slot] = torch.add(self.values[slot], direction, alpha=rate)
-            self.moved.add(slot)
+        self.values.move(slot, direction, rate)
+        self.moved.add(slot)
 
     def sweep(self) -> Iterator[tuple[str, Tensor]]:
         """dF/dv of each slot that it is not exactly zero for, children first (Rosenbaum 2022).
@@ -240,7 +290,8 @@ class ValueInference(Inference):
             >>> torch.allclose(error, torch.ones(5, 8))
             True
         """
-        return [self.values[s] - prediction.detach() for s, prediction in zip(node.slots, predictions, strict=True)]
+        pairs = zip(node.slots, predictions, strict=True)
+        return [self.values.minus(slot, prediction.detach()) for slot, prediction in pairs]
 
     def _messages_of_outputs(self) -> dict[str, Tensor]:
         passes = [self.evaluate(node, requires_grad=True) for node in self.graph.output_nodes]
@@ -266,6 +317,7 @@ class ValueInference(Inference):
         errors = self.subtract(node, evaluated.predictions)
         _, cotangents = self.pulls_into_history(node, errors, evaluated.predictions)
         result.add_energy(node.name, self.energies.get(node.name), errors, evaluated.predictions, self.scale)
-        for slot in node.slots:
+        for slot, prediction in zip(node.slots, evaluated.predictions, strict=True):
+            result.rounded[slot] = self.values.is_rounded(slot, prediction)
             del self.values[slot]  # all its readers are done
         self._collect(evaluated, errors, cotangents, result)

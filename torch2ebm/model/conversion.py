@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ from torch2ebm.errors import AttachmentError, NoStateError, NotCapturedError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node, filled
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.inference.curvature import Curvature
+from torch2ebm.inference.relaxation import OnStep
 from torch2ebm.isolation.forward_mode import without_transforms
 from torch2ebm.isolation.module_state import BufferHistory, BufferSnapshot, plain_autograd, tensors_in_place, untouched
 from torch2ebm.isolation.out_of_memory import exhausted_memory_named
@@ -56,7 +58,7 @@ from torch2ebm.model.open_forwards import OpenForwards, nothing_attached
 from torch2ebm.model.replicas import Replicas
 from torch2ebm.model.whole_call import PlainCall
 from torch2ebm.programs.cache import Programs
-from torch2ebm.reports.drawing import draw_graph
+from torch2ebm.reports.picture import GraphPicture, draw_graph
 from torch2ebm.reports.tables import node_table
 
 
@@ -230,12 +232,13 @@ class Conversion:
         prior: Mapping[str, Any],
         start: str = FEEDFORWARD,
         compile: bool = False,
+        on_step: OnStep | None = None,
         **how: Any,
     ) -> Inferred:
         """Values of any node, others given; see :meth:`EnergyModel.infer` for the settings."""
         self._see_again()
         self._seen = self.captures.inputs or self._seen
-        settings = How(*question_settings(**how), start, self._programs if compile else None)
+        settings = How(*question_settings(**how), start, self._programs if compile else None, on_step)
         with self.shards.gathered(), torch.inference_mode(False):
             inputs = Asked(self.module, args, kwargs, question, prior, self._seen).inputs()
             captures = self.captures.behind(inputs.nodes)
@@ -412,9 +415,9 @@ class Conversion:
         """A table of the nodes."""
         return f"{node_table(self.graph, self._state)}\n{self.batch}"
 
-    def draw(self, path: str) -> None:
-        """Draw the graph to a picture file."""
-        draw_graph(self.graph, path)
+    def draw(self, path: str | os.PathLike[str] | None = None, *, depth: int | None = None) -> GraphPicture:
+        """The picture of the graph, written to a file where there is a path."""
+        return draw_graph(self.graph, path, depth)
 
     # attaching
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,10 +23,12 @@ from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph, Node
 from torch2ebm.graph.granularity import Granularity
 from torch2ebm.inference.curvature import Curvature
+from torch2ebm.inference.relaxation import OnStep
 from torch2ebm.inference.solver import Solver
 from torch2ebm.model.arguments import as_arguments
 from torch2ebm.model.conversion import Conversion
 from torch2ebm.model.module_view import ModuleView
+from torch2ebm.reports.picture import GraphPicture
 
 
 def convert(
@@ -167,9 +170,35 @@ class EnergyModel(ModuleView):
         """A table of the nodes: name, level, function, shape of the value, parameters."""
         return self.torch2ebm.summary()
 
-    def draw(self, path: str) -> None:
-        """Draw the graph, one row a level, to a picture file. Needs matplotlib (``pip install torch2ebm[plot]``)."""
-        self.torch2ebm.draw(path)
+    def draw(self, path: str | os.PathLike[str] | None = None, *, depth: int | None = None) -> GraphPicture:
+        """The picture of the graph: a box a node, with the shape of its value, batch included.
+
+        Graphviz draws it, where its program ``dot`` is installed: modules are frames around their nodes. Otherwise
+        matplotlib does (``pip install torch2ebm[plot]``), one row a level.
+
+        Args:
+            path: File to write, in the format of its suffix: ``.svg``, ``.png``, ``.pdf``, or any that ``dot`` has.
+                ``.dot`` is the text that Graphviz reads. None writes no file.
+            depth: Modules deeper than this are one box each: 1 shows the module's own children, 2 what is in them.
+                None shows every node.
+
+        Returns:
+            The picture, which a notebook shows. ``picture.dot`` is the text for Graphviz, and needs no package.
+
+        Raises:
+            NotCapturedError: before any input was seen.
+            ConfigurationError: for a suffix that is no format, an illegal depth, or with a path where neither Graphviz
+                nor matplotlib is installed.
+
+        Example:
+            >>> import torch, torch2ebm
+            >>> encoder = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+            >>> net = torch.nn.Sequential(encoder, torch.nn.Linear(3, 2))
+            >>> model = torch2ebm.convert(net, example_inputs=torch.randn(5, 4))
+            >>> model.draw(), model.draw(depth=1)
+            (GraphPicture(Sequential: 3 nodes, 3 boxes), GraphPicture(Sequential: 3 nodes, 2 boxes))
+        """
+        return self.torch2ebm.draw(path, depth=depth)
 
     def curvature(
         self,
@@ -241,6 +270,7 @@ class EnergyModel(ModuleView):
         precisions: Mapping[str, float | Tensor | Precision] | None = None,
         energies: Mapping[str, Energy] | None = None,
         compile: bool = False,
+        on_step: OnStep | None = None,
         **keywords: Any,
     ) -> Inferred:
         """Find the values of some nodes, inputs or outputs, with others given. No weight moves.
@@ -274,6 +304,9 @@ class EnergyModel(ModuleView):
             energies: Name of a node to its energy; Gaussian elsewhere. That of a clamped node is paid for the data.
             compile: Record a step once as a list of ATen calls and run that from then on; the step that repeats goes to
                 ``torch.compile``. It pays off from the second call with the same shapes on.
+            on_step: Called with an :class:`InferenceStep` after every step, for example
+                ``torch2ebm.monitor.Progress()``. It has the values and errors of the nodes of which nothing is given;
+                all other energies are its ``loss``.
             **keywords: Keyword arguments of the module.
 
         Returns:
@@ -306,6 +339,7 @@ class EnergyModel(ModuleView):
             prior=nothing_is_empty(prior),
             start=kept,
             compile=compile,
+            on_step=on_step,
             solver=solver,
             tol=tol,
             precisions=precisions or {},

@@ -1,34 +1,33 @@
-"""A picture of an energy graph: one row a level, the inputs on top, the outputs in the last row."""
+"""A picture of an energy graph by matplotlib: one row a level, the inputs on top, the outputs in the last row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from torch2ebm.common.text import abridged
 from torch2ebm.graph.energy_graph import EnergyGraph
-from torch2ebm.reports.figures import PALETTE, new_figure, require, save
+from torch2ebm.reports.figures import PALETTE, STYLES, new_figure, require
+from torch2ebm.reports.outline import Outline, note, outline_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 # inches
-ROW: Final = 0.78
-BOX_HEIGHT: Final = 0.46
+ROW: Final = 0.92
+BOX_HEIGHT: Final = 0.6
 LANE: Final = 0.14  # half the width of a line that passes by
 SPACE: Final = 0.15  # between neighbours of a row
 CHARACTER: Final = 0.075  # of the 8 point text
 MARGIN: Final = 0.2
+NOTE_HEIGHT: Final = 0.2
 LEVEL_LABEL: Final = 0.75
 NAME_LENGTH: Final = 32
 SWEEPS: Final = 25  # the last one goes down
-STYLES: Final = {  # kind -> fill, edge, line width
-    "input": ("#EEEEEE", "#666666", 1.0),
-    "node": ("#DCEBF5", PALETTE[0], 1.2),
-    "output": ("#FBE3D0", PALETTE[1], 2.2),
-}
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Item:
     kind: str  # a key of STYLES, or "bend"
     name: str = ""
     description: str = ""
+    shapes: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,70 +56,66 @@ class Layout:
         return {key: (self.x[key], item.row) for key, item in self.items.items() if item.kind != "bend"}
 
 
-def draw_graph(graph: EnergyGraph, path: str) -> None:
-    """Draw the nodes with their functions to a picture file, in the format of its suffix.
-
-    A line that skips levels runs in a lane of its own beside the boxes.
+def layered_figure(outline: Outline) -> Figure:
+    """The boxes with what they compute and the shapes of their values; a line that skips rows has a lane of its own.
 
     Raises:
         ConfigurationError: if matplotlib is not installed.
     """
-    placed = layout(graph)
+    placed = _layout(outline)
     left = min(placed.x.values()) - placed.box_width / 2 - LEVEL_LABEL
     right = max(placed.x.values()) + placed.box_width / 2
     rows = max(item.row for item in placed.items.values()) + 1
-    figure = new_figure(right - left + 2 * MARGIN, rows * ROW + 2 * MARGIN)
+    figure = new_figure(right - left + 2 * MARGIN, rows * ROW + NOTE_HEIGHT + 2 * MARGIN)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_axis_off()
     axes.set_xlim(left - MARGIN, right + MARGIN)
-    axes.set_ylim(MARGIN - (rows - 0.5) * ROW - 2 * MARGIN, 0.5 * ROW + MARGIN)
-    _draw_levels(axes, placed, left)
+    bottom = -(rows - 0.5) * ROW - NOTE_HEIGHT
+    axes.set_ylim(bottom - MARGIN, 0.5 * ROW + MARGIN)
+    axes.text(left, bottom, note(outline), ha="left", va="bottom", fontsize=7.5, color="#666666", parse_math=False)
+    if not outline.collapsed:
+        _draw_levels(axes, placed, left)
     for start, end in placed.lines:
         _draw_line(axes, placed, start, end)
     for key, item in placed.items.items():
         if item.kind != "bend":
             _draw_box(axes, placed, key)
-    save(figure, path)
+    return figure
 
 
-def layout(graph: EnergyGraph) -> Layout:
+def layout(graph: EnergyGraph, depth: int | None = None) -> Layout:
     """Place the nodes: a parent above its children, no two items of a row over one another."""
-    items, lines = _items(graph)
-    texts = [text for item in items.values() for text in (item.name, item.description)]
+    return _layout(outline_of(graph, depth))
+
+
+def _layout(outline: Outline) -> Layout:
+    items, lines = _items(outline)
+    texts = [text for item in items.values() for text in (item.name, item.description, item.shapes)]
     box_width = max(1.2, CHARACTER * max(map(len, texts)) + 0.25)
     rows = _ordered(items, lines)
     half = {key: LANE if item.kind == "bend" else box_width / 2 for key, item in items.items()}
     return Layout(items, lines, _coordinates(rows, items, lines, half), box_width)
 
 
-def _items(graph: EnergyGraph) -> tuple[dict[str, Item], list[tuple[str, str]]]:
-    nodes = graph.nodes
-    last = max(node.level for node in nodes.values())
-    first = 1 if any(names and nodes[n].level == last for n, names in _inputs(graph).items()) else 0
-    row = {name: last - node.level + first for name, node in nodes.items()}
+def _items(outline: Outline) -> tuple[dict[str, Item], list[tuple[str, str]]]:
+    boxes = outline.boxes
+    last = max(box.level for box in boxes.values())
+    first = 1 if any(box.inputs and box.level == last for box in boxes.values()) else 0
+    row = {key: last - box.level + first for key, box in boxes.items()}
     items = {
-        name: Item(row[name], "output" if node.is_output else "node", _tail(name), _abridged(node.description))
-        for name, node in nodes.items()
+        key: Item(row[key], box.kind, _tail(_shown(box.name)), abridged(box.description), _tail(" ".join(box.shapes)))
+        for key, box in boxes.items()
     }
     lines: list[tuple[str, str]] = []
-    for name, names in _inputs(graph).items():
-        if names:
-            key = f"{', '.join(names)} above row {row[name]}"
-            items[key] = Item(row[name] - 1, "input", _tail(", ".join(names)), "clamped input")
-            lines.append((key, name))
-    for name, node in nodes.items():
-        _connect(name, node.children, items, lines)
+    for key, box in boxes.items():
+        if box.inputs:
+            above = f"{', '.join(box.inputs)} above row {row[key]}"
+            items[above] = Item(row[key] - 1, "input", _tail(_shown(", ".join(box.inputs))), "clamped input")
+            lines.append((above, key))
+    for key, box in boxes.items():
+        _connect(key, box.children, items, lines)
     return items, lines
-
-
-def _inputs(graph: EnergyGraph) -> dict[str, tuple[str, ...]]:
-    """Node to the names of the inputs that it reads, as they are or as what is made of them alone."""
-    computed = {name for node in graph.order for name in node.exports}
-    return {
-        name: tuple(dict.fromkeys(i for c in node.constants if c not in computed for i in graph.inputs.get(c, ())))
-        for name, node in graph.nodes.items()
-    }
 
 
 def _connect(parent: str, children: Iterable[str], items: dict[str, Item], lines: list[tuple[str, str]]) -> None:
@@ -138,14 +134,9 @@ def _tail(name: str) -> str:
     return name if len(name) <= NAME_LENGTH else "…" + name[1 - NAME_LENGTH :]
 
 
-def _abridged(description: str) -> str:
-    """First operations and the last one: ``Linear > chunk > … > reshape``."""
-    operations = description.split(" > ")
-    kept = operations
-    while len(" > ".join(kept)) > NAME_LENGTH and len(operations) > 2:
-        operations = [*operations[:-2], operations[-1]]
-        kept = [*operations[:-1], "…", operations[-1]]
-    return " > ".join(kept)
+def _shown(name: str) -> str:
+    """What cannot be printed, as Python writes it."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
 
 
 def _ordered(items: Mapping[str, Item], lines: Sequence[tuple[str, str]]) -> list[list[str]]:
@@ -263,8 +254,12 @@ def _draw_box(axes: Axes, placed: Layout, key: str) -> None:
             corner, placed.box_width, BOX_HEIGHT, boxstyle=style, facecolor=fill, edgecolor=edge, linewidth=width
         )
     )
-    axes.text(x, y + 0.09, item.name, ha="center", va="center", fontsize=8, fontweight="bold")
-    axes.text(x, y - 0.1, item.description, ha="center", va="center", fontsize=7.5, color="#333333")
+    style_of_text: dict[str, Any] = {"ha": "center", "va": "center", "parse_math": False}
+    below = 0.1 if item.shapes else 0.0
+    axes.text(x, y + 0.08 + below, item.name, fontsize=8, fontweight="bold", **style_of_text)
+    axes.text(x, y - 0.1 + below, item.description, fontsize=7.5, color="#333333", **style_of_text)
+    if item.shapes:
+        axes.text(x, y - 0.17, item.shapes, fontsize=7, color="#666666", **style_of_text)
 
 
 def _draw_line(axes: Axes, placed: Layout, start: str, end: str) -> None:
@@ -286,7 +281,7 @@ def _draw_line(axes: Axes, placed: Layout, start: str, end: str) -> None:
 
 
 def _draw_levels(axes: Axes, placed: Layout, left: float) -> None:
-    nodes = [item for item in placed.items.values() if item.kind in ("node", "output")]
+    nodes = [item for item in placed.items.values() if item.kind not in ("input", "bend")]
     lowest = max(item.row for item in nodes)
     for row in sorted({item.row for item in nodes}):
         label = f"level {lowest - row}" if row < lowest else "level 0:\noutput"

@@ -1,43 +1,116 @@
-"""Packages that only pictures and tutorials need, imported when they are used."""
+"""Figures that no global registry knows of, the axes that people give, and how both look."""
 
 from __future__ import annotations
 
-from importlib import import_module
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+from io import BytesIO
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from torch2ebm.common.checks import require as require  # for pictures
 from torch2ebm.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart
 PALETTE: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
+STYLES: Final = {  # kind of a box -> fill, edge, line width
+    "input": ("#EEEEEE", "#666666", 1.0),
+    "node": ("#DCEBF5", PALETTE[0], 1.2),
+    "module": ("#E3F1EA", PALETTE[2], 1.2),
+    "output": ("#FBE3D0", PALETTE[1], 2.2),
+}
 MOST_PIXELS: Final = 60_000  # Agg refuses 2 ** 16 a side
 
 
-def require(module: str, extra: str) -> ModuleType:
-    """The imported module. Raises :class:`ConfigurationError` that names the extra to install."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ConfigurationError(
-            f"import {module}", str(error), "an optional package of torch2ebm", f"Run pip install torch2ebm[{extra}]."
-        ) from error
-
-
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of that many inches that no global registry knows of."""
+    """A figure of that many inches that no global registry knows of, and that a notebook shows."""
     figure: Figure = require("matplotlib.figure", "plot").Figure(figsize=(width, height), layout="constrained")
+    # pyplot teaches notebooks to show figures; without it, they ask the object itself
+    vars(figure)["_repr_png_"] = partial(_png, figure)
     return figure
 
 
-def save(figure: Figure, path: str) -> None:
+def _png(figure: Figure) -> bytes:
+    written = BytesIO()
+    figure.savefig(written, format="png", dpi=_dots(figure))
+    return written.getvalue()
+
+
+def _dots(figure: Figure) -> float:
+    """An inch."""
+    return min(150.0, MOST_PIXELS / float(max(figure.get_size_inches())))
+
+
+def finished(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """The figure, which is written to a file first where there is a path."""
+    if path is not None:
+        save(figure, path)
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write the file. Raises :class:`ConfigurationError` for a suffix that is no format of matplotlib."""
-    formats, suffix = figure.canvas.get_supported_filetypes(), Path(path).suffix[1:].lower()
+    formats, suffix = supported(figure), Path(path).suffix[1:].lower()
     if suffix not in formats:
-        raise ConfigurationError("path", repr(path), f"a file ending in one of {', '.join(formats)}", "Try .png.")
-    figure.savefig(path, dpi=min(150.0, MOST_PIXELS / max(figure.get_size_inches())))
+        raise ConfigurationError(
+            "path", repr(os.fspath(path)), f"a file ending in one of {', '.join(formats)}", "Try .png."
+        )
+    figure.savefig(path, dpi=_dots(figure))
+
+
+def supported(figure: Figure) -> Mapping[str, str]:
+    """The formats that a figure can be written in, by suffix."""
+    return figure.canvas.get_supported_filetypes()
+
+
+def given_axes(where: str, ax: object, counts: tuple[int, ...], what: str) -> list[Axes]:
+    """The axes that somebody wants a picture drawn into, in their order.
+
+    Args:
+        where: The function that was called, for the error.
+        ax: Axes, or a sequence or array of them.
+        counts: How many there may be.
+        what: What is drawn in them, in words.
+
+    Raises:
+        ConfigurationError: for another number, for what is no axes, or for the same axes twice.
+    """
+    kind = require("matplotlib.axes", "plot").Axes
+    found: list[Any] = list(_flat(ax))
+    strangers = [each for each in found if not isinstance(each, kind)]
+    legal = not strangers and len(found) in counts and len({id(each) for each in found}) == len(found)
+    if not legal:
+        got = f"{strangers[0]!r:.60}, which is no axes" if strangers else f"{len(found)} axes, {_distinct(found)}"
+        raise ConfigurationError(
+            f"{where}(ax=...)", got, what, "For example those of matplotlib.pyplot.subplots, each given once."
+        )
+    return found
+
+
+def _distinct(found: list[Any]) -> str:
+    count = len({id(each) for each in found})
+    return "all different" if count == len(found) else f"{count} different"
+
+
+def _flat(ax: Any) -> Iterator[object]:
+    if hasattr(ax, "ravel"):  # what subplots returns
+        ax = list(ax.ravel())
+    if isinstance(ax, (list, tuple)):
+        for each in ax:
+            yield from _flat(each)
+    else:
+        yield ax
+
+
+def figure_of(axes: Axes) -> Figure:
+    """The whole figure, also of axes in a part of it."""
+    figure: Any = axes.figure
+    found: Figure = figure.figure
+    return found

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, fields
+from typing import TYPE_CHECKING
+
+from torch2ebm.common.text import data_frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -25,3 +32,8 @@ class Finding:
 
     def __str__(self) -> str:
         return " ".join(part for part in (f"[{self.kind}] {self.place}: {self.text}", self.remedy) if part)
+
+
+def findings_frame(findings: Iterable[Finding]) -> DataFrame:
+    """One row a finding. Raises :class:`ConfigurationError` if pandas is not installed."""
+    return data_frame([each.name for each in fields(Finding)], map(astuple, findings))

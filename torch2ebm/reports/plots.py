@@ -1,22 +1,26 @@
-"""Pictures of gradients and energies. Each function writes one file, in the format of its suffix."""
+"""Pictures of gradients and energies: figures, which notebooks show and which can be written to files."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from torch2ebm.engine.results import InferenceState, Relaxation
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.reports.agreement import Agreement
-from torch2ebm.reports.figures import MARKERS, PALETTE, new_figure, require, save
+from torch2ebm.reports.broken_axis import scale_errors
+from torch2ebm.reports.figures import MARKERS, PALETTE, figure_of, finished, given_axes, new_figure, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+
+Path = str | os.PathLike[str] | None
 
 MOST_LABELS: Final = 32
-ROUNDING: Final = 1e-16  # of float64
 NO_ERROR: Final = "#D9D9D9"
 DECADES: Final = 12  # that the colours of the error map span at most
 
@@ -40,44 +44,65 @@ class Compared(Protocol):
     def along(self) -> Mapping[str, Mapping[int, Mapping[str, Agreement]]]: ...
 
 
-def plot_comparison(comparison: Compared, path: str) -> None:
+def plot_comparison(comparison: Compared, path: Path = None, *, ax: Any = None) -> Figure:
     """Angle to autograd's gradient and relative error per parameter, and along the inference steps if looked at.
 
+    Parameters are categories, and have no lines between them. The axis of the errors is logarithmic; an error of
+    exactly zero lies below a break, an infinite one above a break.
+
+    Args:
+        comparison: What is drawn.
+        path: Picture file, in the format of its suffix; None writes none.
+        ax: Axes of yours to draw into, where nothing outside of them is touched: a pair, for the angle and for the
+            relative error. With ``steps``, also four, in the order of ``subplots(2, 2)``: angle, angle along the steps,
+            error, error along the steps.
+
+    Returns:
+        The figure, which a notebook shows.
+
     Raises:
-        ConfigurationError: if matplotlib is not installed.
+        ConfigurationError: if matplotlib is not installed, or for another number of axes.
     """
-    columns = 2 if comparison.along else 1
-    width = max(6.5, min(11.0, 2.5 + 0.3 * len(comparison.parameters)))
-    height = 4.2 + 0.07 * max(map(len, comparison.parameters), default=0)  # the names stand upright
-    figure = new_figure(width + 4.0 * (columns - 1), height)
-    panels = figure.subplots(2, columns, sharex="col", squeeze=False, width_ratios=[1.6, 1.0][:columns])
-    _angles(panels[0, 0], range(len(comparison.parameters)), _per_parameter(comparison, lambda a: a.angle))
-    _errors(panels[1, 0], range(len(comparison.parameters)), _per_parameter(comparison, lambda a: a.relative_error))
-    panels[0, 0].set_ylabel("angle to\nbackprop [degrees]")
-    panels[1, 0].set_ylabel("relative error")
-    _name_ticks(panels[1, 0].xaxis, comparison.parameters, rotation=90)
-    panels[1, 0].set_xlabel("parameter, from input to output")
-    if comparison.along:
-        _angles(panels[0, 1], comparison.steps, _per_step(comparison, lambda a: a.angle))
-        _errors(panels[1, 1], comparison.steps, _per_step(comparison, lambda a: a.relative_error))
-        panels[0, 1].set_ylabel("mean angle [degrees]")
-        panels[1, 1].set_ylabel("mean relative error")
-        panels[1, 1].set_xlabel("inference steps")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    save(figure, path)
+    if ax is None:
+        figure, panels = _panels(comparison)
+    else:
+        what = "a pair of axes, for the angle and the relative error" + ", or four of them" * bool(comparison.along)
+        given = given_axes("plot", ax, (2, 4) if comparison.along else (2,), what)
+        figure, panels = figure_of(given[0]), [given] if len(given) == 2 else [given[0::2], given[1::2]]
+    _draw_per_parameter(panels[0], comparison)
+    if len(panels) > 1:
+        _draw_along(panels[1], comparison)
+    if ax is None:
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    else:
+        panels[0][0].legend(fontsize=8)
+    return finished(figure, path)
 
 
-def plot_energy(curves: Mapping[str, Sequence[float]], path: str) -> None:
+def plot_energy(curves: Mapping[str, Sequence[float]], path: Path = None, *, ax: Any = None) -> Figure:
     """Energy against inference step, one line a name; logarithmic where the energies span a decade or more.
 
+    Args:
+        curves: For example ``{"PredictiveCoding": model.state.relaxation.energy}``.
+        path: Picture file, in the format of its suffix; None writes none.
+        ax: Axes of yours to draw into. Nothing outside of them is touched.
+
+    Returns:
+        The figure, which a notebook shows.
+
     Raises:
-        ConfigurationError: if matplotlib is not installed, or there is no energy to draw.
+        ConfigurationError: if matplotlib is not installed, there is no energy to draw, or ``ax`` is no axes.
+
+    Example:
+        >>> import importlib.util
+        >>> from torch2ebm.reports.plots import plot_energy
+        >>> if importlib.util.find_spec("matplotlib") is not None:
+        ...     figure = plot_energy({"PredictiveCoding": (4.0, 2.5, 2.1)})
     """
     energies = [energy for curve in curves.values() for energy in curve]
     if not energies:
         raise _nothing("plot_energy")
-    figure = new_figure(6.5, 3.6)
-    axes = figure.subplots()
+    figure, axes = _panel("plot_energy", ax, 6.5, 3.6)
     for i, (name, curve) in enumerate(curves.items()):
         _line(axes, i, name, range(len(curve)), curve)
     if min(energies) > 0 and max(energies) >= 10 * min(energies):
@@ -87,24 +112,32 @@ def plot_energy(curves: Mapping[str, Sequence[float]], path: str) -> None:
     axes.set_ylabel("energy, summed over the batch")
     axes.grid(alpha=0.3)
     axes.legend()
-    save(figure, path)
+    return finished(figure, path)
 
 
-def plot_error_map(state: InferenceState | Relaxation, path: str) -> None:
+def plot_error_map(state: InferenceState | Relaxation, path: Path = None, *, ax: Any = None) -> Figure:
     """Energy of the errors of every node at every inference step: how the error travels from the output inwards.
 
     An energy of exactly zero (no error has arrived yet) is grey, what is far below the largest has the darkest colour.
 
+    Args:
+        state: ``model.state``, or its relaxation.
+        path: Picture file, in the format of its suffix; None writes none.
+        ax: Axes of yours to draw into. The bar of colours takes a part of their place.
+
+    Returns:
+        The figure, which a notebook shows.
+
     Raises:
-        ConfigurationError: if matplotlib is not installed, or the algorithm has no history of energies.
+        ConfigurationError: if matplotlib is not installed, the algorithm has no history of energies, or ``ax`` is no
+            axes.
     """
     relaxation = state.relaxation if isinstance(state, InferenceState) else state
     energies = relaxation.node_energy
     largest = max((energy for curve in energies.values() for energy in curve), default=0.0)
-    if largest <= 0.0:
+    if not largest > 0.0:
         raise _nothing("plot_error_map")
-    figure = new_figure(7.0, max(2.6, min(12.0, 1.2 + 0.26 * len(energies))))
-    axes = figure.subplots()
+    figure, axes = _panel("plot_error_map", ax, 7.0, max(2.6, min(12.0, 1.2 + 0.26 * len(energies))))
     image = axes.imshow(
         [[energy if energy > 0.0 else math.nan for energy in curve] for curve in energies.values()],
         aspect="auto", interpolation="nearest", cmap=_colours(), norm=_logarithmic(energies, largest),
@@ -113,11 +146,53 @@ def plot_error_map(state: InferenceState | Relaxation, path: str) -> None:
     axes.xaxis.set_major_locator(require("matplotlib.ticker", "plot").MaxNLocator(integer=True))
     axes.set_xlabel("inference step")
     axes.set_ylabel("node, from input to output")
-    figure.colorbar(image, label="energy of the error")
+    holder: Any = axes.figure  # a part of a figure has bars of colours, too
+    holder.colorbar(image, ax=axes, label="energy of the error")
     patch = require("matplotlib.patches", "plot").Patch
     unreached = patch(facecolor=NO_ERROR, edgecolor="#666666", label="no error: exactly 0")
-    figure.legend(handles=[unreached], loc="outside upper left", frameon=False)
-    save(figure, path)
+    if ax is None:
+        figure.legend(handles=[unreached], loc="outside upper left", frameon=False)
+    else:
+        axes.legend(handles=[unreached], loc="upper left", fontsize=8)  # where errors come last, as a rule
+    return finished(figure, path)
+
+
+def _panel(function: str, ax: Any, width: float, height: float) -> tuple[Figure, Axes]:
+    """One panel: of a new figure, or the axes that were given."""
+    if ax is None:
+        figure = new_figure(width, height)
+        return figure, figure.subplots()
+    (axes,) = given_axes(function, ax, (1,), "one axes of matplotlib")
+    return figure_of(axes), axes
+
+
+def _panels(comparison: Compared) -> tuple[Figure, list[list[Axes]]]:
+    """A new figure, and its columns: each has the angle above the relative error."""
+    columns = 2 if comparison.along else 1
+    width = max(6.5, min(11.0, 2.5 + 0.3 * len(comparison.parameters)))
+    height = 4.2 + 0.07 * max(map(len, comparison.parameters), default=0)  # the names stand upright
+    figure = new_figure(width + 4.0 * (columns - 1), height)
+    panels = figure.subplots(2, columns, sharex="col", squeeze=False, width_ratios=[1.6, 1.0][:columns])
+    return figure, [list(panels[:, column]) for column in range(columns)]
+
+
+def _draw_per_parameter(panels: Sequence[Axes], comparison: Compared) -> None:
+    places = range(len(comparison.parameters))
+    _angles(panels[0], places, _per_parameter(comparison, lambda a: a.angle), joined=False)
+    _errors(panels[1], places, _per_parameter(comparison, lambda a: a.relative_error), joined=False)
+    panels[0].set_ylabel("angle to\nbackprop [degrees]")
+    panels[1].set_ylabel("relative error")
+    for axes in panels:
+        _name_ticks(axes.xaxis, comparison.parameters, rotation=90)
+    panels[1].set_xlabel("parameter, from input to output")
+
+
+def _draw_along(panels: Sequence[Axes], comparison: Compared) -> None:
+    _angles(panels[0], comparison.steps, _per_step(comparison, lambda a: a.angle), joined=True)
+    _errors(panels[1], comparison.steps, _per_step(comparison, lambda a: a.relative_error), joined=True)
+    panels[0].set_ylabel("mean angle [degrees]")
+    panels[1].set_ylabel("mean relative error")
+    panels[1].set_xlabel("inference steps")
 
 
 def _per_parameter(comparison: Compared, measure: Callable[[Agreement], float]) -> dict[str, list[float]]:
@@ -139,37 +214,39 @@ def _mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
-def _angles(axes: Axes, x: Sequence[int], curves: Mapping[str, Sequence[float]]) -> None:
+def _angles(axes: Axes, x: Sequence[int], curves: Mapping[str, Sequence[float]], joined: bool) -> None:
     for i, (name, curve) in enumerate(curves.items()):
-        _line(axes, i, name, x, curve)
+        _line(axes, i, name, x, curve, joined)
     top = 1.08 * max((angle for curve in curves.values() for angle in curve if math.isfinite(angle)), default=0.0)
     axes.set_ylim(-0.05 * max(top, 1.0), max(top, 1.0))  # a line at 0 is inside, and rounding is not blown up
     axes.grid(alpha=0.3)
 
 
-def _errors(axes: Axes, x: Sequence[int], curves: Mapping[str, Sequence[float]]) -> None:
-    """A logarithmic panel; errors of exactly zero lie in a grey band of their own below all others."""
-    errors = [error for curve in curves.values() for error in curve]
-    zero = min((error for error in errors if error > 0.0), default=ROUNDING) / 100
+def _errors(axes: Axes, x: Sequence[int], curves: Mapping[str, Sequence[float]], joined: bool) -> None:
     for i, (name, curve) in enumerate(curves.items()):
-        _line(axes, i, name, x, [max(error, zero) for error in curve])
-    axes.set_yscale("log")
-    if 0.0 in errors:
-        axes.set_ylim(bottom=zero / 4)
-        axes.axhspan(zero / 4, zero * 4, color=NO_ERROR, alpha=0.6, zorder=0)
-        axes.text(0.5, zero * 5, "exactly 0", transform=axes.get_yaxis_transform(), ha="center", fontsize=8)
+        _line(axes, i, name, x, curve, joined)
+    errors = [error for curve in curves.values() for error in curve]
+    scale_errors(axes, errors)
+    if missing := sum(map(math.isnan, errors)):
+        text = f"not a number (NaN): {missing} of {len(errors)}"
+        paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+        axes.text(0.98, 0.95, text, transform=axes.transAxes, ha="right", va="top", fontsize=8, bbox=paper)
     axes.grid(alpha=0.3)
 
 
-def _line(axes: Axes, i: int, name: str, x: Sequence[int], y: Sequence[float]) -> None:
+def _line(axes: Axes, i: int, name: str, x: Sequence[int], y: Sequence[float], joined: bool = True) -> None:
+    """Points, joined by lines where their order along x means something."""
     colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-    size = max(8.0 - 1.5 * i, 4.0)  # the later the smaller: lines that coincide are all seen
-    axes.plot(x, y, label=name, color=colour, marker=marker, markersize=size, linewidth=1.5, alpha=0.9)
+    size = max(8.0 - 1.5 * i, 4.0)  # the later the smaller: points that coincide are all seen
+    style = "-" if joined else "none"
+    axes.plot(
+        x, y, label=name, color=colour, marker=marker, markersize=size, linestyle=style, linewidth=1.5, alpha=0.9,
+    )  # fmt: skip
 
 
 def _name_ticks(axis: Any, names: Sequence[str], rotation: int) -> None:
     """One label a name, or evenly spaced ones where there are too many to read."""
-    every = math.ceil(len(names) / MOST_LABELS)
+    every = max(1, math.ceil(len(names) / MOST_LABELS))
     axis.set_ticks(range(0, len(names), every), names[::every], rotation=rotation, fontsize=8)
 
 
@@ -187,6 +264,6 @@ def _logarithmic(energies: Mapping[str, Sequence[float]], largest: float) -> Any
 
 def _nothing(function: str) -> ConfigurationError:
     return ConfigurationError(
-        f"torch2ebm.plots.{function}", "no energies above zero", "the report of a relaxation",
+        f"torch2ebm.reports.plots.{function}", "no energies above zero", "the report of a relaxation",
         "Use an algorithm that relaxes values, such as torch2ebm.PredictiveCoding, and a loss that is not zero.",
     )  # fmt: skip

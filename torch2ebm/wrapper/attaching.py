@@ -13,6 +13,7 @@ from torch2ebm.algorithms.base import Algorithm, check_algorithm
 from torch2ebm.errors import AttachmentError
 from torch2ebm.model.energy_model import EnergyModel
 from torch2ebm.potentials.energy_check import check_energy_gradients
+from torch2ebm.reports.progress_line import Progress
 
 WHERE: Final = "EnergyOptimizer(optimizer, model, algorithm)"
 
@@ -46,6 +47,13 @@ def check_parts(optimizer: object, model: object, algorithm: object, monitor: ob
             f"{monitor!r} as the monitor",
             "a function of (name, value, step)",
             "For example SummaryWriter().add_scalar.",
+        )
+    if isinstance(monitor, Progress):
+        raise AttachmentError(
+            WHERE,
+            "a Progress as the monitor",
+            "a function of (name, value, step)",
+            f"It watches the steps of a relaxation: {type(algorithm).__name__}(on_step=Progress()), where it has that.",
         )
 
 
