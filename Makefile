@@ -16,7 +16,7 @@ help: ## show this list
 
 install: $(STAMP) ## create the environment in .venv (the other targets do so too)
 
-demo: $(STAMP) ## train a small network by energy-based learning; its pictures go to demo_output
+demo: $(STAMP) ## train a small network by energy-based learning; its pictures and a page go to demo_output
 	$(VENV)/bin/python -m torch2ebm demo
 
 docs: $(STAMP) ## build the site in the folder site; a broken link or an unknown name stops it

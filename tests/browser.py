@@ -39,6 +39,7 @@ class Opened:
 
     def go(self, address: str) -> None:
         """On to another page, to its end; what was wrong with the one before is forgotten."""
+        self.page.goto("about:blank")  # what the page before still asks for ends here
         for seen in (self.errors, self.requests, self.failed):
             seen.clear()
         self.address = address

@@ -32,6 +32,7 @@ WINGS = (
     "clamping",
     "algorithms",
     "reports",
+    "pages",
     "analysis",
     "model",
     "diagnosis",

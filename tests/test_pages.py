@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import torch2ebm
 from torch2ebm.errors import ConfigurationError, DivergenceWarning, NoStateError
-from torch2ebm.reports.page import as_json
-from torch2ebm.reports.run_page import MOST_STEPS
+from torch2ebm.pages.run_page import MOST_STEPS
+from torch2ebm.pages.skeleton import as_json
 
 EVIL = '"</script><b>'
 WORSE = "l&<img src=x onerror=alert(1)>'`${1}\u2028"

@@ -237,6 +237,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
         text = (tmp_path / "site" / page).read_text(encoding="utf-8")
         loaded = re.findall(r'<(?:script|img|link rel="stylesheet")[^>]* (?:src|href)="(https?:[^"]*)"', text)
         assert loaded == [], page  # nothing comes from elsewhere
+        assert 'data-md-component="source"' not in text, page  # which would ask GitHub
 
 
 @pytest.mark.slow

@@ -94,9 +94,9 @@ def test_every_page_is_whole(width: int, site: Site, chromium: Any, tmp_path: Pa
     with opened(chromium, "about:blank", width) as found:
         for page in site.pages:
             name = page.removesuffix("index.html").strip("/").replace("/", "_") or "home"
-            wrong += faults(found, site, page, pictures / f"{name}.png")
+            wrong += faults(found, site, page, pictures / f"{name}.jpg")
     assert wrong == []
-    assert len(list(pictures.glob("*.png"))) >= len(site.pages)
+    assert len(list(pictures.glob("*.jpg"))) >= len(site.pages)
 
 
 def test_what_is_missing_wide_or_from_elsewhere_is_seen(tmp_path: Path, chromium: Any) -> None:
@@ -109,10 +109,10 @@ def test_what_is_missing_wide_or_from_elsewhere_is_seen(tmp_path: Path, chromium
     (tmp_path / "whole.html").write_text('<!DOCTYPE html><link rel="icon" href="data:,"><p>whole</p>')
     for site in served(tmp_path):
         with opened(chromium, "about:blank", 400) as found:
-            seen = "\n".join(faults(found, site, "index.html", tmp_path / "a.png"))
+            seen = "\n".join(faults(found, site, "index.html", tmp_path / "a.jpg"))
             for part in ("told", "absent.png: 404", "asks for https://elsewhere.invalid", "pixels too wide"):
                 assert part in seen
-            assert faults(found, site, "whole.html", tmp_path / "b.png") == []
+            assert faults(found, site, "whole.html", tmp_path / "b.jpg") == []
 
 
 def test_the_search_finds_an_algorithm(site: Site, chromium: Any) -> None:

@@ -21,9 +21,9 @@ from torch2ebm.errors import ConfigurationError, LossIndependentError, NoSignalW
 from torch2ebm.isolation.module_state import plain_autograd, untouched
 from torch2ebm.model.arguments import called, check_not_meta, of_batch
 from torch2ebm.model.energy_model import EnergyModel, convert
+from torch2ebm.pages.comparison_page import comparison_page
+from torch2ebm.pages.skeleton import written
 from torch2ebm.reports.agreement import Agreement, agreement
-from torch2ebm.reports.comparison_page import comparison_page
-from torch2ebm.reports.page import written
 from torch2ebm.reports.plots import plot_comparison
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch2ebm.errors import AttachmentError, ConfigurationError, NoStateError
 from torch2ebm.model.arguments import of_batch
 from torch2ebm.model.energy_model import EnergyModel
 from torch2ebm.optimizer import EnergyOptimizer
-from torch2ebm.reports.page import framed, written
-from torch2ebm.reports.run_page import run_page
+from torch2ebm.pages.run_page import run_page
+from torch2ebm.pages.skeleton import framed, written
 from torch2ebm.wrapper.attaching import unwrapped
 
 WHERE = "torch2ebm.report"

@@ -81,3 +81,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, **_: Any) -> str:
     return formulas.drawn(html)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    return _without_counts(output)
+
+
+def on_post_template(output_content: str, **_: Any) -> str:
+    return _without_counts(output_content)
+
+
+def _without_counts(page: str) -> str:
+    """The theme would ask GitHub for stars and forks on each visit, and nothing is loaded from elsewhere."""
+    return page.replace(' data-md-component="source"', "")

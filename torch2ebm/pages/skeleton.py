@@ -201,4 +201,4 @@ def _value(number: float) -> str:
 
 @cache
 def _resource(name: str) -> str:
-    return files("torch2ebm.reports").joinpath(name).read_text(encoding="utf-8")
+    return files("torch2ebm.pages").joinpath(name).read_text(encoding="utf-8")

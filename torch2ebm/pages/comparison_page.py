@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from torch2ebm.pages.skeleton import Bar, Cell, Panel, chart, curves, page, table
 from torch2ebm.reports.agreement import Agreement
-from torch2ebm.reports.page import Bar, Cell, Panel, chart, curves, page, table
 from torch2ebm.reports.plots import Compared
 
 RIGHT_ANGLE = 90.0

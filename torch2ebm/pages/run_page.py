@@ -10,9 +10,9 @@ from typing import Any
 
 from torch2ebm.engine.results import InferenceState, Relaxation
 from torch2ebm.errors import BatchDimensionError, NoStateError
-from torch2ebm.reports.comparison_page import ComparedOverall, one_algorithms_table
-from torch2ebm.reports.graph_picture import graph_picture
-from torch2ebm.reports.page import Panel, chart, curves, facts, page, spans_a_decade
+from torch2ebm.pages.comparison_page import ComparedOverall, one_algorithms_table
+from torch2ebm.pages.graph_picture import graph_picture
+from torch2ebm.pages.skeleton import Panel, chart, curves, facts, page, spans_a_decade
 from torch2ebm.reports.plots import DECADES
 from torch2ebm.reports.tables import troubles
 
