@@ -106,6 +106,7 @@ def torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
 
 
+@pytest.mark.slow
 @needs_processes
 def test_demo_under_torchrun_trains_together_and_reports_once(folder: Path) -> None:
     pytest.importorskip("sklearn")

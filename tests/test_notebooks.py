@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_site import ROOT, tool
 
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + (1200).to_bytes(4, "big") + (400).to_bytes(4, "big")
 SOURCE = """# ---
 # %% [markdown]
 # # Title
@@ -79,6 +79,7 @@ def test_what_was_printed_and_drawn_stands_in_its_place(notebooks: ModuleType, s
     assert [output["output_type"] for output in first] == ["stream", "display_data", "stream"]
     assert first[0]["text"] == ["2\n"] and first[2]["text"] == ["after\n"] and second[0]["text"] == ["6\n"]
     assert base64.b64decode(first[1]["data"]["image/png"]) == PNG + b"y"
+    assert first[1]["metadata"] == {"image/png": {"width": 760}}
 
 
 def test_a_tutorial_that_was_not_run_is_a_notebook_without_outputs(notebooks: ModuleType, script: Path) -> None:
@@ -87,6 +88,11 @@ def test_a_tutorial_that_was_not_run_is_a_notebook_without_outputs(notebooks: Mo
     assert all(cell.get("execution_count") is None for cell in found["cells"])
     script.write_text(SOURCE + "print(a * 4)\n", encoding="utf-8")  # what was kept of an older text is not shown
     assert outputs(read(notebooks.notebook(script))) == [[], [], []]
+
+
+def test_tutorials_come_in_the_order_of_their_numbers(notebooks: ModuleType) -> None:
+    numbers = [int(path.stem.split("_")[0]) for path in notebooks.tutorials.scripts()]
+    assert numbers == list(range(1, len(numbers) + 1)) and numbers[-1] >= 10  # by their names, 10 would be first
 
 
 def test_the_first_cell_installs_what_the_tutorials_need(notebooks: ModuleType) -> None:

@@ -18,6 +18,7 @@ DOCS = ROOT / "docs"
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 HOME = "index.md"
+SCRIPTS = [path.name for path in (ROOT / "tutorials").glob("*.py")]
 
 # the question, the page that answers it, the heading above the answer (none: before the first one), and a part of it
 ENGINEER = [
@@ -84,7 +85,7 @@ def sections() -> list[list[str]]:
     found = []
     for entry in yaml.safe_load(navigation):
         ((title, children),) = entry.items()
-        tutorials = sorted(f"../tutorials/{path.name}" for path in (ROOT / "tutorials").glob("*.py"))
+        tutorials = [f"../tutorials/{name}" for name in sorted(SCRIPTS, key=lambda name: int(name.split("_")[0]))]
         found.append(tutorials if title == "Tutorials" else [*leaves(children)])
     return found
 

@@ -130,6 +130,7 @@ for code, argv in ((0, ["--help"]), (2, []), (2, ["graph", "nowhere:net", "--inp
 """
 
 
+@pytest.mark.slow
 def test_without_asserts_and_docstrings_the_numbers_and_the_refusals_are_the_same() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-OO", "-W", "error", "-c", SMOKE]

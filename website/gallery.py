@@ -28,6 +28,7 @@ def benchmark(name: str, line: str, source: str) -> Picture:
 FIRST, INFERENCE, LIMIT = "1_first_network", "2_what_inference_does", "3_infinitesimal_limit"
 IMPLICIT, EQUILIBRIUM, GENERATION = "4_implicit_sgd", "5_equilibrium_propagation", "6_generation_and_completion"
 MEMORY, DIRECTIONS, DRAWS = "7_associative_memory", "8_two_directions", "9_monte_carlo"
+DEEPER = "10_convolutions_and_attention"
 
 SECTIONS = {
     "Values relax": (
@@ -48,6 +49,11 @@ SECTIONS = {
         tutorial(IMPLICIT, "4_explicit_implicit", "An explicit step overshoots where an implicit one comes to rest."),
         tutorial(IMPLICIT, "4_stability", "IL-prox learns at any learning rate."),
     ),
+    "Convolutions and attention": (
+        tutorial(DEEPER, "10_graph", "The nodes of a small ResNet, drawn by `model.draw`."),
+        tutorial(DEEPER, "10_accuracy", "A ResNet and a transformer learn beside backprop."),
+        tutorial(DEEPER, "10_errors", "Where a ResNet's errors are, when a wrong answer is shown."),
+    ),
     "Equilibrium propagation": (
         tutorial(EQUILIBRIUM, "5_free_phase", "Weak feedback settles faster."),
         tutorial(EQUILIBRIUM, "5_process", "The states of the second phase move as the errors of backprop do."),
@@ -58,6 +64,7 @@ SECTIONS = {
         tutorial(GENERATION, "6_generation", "Images drawn from noise, and images of labels."),
         tutorial(MEMORY, "7_memory", "Half of a digit brings back the whole."),
         tutorial(DIRECTIONS, "8_two_directions", "The network that classifies also draws the classes."),
+        tutorial(DRAWS, "9_posterior", "Draws of two latent values, and their exact distribution."),
         tutorial(DRAWS, "9_digits", "Several digits that one half may belong to."),
     ),
     "Measured": (

@@ -17,7 +17,7 @@ import tutorials
 # From the repository and not from the registry: a notebook of this site needs the package of this site.
 INSTALL = '%pip install -q "torch2ebm[tutorials] @ git+https://github.com/torch2ebm/torch2ebm"'
 INSTALL_CELL = f"# Installs torch2ebm and what the tutorials need. Leave it out where you have both.\n{INSTALL}"
-WIDTH = 760  # of a picture, as the scripts show it
+WIDTH = 760  # of a picture at most, as the scripts show it
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 COLAB = "https://colab.research.google.com/github"
 BRANCH = "notebooks"  # where .github/workflows/docs.yml puts them: Colab opens what stands in a branch
@@ -69,8 +69,10 @@ def _stream(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _picture(file: Path) -> dict[str, Any]:
-    data = {"image/png": base64.b64encode(file.read_bytes()).decode(), "text/plain": ["<picture>"]}
-    return {"output_type": "display_data", "data": data, "metadata": {"image/png": {"width": WIDTH}}}
+    content = file.read_bytes()
+    width = min(WIDTH, int.from_bytes(content[16:20], "big"))  # where a PNG has it
+    data = {"image/png": base64.b64encode(content).decode(), "text/plain": ["<picture>"]}
+    return {"output_type": "display_data", "data": data, "metadata": {"image/png": {"width": width}}}
 
 
 def main(target: Path) -> None:

@@ -34,7 +34,7 @@ class Cell:
 
 
 def scripts() -> list[Path]:
-    return sorted((ROOT / "tutorials").glob("*.py"))
+    return sorted((ROOT / "tutorials").glob("*.py"), key=lambda path: int(path.stem.split("_")[0]))
 
 
 def cells(path: Path) -> list[Cell]:

@@ -17,10 +17,13 @@ import torch2ebm
 __all__ = ["recorded_only"]  # a fixture
 
 
+LONG = ("T5", "ResNet-50", "GoogLeNet", "DenseNet", "MobileNet", "EfficientNet", "Swin")  # ResNet-18 and ViT are quick
+
+
 def _cases() -> Iterator[Any]:
     for problem in (*FAMILIES, *PROBLEMS):
         for name, make in ALGORITHMS[:1]:
-            marks = [pytest.mark.slow] * problem.name.startswith("T5")
+            marks = [pytest.mark.slow] * problem.name.startswith(LONG)
             yield pytest.param(problem, make, id=f"{problem.name}, {name}", marks=marks)
 
 

@@ -159,6 +159,7 @@ def test_a_compiled_program_takes_tensors_as_they_lie_in_memory(x: Tensor) -> No
         torch.testing.assert_close(program([x]), expected)
 
 
+@pytest.mark.slow
 def test_a_lazily_negated_input_is_no_kind_of_its_negative() -> None:
     def batches() -> Iterator[Tensor]:
         for step in range(5):

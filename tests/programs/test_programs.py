@@ -166,6 +166,7 @@ def test_compiled_programs_compute_what_the_engine_computes(make: Make, recordin
         torch.testing.assert_close(model.get_buffer(name), buffer, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # a few steps leave little at the first node
 @by_long_algorithm
 def test_compiled_programs_in_single_precision(make: Make) -> None:

@@ -799,8 +799,9 @@ def census(examples: int, strategy: st.SearchStrategy[Case], refusable: float) -
 
 
 @pytest.mark.filterwarnings("ignore::torch2ebm.errors.NoSignalWarning")  # parts that multiply by zero, for example
-def test_a_random_module_is_itself_node_by_node() -> None:
-    census(300, cases, refusable=0.02)
+@pytest.mark.parametrize("examples", [100, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_random_module_is_itself_node_by_node(examples: int) -> None:
+    census(examples, cases, refusable=0.02)
 
 
 @pytest.mark.parametrize("nodes", GRANULARITIES)

@@ -41,6 +41,7 @@ class Inference(ABC):
     Attributes:
         call: As given, with its ``graph`` and ``loss`` beside it.
         values: Value of every slot that can move, in its shape. Kept in at least single precision.
+        read_as: By slot, the precision in which nodes read the value: half under autocast, for example.
         energies: Energy of each node, by name; a node without one has a Gaussian of precision 1.
         history: For every sweep the energy of each active node, and of the loss, as tensors of no dimension.
         measuring: Whether the next sweep keeps the largest entries of its gradients.
@@ -79,8 +80,7 @@ class Inference(ABC):
         self.call, self.graph, self.loss, self.energies = call, call.graph, loss, energies
         hidden = [slot for node in self.graph.hidden_nodes for slot in node.slots]
         self.values: MutableMapping[str, Tensor] = {slot: at_least_single(call.values[slot]) for slot in hidden}
-        # the nodes read what the module computed: half precision, for example, under autocast
-        self._read_as = {slot: call.values[slot].dtype for slot in hidden}
+        self.read_as = {slot: call.values[slot].dtype for slot in hidden}
         if not retain_call:  # the feed-forward values go as soon as the values have left them
             for slot in self.values:
                 del call.values[slot]
@@ -129,7 +129,7 @@ class Inference(ABC):
         if not (self.rounds and self.still_below):
             return None
         precision = precision_of(self.energies.get(self.graph.owner[slot].name))
-        return self.values[slot] * (self.still_below * torch.finfo(self._read_as[slot]).eps * precision)
+        return self.values[slot] * (self.still_below * torch.finfo(self.read_as[slot]).eps * precision)
 
     def residual(self) -> Tensor:
         """Largest absolute entry of the gradient in the last measured sweep.
@@ -163,7 +163,7 @@ class Inference(ABC):
         """Leaves in the precision that the feed-forward pass read."""
         found = []
         for slot in node.reads:
-            value, dtype = self.values[slot], self._read_as[slot]
+            value, dtype = self.values[slot], self.read_as[slot]
             found.append((value if value.dtype == dtype else value.to(dtype)).detach().requires_grad_(requires_grad))
         return found
 

@@ -129,16 +129,16 @@ def _name_ticks(axes: Axes, scale: BrokenLog) -> None:
 
 
 def _break(axes: Axes, scale: BrokenLog) -> None:
-    """Lines end at a break, as do the spines on both sides, which have a slanted stroke there."""
+    """Lines end at a break, as do the spines on both sides, and there are slanted strokes."""
     across = axes.get_yaxis_transform()  # x from 0 to 1
     ends = [scale.bottom, *(end for each in scale.breaks for end in each), scale.top]
     sides = [(x, axes.spines[side]) for x, side in ((0.0, "left"), (1.0, "right")) if axes.spines[side].get_visible()]
     for lower, upper in scale.breaks:
         axes.axhspan(lower, upper, facecolor=_paper(axes), linewidth=0, zorder=2.4, label="_break")
-        for x, spine in sides:
-            style: dict[str, Any] = {"color": spine.get_edgecolor(), "linewidths": 1.0}
+        for x in [x for x, _ in sides] or [0.0]:
             axes.scatter(
-                [x, x], [lower, upper], s=50, marker=STROKE, transform=across, clip_on=False, zorder=2.6, **style
+                [x, x], [lower, upper], s=50, marker=STROKE, transform=across, clip_on=False, zorder=2.6,
+                color=axes.yaxis.label.get_color(), linewidths=1.0,  # spines may have the colour of the paper
             )  # fmt: skip
     parts = list(zip(ends[0::2], ends[1::2], strict=True))
     decades = parts.pop(int(scale.zero))

@@ -64,7 +64,7 @@ def layered_figure(outline: Outline) -> Figure:
     """
     placed = _layout(outline)
     left = min(placed.x.values()) - placed.box_width / 2 - LEVEL_LABEL
-    right = max(placed.x.values()) + placed.box_width / 2
+    right = max(max(placed.x.values()) + placed.box_width / 2, left + CHARACTER * len(note(outline)))
     rows = max(item.row for item in placed.items.values()) + 1
     figure = new_figure(right - left + 2 * MARGIN, rows * ROW + NOTE_HEIGHT + 2 * MARGIN)
     figure.set_layout_engine("none")
@@ -256,7 +256,7 @@ def _draw_box(axes: Axes, placed: Layout, key: str) -> None:
     )
     style_of_text: dict[str, Any] = {"ha": "center", "va": "center", "parse_math": False}
     below = 0.1 if item.shapes else 0.0
-    axes.text(x, y + 0.08 + below, item.name, fontsize=8, fontweight="bold", **style_of_text)
+    axes.text(x, y + 0.08 + below, item.name, fontsize=8, fontweight="bold", color="black", **style_of_text)
     axes.text(x, y - 0.1 + below, item.description, fontsize=7.5, color="#333333", **style_of_text)
     if item.shapes:
         axes.text(x, y - 0.17, item.shapes, fontsize=7, color="#666666", **style_of_text)

@@ -229,7 +229,7 @@ def _errors(axes: Axes, x: Sequence[int], curves: Mapping[str, Sequence[float]],
     scale_errors(axes, errors)
     if missing := sum(map(math.isnan, errors)):
         text = f"not a number (NaN): {missing} of {len(errors)}"
-        paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+        paper = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
         axes.text(0.98, 0.95, text, transform=axes.transAxes, ha="right", va="top", fontsize=8, bbox=paper)
     axes.grid(alpha=0.3)
 

@@ -46,7 +46,7 @@ class SaddleCheck:
         Returns:
             None where nobody has looked. A sample that moves still counts as in none.
         """
-        if any(dtype.itemsize < 4 for dtype in inference._read_as.values()):
+        if any(dtype.itemsize < 4 for dtype in inference.read_as.values()):
             return None  # half precision: differences of its gradients are rounding
         self.relaxations += 1
         due = self.relaxations >= self.next_look
