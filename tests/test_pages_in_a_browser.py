@@ -39,7 +39,7 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
+def pages(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Pages:  # which skips before anything relaxes
     """A small run and a comparison, a run of 300 nodes, one of 1000 steps, and one whose names are hostile."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pages")
