@@ -106,6 +106,12 @@ def test_links_out_of_the_documents_are_led_on() -> None:
     )
 
 
+def test_a_block_that_no_test_runs_opens_as_all_others() -> None:
+    text = "```python no-run\na\n```\n\n  ```python no-run\n  b\n  ```\n`python no-run`\n```text no-run\n```"
+    shown = "```python\na\n```\n\n  ```python\n  b\n  ```\n`python no-run`\n```text no-run\n```"
+    assert tool("links").shown(text) == shown
+
+
 def test_a_tutorial_is_cut_where_its_cells_are(tmp_path: Path) -> None:
     tutorials = tool("tutorials")
     source = tmp_path / "1_x.py"
@@ -237,6 +243,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
         text = (tmp_path / "site" / page).read_text(encoding="utf-8")
         loaded = re.findall(r'<(?:script|img|link rel="stylesheet")[^>]* (?:src|href)="(https?:[^"]*)"', text)
         assert loaded == [], page  # nothing comes from elsewhere
+        assert not re.search(r"<(?:p|li)>\s*```", text), page  # a block that Markdown has not taken for one
         assert 'data-md-component="source"' not in text, page  # which would ask GitHub
 
 

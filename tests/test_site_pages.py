@@ -19,6 +19,9 @@ import pytest
 from browser import WIDTHS, Opened, browser, opened
 from test_site import ROOT, built
 
+OPEN_BLOCKS = """() => [...document.querySelectorAll("p, li")].map(part => part.textContent)
+                 .filter(text => text.trimStart().startsWith("```"))"""
+
 pytestmark = pytest.mark.slow
 
 
@@ -77,11 +80,12 @@ def faults(found: Opened, site: Site, page: str, picture: Path) -> list[str]:
     found.go(site.address + page.removesuffix("index.html"))
     found.page.screenshot(path=picture, full_page=True)
     elsewhere = [request for request in found.requests if not request.startswith((own, "data:", "blob:"))]
-    wide = found.overflow()
+    wide, open_blocks = found.overflow(), found.page.evaluate(OPEN_BLOCKS)
     return [
         *(f"{page}: {text}" for text in [*found.errors, *found.failed]),
         *(f"{page}: asks for {request}" for request in elsewhere),
         *([f"{page}: {wide} pixels too wide"] if wide > 0 else []),
+        *(f"{page}: a fence is text: {text[:80]}" for text in open_blocks),
     ]
 
 
@@ -103,6 +107,7 @@ def test_what_is_missing_wide_or_from_elsewhere_is_seen(tmp_path: Path, chromium
     """The negative twin."""
     lines = (
         '<link rel="icon" href="data:,"><p style="width: 3000px">wide</p><img src="absent.png">'
+        "<p>```python no-run and its code</p>"
         '<script src="https://elsewhere.invalid/a.js"></script><script>console.error("told")</script>'
     )
     (tmp_path / "index.html").write_text(f"<!DOCTYPE html>{lines}")
@@ -110,7 +115,13 @@ def test_what_is_missing_wide_or_from_elsewhere_is_seen(tmp_path: Path, chromium
     for site in served(tmp_path):
         with opened(chromium, "about:blank", 400) as found:
             seen = "\n".join(faults(found, site, "index.html", tmp_path / "a.jpg"))
-            for part in ("told", "absent.png: 404", "asks for https://elsewhere.invalid", "pixels too wide"):
+            for part in (
+                "told",
+                "absent.png: 404",
+                "asks for https://elsewhere.invalid",
+                "pixels too wide",
+                "fence is text",
+            ):
                 assert part in seen
             assert faults(found, site, "whole.html", tmp_path / "b.jpg") == []
 

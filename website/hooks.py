@@ -74,7 +74,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     places |= {file.src_uri: file.src_uri for file in files if file.src_uri.startswith("benchmarks/results/")}
     places |= {f"tutorials/{path.name}": f"tutorials/{path.stem}.md" for path in tutorials.scripts()}
     places |= FROM_ROOT
-    markdown = links.led(markdown, source, page.file.src_uri, places, config.repo_url or "")
+    markdown = links.led(links.shown(markdown), source, page.file.src_uri, places, config.repo_url or "")
     here = {file.src_uri for file in files}
     return gallery.filled(choose.filled(markdown), here, config.repo_url or "")
 

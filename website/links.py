@@ -9,7 +9,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?P<before>\]\()(?P<target>[^)\s]+)(?P<after>\))")
+UNTESTED = re.compile(r"^([ \t]*(?:`{3,}|~{3,})python) no-run[ \t]*$", re.M)
 CODE = re.compile(r"(^[ \t]*(`{3,}|~{3,}).*?^[ \t]*\2[ \t]*$|`[^`\n]+`)", re.M | re.S)
+
+
+def shown(markdown: str) -> str:
+    """Blocks that no test runs open as all others: Markdown takes no word behind the language."""
+    return UNTESTED.sub(r"\1", markdown)
 
 
 def led(markdown: str, source: str, page: str, places: Mapping[str, str], repository: str) -> str:

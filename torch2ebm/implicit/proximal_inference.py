@@ -19,6 +19,7 @@ from torch2ebm.implicit.dense_layers import DenseLayer, DensePass, dense_layers
 from torch2ebm.inference.base import LOSS
 from torch2ebm.inference.history import energies
 from torch2ebm.inference.relaxation import check_energies
+from torch2ebm.inference.value_inference import DisplacedValues
 from torch2ebm.loss.output_loss import OutputLoss
 
 
@@ -62,8 +63,8 @@ class ProximalInference:
     def __init__(self, rates: ProximalRates, call: Call, loss: OutputLoss, layers: Mapping[str, DenseLayer]) -> None:
         self.rates, self.call, self.loss, self.layers, self.graph = rates, call, loss, layers, call.graph
         slots = [slot for node in self.graph.hidden_nodes for slot in node.slots]
-        # clones: the feed-forward values stay as they are
-        self.values = {slot: at_least_single(call.values[slot]).clone().requires_grad_() for slot in slots}
+        self.places = DisplacedValues({slot: at_least_single(call.values[slot]) for slot in slots})
+        self.values = self._leaves()
         self.read_as = {slot: call.values[slot].dtype for slot in slots}
         self.fixed: dict[str, tuple[NodePass, Tensor | None]] = {}  # fed by clamped inputs only: these cannot change
         self.history: list[dict[str, Tensor]] = []
@@ -81,6 +82,9 @@ class ProximalInference:
         return self._result(point, residual)
 
     # one inference step
+
+    def _leaves(self) -> dict[str, Tensor]:
+        return {slot: value.detach().requires_grad_() for slot, value in self.places.items()}
 
     def _evaluate(self, last: bool) -> InferencePoint:
         passes, norms = [], {}
@@ -119,7 +123,7 @@ class ProximalInference:
         for evaluated in passes:
             if not evaluated.node.is_output:
                 for slot, prediction in zip(evaluated.node.slots, evaluated.predictions, strict=True):
-                    errors[slot] = self._into_history(slot, self.values[slot] - prediction)
+                    errors[slot] = self._into_history(slot, self.places.minus(slot, prediction))
         return errors
 
     def _output_errors(self, passes: Sequence[NodePass], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -158,11 +162,12 @@ class ProximalInference:
     @torch.no_grad()
     def _move(self, point: InferencePoint, messages: Sequence[Tensor | None]) -> None:
         """h <- h - error_rate e + feedback_rate J^T e, all at once."""
-        for (slot, value), message in zip(self.values.items(), messages, strict=True):
+        for slot, message in zip(self.values, messages, strict=True):
             if self.rates.error_rate:
-                value.add_(point.errors[slot], alpha=-self.rates.error_rate)
+                self.places.move(slot, point.errors[slot], -self.rates.error_rate)
             if message is not None:
-                value.add_(message, alpha=self.rates.feedback_rate)
+                self.places.move(slot, message, self.rates.feedback_rate)
+        self.values = self._leaves()
 
     def _residual(self, point: InferencePoint, messages: Sequence[Tensor | None]) -> float:
         """Largest absolute entry of the values' last change over ``feedback_rate``; dF/dv where the rates are equal."""
@@ -195,7 +200,7 @@ class ProximalInference:
             point.errors,
             relaxation=report,
             unreached=unreached,
-            rounded=dict.fromkeys(point.errors, True),
+            rounded={slot: self.places.is_rounded(slot, predictions[slot]) for slot in self.places},
         )
         return LocalGradients(gradients.parameters, [None] * len(self.call.tensors), state)
 
