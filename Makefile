@@ -47,7 +47,8 @@ UNTRACED := $(patsubst %,tests/%.py,test_tutorials programs/test_programs progra
 	properties/test_random_modules algorithms/test_algorithms graph/test_graph test_wheel \
 	properties/test_faults properties/test_own_extensions implicit/test_parameter_steps programs/test_program_settings \
 	model/test_join clamping/test_infer_on_architectures inference/test_on_step potentials/test_relaxations \
-	test_guides test_sdist)
+	model/test_module_view properties/test_bad_input solvers/test_solvers algorithms/test_implicit_sgd \
+	model/test_kept_tensors model/test_unchanged test_guides test_sdist)
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -q
 
 OLDEST := .venv-oldest

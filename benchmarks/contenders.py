@@ -83,8 +83,6 @@ class FullSweep(ValueSolver):
         return FullSweep(steps, self.lr)
 
     def start(self, inference: ValueInference) -> None:
-        # what has moved is written in place: not on the feed-forward values
-        inference.values = {slot: value.clone() for slot, value in inference.values.items()}
         inference.moved.update(inference.values)
 
     def step(self, inference: ValueInference, state: None) -> None:

@@ -163,6 +163,7 @@ def test_monte_carlo_gradients_are_the_mean_over_the_posterior() -> None:
     assert abs(net.weight.grad.item() - exact.item()) > 0.3  # the mode knows nothing of the posterior's width
 
 
+@pytest.mark.slow
 def test_variance_is_learned_by_sampling_and_not_by_the_mode() -> None:
     """Data of variance 5: the model's is 1 + w^2 (Oliviers et al. 2024); the mode makes w grow without end."""
     data = torch.randn(512, 1) * 5**0.5

@@ -256,6 +256,7 @@ def test_noise_is_named_and_what_it_is_sent_to_and_nothing_else() -> None:
         for name in single.graph.nodes
     }
     named = set(single.without_signal)
+    assert {name for name, signal in single.signal.items() if signal == "rounding"} == named
     assert named and all(off[name] > 0.3 for name in named), off
     assert all(off[name] < 1.0 for name in off if name not in named), off
     assert double.without_signal == ()

@@ -106,7 +106,7 @@ class Langevin(ValueSolver):
             ahead[slot] = ahead[slot] - gradient * rate
         # after the sweep, which reads the values: those that it leaves out move, too
         for slot, direction in ahead.items():
-            inference.move(slot, direction.to(inference.values[slot]), 1.0)
+            inference.move(slot, direction.to(inference.values.origins[slot]), 1.0)
         return state
 
     def _noise(self, value: Tensor) -> Tensor:
