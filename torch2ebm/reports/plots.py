@@ -11,7 +11,16 @@ from torch2ebm.engine.results import InferenceState, Relaxation
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.reports.agreement import Agreement
 from torch2ebm.reports.broken_axis import scale_errors
-from torch2ebm.reports.figures import MARKERS, PALETTE, figure_of, finished, given_axes, new_figure, require
+from torch2ebm.reports.figures import (
+    MARKERS,
+    PALETTE,
+    figure_of,
+    finished,
+    given_axes,
+    new_figure,
+    picture_file,
+    require,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,6 +72,7 @@ def plot_comparison(comparison: Compared, path: Path = None, *, ax: Any = None) 
     Raises:
         ConfigurationError: if matplotlib is not installed, or for another number of axes.
     """
+    file = picture_file("plot", path)
     if ax is None:
         figure, panels = _panels(comparison)
     else:
@@ -76,7 +86,7 @@ def plot_comparison(comparison: Compared, path: Path = None, *, ax: Any = None) 
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     else:
         panels[0][0].legend(fontsize=8)
-    return finished(figure, path)
+    return finished(figure, file)
 
 
 def plot_energy(curves: Mapping[str, Sequence[float]], path: Path = None, *, ax: Any = None) -> Figure:
@@ -99,6 +109,7 @@ def plot_energy(curves: Mapping[str, Sequence[float]], path: Path = None, *, ax:
         >>> if importlib.util.find_spec("matplotlib") is not None:
         ...     figure = plot_energy({"PredictiveCoding": (4.0, 2.5, 2.1)})
     """
+    file = picture_file("plot_energy", path)
     energies = [energy for curve in curves.values() for energy in curve]
     if not energies:
         raise _nothing("plot_energy")
@@ -112,7 +123,7 @@ def plot_energy(curves: Mapping[str, Sequence[float]], path: Path = None, *, ax:
     axes.set_ylabel("energy, summed over the batch")
     axes.grid(alpha=0.3)
     axes.legend()
-    return finished(figure, path)
+    return finished(figure, file)
 
 
 def plot_error_map(state: InferenceState | Relaxation, path: Path = None, *, ax: Any = None) -> Figure:
@@ -132,6 +143,7 @@ def plot_error_map(state: InferenceState | Relaxation, path: Path = None, *, ax:
         ConfigurationError: if matplotlib is not installed, the algorithm has no history of energies, or ``ax`` is no
             axes.
     """
+    file = picture_file("plot_error_map", path)
     relaxation = state.relaxation if isinstance(state, InferenceState) else state
     energies = relaxation.node_energy
     largest = max((energy for curve in energies.values() for energy in curve), default=0.0)
@@ -154,7 +166,7 @@ def plot_error_map(state: InferenceState | Relaxation, path: Path = None, *, ax:
         figure.legend(handles=[unreached], loc="outside upper left", frameon=False)
     else:
         axes.legend(handles=[unreached], loc="upper left", fontsize=8)  # where errors come last, as a rule
-    return finished(figure, path)
+    return finished(figure, file)
 
 
 def _panel(function: str, ax: Any, width: float, height: float) -> tuple[Figure, Axes]:
