@@ -11,6 +11,7 @@ from torch2ebm.engine.results import InferenceState, Relaxation
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.reports.agreement import Agreement
 from torch2ebm.reports.broken_axis import scale_errors
+from torch2ebm.reports.curves import curves_of, name_lines
 from torch2ebm.reports.figures import (
     MARKERS,
     PALETTE,
@@ -82,18 +83,21 @@ def plot_comparison(comparison: Compared, path: Path = None, *, ax: Any = None) 
     _draw_per_parameter(panels[0], comparison)
     if len(panels) > 1:
         _draw_along(panels[1], comparison)
+    lines = panels[0][0].get_lines()[-len(comparison.algorithms) :]
     if ax is None:
-        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        name_lines(figure, panels[0][0], lines, loc="outside upper center", ncols=3)
     else:
-        panels[0][0].legend(fontsize=8)
+        name_lines(panels[0][0], panels[0][0], lines, fontsize=8)
     return finished(figure, file)
 
 
 def plot_energy(curves: Mapping[str, Sequence[float]], path: Path = None, *, ax: Any = None) -> Figure:
     """Energy against inference step, one line a name; logarithmic where the energies span a decade or more.
 
+    What is infinite or no number is left out of its line.
+
     Args:
-        curves: For example ``{"PredictiveCoding": model.state.relaxation.energy}``.
+        curves: Name to energies, for example ``{"PredictiveCoding": model.state.relaxation.energy}``.
         path: Picture file, in the format of its suffix; None writes none.
         ax: Axes of yours to draw into. Nothing outside of them is touched.
 
@@ -101,7 +105,8 @@ def plot_energy(curves: Mapping[str, Sequence[float]], path: Path = None, *, ax:
         The figure, which a notebook shows.
 
     Raises:
-        ConfigurationError: if matplotlib is not installed, there is no energy to draw, or ``ax`` is no axes.
+        ConfigurationError: if matplotlib is not installed, for what is no mapping to numbers, where there is no energy
+            to draw, for what is no path of a picture, or if ``ax`` is no axes.
 
     Example:
         >>> import importlib.util
@@ -110,11 +115,12 @@ def plot_energy(curves: Mapping[str, Sequence[float]], path: Path = None, *, ax:
         ...     figure = plot_energy({"PredictiveCoding": (4.0, 2.5, 2.1)})
     """
     file = picture_file("plot_energy", path)
-    energies = [energy for curve in curves.values() for energy in curve]
+    drawn = curves_of("plot_energy(curves=...)", curves)
+    energies = [energy for curve in drawn.values() for energy in curve if math.isfinite(energy)]
     if not energies:
-        raise _nothing("plot_energy")
+        raise _no_energy(curves)
     figure, axes = _panel("plot_energy", ax, 6.5, 3.6)
-    for i, (name, curve) in enumerate(curves.items()):
+    for i, (name, curve) in enumerate(drawn.items()):
         _line(axes, i, name, range(len(curve)), curve)
     if min(energies) > 0 and max(energies) >= 10 * min(energies):
         axes.set_yscale("log")
@@ -122,7 +128,7 @@ def plot_energy(curves: Mapping[str, Sequence[float]], path: Path = None, *, ax:
     axes.set_xlabel("inference step")
     axes.set_ylabel("energy, summed over the batch")
     axes.grid(alpha=0.3)
-    axes.legend()
+    name_lines(axes, axes, axes.get_lines()[-len(drawn) :])
     return finished(figure, file)
 
 
@@ -130,6 +136,7 @@ def plot_error_map(state: InferenceState | Relaxation, path: Path = None, *, ax:
     """Energy of the errors of every node at every inference step: how the error travels from the output inwards.
 
     An energy of exactly zero (no error has arrived yet) is grey, what is far below the largest has the darkest colour.
+    An infinite energy has the brightest one and a mark, what is no number has a mark on grey.
 
     Args:
         state: ``model.state``, or its relaxation.
@@ -140,18 +147,17 @@ def plot_error_map(state: InferenceState | Relaxation, path: Path = None, *, ax:
         The figure, which a notebook shows.
 
     Raises:
-        ConfigurationError: if matplotlib is not installed, the algorithm has no history of energies, or ``ax`` is no
-            axes.
+        ConfigurationError: if matplotlib is not installed, for what is neither, if the algorithm has no history of
+            energies, for what is no path of a picture, or if ``ax`` is no axes.
     """
     file = picture_file("plot_error_map", path)
-    relaxation = state.relaxation if isinstance(state, InferenceState) else state
-    energies = relaxation.node_energy
-    largest = max((energy for curve in energies.values() for energy in curve), default=0.0)
+    energies = _energies_of(state)
+    largest = max((e for curve in energies.values() for e in curve if math.isfinite(e)), default=0.0)
     if not largest > 0.0:
-        raise _nothing("plot_error_map")
+        raise _nothing_to_map()
     figure, axes = _panel("plot_error_map", ax, 7.0, max(2.6, min(12.0, 1.2 + 0.26 * len(energies))))
     image = axes.imshow(
-        [[energy if energy > 0.0 else math.nan for energy in curve] for curve in energies.values()],
+        [[min(energy, largest) if energy > 0.0 else math.nan for energy in curve] for curve in energies.values()],
         aspect="auto", interpolation="nearest", cmap=_colours(), norm=_logarithmic(energies, largest),
     )  # fmt: skip
     _name_ticks(axes.yaxis, list(energies), rotation=0)
@@ -161,11 +167,13 @@ def plot_error_map(state: InferenceState | Relaxation, path: Path = None, *, ax:
     holder: Any = axes.figure  # a part of a figure has bars of colours, too
     holder.colorbar(image, ax=axes, label="energy of the error")
     patch = require("matplotlib.patches", "plot").Patch
-    unreached = patch(facecolor=NO_ERROR, edgecolor="#666666", label="no error: exactly 0")
+    below = any(energy < 0.0 for curve in energies.values() for energy in curve)
+    grey = patch(facecolor=NO_ERROR, edgecolor="#666666", label="0 or below" if below else "no error: exactly 0")
+    handles = [grey, *_marks(axes, energies)]
     if ax is None:
-        figure.legend(handles=[unreached], loc="outside upper left", frameon=False)
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False)
     else:
-        axes.legend(handles=[unreached], loc="upper left", fontsize=8)  # where errors come last, as a rule
+        axes.legend(handles=handles, loc="upper left", fontsize=8)  # where errors come last, as a rule
     return finished(figure, file)
 
 
@@ -259,7 +267,7 @@ def _line(axes: Axes, i: int, name: str, x: Sequence[int], y: Sequence[float], j
 def _name_ticks(axis: Any, names: Sequence[str], rotation: int) -> None:
     """One label a name, or evenly spaced ones where there are too many to read."""
     every = max(1, math.ceil(len(names) / MOST_LABELS))
-    axis.set_ticks(range(0, len(names), every), names[::every], rotation=rotation, fontsize=8)
+    axis.set_ticks(range(0, len(names), every), names[::every], rotation=rotation, fontsize=8, parse_math=False)
 
 
 def _colours() -> Any:
@@ -274,8 +282,48 @@ def _logarithmic(energies: Mapping[str, Sequence[float]], largest: float) -> Any
     return require("matplotlib.colors", "plot").LogNorm(least, largest, clip=True)
 
 
-def _nothing(function: str) -> ConfigurationError:
+def _energies_of(state: object) -> dict[str, list[float]]:
+    where = "plot_error_map(state=...)"
+    relaxation = state.relaxation if isinstance(state, InferenceState) else state
+    if not isinstance(relaxation, Relaxation):
+        raise ConfigurationError(
+            where, f"{relaxation!r:.80}", "model.state, or its relaxation", "Run a backward, then pass model.state."
+        )
+    energies = curves_of(where, relaxation.node_energy)
+    if len(lengths := sorted({len(curve) for curve in energies.values()})) > 1:
+        raise ConfigurationError(
+            where, f"curves of {lengths[0]} and of {lengths[-1]} steps", "as many energies of each node", "Cut them."
+        )
+    return energies
+
+
+def _marks(axes: Axes, energies: Mapping[str, Sequence[float]]) -> list[Any]:
+    """Points over what is infinite, and what is no number; those that there are."""
+    kinds: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+        ("infinite", "^", math.isinf),
+        ("not a number (NaN)", "x", math.isnan),
+    )
+    found = []
+    for name, marker, is_kind in kinds:
+        rows = enumerate(energies.values())
+        places = [(step, row) for row, curve in rows for step, energy in enumerate(curve) if is_kind(energy)]
+        if places:
+            steps, nodes = zip(*places, strict=True)
+            found.append(axes.scatter(steps, nodes, marker=marker, color="#000000", s=20, label=name))
+    return found
+
+
+def _no_energy(curves: Mapping[str, object]) -> ConfigurationError:
+    got = f"no finite energy in {', '.join(map(str, curves))}" if curves else "no curves"
     return ConfigurationError(
-        f"torch2ebm.reports.plots.{function}", "no energies above zero", "the report of a relaxation",
+        "plot_energy(curves=...)", got, "at least one curve with a finite energy",
+        "For example that of an algorithm that relaxes values: "
+        '{"PredictiveCoding": model.state.relaxation.energy}.',
+    )  # fmt: skip
+
+
+def _nothing_to_map() -> ConfigurationError:
+    return ConfigurationError(
+        "plot_error_map(state=...)", "no finite energies above zero", "the report of a relaxation",
         "Use an algorithm that relaxes values, such as torch2ebm.PredictiveCoding, and a loss that is not zero.",
     )  # fmt: skip
