@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -87,7 +87,7 @@ def given_axes(where: str, ax: object, counts: tuple[int, ...], what: str) -> li
 
     Args:
         where: The function that was called, for the error.
-        ax: Axes, or a sequence or array of them.
+        ax: Axes; or an array, a mapping or any iterable of them.
         counts: How many there may be.
         what: What is drawn in them, in words.
 
@@ -113,12 +113,39 @@ def _distinct(found: list[Any]) -> str:
 
 def _flat(ax: Any) -> Iterator[object]:
     if hasattr(ax, "ravel"):  # what subplots returns
-        ax = list(ax.ravel())
-    if isinstance(ax, (list, tuple)):
+        yield from ax.ravel()
+    elif isinstance(ax, Mapping):  # what subplot_mosaic returns
+        yield from _flat(ax.values())
+    elif isinstance(ax, Iterable) and not isinstance(ax, (str, bytes, Set)):  # a set has no order
         for each in ax:
             yield from _flat(each)
     else:
         yield ax
+
+
+def check_unshared(where: str, columns: Sequence[Sequence[Axes]]) -> None:
+    """Refuse axes whose limits, scale and ticks would change others', or one another's.
+
+    Args:
+        where: The function that was called, for the error.
+        columns: The axes to draw into, by column. Those of a column may have one x-axis; no two may have one y-axis.
+
+    Raises:
+        ConfigurationError: for the first that are shared otherwise.
+    """
+    for column in columns:
+        for axes in column:
+            for name, siblings, own in (
+                ("x", axes.get_shared_x_axes().get_siblings(axes), column),
+                ("y", axes.get_shared_y_axes().get_siblings(axes), [axes]),
+            ):
+                if any(all(each is not one for one in own) for each in siblings):
+                    raise ConfigurationError(
+                        f"{where}(ax=...)",
+                        f"axes that share their {name}-axis with others",
+                        "axes of which others get no limits, scale and ticks",
+                        "Make them without sharex and sharey; sharex='col' is right for a column that is given whole.",
+                    )
 
 
 def figure_of(axes: Axes) -> Figure:

@@ -15,6 +15,7 @@ from torch2ebm.reports.curves import curves_of, name_lines
 from torch2ebm.reports.figures import (
     MARKERS,
     PALETTE,
+    check_unshared,
     figure_of,
     finished,
     given_axes,
@@ -63,15 +64,17 @@ def plot_comparison(comparison: Compared, path: Path = None, *, ax: Any = None) 
     Args:
         comparison: What is drawn.
         path: Picture file, in the format of its suffix; None writes none.
-        ax: Axes of yours to draw into, where nothing outside of them is touched: a pair, for the angle and for the
-            relative error. With ``steps``, also four, in the order of ``subplots(2, 2)``: angle, angle along the steps,
-            error, error along the steps.
+        ax: Axes of yours to draw into: a pair, for the angle and for the relative error. With ``steps``, also four, in
+            the order of ``subplots(2, 2)``: angle, angle along the steps, error, error along the steps. Their limits,
+            scale, ticks, labels and legend are set anew, and nothing outside of them is touched. Hence none may share
+            an axis with others, but for the x-axis of a column.
 
     Returns:
         The figure, which a notebook shows.
 
     Raises:
-        ConfigurationError: if matplotlib is not installed, or for another number of axes.
+        ConfigurationError: if matplotlib is not installed, for what is no path of a picture, for another
+            number of axes, or for axes that are shared with others.
     """
     file = picture_file("plot", path)
     if ax is None:
@@ -80,6 +83,7 @@ def plot_comparison(comparison: Compared, path: Path = None, *, ax: Any = None) 
         what = "a pair of axes, for the angle and the relative error" + ", or four of them" * bool(comparison.along)
         given = given_axes("plot", ax, (2, 4) if comparison.along else (2,), what)
         figure, panels = figure_of(given[0]), [given] if len(given) == 2 else [given[0::2], given[1::2]]
+        check_unshared("plot", panels)
     _draw_per_parameter(panels[0], comparison)
     if len(panels) > 1:
         _draw_along(panels[1], comparison)
@@ -99,7 +103,8 @@ def plot_energy(curves: Mapping[str, Sequence[float]], path: Path = None, *, ax:
     Args:
         curves: Name to energies, for example ``{"PredictiveCoding": model.state.relaxation.energy}``.
         path: Picture file, in the format of its suffix; None writes none.
-        ax: Axes of yours to draw into. Nothing outside of them is touched.
+        ax: Axes of yours to draw into. Their ticks, labels and legend are set anew. Nothing outside of them is touched,
+            but for axes that share theirs: these get the same limits, scale and ticks.
 
     Returns:
         The figure, which a notebook shows.
@@ -141,7 +146,8 @@ def plot_error_map(state: InferenceState | Relaxation, path: Path = None, *, ax:
     Args:
         state: ``model.state``, or its relaxation.
         path: Picture file, in the format of its suffix; None writes none.
-        ax: Axes of yours to draw into. The bar of colours takes a part of their place.
+        ax: Axes of yours to draw into, which share no axis with others. Their limits, ticks, labels and legend are set
+            anew, and the bar of colours takes a part of their place.
 
     Returns:
         The figure, which a notebook shows.
@@ -156,6 +162,7 @@ def plot_error_map(state: InferenceState | Relaxation, path: Path = None, *, ax:
     if not largest > 0.0:
         raise _nothing_to_map()
     figure, axes = _panel("plot_error_map", ax, 7.0, max(2.6, min(12.0, 1.2 + 0.26 * len(energies))))
+    check_unshared("plot_error_map", [[axes]])
     image = axes.imshow(
         [[min(energy, largest) if energy > 0.0 else math.nan for energy in curve] for curve in energies.values()],
         aspect="auto", interpolation="nearest", cmap=_colours(), norm=_logarithmic(energies, largest),
