@@ -578,7 +578,7 @@ def test_what_is_wrong_is_named_and_every_advice_cures_it(name: str) -> None:
     assert kinds(found) == expected, str(found)
     assert found.advice and str(found.advice[-1]) in str(found)
     if name == "a ResNet by small steps":  # in the middle, where parents have moved by an epsilon of their values
-        assert {"4.a", "5.a", "6.a"} <= set(found.without_signal)
+        assert "6.a" in found.without_signal
     last = found.advice[-1].algorithm
     assert last is not None and faults_of(net, loss, batch, last) == set()
     assert diagnose(net, loss, batch, last).ok

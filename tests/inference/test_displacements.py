@@ -92,9 +92,11 @@ def test_a_value_that_is_read_is_a_copy_and_one_that_is_put_begins_anew() -> Non
     values.move("a", torch.full((3,), 1e-12), rate=2.0)
     values.move("a", torch.full((3,), 1e-12), rate=1.0)
     values["a"].add_(5.0)
-    assert torch.equal(values["a"], torch.ones(3)) and torch.equal(origin, torch.ones(3))
+    values["b"].add_(5.0)  # which has not moved
+    assert torch.equal(values["a"], torch.ones(3)) and torch.equal(origin, torch.ones(3)) and not values["b"].any()
     assert torch.allclose(values.minus("a", origin), torch.full((3,), 3e-12), rtol=1e-6, atol=0)
-    assert not bool(values.is_rounded("a", origin)) and bool(values.is_rounded("a", origin * 2))
+    assert not values.rounding("a", origin).any()
+    assert torch.equal(values.rounding("a", origin * 2), torch.full((3,), torch.finfo(torch.float32).eps))
     twin = DisplacedValues(values.origins, values.displacements)
     twin["a"] = torch.full((3,), 4.0)
     assert torch.equal(twin.minus("a", origin), torch.full((3,), 3.0))

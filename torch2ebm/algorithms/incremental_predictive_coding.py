@@ -226,7 +226,7 @@ class _Step:
             energies=as_they_are(self.inference.energies),
             phases=(relaxation,),
             moment=-2 if shown else -1,
-            rounded={slot: values.is_rounded(slot, self.predictions[slot]) for slot in self.errors if slot in values},
+            rounding={s: values.rounding(s, self.predictions[s]).norm() for s in self.errors if s in values},
         )
         clamped = {name: gradient * scale for name, gradient in self.gradients.clamped.items()}
         parameters = {name: gradient * scale for name, gradient in self.gradients.parameters.items()}

@@ -67,7 +67,7 @@ class Diagnosis:
         exact: Whether that is backprop's up to rounding.
         reach: Dead nodes, and those without an error.
         without_gradient: Parameters whose gradient by backprop is missing or exactly zero.
-        without_signal: Nodes whose errors at these settings are nothing but the rounding of their values.
+        without_signal: Nodes whose errors at these settings are rounding more than anything else.
         levels_not_reached: Nodes that no error reaches at these settings.
         energy_rise: The largest rise of the energy in one step, over the energy at the start.
         batch_norms: Paths of the modules that normalise by the statistics of the batch, in their mode.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _HEADER = ("node", "value", "|error|", "energy")
 
 
+OUTWEIGHED = 1.5  # an error of so many times its rounding is as much noise as signal (measured on five networks)
 ROUNDING = 4.0  # what a value and its prediction may differ by, in units of the dtype's epsilon times their size
 
 
@@ -177,8 +178,7 @@ class InferenceState:
             the gradients of their parameters are exactly zero.
         moment: Which entry of the relaxation's energies these values belong to: the last, and the one before it under
             ``IncrementalPredictiveCoding``, whose values move once more.
-        rounded: By slot, whether the rounding of its value or prediction is in its error: then a small one has no
-            digits. A missing one has all of them.
+        rounding: By slot, the length of what rounding has brought into its error; a missing one is 0.
         energies: Energy by node; a missing one is Gaussian of precision 1.
         phases: One relaxation for each nudged phase; the first of them, whose values these are, is ``relaxation``.
         feedforward_distance: |equilibrium - feed-forward| / |feed-forward| of the outputs; None without a free phase.
@@ -211,7 +211,7 @@ class InferenceState:
     feedforward_distance: float | None = None
     loss_weight: float | None = None
     loss_terms: float = 1.0
-    rounded: Mapping[str, Tensor | bool] = field(default_factory=dict)
+    rounding: Mapping[str, Tensor] = field(default_factory=dict)
     moment: int = -1
 
     def __repr__(self) -> str:
@@ -238,12 +238,21 @@ class InferenceState:
 
     @property
     def without_signal(self) -> tuple[str, ...]:
-        """Nodes whose errors are nothing but the rounding of their values: the gradients of their parameters are noise.
+        """Nodes whose errors are rounding more than anything else: the gradients of their parameters are noise.
 
-        An optimizer as Adam scales noise to full steps. A solver that stores errors, for example
-        ``ErrorConjugateGradient``, keeps their digits.
+        So are those of nodes that get messages from such nodes alone. An optimizer as Adam scales noise to full steps.
+        A solver that stores errors, for example ``ErrorConjugateGradient``, keeps their digits.
         """
-        return tuple(node.name for node in self.graph.hidden_nodes if self._is_rounding(node.slots))
+        lost: set[str] = set()
+        readers: dict[str, set[str]] = {}  # of a node, those with an error
+        for node in reversed(list(self.graph.nodes.values())):
+            sends = self._has_error(node.name) == "error"
+            from_lost = bool(readers.get(node.name)) and readers[node.name] <= lost
+            if not node.is_output and sends and (from_lost or self._is_rounding(node.slots)):
+                lost.add(node.name)
+            for slot in node.reads if sends else ():
+                readers.setdefault(self.graph.owner[slot].name, set()).add(node.name)
+        return tuple(node.name for node in self.graph.hidden_nodes if node.name in lost)
 
     @property
     def relative_residual(self) -> Tensor | None:
@@ -343,14 +352,11 @@ class InferenceState:
         return data_frame(("phase", "step", "node", "energy"), rows)
 
     def _is_rounding(self, slots: Sequence[str]) -> bool:
-        if not any(self.rounded.get(slot, False) for slot in slots):
-            return False
-        found = [slot for slot in slots if slot in self.errors and slot in self.predictions]
-        pairs = [(self._error(slot), self._prediction(slot)) for slot in found]
-        largest = [
-            (float(e.abs().max()), float(p.abs().max()) * torch.finfo(e.dtype).eps) for e, p in pairs if e.numel()
-        ]
-        return bool(largest) and all(0 < error <= ROUNDING * rounding for error, rounding in largest)
+        """Whether rounding outweighs the errors."""
+        lengths = [(float(self._error(slot).norm()), float(self.rounding.get(slot, 0.0))) for slot in slots]
+        return any(error > 0 for error, _ in lengths) and all(
+            error <= OUTWEIGHED * rounding for error, rounding in lengths
+        )
 
     def _prediction(self, slot: str) -> Tensor:
         if slot not in self.predictions:

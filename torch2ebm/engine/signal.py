@@ -103,10 +103,7 @@ def _findings(
         before = min(steps[name] for name in lost)
         zero = steps.keys() - _with_error(state, graph, steps) - set(late)
         lost = [name for name in graph.nodes if name in lost or (name in zero and steps[name] > before)]
-        yield (
-            f"errors are nothing but the rounding of values in {listed(lost)}, and so are their gradients. "
-            f"{cures.rounding}"
-        )
+        yield (f"rounding outweighs the errors in {listed(lost)}, and their gradients are noise. {cures.rounding}")
     if still := _without_gradient(graph, gradients, _with_error(state, graph, steps)):
         yield (
             f"the gradients of {listed(still)} are exactly zero, though errors have reached their nodes: units that "
@@ -125,7 +122,7 @@ def _is_rounding(state: InferenceState, slot: str, times: float = 1.0) -> bool:
 def _swallowed(state: InferenceState, graph: EnergyGraph) -> Iterator[str]:
     """Nodes without an error next to one whose error is so small that a step of a part of it moves no value."""
     for node in graph.nodes.values():
-        small = all(state.rounded.get(slot) and _is_rounding(state, slot, SWALLOWED) for slot in node.slots)
+        small = all(state.rounding.get(slot) and _is_rounding(state, slot, SWALLOWED) for slot in node.slots)
         if small and any(bool(state.errors[slot].any()) for slot in node.slots if slot in state.errors):
             parents = {graph.owner[slot] for slot in node.reads}
             yield from (each.name for each in parents if not _with_error(state, graph, [each.name]))

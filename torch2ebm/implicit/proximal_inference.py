@@ -200,7 +200,7 @@ class ProximalInference:
             point.errors,
             relaxation=report,
             unreached=unreached,
-            rounded={slot: self.places.is_rounded(slot, predictions[slot]) for slot in self.places},
+            rounding={slot: self.places.rounding(slot, predictions[slot]).norm() for slot in self.places},
         )
         return LocalGradients(gradients.parameters, [None] * len(self.call.tensors), state)
 

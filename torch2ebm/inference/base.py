@@ -8,13 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch2ebm.engine.call import Call, NodePass, at_least_single
-from torch2ebm.engine.energies import Energy, gaussian_energy_of_batch, precision_of
+from torch2ebm.engine.energies import Energy, gaussian_energy_of_batch
 from torch2ebm.engine.results import InferenceState, LocalGradients, StepSize
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.inference.history import Collected, largest_entry, paired, relative_length
@@ -68,8 +68,6 @@ class Inference(ABC):
         (torch.Size([5, 8]), 1)
     """
 
-    rounds: ClassVar[bool] = False  # whether an error is a difference of stored values
-
     def __init__(
         self,
         call: Call,
@@ -81,7 +79,7 @@ class Inference(ABC):
         hidden = [slot for node in self.graph.hidden_nodes for slot in node.slots]
         self.values: MutableMapping[str, Tensor] = {slot: at_least_single(call.values[slot]) for slot in hidden}
         self.read_as = {slot: call.values[slot].dtype for slot in hidden}
-        if not retain_call:  # the feed-forward values go as soon as the values have left them
+        if not retain_call:  # what is no part of the values any more goes at once
             for slot in self.values:
                 del call.values[slot]
         self.history: list[dict[str, Tensor]] = []
@@ -125,11 +123,12 @@ class Inference(ABC):
             self.driving[slot] = relative_length(gradient, own, self._rounding(slot), self.call.batch_size)
 
     def _rounding(self, slot: str) -> Tensor | None:
-        """What rounding leaves of the gradient where an error is a difference of stored values."""
-        if not (self.rounds and self.still_below):
-            return None
-        precision = precision_of(self.energies.get(self.graph.owner[slot].name))
-        return self.values[slot] * (self.still_below * torch.finfo(self.read_as[slot]).eps * precision)
+        """A gradient that is no longer than this is rounding, and moves nothing; None where errors are stored."""
+        return None
+
+    def _value(self, slot: str) -> Tensor:
+        """The value, for those who write nothing into it."""
+        return self.values[slot]
 
     def residual(self) -> Tensor:
         """Largest absolute entry of the gradient in the last measured sweep.
@@ -163,7 +162,7 @@ class Inference(ABC):
         """Leaves in the precision that the feed-forward pass read."""
         found = []
         for slot in node.reads:
-            value, dtype = self.values[slot], self.read_as[slot]
+            value, dtype = self._value(slot), self.read_as[slot]
             found.append((value if value.dtype == dtype else value.to(dtype)).detach().requires_grad_(requires_grad))
         return found
 
@@ -356,7 +355,7 @@ class Inference(ABC):
             error_unit=-1 / self.loss.scale if self.loss.scale else 0.0,
             unreached=tuple(result.unreached),
             energies=as_they_are(self.energies),
-            rounded=result.rounded,
+            rounding=result.rounding,
         )
         inputs = self.call.input_gradients(result.gradients.clamped)
         learned = by_parameter(self.energies, result.of_energies)

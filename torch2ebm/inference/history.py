@@ -28,7 +28,7 @@ class Collected:
     predictions: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, Tensor] = field(default_factory=dict)  # times minus the loss's scale
     unreached: list[str] = field(default_factory=list)
-    rounded: dict[str, Tensor] = field(default_factory=dict)  # whether rounding of the prediction is in the error
+    rounding: dict[str, Tensor] = field(default_factory=dict)  # the length of what it leaves in the error
     of_energies: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by node, then by name of the tensor
 
     def add_energy(

@@ -159,7 +159,7 @@ def relax(
     lr = inference.step_size.used if inference.step_size else getattr(solver, "lr", None)
     tol = tolerance(solver)
     if solver.steps == AUTO:
-        inference.still_below = ROUNDING + 1 / lr if lr else ROUNDING  # smaller steps than half an epsilon are lost
+        inference.still_below = ROUNDING
     most = CEILING if solver.steps == AUTO else int(solver.steps)
     steps, rest, settling = 0, Rest(math.inf, False), Settling(inference, tol)
     with shown_to(on_step):
@@ -242,10 +242,9 @@ def _value_and_error(inference: Inference, slot: str, prediction: Tensor) -> tup
     if isinstance(inference, ErrorInference):
         error = inference.errors[slot].clone() if slot in inference.errors else torch.zeros_like(prediction)
         return prediction + error, error
+    minus = inference.values.minus if isinstance(inference, ValueInference) else None
     value = inference.values[slot].clone()
-    if isinstance(inference, ValueInference):
-        return value, inference.values.minus(slot, prediction)
-    return value, value - prediction
+    return value, value - prediction if minus is None else minus(slot, prediction)
 
 
 def _one_or_all(slots: list[Tensor]) -> Any:

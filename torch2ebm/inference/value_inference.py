@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from torch2ebm.engine.call import Call, NodePass
-from torch2ebm.engine.energies import Energy
+from torch2ebm.engine.energies import Energy, precision_of
 from torch2ebm.graph.energy_graph import Node
 from torch2ebm.inference.base import UNIT_GAUSSIAN, Inference
 from torch2ebm.inference.error_inference import difference, passed_on
@@ -30,15 +30,13 @@ from torch2ebm.loss.output_loss import OutputLoss
 
 
 class DisplacedValues(MutableMapping[str, Tensor]):
-    """By slot, origin plus displacement. A value that is read is a tensor of its own: writing to it moves nothing."""
+    """By slot, origin plus displacement. A value that is taken out is a copy: writing to it moves nothing."""
 
     def __init__(self, origins: Mapping[str, Tensor], displacements: Mapping[str, Tensor] | None = None) -> None:
         self.origins, self.displacements = dict(origins), dict(displacements or {})
 
     def __getitem__(self, slot: str) -> Tensor:
-        if slot not in self.displacements:
-            return self.origins[slot]
-        return self.origins[slot] + self.displacements[slot]
+        return self.read(slot) if slot in self.displacements else self.origins[slot].clone()
 
     def __setitem__(self, slot: str, value: Tensor) -> None:
         self.displacements.pop(slot, None)
@@ -47,6 +45,9 @@ class DisplacedValues(MutableMapping[str, Tensor]):
     def __delitem__(self, slot: str) -> None:
         self.displacements.pop(slot, None)
         del self.origins[slot]
+
+    def __repr__(self) -> str:
+        return f"DisplacedValues({dict(self)!r})"
 
     def __contains__(self, slot: object) -> bool:
         return slot in self.origins  # the mixin would add the two up
@@ -57,21 +58,30 @@ class DisplacedValues(MutableMapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.origins)
 
+    def read(self, slot: str) -> Tensor:
+        """The value, for those who write nothing into it: one that has not moved is the origin itself."""
+        displacement = self.displacements.get(slot)
+        return self.origins[slot] if displacement is None else self.origins[slot] + displacement
+
     def move(self, slot: str, direction: Tensor, rate: float) -> None:
         """``value += rate * direction``; the origin is never written."""
-        if slot in self.displacements:
-            self.displacements[slot].add_(direction, alpha=rate)
-        else:
-            self.displacements[slot] = torch.mul(direction, rate).to(self.origins[slot].dtype)
+        if slot not in self.displacements:
+            self.displacements[slot] = torch.zeros_like(self.origins[slot])
+        self.displacements[slot].add_(direction, alpha=rate)
+
+    def displace(self, slot: str, displacement: Tensor) -> None:
+        """Put the value at so much from its origin."""
+        self.displacements[slot] = displacement.to(self.origins[slot].dtype)
 
     def minus(self, slot: str, prediction: Tensor) -> Tensor:
         """The value minus a prediction, a new tensor with the digits of the displacement."""
         difference = self.origins[slot] - prediction
         return difference.add_(self.displacements[slot]) if slot in self.displacements else difference
 
-    def is_rounded(self, slot: str, prediction: Tensor) -> Tensor:
-        """Whether rounding is in :meth:`minus`: a prediction with all the bits of the origin brings none."""
-        return (prediction.detach() != self.origins[slot]).any()
+    def rounding(self, slot: str, prediction: Tensor) -> Tensor:
+        """About what rounding brings into each entry of :meth:`minus`: none where it has all bits of the origin."""
+        prediction = prediction.detach()
+        return self.origins[slot] * (prediction != self.origins[slot]) * torch.finfo(prediction.dtype).eps
 
 
 class ValueInference(Inference):
@@ -96,7 +106,6 @@ class ValueInference(Inference):
         torch.Size([5, 8])
     """
 
-    rounds = True
     values: DisplacedValues
 
     def __init__(
@@ -109,6 +118,7 @@ class ValueInference(Inference):
         super().__init__(call, loss, energies, retain_call)
         self.values = DisplacedValues(self.values)
         self.moved: set[str] = set()
+        self._roundings: dict[str, Tensor] = {}  # of the node that a measuring sweep is at
         # fed by clamped inputs only: these predictions cannot change
         self._fixed = {slot: self.values[slot] for n in self.graph.hidden_nodes if not n.reads for slot in n.slots}
 
@@ -228,11 +238,24 @@ class ValueInference(Inference):
             predictions: Sequence[Tensor] = [self._fixed[slot] for slot in node.slots]
             return self.pulls_into_history(node, self.subtract(node, predictions), predictions)[0]
         evaluated = self.evaluate(node, requires_grad=True)
+        self._note_rounding(node, evaluated.predictions)
         own, cotangents = self.pulls_into_history(
             node, self.subtract(node, evaluated.predictions), evaluated.predictions
         )
         self.send(evaluated, cotangents, messages)
         return own
+
+    def _note_rounding(self, node: Node, predictions: Sequence[Tensor]) -> None:
+        if self.measuring and self.still_below:
+            self._roundings = {s: self.values.rounding(s, p) for s, p in zip(node.slots, predictions, strict=True)}
+
+    def _rounding(self, slot: str) -> Tensor | None:
+        found = self._roundings.pop(slot, None)
+        precision = precision_of(self.energies.get(self.graph.owner[slot].name))
+        return None if found is None else found * ((self.still_below or 0.0) * precision)
+
+    def _value(self, slot: str) -> Tensor:
+        return self.values.read(slot)
 
     def _at(self, node: Node) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None], NodePass | None]:
         """dphi/dv and -dphi/dprediction of a node at the values as they are, and its pass; None is exactly zero."""
@@ -242,6 +265,7 @@ class ValueInference(Inference):
         evaluated = self.evaluate(node, requires_grad=True)
         if not self.is_active(node):
             return [None] * len(node.slots), [None] * len(node.slots), evaluated
+        self._note_rounding(node, evaluated.predictions)
         return (*self.pulls(node, self.subtract(node, evaluated.predictions), evaluated.predictions), evaluated)
 
     def summed_residual(self) -> Tensor:
@@ -318,6 +342,6 @@ class ValueInference(Inference):
         _, cotangents = self.pulls_into_history(node, errors, evaluated.predictions)
         result.add_energy(node.name, self.energies.get(node.name), errors, evaluated.predictions, self.scale)
         for slot, prediction in zip(node.slots, evaluated.predictions, strict=True):
-            result.rounded[slot] = self.values.is_rounded(slot, prediction)
+            result.rounding[slot] = self.values.rounding(slot, prediction).norm()
             del self.values[slot]  # all its readers are done
         self._collect(evaluated, errors, cotangents, result)

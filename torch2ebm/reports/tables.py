@@ -51,7 +51,7 @@ def troubles(state: InferenceState) -> Iterator[str]:
     if state.unreached:
         yield f"no error has reached {', '.join(state.unreached)}: their gradients are exactly zero; take more steps"
     if lost := state.without_signal:
-        yield f"errors are nothing but rounding in {', '.join(lost)}: take a solver of errors, or nothing set"
+        yield f"rounding outweighs the errors in {', '.join(lost)}: take a solver of errors, or nothing set"
     energy = state.relaxation.energy
     if energy and energy[-1] > energy[0]:
         yield f"the energy rose from {energy[0]:.4g} to {energy[-1]:.4g}; take a smaller step size"

@@ -100,12 +100,14 @@ class ODEFlow(ValueSolver):
 
 
 class _Flow:
-    """-dF/dv as a function of time and of one row of values for each sample."""
+    """-dF/dv as a function of time and of displacements from where values began, one row for each sample."""
 
     def __init__(self, inference: ValueInference) -> None:
         self.inference = inference
         self.rows = Rows(inference.values, tuple(inference.values), inference.call.batch_size)
-        self.start = self.rows.pack(inference.values)
+        displacements = inference.values.displacements
+        still = {slot: torch.zeros_like(value) for slot, value in inference.values.items() if slot not in displacements}
+        self.start = self.rows.pack({**still, **displacements})
         first = self.rows.pack(dict(inference.sweep()))
         self._first = first.neg()
         # of the report: the energy and the residual of a step are those of its start
@@ -139,6 +141,6 @@ class _Flow:
     def _put(self, values: Tensor) -> None:
         found: dict[str, Tensor] = {}
         self.rows.unpack(values, found)
-        for slot, value in found.items():
-            self.inference.values[slot] = value.to(self.rows.like[slot].dtype)
+        for slot, displacement in found.items():
+            self.inference.values.displace(slot, displacement)
         self.inference.moved.update(found)
