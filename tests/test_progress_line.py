@@ -126,7 +126,6 @@ def closed_stream() -> io.StringIO:
         *({"stream": wrong} for wrong in ("x", 3, Writer(), closed_stream(), io.StringIO, io.BytesIO(), True)),
         *({"clock": wrong} for wrong in (5, None, Clock)),
     ],
-    ids=str,
 )
 def test_illegal_settings_are_refused_at_once(settings: dict[str, Any]) -> None:
     (name,) = settings
@@ -364,7 +363,7 @@ def test_attributes_that_are_no_methods_are_not_called() -> None:
 
 
 @each_loop
-@pytest.mark.parametrize("wrong", [Progress, list, 3, "print", lambda: None, lambda step, more: None], ids=str)
+@pytest.mark.parametrize("wrong", [Progress, list, 3, "print", lambda: None, lambda step, more: None])
 def test_what_no_step_can_be_shown_to_is_refused(loop: Callable[[Any], None], wrong: Any) -> None:
     with pytest.raises(
         ConfigurationError, match=r"(PredictiveCoding|model.infer)\(on_step=...\): got .*expected a fun"
