@@ -1,6 +1,8 @@
 """The line of a long relaxation: when it is written, on a clock and a stream of the test's own, and what it costs."""
 
 import io
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,10 +105,74 @@ def test_a_line_is_no_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -
     assert max(map(len, out.getvalue().split("\r"))) == 19
 
 
-@pytest.mark.parametrize("settings", [{"after": -1.0}, {"every": float("nan")}, {"after": "2"}])
-def test_illegal_seconds_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match=r"Progress\((after|every)=...\)"):
+class Writer:
+    def write(self, text: str) -> None: ...
+
+
+def closed_stream() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(
+            {name: wrong}
+            for name in ("after", "every")
+            for wrong in (-1.0, float("nan"), float("inf"), "2", True, None)
+        ),
+        *({"stream": wrong} for wrong in ("x", 3, Writer(), closed_stream(), io.StringIO, io.BytesIO(), True)),
+        *({"clock": wrong} for wrong in (5, None, Clock)),
+    ],
+)
+def test_illegal_settings_are_refused_at_once(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(ConfigurationError, match=rf"Progress\({name}=...\).*got .*; expected"):
         Progress(**settings)
+
+
+def test_a_stream_for_reading_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    with (tmp_path / "a.txt").open() as stream, pytest.raises(ConfigurationError, match=r"reading alone"):
+        Progress(stream=stream)
+
+
+class Plain:
+    """Takes text, and cannot say whether it is a terminal."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def write(self, text: str) -> None:
+        self.lines.append(text)
+
+    def flush(self) -> None: ...
+
+
+def test_a_stream_that_does_not_say_is_no_terminal() -> None:
+    clock, out = Clock(), Plain()
+    progress = Progress(after=2.0, stream=out, clock=clock)  # type: ignore[arg-type]
+    assert run(progress, clock, [0, 3.0, 61.0, 62.0]) == [3]
+    assert out.lines == ["step 3, energy 12.5, residual 2.50e-01, 1:01\n"]
+
+
+class Gone(Terminal):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("kind", [Terminal, Gone])
+def test_a_terminal_that_goes_does_not_end_a_relaxation(kind: type[Terminal]) -> None:
+    clock, out = Clock(), kind()
+    progress = Progress(after=1.0, every=0.0, stream=out, clock=clock)
+    progress.wants(1, False)
+    progress(step(1))
+    if kind is Terminal:
+        out.close()
+    run(progress, clock, [0, 100.0, 200.0])
+    progress.closed()
 
 
 # in a relaxation
@@ -206,3 +272,106 @@ def test_a_line_is_no_monitor() -> None:
 def test_what_is_no_function_is_refused_before_anything_moves() -> None:
     with pytest.raises(ConfigurationError, match=r"model.infer\(on_step=...\)"):
         torch2ebm.convert(net(), example_inputs=X).infer(X, on_step=3)
+
+
+# how relaxations end
+
+
+class Ends:
+    """Looks on, breaks off a step, and is told of ends."""
+
+    def __init__(self, at: int, error: BaseException | None) -> None:
+        self.at, self.error, self.ends = at, error, 0
+        self.steps: list[int] = []
+
+    def __call__(self, step: torch2ebm.InferenceStep) -> None:
+        self.steps.append(step.step)
+        if step.step == self.at and self.error is not None:
+            raise self.error
+
+    def closed(self) -> None:
+        self.ends += 1
+
+
+def trained(on_step: Any, **settings: Any) -> None:
+    model = attached(net(), torch2ebm.PredictiveCoding(steps=5, lr=0.1, on_step=on_step, **settings))
+    F.cross_entropy(model(X), Y).backward()
+
+
+def inferred(on_step: Any) -> None:
+    torch2ebm.convert(net(), example_inputs=X).infer(
+        X,
+        clamp={"output": torch.zeros(6, 3).double()},
+        solver=torch2ebm.GradientDescent(steps=5, lr=0.1),
+        on_step=on_step,
+    )
+
+
+def drawn(on_step: Any) -> None:
+    sampler = torch2ebm.Langevin(steps=5, burn_in=0, lr=0.01, generator=torch.Generator().manual_seed(0))
+    torch2ebm.convert(net(), example_inputs=X).infer(
+        X, clamp={"output": torch.zeros(6, 3).double()}, solver=sampler, on_step=on_step
+    )
+
+
+each_loop = pytest.mark.parametrize("loop", [trained, inferred, drawn])
+
+
+@each_loop
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), RuntimeError("mine")], ids=repr)
+def test_who_looks_on_is_told_once_that_a_relaxation_has_ended(
+    loop: Callable[[Any], None], error: BaseException | None
+) -> None:
+    ends = Ends(3, error)
+    if error is None:
+        loop(ends)
+    else:
+        with pytest.raises(type(error)):
+            loop(ends)
+    assert ends.steps == list(range(1, 6 if error is None else 4)) and ends.ends == 1
+
+
+def test_each_phase_has_an_end() -> None:
+    ends = Ends(0, None)
+    trained(ends, nudging=torch2ebm.Symmetric(0.1))
+    assert ends.steps == [*range(1, 6)] * 2 and ends.ends == 2
+
+
+@each_loop
+def test_ctrl_c_leaves_no_line(loop: Callable[[Any], None]) -> None:
+    out, clock = Terminal(), Clock()
+
+    class Interrupted(Progress):
+        def __call__(self, step: torch2ebm.InferenceStep, /) -> None:
+            super().__call__(step)
+            if step.step == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop(Interrupted(after=0.0, every=0.0, stream=out, clock=clock))
+    *_, line, blank, end = out.getvalue().split("\r")
+    assert line.startswith("step 3") and blank == " " * len(line) and end == ""
+
+
+def test_attributes_that_are_no_methods_are_not_called() -> None:
+    class Numbers(Ends):
+        wants, closed = 3, True  # type: ignore[assignment]
+
+    looks = Numbers(0, None)
+    trained(looks)
+    assert looks.steps == [1, 2, 3, 4, 5]
+
+
+@each_loop
+@pytest.mark.parametrize("wrong", [Progress, list, 3, "print", lambda: None, lambda step, more: None])
+def test_what_no_step_can_be_shown_to_is_refused(loop: Callable[[Any], None], wrong: Any) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"(PredictiveCoding|model.infer)\(on_step=...\): got .*expected a fun"
+    ):
+        loop(wrong)
+
+
+def test_a_class_is_told_its_parentheses() -> None:
+    with pytest.raises(ConfigurationError, match=r"the class Progress.*Progress\(\)"):
+        trained(Progress)
+    trained(lambda *steps: None)  # takes one as well

@@ -121,15 +121,17 @@ class GradientComparison:
 
         Args:
             path: Picture file, in the format of its suffix; None writes none.
-            ax: Axes of yours to draw into, where nothing outside of them is touched: a pair, for the angle and for the
-                relative error. With ``steps``, also four, in the order of ``subplots(2, 2)``: angle, angle along the
-                steps, error, error along the steps.
+            ax: Axes of yours to draw into: a pair, for the angle and for the relative error. With ``steps``, also four,
+                in the order of ``subplots(2, 2)``: angle, angle along the steps, error, error along the steps. Their
+                limits, scale, ticks, labels and legend are set anew, and nothing outside of them is touched. Hence none
+                may share an axis with others, but for the x-axis of a column.
 
         Returns:
             The figure: a new one, which a notebook shows, or that of ``ax``.
 
         Raises:
-            ConfigurationError: if matplotlib is not installed, or for another number of axes.
+            ConfigurationError: if matplotlib is not installed, for what is no path of a picture, for another number of
+                axes, or for axes that are shared with others.
         """
         return plot_comparison(self, path, ax=ax)
 

@@ -109,6 +109,75 @@ def test_what_is_no_right_number_of_axes_is_refused() -> None:
     assert not any(each.has_data() for each in axes.flat)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda axes: {"A": axes[0], "B": axes[1]},
+        lambda axes: {"A": axes[0], "B": axes[1]}.values(),
+        lambda axes: (each for each in axes),
+        lambda axes: [(axes[0],), np.array([axes[1]])],
+        tuple,
+    ],
+    ids=["mosaic", "values", "generator", "nested", "tuple"],
+)
+def test_axes_in_any_order_that_there_is_are_taken(form: Callable[[Any], Any]) -> None:
+    axes = Figure().subplots(2)
+    compared().plot(ax=form(axes))
+    assert [each.get_ylabel().split()[0] for each in axes] == ["angle", "relative"]
+    alone = Figure().subplots()
+    plots.plot_energy({"mine": (3.0, 2.0)}, ax=iter([alone]))
+    assert alone.has_data()
+
+
+def test_what_has_no_order_and_what_holds_no_axes_is_refused() -> None:
+    import torch
+
+    axes = Figure().subplots(2)
+    for wrong in (set(axes), {"A": axes[0], "B": 3}, b"ab", {}, iter([]), torch.tensor(3.0), torch.ones(2)):
+        with pytest.raises(torch2ebm.errors.ConfigurationError, match=r"plot\(ax=...\).*a pair of axes"):
+            compared().plot(ax=wrong)
+    assert not any(each.has_data() for each in axes)
+
+
+def of_grid(rows: int, columns: int, **shared: Any) -> Any:
+    return Figure().subplots(rows, columns, **shared)
+
+
+SHARED: dict[str, tuple[str, Any, Callable[[Any], Any]]] = {
+    "a y-axis with one beside": ("comparison", of_grid(1, 3, sharey=True), lambda axes: axes[:2]),
+    "a y-axis of both": ("comparison", of_grid(1, 2, sharey=True), lambda axes: axes),
+    "an x-axis with another column": ("comparison", of_grid(2, 2, sharex=True), lambda axes: axes[:, 0]),
+    "an x-axis with one below": ("comparison", of_grid(3, 1, sharex=True), lambda axes: axes[:2]),
+    "both of a map": ("map", of_grid(2, 2, sharex=True, sharey=True), lambda axes: axes[0, 0]),
+    "an x-axis of a map": ("map", of_grid(2, 1, sharex=True), lambda axes: axes[0]),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_axes_that_others_would_follow_are_refused(case: str) -> None:
+    name, grid, given = SHARED[case]
+    before = [(each.get_xlim(), each.get_ylim(), each.get_yscale(), list(each.get_xticks())) for each in grid.flat]
+    with pytest.raises(torch2ebm.errors.ConfigurationError, match=r"\(ax=...\): got axes that share their [xy]-axis"):
+        PLOTS[name](ax=given(grid))
+    assert before == [
+        (each.get_xlim(), each.get_ylim(), each.get_yscale(), list(each.get_xticks())) for each in grid.flat
+    ]
+    assert not any(each.has_data() for each in grid.flat)
+
+
+def test_of_four_axes_each_column_may_have_an_x_axis_of_its_own() -> None:
+    wrong = of_grid(2, 2, sharex=True)
+    with pytest.raises(torch2ebm.errors.ConfigurationError, match="share their x-axis"):
+        compared((1, 5)).plot(ax=wrong)
+    for fine in (of_grid(2, 2, sharex="col"), of_grid(2, 2)):
+        compared((1, 5)).plot(ax=fine)
+        assert [list(each.get_lines()[0].get_xdata()) for each in fine[1]] == [[0, 1], [1, 5]]
+    pair = of_grid(2, 2, sharex="col")
+    before = [each.get_xlim() for each in pair[:, 1]]
+    compared().plot(ax=pair[:, 0])
+    assert [each.get_xlim() for each in pair[:, 1]] == before
+
+
 def test_axes_of_pyplot_serve_and_are_the_only_ones() -> None:
     import matplotlib.pyplot as plt  # here: that plots do without it is looked at elsewhere, in another process
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 import sys
 from collections import OrderedDict
 from graphlib import TopologicalSorter
@@ -15,6 +16,7 @@ from zoo import PROBLEMS, Problem
 
 import torch2ebm
 from torch2ebm.errors import ConfigurationError
+from torch2ebm.reports.dot import rendered
 from torch2ebm.reports.drawing import layout
 from torch2ebm.reports.outline import Box, outline_of
 
@@ -213,6 +215,75 @@ def test_the_text_needs_nothing_and_the_error_names_both_ways(tmp_path: Path, mo
         with pytest.raises(ConfigurationError, match=r"Install Graphviz, or run pip install torch2ebm\[plot\]"):
             draw()
     assert repr(model.draw()) == "GraphPicture(Sequential: 2 nodes, 2 boxes)"
+
+
+class Dense(nn.Module):
+    """Each of ``count`` layers reads all before it."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [x]
+        for layer in self.layers:
+            seen.append(layer(torch.stack(seen).sum(0)))
+        return seen[-1]
+
+
+@pytest.mark.parametrize(("count", "hasty"), [(30, True), (6, False)])
+def test_dot_is_hurried_where_there_are_many_lines(count: int, hasty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def recorded(command: list[str], **more: object) -> None:
+        commands.append(command)
+        raise subprocess.TimeoutExpired(command, 1.0)
+
+    monkeypatch.setattr(shutil, "which", lambda program: program)
+    monkeypatch.setattr(subprocess, "run", recorded)
+    text = torch2ebm.convert(Dense(count), example_inputs=torch.zeros(3, 2)).draw().dot
+    assert (len(lines_of(text)) > 300) == hasty
+    assert rendered(text, "svg") is None
+    assert [("-Gmclimit=0.1" in command) for command in commands] == [hasty]
+
+
+@needs_matplotlib
+def test_matplotlib_draws_where_dot_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(command: list[str], **more: object) -> None:
+        raise subprocess.TimeoutExpired(command, 1.0)
+
+    model = named("a", "b")
+    monkeypatch.setattr(shutil, "which", lambda program: program)
+    monkeypatch.setattr(subprocess, "run", slow)
+    assert "<svg" in model.draw()._repr_svg_()
+    model.draw(tmp_path / "graph.png")
+    assert (tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigurationError, match=r"dot that fails or takes too long, and no matplotlib"):
+        model.draw()._repr_svg_()
+
+
+@needs_dot
+def test_graphviz_draws_a_dense_graph_whole() -> None:
+    model = torch2ebm.convert(Dense(28), example_inputs=torch.zeros(3, 2))
+    drawing = rendered(model.draw().dot, "svg")
+    assert drawing is not None
+    drawn = [each for each in ElementTree.fromstring(drawing).iter() if each.get("class") == "edge"]
+    assert len(drawn) == 28 * 27 // 2 + 1  # one from the input, to the layer that reads nothing else
+
+
+@without_dot
+@pytest.mark.parametrize("module", ["matplotlib", "matplotlib.backend_bases"])
+def test_a_suffix_of_nothing_is_told_first_where_neither_is_installed(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in (module, "matplotlib.backend_bases", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, each, None)
+    with pytest.raises(ConfigurationError, match=r"suffix 'xyz'; expected one of dot, gv, svg"):
+        named("a").draw(tmp_path / "graph.xyz")
+    with pytest.raises(ConfigurationError, match=r"neither the program dot nor matplotlib"):
+        named("a").draw(tmp_path / "graph.svg")
+    assert not list(tmp_path.iterdir())
 
 
 @needs_matplotlib

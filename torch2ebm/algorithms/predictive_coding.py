@@ -24,7 +24,7 @@ from torch2ebm.engine.signal import tell_of_kinks, tell_where_there_is_no_signal
 from torch2ebm.errors import ConfigurationError, DivergenceError
 from torch2ebm.inference.divergence import check_on_divergence, check_phases, no_gradients, of_phase
 from torch2ebm.inference.nudge_unit import NudgeUnit, carried
-from torch2ebm.inference.relaxation import OnStep, relax
+from torch2ebm.inference.relaxation import OnStep, check_on_step, relax
 from torch2ebm.loss.output_loss import NudgedLoss, OutputLoss
 from torch2ebm.memory.last_values import FEEDFORWARD, STARTS
 from torch2ebm.potentials.energy_parameters import check_at_forward
@@ -102,7 +102,8 @@ class PredictiveCoding(Algorithm):
             anew, checkpoints of the optimizer keep the values, and ``detach()`` drops them.
         on_step: Called with an :class:`InferenceStep` after every step of every phase, under ``compile=True`` too. Each
             call costs one evaluation of all nodes more. What it raises ends the backward, which leaves no trace. One
-            with a method ``wants(step, last)``, as :class:`torch2ebm.monitor.Progress`, is asked first.
+            with a method ``wants(step, last)``, as :class:`torch2ebm.monitor.Progress`, is asked first. A method
+            ``closed()`` of it is called when a phase ends, by an error as well.
 
     Raises:
         ConfigurationError: for an illegal step size, number of steps, precision, energy, node name or reduction.
@@ -143,13 +144,7 @@ class PredictiveCoding(Algorithm):
         _check_kind("nudging", self.nudging, Nudging, "For example Symmetric(beta=0.1).")
         _check_real(self.nudging)
         object.__setattr__(self, "free", (self.free,) if isinstance(self.free, str) else tuple(self.free))
-        if self.on_step is not None and not callable(self.on_step):
-            raise ConfigurationError(
-                "PredictiveCoding(on_step=...)",
-                repr(self.on_step),
-                "a function of one InferenceStep",
-                "For example print.",
-            )
+        check_on_step("PredictiveCoding", self.on_step)
         given = {name: number for name in ("steps", "lr") if not isinstance(number := getattr(self, name), _Implied)}
         if given.get("lr", 0) is None and self.solver is not None and not hasattr(self.solver, "lr"):
             del given["lr"]  # what was read off a solver without a step size

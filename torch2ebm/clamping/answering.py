@@ -24,7 +24,7 @@ from torch2ebm.engine.call import Call
 from torch2ebm.engine.energies import Energy
 from torch2ebm.errors import ConfigurationError, NotSettledWarning, Torch2EBMError
 from torch2ebm.graph.energy_graph import EnergyGraph
-from torch2ebm.inference.relaxation import OnStep
+from torch2ebm.inference.relaxation import OnStep, check_on_step
 from torch2ebm.inference.solver import Solver
 from torch2ebm.isolation.module_state import untouched
 from torch2ebm.memory.last_values import FEEDFORWARD, LAST, STARTS
@@ -101,13 +101,7 @@ class How:
     on_step: OnStep | None = None
 
     def __post_init__(self) -> None:
-        if self.on_step is not None and not callable(self.on_step):
-            raise ConfigurationError(
-                "model.infer(on_step=...)",
-                repr(self.on_step),
-                "a function of one InferenceStep",
-                "For example torch2ebm.monitor.Progress().",
-            )
+        check_on_step("model.infer", self.on_step)
 
 
 def answered(run: Run, inputs: Inputs, how: How) -> Inferred:

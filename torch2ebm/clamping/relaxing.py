@@ -20,7 +20,7 @@ from torch2ebm.engine.energies import Energy
 from torch2ebm.engine.results import InferenceState, Relaxation
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.inference.base import Inference
-from torch2ebm.inference.relaxation import InferenceStep, OnStep, is_wanted, relax
+from torch2ebm.inference.relaxation import InferenceStep, OnStep, is_wanted, relax, tell_end
 from torch2ebm.inference.solver import Solver
 from torch2ebm.loss.output_loss import OutputLoss
 from torch2ebm.memory.last_values import AVERAGE, FEEDFORWARD, LAST
@@ -45,6 +45,9 @@ class FreeSteps:
 
     def wants(self, step: int, last: bool) -> bool:
         return is_wanted(self.on_step, step, last)
+
+    def closed(self) -> None:
+        tell_end(self.on_step)
 
     def __call__(self, step: InferenceStep) -> None:
         value, error, energy = (

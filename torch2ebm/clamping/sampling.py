@@ -13,7 +13,7 @@ from torch2ebm.clamping.pattern import Pattern
 from torch2ebm.engine.results import LocalGradients
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.inference.base import Inference
-from torch2ebm.inference.relaxation import OnStep, heat_of, is_wanted, report, step_of
+from torch2ebm.inference.relaxation import OnStep, heat_of, is_wanted, report, shown_to, step_of
 from torch2ebm.inference.solver import Rest, Solver
 
 
@@ -52,13 +52,14 @@ def sampled(
         DivergenceError: where an energy is no number, or has risen a thousandfold.
     """
     heat, state = heat_of(solver, inference), solver.start(inference)
-    for step in range(1, int(solver.steps) + 1):
-        state = solver.step(inference, state)
-        if solver.is_draw(step):
-            for slot, value in inference.values.items():
-                draws.setdefault(slot, []).append(value.clone())
-        if on_step and is_wanted(on_step, step, step == solver.steps):
-            on_step(step_of(inference, step, 1.0, last=step == solver.steps))
+    with shown_to(on_step):
+        for step in range(1, int(solver.steps) + 1):
+            state = solver.step(inference, state)
+            if solver.is_draw(step):
+                for slot, value in inference.values.items():
+                    draws.setdefault(slot, []).append(value.clone())
+            if on_step and is_wanted(on_step, step, step == solver.steps):
+                on_step(step_of(inference, step, 1.0, last=step == solver.steps))
     found = inference.local_gradients()
     relaxation = report(inference, int(solver.steps), Rest(math.nan, False), 0.0, remedy=solver.remedy, heat=heat)
     return replace(found, state=replace(found.state, relaxation=relaxation, phases=(relaxation,)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch2ebm.engine.call import at_least_single
 from torch2ebm.engine.draws import MeanGradients
 from torch2ebm.engine.energies import Gaussian
 from torch2ebm.engine.results import ROUNDING, LocalGradients, Relaxation, StepSize
-from torch2ebm.errors import DivergenceError, NonFiniteError
+from torch2ebm.errors import ConfigurationError, DivergenceError, NonFiniteError
 from torch2ebm.inference.base import LOSS, Inference
 from torch2ebm.inference.error_inference import ErrorInference
 from torch2ebm.inference.history import energies
@@ -75,7 +77,45 @@ OnStep = Callable[[InferenceStep], object]
 def is_wanted(on_step: OnStep | None, step: int, last: bool) -> bool:
     """Whether a step is to be shown. An object with ``wants(step, last)`` is asked, and what it passes over is free."""
     wants = getattr(on_step, "wants", None)
-    return on_step is not None and (wants is None or bool(wants(step, last)))
+    return on_step is not None and (not callable(wants) or bool(wants(step, last)))
+
+
+@contextmanager
+def shown_to(on_step: OnStep | None) -> Iterator[None]:
+    """Around the steps of a relaxation: an object with ``closed()`` is told of their end, by an error as well."""
+    try:
+        yield
+    finally:
+        tell_end(on_step)
+
+
+def tell_end(on_step: OnStep | None) -> None:
+    """Tell an object that has a method ``closed()`` that there are no more steps."""
+    closed = getattr(on_step, "closed", None)  # of a file it is no method
+    if callable(closed):
+        closed()
+
+
+def check_on_step(where: str, on_step: object) -> None:
+    """Refuse what no step can be shown to: no function, a class, or a function of other arguments."""
+    if on_step is None or (callable(on_step) and not isinstance(on_step, type) and _takes_a_step(on_step)):
+        return
+    got, remedy = f"{on_step!r:.80}", "For example torch2ebm.monitor.Progress()."
+    if isinstance(on_step, type):
+        got, remedy = f"the class {on_step.__name__}", f"Write the parentheses, {on_step.__name__}(): an object of it."
+    elif callable(on_step):
+        got, remedy = f"a function of {inspect.signature(on_step)}", "Give it one argument."
+    raise ConfigurationError(f"{where}(on_step=...)", got, "a function of one InferenceStep", remedy)
+
+
+def _takes_a_step(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # a function of C, which does not say
+        return True
+    return True
 
 
 def relax(
@@ -93,7 +133,7 @@ def relax(
         beta: The nudge that the report shows. The loss has it already (:class:`NudgedLoss`).
         programs: Where recorded steps are kept, under ``compile=True``; None records none.
         on_step: Called after every step; each call costs one evaluation of all nodes more. One that has a method
-            ``wants(step, last)`` is asked first.
+            ``wants(step, last)`` is asked first. A method ``closed()`` of it is called at the end, after errors too.
 
     Returns:
         The local gradients, whose ``state.relaxation`` has steps, residual, convergence and the energy of every step.
@@ -122,23 +162,24 @@ def relax(
         inference.still_below = ROUNDING
     most = CEILING if solver.steps == AUTO else int(solver.steps)
     steps, rest, settling = 0, Rest(math.inf, False), Settling(inference, tol)
-    while steps < most:
-        # a maximum over all values costs a pass: without a tolerance only the last step is reported
-        measured = tol > 0 or steps == most - 1
-        inference.measuring = measured and not solver.relative_residual  # which has a measure of its own
-        steps += run.advance(1 if on_step else _steps_unwatched(tol, most, steps))
-        if solver.is_draw(steps):
-            draws.add(_gradients_here(inference))
-        if measured:
-            rest = run.rest()
-            if solver.steps == AUTO:
-                rest = settling.seen(rest)
-        ends = rest.reached or steps >= most or (steps % WATCHED == 0 and _has_run_away(inference, heat))
-        if on_step and is_wanted(on_step, steps, ends):
-            run.show()
-            on_step(step_of(inference, steps, beta, rest.residual if measured else math.nan, ends))
-        if ends:
-            break
+    with shown_to(on_step):
+        while steps < most:
+            # a maximum over all values costs a pass: without a tolerance only the last step is reported
+            measured = tol > 0 or steps == most - 1
+            inference.measuring = measured and not solver.relative_residual  # which has a measure of its own
+            steps += run.advance(1 if on_step else _steps_unwatched(tol, most, steps))
+            if solver.is_draw(steps):
+                draws.add(_gradients_here(inference))
+            if measured:
+                rest = run.rest()
+                if solver.steps == AUTO:
+                    rest = settling.seen(rest)
+            ends = rest.reached or steps >= most or (steps % WATCHED == 0 and _has_run_away(inference, heat))
+            if on_step and is_wanted(on_step, steps, ends):
+                run.show()
+                on_step(step_of(inference, steps, beta, rest.residual if measured else math.nan, ends))
+            if ends:
+                break
     # before the report: the last pass adds the final energy to the history
     gradients = run.local_gradients()
     if draws.count:

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from torch2ebm.errors import ConfigurationError
+from torch2ebm.reports.paths import file_of
 
 LINES = 6  # that have a colour of their own
 DIGITS = 6  # of a number in the page's data
@@ -74,14 +73,12 @@ def page(title: str, lead: str, panels: Iterable[Panel], data: Mapping[str, Any]
 
 
 def written(text: str, path: str | os.PathLike[str] | None) -> str:
-    """The text, written to the file where a path is given."""
-    if path is not None and not isinstance(path, (str, os.PathLike)):
-        raise ConfigurationError(
-            "to_html(path=...)", repr(path), "the path of a file, or None for the text alone", "For example 'run.html'."
-        )
+    """The text, written to the file where a path is given. Raises :class:`ConfigurationError` for what is none."""
     if path is not None:
         # a name may hold half of a surrogate pair, which no encoding has
-        Path(path).write_text(text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
+        file_of("to_html", path, "run.html").write_text(
+            text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n"
+        )
     return text
 
 

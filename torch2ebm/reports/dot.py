@@ -11,7 +11,9 @@ from torch2ebm.common.text import abridged
 from torch2ebm.reports.figures import STYLES
 from torch2ebm.reports.outline import Box, Outline, note
 
-SECONDS: Final = 60.0  # that dot may take for a picture
+SECONDS: Final = 10.0  # that dot may take for a picture: notebooks ask for it wherever a model is shown
+MANY_LINES: Final = 300  # of which dot takes minutes to untangle all
+HASTY: Final = ("-Gmclimit=0.1", "-Gnslimit=1", "-Gnslimit1=1", "-Gsplines=polyline")
 WINDOWS: Final = ("x11", "xlib", "gtk")  # formats of dot that are none: they open a window and wait
 FRAME: Final = 'labelloc=t; labeljust=l; style=rounded; color="#999999"; fontcolor="#555555";'
 FONT: Final = 'fontname="Helvetica,Arial,sans-serif"'
@@ -86,6 +88,7 @@ def rendered(text: str, suffix: str) -> bytes | None:
     if program is None or suffix in WINDOWS or not suffix.isalnum():
         return None
     command = [program, f"-T{suffix}", *(["-Gdpi=150"] if suffix in ("png", "jpg", "jpeg", "gif", "webp") else [])]
+    command += HASTY if text.count(" -> ") > MANY_LINES else ()
     try:
         done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):

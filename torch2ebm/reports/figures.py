@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch2ebm.common.checks import require as require  # for pictures
 from torch2ebm.errors import ConfigurationError
+from torch2ebm.reports.paths import file_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,26 +48,38 @@ def _dots(figure: Figure) -> float:
     return min(150.0, MOST_PIXELS / float(max(figure.get_size_inches())))
 
 
-def finished(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    """The figure, which is written to a file first where there is a path."""
-    if path is not None:
-        save(figure, path)
+def finished(figure: Figure, file: Path | None) -> Figure:
+    """The figure, which is written to a file first where there is one."""
+    if file is not None:
+        save(figure, file)
     return figure
 
 
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write the file. Raises :class:`ConfigurationError` for a suffix that is no format of matplotlib."""
-    formats, suffix = supported(figure), Path(path).suffix[1:].lower()
-    if suffix not in formats:
+def save(figure: Figure, file: Path) -> None:
+    """Write the file, in the format of its suffix: one of :func:`formats`."""
+    figure.savefig(file, dpi=_dots(figure))
+
+
+def picture_file(where: str, path: object) -> Path | None:
+    """The file to write, None where there is no path. It is looked at before anything is drawn.
+
+    Raises:
+        ConfigurationError: for what is no path of a file, or for a suffix that is no format of matplotlib.
+    """
+    if path is None:
+        return None
+    file, known = file_of(where, path, "angles.png"), formats()
+    if file.suffix[1:].lower() not in known:
         raise ConfigurationError(
-            "path", repr(os.fspath(path)), f"a file ending in one of {', '.join(formats)}", "Try .png."
+            f"{where}(path=...)", repr(str(file)), f"a file ending in one of {', '.join(known)}", "Try .png."
         )
-    figure.savefig(path, dpi=_dots(figure))
+    return file
 
 
-def supported(figure: Figure) -> Mapping[str, str]:
-    """The formats that a figure can be written in, by suffix."""
-    return figure.canvas.get_supported_filetypes()
+def formats() -> Mapping[str, str]:
+    """The formats that matplotlib writes, by suffix."""
+    found: Mapping[str, str] = require("matplotlib.backend_bases", "plot").FigureCanvasBase.get_supported_filetypes()
+    return found
 
 
 def given_axes(where: str, ax: object, counts: tuple[int, ...], what: str) -> list[Axes]:
@@ -75,7 +87,7 @@ def given_axes(where: str, ax: object, counts: tuple[int, ...], what: str) -> li
 
     Args:
         where: The function that was called, for the error.
-        ax: Axes, or a sequence or array of them.
+        ax: Axes; or an array, a mapping or any iterable of them.
         counts: How many there may be.
         what: What is drawn in them, in words.
 
@@ -101,12 +113,39 @@ def _distinct(found: list[Any]) -> str:
 
 def _flat(ax: Any) -> Iterator[object]:
     if hasattr(ax, "ravel"):  # what subplots returns
-        ax = list(ax.ravel())
-    if isinstance(ax, (list, tuple)):
+        yield from ax.ravel()
+    elif isinstance(ax, Mapping):  # what subplot_mosaic returns
+        yield from _flat(ax.values())
+    elif isinstance(ax, Iterable) and not isinstance(ax, (str, bytes, Set)):  # a set has no order
         for each in ax:
             yield from _flat(each)
     else:
         yield ax
+
+
+def check_unshared(where: str, columns: Sequence[Sequence[Axes]]) -> None:
+    """Refuse axes whose limits, scale and ticks would change others', or one another's.
+
+    Args:
+        where: The function that was called, for the error.
+        columns: The axes to draw into, by column. Those of a column may have one x-axis; no two may have one y-axis.
+
+    Raises:
+        ConfigurationError: for the first that are shared otherwise.
+    """
+    for column in columns:
+        for axes in column:
+            for name, siblings, own in (
+                ("x", axes.get_shared_x_axes().get_siblings(axes), column),
+                ("y", axes.get_shared_y_axes().get_siblings(axes), [axes]),
+            ):
+                if any(all(each is not one for one in own) for each in siblings):
+                    raise ConfigurationError(
+                        f"{where}(ax=...)",
+                        f"axes that share their {name}-axis with others",
+                        "axes of which others get no limits, scale and ticks",
+                        "Make them without sharex and sharey; sharex='col' is right for a column that is given whole.",
+                    )
 
 
 def figure_of(axes: Axes) -> Figure:

@@ -6,20 +6,21 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.graph.energy_graph import EnergyGraph
 from torch2ebm.reports.dot import dot_text, has_dot, rendered
 from torch2ebm.reports.drawing import layered_figure
-from torch2ebm.reports.figures import save, supported
+from torch2ebm.reports.figures import formats, save
 from torch2ebm.reports.outline import Outline, check_depth, outline_of
+from torch2ebm.reports.paths import file_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEXT: Final = ("dot", "gv")  # suffixes of the text itself
+COMMON: Final = ("svg", "png", "pdf", "jpg", "jpeg", "gif", "webp", "eps", "ps", "svgz", "tif", "tiff", "json")
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,29 @@ class GraphPicture:
         ``.dot`` writes the text, and needs neither.
 
         Raises:
-            ConfigurationError: for another suffix, or where neither is installed.
+            ConfigurationError: for another suffix, where neither is installed, or for what is no path of a file.
         """
-        suffix, place = Path(path).suffix[1:].lower(), f"model.draw({os.fspath(path)!r})"
+        file = file_of("model.draw", path, "graph.svg")
+        suffix, place = file.suffix[1:].lower(), f"model.draw({os.fspath(path)!r})"
         if suffix in TEXT:
-            Path(path).write_text(self.dot, encoding="utf-8")
+            file.write_text(self.dot, encoding="utf-8")
             return
         picture = rendered(self.dot, suffix)
         if picture is not None:
-            Path(path).write_bytes(picture)
+            file.write_bytes(picture)
             return
-        figure = _figure(place, self.outline)
-        if suffix not in supported(figure):
-            formats = ", ".join((*TEXT, *supported(figure)))
+        if suffix not in (known := _formats()):
             remedy = "Try .svg." if has_dot() else "Try .svg, or install Graphviz, which has more formats."
-            raise ConfigurationError(place, f"the suffix {suffix!r}", f"one of {formats}", remedy)
-        save(figure, path)
+            raise ConfigurationError(place, f"the suffix {suffix!r}", f"one of {', '.join((*TEXT, *known))}", remedy)
+        save(_figure(place, self.outline), file)
+
+
+def _formats() -> tuple[str, ...]:
+    """Those of matplotlib; where it is missing, the common ones of both programs."""
+    try:
+        return tuple(formats())
+    except ConfigurationError:
+        return COMMON
 
 
 def _figure(place: str, outline: Outline) -> Figure:
@@ -86,9 +94,10 @@ def _figure(place: str, outline: Outline) -> Figure:
     except ConfigurationError as error:
         if not isinstance(error.__cause__, ImportError):
             raise
+        got = "a program dot that fails or takes too long, and no" if has_dot() else "neither the program dot nor"
         raise ConfigurationError(
             place,
-            "neither the program dot nor matplotlib",
+            f"{got} matplotlib",
             "one of them, to draw",
             "Install Graphviz, or run pip install torch2ebm[plot].",
         ) from error

@@ -11,7 +11,18 @@ from torch2ebm.engine.results import InferenceState, Relaxation
 from torch2ebm.errors import ConfigurationError
 from torch2ebm.reports.agreement import Agreement
 from torch2ebm.reports.broken_axis import scale_errors
-from torch2ebm.reports.figures import MARKERS, PALETTE, figure_of, finished, given_axes, new_figure, require
+from torch2ebm.reports.curves import curves_of, name_lines
+from torch2ebm.reports.figures import (
+    MARKERS,
+    PALETTE,
+    check_unshared,
+    figure_of,
+    finished,
+    given_axes,
+    new_figure,
+    picture_file,
+    require,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,45 +64,54 @@ def plot_comparison(comparison: Compared, path: Path = None, *, ax: Any = None) 
     Args:
         comparison: What is drawn.
         path: Picture file, in the format of its suffix; None writes none.
-        ax: Axes of yours to draw into, where nothing outside of them is touched: a pair, for the angle and for the
-            relative error. With ``steps``, also four, in the order of ``subplots(2, 2)``: angle, angle along the steps,
-            error, error along the steps.
+        ax: Axes of yours to draw into: a pair, for the angle and for the relative error. With ``steps``, also four, in
+            the order of ``subplots(2, 2)``: angle, angle along the steps, error, error along the steps. Their limits,
+            scale, ticks, labels and legend are set anew, and nothing outside of them is touched. Hence none may share
+            an axis with others, but for the x-axis of a column.
 
     Returns:
         The figure, which a notebook shows.
 
     Raises:
-        ConfigurationError: if matplotlib is not installed, or for another number of axes.
+        ConfigurationError: if matplotlib is not installed, for what is no path of a picture, for another
+            number of axes, or for axes that are shared with others.
     """
+    file = picture_file("plot", path)
     if ax is None:
         figure, panels = _panels(comparison)
     else:
         what = "a pair of axes, for the angle and the relative error" + ", or four of them" * bool(comparison.along)
         given = given_axes("plot", ax, (2, 4) if comparison.along else (2,), what)
         figure, panels = figure_of(given[0]), [given] if len(given) == 2 else [given[0::2], given[1::2]]
+        check_unshared("plot", panels)
     _draw_per_parameter(panels[0], comparison)
     if len(panels) > 1:
         _draw_along(panels[1], comparison)
+    lines = panels[0][0].get_lines()[-len(comparison.algorithms) :]
     if ax is None:
-        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        name_lines(figure, panels[0][0], lines, loc="outside upper center", ncols=3)
     else:
-        panels[0][0].legend(fontsize=8)
-    return finished(figure, path)
+        name_lines(panels[0][0], panels[0][0], lines, fontsize=8)
+    return finished(figure, file)
 
 
 def plot_energy(curves: Mapping[str, Sequence[float]], path: Path = None, *, ax: Any = None) -> Figure:
     """Energy against inference step, one line a name; logarithmic where the energies span a decade or more.
 
+    What is infinite or no number is left out of its line.
+
     Args:
-        curves: For example ``{"PredictiveCoding": model.state.relaxation.energy}``.
+        curves: Name to energies, for example ``{"PredictiveCoding": model.state.relaxation.energy}``.
         path: Picture file, in the format of its suffix; None writes none.
-        ax: Axes of yours to draw into. Nothing outside of them is touched.
+        ax: Axes of yours to draw into. Their ticks, labels and legend are set anew. Nothing outside of them is touched,
+            but for axes that share theirs: these get the same limits, scale and ticks.
 
     Returns:
         The figure, which a notebook shows.
 
     Raises:
-        ConfigurationError: if matplotlib is not installed, there is no energy to draw, or ``ax`` is no axes.
+        ConfigurationError: if matplotlib is not installed, for what is no mapping to numbers, where there is no energy
+            to draw, for what is no path of a picture, or if ``ax`` is no axes.
 
     Example:
         >>> import importlib.util
@@ -99,11 +119,13 @@ def plot_energy(curves: Mapping[str, Sequence[float]], path: Path = None, *, ax:
         >>> if importlib.util.find_spec("matplotlib") is not None:
         ...     figure = plot_energy({"PredictiveCoding": (4.0, 2.5, 2.1)})
     """
-    energies = [energy for curve in curves.values() for energy in curve]
+    file = picture_file("plot_energy", path)
+    drawn = curves_of("plot_energy(curves=...)", curves)
+    energies = [energy for curve in drawn.values() for energy in curve if math.isfinite(energy)]
     if not energies:
-        raise _nothing("plot_energy")
+        raise _no_energy(curves)
     figure, axes = _panel("plot_energy", ax, 6.5, 3.6)
-    for i, (name, curve) in enumerate(curves.items()):
+    for i, (name, curve) in enumerate(drawn.items()):
         _line(axes, i, name, range(len(curve)), curve)
     if min(energies) > 0 and max(energies) >= 10 * min(energies):
         axes.set_yscale("log")
@@ -111,35 +133,38 @@ def plot_energy(curves: Mapping[str, Sequence[float]], path: Path = None, *, ax:
     axes.set_xlabel("inference step")
     axes.set_ylabel("energy, summed over the batch")
     axes.grid(alpha=0.3)
-    axes.legend()
-    return finished(figure, path)
+    name_lines(axes, axes, axes.get_lines()[-len(drawn) :])
+    return finished(figure, file)
 
 
 def plot_error_map(state: InferenceState | Relaxation, path: Path = None, *, ax: Any = None) -> Figure:
     """Energy of the errors of every node at every inference step: how the error travels from the output inwards.
 
     An energy of exactly zero (no error has arrived yet) is grey, what is far below the largest has the darkest colour.
+    An infinite energy has the brightest one and a mark, what is no number has a mark on grey.
 
     Args:
         state: ``model.state``, or its relaxation.
         path: Picture file, in the format of its suffix; None writes none.
-        ax: Axes of yours to draw into. The bar of colours takes a part of their place.
+        ax: Axes of yours to draw into, which share no axis with others. Their limits, ticks, labels and legend are set
+            anew, and the bar of colours takes a part of their place.
 
     Returns:
         The figure, which a notebook shows.
 
     Raises:
-        ConfigurationError: if matplotlib is not installed, the algorithm has no history of energies, or ``ax`` is no
-            axes.
+        ConfigurationError: if matplotlib is not installed, for what is neither, if the algorithm has no history of
+            energies, for what is no path of a picture, or if ``ax`` is no axes.
     """
-    relaxation = state.relaxation if isinstance(state, InferenceState) else state
-    energies = relaxation.node_energy
-    largest = max((energy for curve in energies.values() for energy in curve), default=0.0)
+    file = picture_file("plot_error_map", path)
+    energies = _energies_of(state)
+    largest = max((e for curve in energies.values() for e in curve if math.isfinite(e)), default=0.0)
     if not largest > 0.0:
-        raise _nothing("plot_error_map")
+        raise _nothing_to_map()
     figure, axes = _panel("plot_error_map", ax, 7.0, max(2.6, min(12.0, 1.2 + 0.26 * len(energies))))
+    check_unshared("plot_error_map", [[axes]])
     image = axes.imshow(
-        [[energy if energy > 0.0 else math.nan for energy in curve] for curve in energies.values()],
+        [[min(energy, largest) if energy > 0.0 else math.nan for energy in curve] for curve in energies.values()],
         aspect="auto", interpolation="nearest", cmap=_colours(), norm=_logarithmic(energies, largest),
     )  # fmt: skip
     _name_ticks(axes.yaxis, list(energies), rotation=0)
@@ -149,12 +174,14 @@ def plot_error_map(state: InferenceState | Relaxation, path: Path = None, *, ax:
     holder: Any = axes.figure  # a part of a figure has bars of colours, too
     holder.colorbar(image, ax=axes, label="energy of the error")
     patch = require("matplotlib.patches", "plot").Patch
-    unreached = patch(facecolor=NO_ERROR, edgecolor="#666666", label="no error: exactly 0")
+    below = any(energy < 0.0 for curve in energies.values() for energy in curve)
+    grey = patch(facecolor=NO_ERROR, edgecolor="#666666", label="0 or below" if below else "no error: exactly 0")
+    handles = [grey, *_marks(axes, energies)]
     if ax is None:
-        figure.legend(handles=[unreached], loc="outside upper left", frameon=False)
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False)
     else:
-        axes.legend(handles=[unreached], loc="upper left", fontsize=8)  # where errors come last, as a rule
-    return finished(figure, path)
+        axes.legend(handles=handles, loc="upper left", fontsize=8)  # where errors come last, as a rule
+    return finished(figure, file)
 
 
 def _panel(function: str, ax: Any, width: float, height: float) -> tuple[Figure, Axes]:
@@ -247,7 +274,7 @@ def _line(axes: Axes, i: int, name: str, x: Sequence[int], y: Sequence[float], j
 def _name_ticks(axis: Any, names: Sequence[str], rotation: int) -> None:
     """One label a name, or evenly spaced ones where there are too many to read."""
     every = max(1, math.ceil(len(names) / MOST_LABELS))
-    axis.set_ticks(range(0, len(names), every), names[::every], rotation=rotation, fontsize=8)
+    axis.set_ticks(range(0, len(names), every), names[::every], rotation=rotation, fontsize=8, parse_math=False)
 
 
 def _colours() -> Any:
@@ -262,8 +289,48 @@ def _logarithmic(energies: Mapping[str, Sequence[float]], largest: float) -> Any
     return require("matplotlib.colors", "plot").LogNorm(least, largest, clip=True)
 
 
-def _nothing(function: str) -> ConfigurationError:
+def _energies_of(state: object) -> dict[str, list[float]]:
+    where = "plot_error_map(state=...)"
+    relaxation = state.relaxation if isinstance(state, InferenceState) else state
+    if not isinstance(relaxation, Relaxation):
+        raise ConfigurationError(
+            where, f"{relaxation!r:.80}", "model.state, or its relaxation", "Run a backward, then pass model.state."
+        )
+    energies = curves_of(where, relaxation.node_energy)
+    if len(lengths := sorted({len(curve) for curve in energies.values()})) > 1:
+        raise ConfigurationError(
+            where, f"curves of {lengths[0]} and of {lengths[-1]} steps", "as many energies of each node", "Cut them."
+        )
+    return energies
+
+
+def _marks(axes: Axes, energies: Mapping[str, Sequence[float]]) -> list[Any]:
+    """Points over what is infinite, and what is no number; those that there are."""
+    kinds: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+        ("infinite", "^", math.isinf),
+        ("not a number (NaN)", "x", math.isnan),
+    )
+    found = []
+    for name, marker, is_kind in kinds:
+        rows = enumerate(energies.values())
+        places = [(step, row) for row, curve in rows for step, energy in enumerate(curve) if is_kind(energy)]
+        if places:
+            steps, nodes = zip(*places, strict=True)
+            found.append(axes.scatter(steps, nodes, marker=marker, color="#000000", s=20, label=name))
+    return found
+
+
+def _no_energy(curves: Mapping[str, object]) -> ConfigurationError:
+    got = f"no finite energy in {', '.join(map(str, curves))}" if curves else "no curves"
     return ConfigurationError(
-        f"torch2ebm.reports.plots.{function}", "no energies above zero", "the report of a relaxation",
+        "plot_energy(curves=...)", got, "at least one curve with a finite energy",
+        "For example that of an algorithm that relaxes values: "
+        '{"PredictiveCoding": model.state.relaxation.energy}.',
+    )  # fmt: skip
+
+
+def _nothing_to_map() -> ConfigurationError:
+    return ConfigurationError(
+        "plot_error_map(state=...)", "no finite energies above zero", "the report of a relaxation",
         "Use an algorithm that relaxes values, such as torch2ebm.PredictiveCoding, and a loss that is not zero.",
     )  # fmt: skip
