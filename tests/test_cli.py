@@ -121,6 +121,7 @@ def test_demo_under_torchrun_trains_together_and_reports_once(folder: Path) -> N
     assert pictures(folder / "demo_output") == ["angles.png", "energy.png", "errors.png"]
 
 
+@pytest.mark.slow
 @needs_processes
 def test_demo_under_torchrun_ends_where_one_process_fails(folder: Path) -> None:
     pytest.importorskip("sklearn")

@@ -63,7 +63,7 @@ def test_blocks_are_found_and_marked_ones_are_left_out(tmp_path: Path):
     assert {name: namespace[name] for name in namespace if not name.startswith("__")} == {"b": 1, "c": 2, "e": 3}
 
 
-LONG = ("from_bogacz",)  # pages that train for many seconds
+LONG = ("from_bogacz", "speed")  # pages that train for many seconds
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_tutorial_is_cells_that_use_public_names(tutorial: Path):
     assert used <= set(torch2ebm.__all__)
 
 
-FAST = ("1_first_network", "2_what_inference_does")
+FAST = ("1_first_network",)
 RUN = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem not in FAST)) for path in TUTORIALS]
 
 
