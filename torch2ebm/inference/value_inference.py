@@ -81,7 +81,7 @@ class DisplacedValues(MutableMapping[str, Tensor]):
     def rounding(self, slot: str, prediction: Tensor) -> Tensor:
         """About what rounding brings into each entry of :meth:`minus`: none where it has all bits of the origin."""
         prediction = prediction.detach()
-        return self.origins[slot] * (prediction != self.origins[slot]) * torch.finfo(prediction.dtype).eps
+        return (self.origins[slot] * (prediction != self.origins[slot])).mul_(torch.finfo(prediction.dtype).eps)
 
 
 class ValueInference(Inference):
