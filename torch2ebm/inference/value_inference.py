@@ -120,7 +120,8 @@ class ValueInference(Inference):
         self.moved: set[str] = set()
         self._roundings: dict[str, Tensor] = {}  # of the node that a measuring sweep is at
         # fed by clamped inputs only: these predictions cannot change
-        self._fixed = {slot: self.values[slot] for n in self.graph.hidden_nodes if not n.reads for slot in n.slots}
+        first = [slot for node in self.graph.hidden_nodes if not node.reads for slot in node.slots]
+        self._fixed = {slot: self.values.read(slot) for slot in first}
 
     def moving(self) -> dict[str, Any]:
         """Values, which of them have moved, and predictions that cannot change; ``compile=True`` asks.
@@ -328,7 +329,6 @@ class ValueInference(Inference):
     # the end
 
     def _collect_all(self, result: Collected) -> None:
-        self._fixed.clear()
         self._collect_outputs([self.evaluate(node, requires_grad=False) for node in self.graph.output_nodes], result)
         for node in reversed(self.graph.hidden_nodes):
             if self.is_active(node):
@@ -338,10 +338,12 @@ class ValueInference(Inference):
 
     def _collect_hidden(self, node: Node, result: Collected) -> None:
         evaluated = self.evaluate(node, requires_grad=False)
-        errors = self.subtract(node, evaluated.predictions)
-        _, cotangents = self.pulls_into_history(node, errors, evaluated.predictions)
-        result.add_energy(node.name, self.energies.get(node.name), errors, evaluated.predictions, self.scale)
-        for slot, prediction in zip(node.slots, evaluated.predictions, strict=True):
+        # a compiled program may compute the same prediction with other last digits
+        predictions = evaluated.predictions if node.reads else [self._fixed.pop(slot) for slot in node.slots]
+        errors = self.subtract(node, predictions)
+        _, cotangents = self.pulls_into_history(node, errors, predictions)
+        result.add_energy(node.name, self.energies.get(node.name), errors, predictions, self.scale)
+        for slot, prediction in zip(node.slots, predictions, strict=True):
             result.rounding[slot] = self.values.rounding(slot, prediction).norm()
             del self.values[slot]  # all its readers are done
         self._collect(evaluated, errors, cotangents, result)
