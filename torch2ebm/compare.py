@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torch2ebm.algorithms.base import Algorithm, check_algorithm
-from torch2ebm.common.checks import check_steps
+from torch2ebm.common.checks import check_steps, takes
 from torch2ebm.common.text import aligned, data_frame, html_table, short_table
 from torch2ebm.errors import ConfigurationError, LossIndependentError, NoSignalWarning, PartitionError, ShardingError
 from torch2ebm.isolation.module_state import plain_autograd, untouched
@@ -300,22 +300,12 @@ def check_loss(where: str, loss_fn: object, arguments: int) -> None:
     elif isinstance(loss_fn, type):
         got = f"the class {loss_fn.__name__}"
         remedy = f"Write the parentheses, {loss_fn.__name__}(): an object, not the class."
-    elif not _takes(loss_fn, arguments):
+    elif not takes(loss_fn, arguments):
         got = f"a function of {inspect.signature(loss_fn)}"
         remedy = "It gets the output and the target; with a dict of keyword arguments as the batch, the output alone."
     else:
         return
     raise ConfigurationError(f"{where}(loss_fn=...)", got, form, remedy)
-
-
-def _takes(function: Callable[..., Any], arguments: int) -> bool:
-    try:
-        inspect.signature(function).bind(*range(arguments))
-    except TypeError:
-        return False
-    except ValueError:  # a function of C, which does not say
-        return True
-    return True
 
 
 def whole_loss(where: str, loss: object) -> Tensor:

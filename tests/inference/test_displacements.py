@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers import attached
 from torch import Tensor, nn
 
 import torch2ebm
+from torch2ebm.errors import NoSignalWarning
 from torch2ebm.inference.value_inference import DisplacedValues
 
 STEPS, LR = 20, 0.01
@@ -83,6 +85,21 @@ def test_what_is_kept_counts_as_a_signal() -> None:
     error, value = model.state.error["0"], model.state.value["0"]
     assert float(error.abs().max()) < 0.1 * torch.finfo(torch.float32).eps * float(value.abs().max())
     assert set(model.state.signal.values()) == {"error"} and model.state.without_signal == ()
+
+
+@pytest.mark.slow
+def test_a_compiled_program_rounds_in_its_own_way_and_what_is_noise_there_is_named() -> None:
+    errors = []
+    for net, compiled in ((chain().float(), True), (chain(), False)):
+        model = attached(net, torch2ebm.PredictiveCoding(STEPS, LR, compile=compiled))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoSignalWarning)
+            F.cross_entropy(model(X.to(net[0].weight.dtype)), Y).backward()
+        errors.append((model.state.error, set(model.state.without_signal)))
+    (single, named), (double, none) = errors
+    off = {name: distance(single[name].double(), double[name]) for name in double}
+    assert {name for name in off if off[name] > 0.3} <= named and none == set()
+    assert all(off[name] > 0.03 for name in named) and off["12"] < 1e-5
 
 
 def test_a_value_that_is_read_is_a_copy_and_one_that_is_put_begins_anew() -> None:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from torch2ebm.errors import ConfigurationError
 
 REDUCTIONS = ("mean", "sum")
+
+
+def takes(function: Callable[..., Any], arguments: int) -> bool:
+    """Whether a function can be called with so many positional arguments; a function of C, which does not say, can."""
+    try:
+        inspect.signature(function).bind(*range(arguments))
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def require(module: str, extra: str) -> ModuleType:

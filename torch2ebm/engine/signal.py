@@ -103,7 +103,7 @@ def _findings(
         before = min(steps[name] for name in lost)
         zero = steps.keys() - _with_error(state, graph, steps) - set(late)
         lost = [name for name in graph.nodes if name in lost or (name in zero and steps[name] > before)]
-        yield (f"rounding outweighs the errors in {listed(lost)}, and their gradients are noise. {cures.rounding}")
+        yield f"rounding outweighs the errors in {listed(lost)}, and their gradients are noise. {cures.rounding}"
     if still := _without_gradient(graph, gradients, _with_error(state, graph, steps)):
         yield (
             f"the gradients of {listed(still)} are exactly zero, though errors have reached their nodes: units that "

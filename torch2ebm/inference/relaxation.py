@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch2ebm.common.checks import AUTO
+from torch2ebm.common.checks import AUTO, takes
 from torch2ebm.engine.call import at_least_single
 from torch2ebm.engine.draws import MeanGradients
 from torch2ebm.engine.energies import Gaussian
@@ -98,7 +98,7 @@ def tell_end(on_step: OnStep | None) -> None:
 
 def check_on_step(where: str, on_step: object) -> None:
     """Refuse what no step can be shown to: no function, a class, or a function of other arguments."""
-    if on_step is None or (callable(on_step) and not isinstance(on_step, type) and _takes_a_step(on_step)):
+    if on_step is None or (callable(on_step) and not isinstance(on_step, type) and takes(on_step, 1)):
         return
     got, remedy = f"{on_step!r:.80}", "For example torch2ebm.monitor.Progress()."
     if isinstance(on_step, type):
@@ -106,16 +106,6 @@ def check_on_step(where: str, on_step: object) -> None:
     elif callable(on_step):
         got, remedy = f"a function of {inspect.signature(on_step)}", "Give it one argument."
     raise ConfigurationError(f"{where}(on_step=...)", got, "a function of one InferenceStep", remedy)
-
-
-def _takes_a_step(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError:
-        return False
-    except ValueError:  # a function of C, which does not say
-        return True
-    return True
 
 
 def relax(
@@ -239,12 +229,11 @@ def step_of(
 
 
 def _value_and_error(inference: Inference, slot: str, prediction: Tensor) -> tuple[Tensor, Tensor]:
-    if isinstance(inference, ErrorInference):
-        error = inference.errors[slot].clone() if slot in inference.errors else torch.zeros_like(prediction)
-        return prediction + error, error
-    minus = inference.values.minus if isinstance(inference, ValueInference) else None
-    value = inference.values[slot].clone()
-    return value, value - prediction if minus is None else minus(slot, prediction)
+    if isinstance(inference, ValueInference):
+        return inference.values[slot], inference.values.minus(slot, prediction)
+    found = inference.errors.get(slot) if isinstance(inference, ErrorInference) else None
+    error = torch.zeros_like(prediction) if found is None else found.clone()
+    return prediction + error, error
 
 
 def _one_or_all(slots: list[Tensor]) -> Any:
@@ -266,7 +255,7 @@ def _with_step_size(relaxation: Relaxation, measured: StepSize | None, lr: float
 
 def heat_of(solver: Solver[Any], inference: Inference) -> float:
     """What the noise of a sampler brings to the energy, up to a factor: its temperature for each entry."""
-    return solver.temperature * sum(value.numel() for value in inference.values.values())
+    return solver.temperature * sum(value.numel() for value in inference.values.values()) if solver.temperature else 0.0
 
 
 def _has_run_away(inference: Inference, heat: float) -> bool:

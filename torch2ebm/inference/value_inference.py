@@ -250,6 +250,12 @@ class ValueInference(Inference):
         if self.measuring and self.still_below:
             self._roundings = {s: self.values.rounding(s, p) for s, p in zip(node.slots, predictions, strict=True)}
 
+    def _all_rounding(self, slot: str, prediction: Tensor) -> Tensor:
+        """That of all steps. Those of a compiled program round in their own way, at every entry."""
+        if self.recorded:
+            return self.values.origins[slot] * torch.finfo(prediction.dtype).eps
+        return self.values.rounding(slot, prediction)
+
     def _rounding(self, slot: str) -> Tensor | None:
         found = self._roundings.pop(slot, None)
         precision = precision_of(self.energies.get(self.graph.owner[slot].name))
@@ -344,6 +350,6 @@ class ValueInference(Inference):
         _, cotangents = self.pulls_into_history(node, errors, predictions)
         result.add_energy(node.name, self.energies.get(node.name), errors, predictions, self.scale)
         for slot, prediction in zip(node.slots, predictions, strict=True):
-            result.rounding[slot] = self.values.rounding(slot, prediction).norm()
+            result.rounding[slot] = self._all_rounding(slot, prediction).norm()
             del self.values[slot]  # all its readers are done
         self._collect(evaluated, errors, cotangents, result)

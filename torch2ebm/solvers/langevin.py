@@ -99,9 +99,8 @@ class Langevin(ValueSolver):
     def step(self, inference: ValueInference, state: Tensor | None) -> Tensor | None:
         rate = torch.tensor(float(self.lr)) if state is None else state
         # the noise first, as directions: a sweep leaves out values whose gradient is exactly zero
-        ahead = {
-            slot: self._noise(value) * (2 * rate * self.temperature).sqrt() for slot, value in inference.values.items()
-        }
+        size = (2 * rate * self.temperature).sqrt()
+        ahead = {slot: self._noise(like) * size for slot, like in inference.values.origins.items()}
         for slot, gradient in inference.sweep():
             ahead[slot] = ahead[slot] - gradient * rate
         # after the sweep, which reads the values: those that it leaves out move, too

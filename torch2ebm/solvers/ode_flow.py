@@ -105,9 +105,9 @@ class _Flow:
     def __init__(self, inference: ValueInference) -> None:
         self.inference = inference
         self.rows = Rows(inference.values, tuple(inference.values), inference.call.batch_size)
-        displacements = inference.values.displacements
-        still = {slot: torch.zeros_like(value) for slot, value in inference.values.items() if slot not in displacements}
-        self.start = self.rows.pack({**still, **displacements})
+        values = inference.values
+        still = {slot: torch.zeros_like(origin) for slot, origin in values.origins.items()}
+        self.start = self.rows.pack({**still, **values.displacements})
         first = self.rows.pack(dict(inference.sweep()))
         self._first = first.neg()
         # of the report: the energy and the residual of a step are those of its start
