@@ -1,6 +1,7 @@
 """The programs in benchmarks/ run: on tiny cases, with the checks that they make before they measure. No times."""
 
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import learning  # noqa: E402
 import learning_rows  # noqa: E402
 import memory  # noqa: E402
 import peers  # noqa: E402
+import single_precision  # noqa: E402
 import speed  # noqa: E402
 from arithmetic import node_costs, strict_flops  # noqa: E402
 from cases import Case, mlp, residual_mlp_case  # noqa: E402
@@ -244,3 +246,12 @@ def test_each_row_s_last_block_is_there_and_small(row: learning_rows.Row):
     sizes = {name: p.numel() for name, p in net.named_parameters()}
     head = [name for name in sizes if name.startswith(tuple(row.head))]
     assert len(head) == 2 and sum(sizes[name] for name in head) < sum(sizes.values()) / 2
+
+
+def test_single_precision_is_held_against_double():
+    case = single_precision.cases()[0]
+    off = single_precision.measured(case)
+    assert 0 < off.gradient < 0.1 and not off.named and off.errors.keys() == off.rounding.keys()
+    assert all(0 < error < 0.1 for error in off.errors.values())
+    exact = single_precision.measured(replace(case, net=case.net.double(), x=case.x.double()))
+    assert exact.gradient == 0 and not any(exact.errors.values())

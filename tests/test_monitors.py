@@ -280,3 +280,9 @@ MISTAKES: dict[str, Callable[[], object]] = {
 def test_illegal_arguments_are_named(says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
         MISTAKES[says]()
+
+
+@pytest.mark.parametrize("path", [3, None, b"run.csv", ""])
+def test_what_is_no_path_of_a_file_is_refused(path: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"CSVFile\(path=...\): got .* expected the path of a file"):
+        CSVFile(path)

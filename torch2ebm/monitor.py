@@ -82,7 +82,7 @@ class CSVFile:
         append: Go on with a file that exists, as after a checkpoint.
 
     Raises:
-        ConfigurationError: if there is such a file already, unless ``append`` is given and it begins with this header.
+        ConfigurationError: for what is no path, or if there is such a file already, unless ``append`` is given and it begins with this header.
 
     Example:
         >>> import tempfile, pathlib
@@ -95,6 +95,10 @@ class CSVFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
+        if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes) or not os.fspath(path):
+            raise ConfigurationError(
+                "CSVFile(path=...)", f"{path!r:.200}", "the path of a file, as text or a pathlib.Path", "Try 'run.csv'."
+            )
         self.path = Path(path)
         goes_on = self.path.exists() and self.path.stat().st_size > 0
         if goes_on:
