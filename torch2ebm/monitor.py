@@ -82,7 +82,8 @@ class CSVFile:
         append: Go on with a file that exists, as after a checkpoint.
 
     Raises:
-        ConfigurationError: for what is no path, or if there is such a file already, unless ``append`` is given and it begins with this header.
+        ConfigurationError: for what is no path, or if there is such a file already, unless ``append`` is given and it
+            begins with this header.
 
     Example:
         >>> import tempfile, pathlib
